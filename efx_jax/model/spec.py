@@ -1,0 +1,318 @@
+"""The shape of a decoder, read from a Hugging Face `config.json` and written back to one.
+
+`config.json` is read as raw JSON: transformers 5 dropped `config.rope_theta` in favour of `rope_parameters`, older
+versions know only `rope_theta` and `rope_scaling`. Both schemas are read and both are written.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from efx_jax.errors import InputError
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+# The library defaults that a config.json leaves out (transformers' configuration classes).
+_DEFAULT_EPS = 1e-6
+_DEFAULT_THETA = 10000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeSpec:
+    """Rotary embedding. `original_max_position` is the context length before scaling, in tokens."""
+
+    rope_type: str = "default"
+    theta: float = _DEFAULT_THETA
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Everything `forward` needs to know besides the weights. Hashable, so it can be static under `jax.jit`.
+
+    Lengths in the design's letters: `vocab_size` V, `hidden_size` D, `intermediate_size` F, `num_layers` L,
+    `num_heads` N, `num_kv_heads` K, `head_dim` H.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    rope: RopeSpec
+    biases: tuple[str, ...] = ()
+    qk_norm: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+
+def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
+    """Reads a `config.json` dictionary.
+
+    Args:
+        config: raw JSON of a Hugging Face `config.json`, old or new schema.
+
+    Returns:
+        The model's spec.
+
+    Raises:
+        InputError: a missing field, an unsupported `model_type`, activation, attention or RoPE option.
+    """
+    model_type = config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise InputError(
+            f"config.json: model_type {model_type!r} is not supported; expected one of "
+            f"{', '.join(ARCHITECTURES)}; use a LLaMA, Qwen2 or Qwen3 checkpoint"
+        )
+    _refuse_unsupported(config)
+    num_heads = _required_int(config, "num_attention_heads")
+    hidden_size = _required_int(config, "hidden_size")
+    num_kv_heads = config.get("num_key_value_heads") or num_heads
+    if num_heads % num_kv_heads:
+        raise InputError(
+            f"config.json: num_attention_heads {num_heads} must be a multiple of num_key_value_heads {num_kv_heads}"
+        )
+    head_dim = config.get("head_dim") or (128 if model_type == "qwen3" else hidden_size // num_heads)
+    max_positions = config.get("max_position_embeddings") or {"llama": 2048}.get(model_type, 32768)
+    return ModelSpec(
+        model_type=model_type,
+        vocab_size=_required_int(config, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_required_int(config, "intermediate_size"),
+        num_layers=_required_int(config, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=float(config.get("rms_norm_eps") or _DEFAULT_EPS),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        max_position_embeddings=max_positions,
+        rope=_rope_from_config(config, max_positions),
+        biases=_biases(config, model_type),
+        qk_norm=model_type == "qwen3",
+        bos_token_id=config.get("bos_token_id"),
+        eos_token_ids=_token_ids(config.get("eos_token_id")),
+        pad_token_id=config.get("pad_token_id"),
+    )
+
+
+def config_from_spec(spec: ModelSpec, dtype: str) -> dict[str, Any]:
+    """Writes a `config.json` dictionary that both old and new transformers read to the same model.
+
+    Args:
+        spec: the model.
+        dtype: "float32", "bfloat16" or "float16": the dtype of the stored weights.
+    """
+    rope_parameters = _rope_to_config(spec.rope)
+    eos = list(spec.eos_token_ids)
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[spec.model_type]],
+        "model_type": spec.model_type,
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": spec.rms_norm_eps,
+        "tie_word_embeddings": spec.tie_word_embeddings,
+        "max_position_embeddings": spec.max_position_embeddings,
+        "attention_bias": "q_proj" in spec.biases and spec.model_type != "qwen2",
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": spec.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
+        "pad_token_id": spec.pad_token_id,
+        "rope_parameters": {**rope_parameters, "rope_theta": spec.rope.theta},
+        "rope_theta": spec.rope.theta,
+        "rope_scaling": None if spec.rope.rope_type == "default" else rope_parameters,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    if spec.model_type == "llama":
+        config["mlp_bias"] = "gate_proj" in spec.biases
+    else:
+        config["use_sliding_window"] = False
+    return config
+
+
+def linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    """`[O, I]` of each of the seven linears of a block."""
+    d, f, h = spec.hidden_size, spec.intermediate_size, spec.head_dim
+    q, kv = spec.num_heads * h, spec.num_kv_heads * h
+    return {
+        "q_proj": (q, d),
+        "k_proj": (kv, d),
+        "v_proj": (kv, d),
+        "o_proj": (d, q),
+        "gate_proj": (f, d),
+        "up_proj": (f, d),
+        "down_proj": (d, f),
+    }
+
+
+def param_shapes(spec: ModelSpec) -> dict[str, Any]:
+    """The parameter tree with a shape tuple at every leaf: the layout that the whole package agrees on.
+
+    `embed_tokens [V,D]`, `layers.<name>` stacked over L, `norm [D]`, and `lm_head [V,D]` unless it is tied.
+    A bias of linear `x` is `layers.x_bias [L,O]`; Qwen3's `q_norm` and `k_norm` are `[L,H]`.
+    """
+    num_layers, d = spec.num_layers, spec.hidden_size
+    linears = linear_shapes(spec)
+    layers: dict[str, tuple[int, ...]] = {name: (num_layers, *shape) for name, shape in linears.items()}
+    layers |= {f"{name}_bias": (num_layers, linears[name][0]) for name in spec.biases}
+    layers |= {"input_layernorm": (num_layers, d), "post_attention_layernorm": (num_layers, d)}
+    if spec.qk_norm:
+        layers |= {"q_norm": (num_layers, spec.head_dim), "k_norm": (num_layers, spec.head_dim)}
+    shapes: dict[str, Any] = {"embed_tokens": (spec.vocab_size, d), "layers": layers, "norm": (d,)}
+    if not spec.tie_word_embeddings:
+        shapes["lm_head"] = (spec.vocab_size, d)
+    return shapes
+
+
+def init_params(key: jax.Array, spec: ModelSpec, dtype: Any = "float32") -> dict[str, Any]:
+    """Random weights of the spec's shapes (normal, std 0.02; norms 1, biases 0): for tests and benchmarks."""
+
+    def init(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.Array:
+        name = path[-1].key
+        if "norm" in name:
+            return jax.numpy.ones(shape, dtype)
+        if name.endswith("_bias"):
+            return jax.numpy.zeros(shape, dtype)
+        leaf_key = jax.random.fold_in(key, sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31)
+        return (0.02 * jax.random.normal(leaf_key, shape, "float32")).astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(init, param_shapes(spec), is_leaf=lambda x: isinstance(x, tuple))
+
+
+def _required_int(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name)
+    if not isinstance(value, int) or value <= 0:
+        raise InputError(f"config.json: {name} must be a positive integer, found {value!r}")
+    return value
+
+
+def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def _biases(config: Mapping[str, Any], model_type: str) -> tuple[str, ...]:
+    attention = ("q_proj", "k_proj", "v_proj")
+    if model_type == "qwen2":
+        return attention
+    names: tuple[str, ...] = (*attention, "o_proj") if config.get("attention_bias") else ()
+    if config.get("mlp_bias"):
+        names += ("gate_proj", "up_proj", "down_proj")
+    return names
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise InputError(f"config.json: hidden_act {activation!r} is not supported; expected 'silu'")
+    layer_types = config.get("layer_types") or []
+    if config.get("use_sliding_window") or any(kind != "full_attention" for kind in layer_types):
+        raise InputError(
+            "config.json: sliding-window attention is not supported; expected use_sliding_window false and "
+            "layer_types of full_attention only"
+        )
+    if config.get("pretraining_tp", 1) not in (None, 1):
+        raise InputError("config.json: pretraining_tp other than 1 is not supported; set it to 1")
+    if config.get("quantization_config"):
+        raise InputError(
+            "config.json: quantization_config found; quantised safetensors are not supported; use the unquantised "
+            "checkpoint or a GGUF file"
+        )
+
+
+_ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
+_YARN_OPTIONAL = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+
+
+def _rope_from_config(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
+    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    if rope_type not in _ROPE_FIELDS:
+        raise InputError(
+            f"config.json: rope_type {rope_type!r} is not supported; expected one of {', '.join(_ROPE_FIELDS)}"
+        )
+    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if partial not in (None, 1, 1.0):
+        raise InputError(f"config.json: partial_rotary_factor {partial} is not supported; expected 1.0")
+    # An old reader's rope_theta stands at the top level, a new one's inside rope_parameters.
+    theta = parameters.get("rope_theta", config.get("rope_theta")) or _DEFAULT_THETA
+    missing = [name for name in _ROPE_FIELDS[rope_type] if name not in parameters]
+    if missing:
+        raise InputError(f"config.json: rope_type {rope_type!r} needs {', '.join(missing)} in rope_parameters")
+    original = parameters.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    factor = float(parameters.get("factor") or 1.0)
+    if rope_type == "yarn" and original:
+        # transformers takes the factor implied by the two context lengths unless it is given explicitly.
+        factor = float(parameters.get("factor") or max_positions / original)
+    fields = {name: parameters[name] for name in _YARN_OPTIONAL if parameters.get(name) is not None}
+    if rope_type == "llama3":
+        fields = {name: float(parameters[name]) for name in ("low_freq_factor", "high_freq_factor")}
+    return RopeSpec(
+        rope_type=rope_type,
+        theta=float(theta),
+        factor=factor,
+        original_max_position=int(original or max_positions),
+        **fields,
+    )
+
+
+def _rope_to_config(rope: RopeSpec) -> dict[str, Any]:
+    parameters: dict[str, Any] = {"rope_type": rope.rope_type}
+    if rope.rope_type == "default":
+        return parameters
+    parameters["factor"] = rope.factor
+    if rope.rope_type in ("llama3", "yarn"):
+        parameters["original_max_position_embeddings"] = rope.original_max_position
+    if rope.rope_type == "llama3":
+        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.rope_type == "yarn":
+        optional = {name: getattr(rope, name) for name in _YARN_OPTIONAL}
+        parameters |= {name: value for name, value in optional.items() if value is not None}
+    return parameters
+
+
+def yarn_attention_factor(rope: RopeSpec) -> float:
+    """The factor on cos and sin under YaRN (arXiv 2309.00071, section 3.4, and transformers' mscale variants)."""
+
+    def mscale(scale: float, weight: float = 1.0) -> float:
+        return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.factor, rope.mscale) / mscale(rope.factor, rope.mscale_all_dim)
+    return mscale(rope.factor)
