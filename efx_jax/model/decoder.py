@@ -1,0 +1,220 @@
+"""The decoder: LLaMA, Qwen2 and Qwen3 as one pure function over stacked weights under `lax.scan`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from efx_jax.config import MaskForward
+from efx_jax.lora import Adapters, contract, linear
+from efx_jax.model.layers import apply_rope, attention, rms_norm, rope_tables, swiglu, visible_keys
+from efx_jax.model.spec import ModelSpec
+
+Array = jax.Array
+Params = Mapping[str, Any]
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+@struct.dataclass
+class Layer:
+    """One block's arrays: weights `[O,I]`, norms and biases, adapters and masks by linear name (any may be absent)."""
+
+    weights: dict[str, Array]
+    lora_a: dict[str, Array]
+    lora_b: dict[str, Array]
+    masks: dict[str, Array]
+
+
+@struct.dataclass
+class LinearOptions:
+    """How every linear of a block is computed; see `efx_jax.lora.linear`."""
+
+    scale: float = struct.field(pytree_node=False, default=1.0)
+    mask_forward: MaskForward = struct.field(pytree_node=False, default="exact")
+    compute_dtype: Any = struct.field(pytree_node=False, default=None)
+    dropout_rate: float = struct.field(pytree_node=False, default=0.0)
+
+
+def stack_layers(params: Params, adapters: Adapters | None, masks: Mapping[str, Array] | None) -> Layer:
+    """All blocks as one `Layer` whose arrays lead with L."""
+    return Layer(
+        weights=dict(params["layers"]),
+        lora_a={} if adapters is None else adapters.lora_a,
+        lora_b={} if adapters is None else adapters.lora_b,
+        masks={} if masks is None else dict(masks),
+    )
+
+
+def block(
+    x: Array,
+    layer: Layer,
+    spec: ModelSpec,
+    options: LinearOptions,
+    rope: tuple[Array, Array],
+    attend: Attend,
+    dropout_key: Array | None = None,
+) -> tuple[Array, dict[str, Array], Any]:
+    """One pre-norm decoder block.
+
+    Args:
+        x: residual stream `[B,T,D]`.
+        layer: the block's arrays.
+        spec: the model.
+        options: scale, mask mode and dtypes of the linears.
+        rope: cos and sin `[B,T,1,H/2]`.
+        attend: (q, k, v) -> (context `[B,T,N*H]`, anything the caller keeps, such as a KV cache).
+        dropout_key: PRNG key of the adapters' dropout, or None.
+
+    Returns:
+        The new residual stream `[B,T,D]`; the activations that calibration reads, by name (dead code elsewhere): the
+        inputs of the linears `attn_in`, `o_in`, `mlp_in`, `down_in` `[B,T,I]`, the projections `q_raw`, `k_raw` before
+        and `q`, `k` after their norm `[B,T,heads,H]`, `gate` and `up` `[B,T,F]`; and what `attend` kept.
+    """
+    weights = layer.weights
+
+    def project(inputs: Array, name: str, index: int) -> Array:
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        return linear(
+            inputs,
+            weights[name],
+            weights.get(f"{name}_bias"),
+            layer.lora_a.get(name),
+            layer.lora_b.get(name),
+            layer.masks.get(name),
+            scale=options.scale,
+            mask_forward=options.mask_forward,
+            compute_dtype=options.compute_dtype,
+            dropout_rate=options.dropout_rate,
+            dropout_key=key,
+        )
+
+    def heads(projected: Array, count: int) -> Array:
+        return projected.reshape(*projected.shape[:2], count, spec.head_dim)
+
+    with jax.named_scope("attention"):
+        attn_in = rms_norm(x, weights["input_layernorm"], spec.rms_norm_eps)
+        q_raw = heads(project(attn_in, "q_proj", 0), spec.num_heads)
+        k_raw = heads(project(attn_in, "k_proj", 1), spec.num_kv_heads)
+        v = heads(project(attn_in, "v_proj", 2), spec.num_kv_heads)
+        q, k = q_raw, k_raw
+        if spec.qk_norm:
+            q = rms_norm(q_raw, weights["q_norm"], spec.rms_norm_eps)
+            k = rms_norm(k_raw, weights["k_norm"], spec.rms_norm_eps)
+        dtype = weights["q_proj"].dtype if options.compute_dtype is None else jnp.dtype(options.compute_dtype)
+        rotated_q, rotated_k = (apply_rope(y, *rope).astype(dtype) for y in (q, k))
+        context, kept = attend(rotated_q, rotated_k, v.astype(dtype))
+        o_in = context.astype(x.dtype)
+        x = x + project(o_in, "o_proj", 3)
+    with jax.named_scope("mlp"):
+        mlp_in = rms_norm(x, weights["post_attention_layernorm"], spec.rms_norm_eps)
+        gate, up = project(mlp_in, "gate_proj", 4), project(mlp_in, "up_proj", 5)
+        down_in = swiglu(gate, up)
+        x = x + project(down_in, "down_proj", 6)
+    taps = {"attn_in": attn_in, "o_in": o_in, "mlp_in": mlp_in, "down_in": down_in}
+    return x, taps | {"q_raw": q_raw, "k_raw": k_raw, "q": q, "k": k, "gate": gate, "up": up}, kept
+
+
+def attend_within(length: int, segments: Array | None) -> Attend:
+    """Causal attention inside the batch, see `visible_keys`."""
+    visible = visible_keys(length, segments)
+    return lambda q, k, v: (attention(q, k, v, visible), None)
+
+
+def embed(params: Params, tokens: Array) -> Array:
+    """Token embeddings `[B,T,D]` of `tokens [B,T]`; the residual stream keeps the embedding's dtype."""
+    return params["embed_tokens"][tokens]
+
+
+def head_weight(params: Params) -> Array:
+    """The output embedding `[V,D]`: `lm_head`, or `embed_tokens` where it is tied."""
+    return params["lm_head"] if "lm_head" in params else params["embed_tokens"]
+
+
+def hidden_states(
+    params: Params,
+    tokens: Array,
+    spec: ModelSpec,
+    adapters: Adapters | None = None,
+    masks: Mapping[str, Array] | None = None,
+    *,
+    positions: Array | None = None,
+    segments: Array | None = None,
+    mask_forward: MaskForward = "exact",
+    compute_dtype: Any = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+    remat: bool = False,
+) -> Array:
+    """The final-normed hidden states `[B,T,D]`, in the dtype of the embedding.
+
+    Args:
+        params: parameter tree (`efx_jax.model.spec.param_shapes`).
+        tokens: int `[B,T]`, right-padded; the value of padding is free.
+        spec: the model, static under jit.
+        adapters: LoRA adapters, or None.
+        masks: name -> bool `[L,O,I]`, True = kept, or None.
+        positions: int `[B,T]`; 0, 1, ... by default.
+        segments: int `[B,T]`: a query sees earlier keys of its own segment and of segment 0 only; None: all earlier.
+        mask_forward: how masks act, see `efx_jax.lora.linear`.
+        compute_dtype: dtype of the matmul operands; None takes the weights'.
+        dropout_rate: dropout on the adapters' inputs; acts only with a key.
+        dropout_key: PRNG key, or None.
+        remat: recompute each block in the backward pass.
+    """
+    batch, length = tokens.shape
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    rope = rope_tables(spec.rope, spec.head_dim, positions)
+    options = LinearOptions(
+        scale=1.0 if adapters is None else adapters.scale,
+        mask_forward=mask_forward,
+        compute_dtype=compute_dtype,
+        dropout_rate=dropout_rate,
+    )
+    attend = attend_within(length, segments)
+
+    def body(x: Array, scanned: tuple[Layer, Array]) -> tuple[Array, None]:
+        layer, index = scanned
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        x, _, _ = block(x, layer, spec, options, rope, attend, key)
+        return x, None
+
+    if remat:
+        body = jax.checkpoint(body, prevent_cse=False)
+    layers = stack_layers(params, adapters, masks)
+    x, _ = jax.lax.scan(body, embed(params, tokens), (layers, jnp.arange(spec.num_layers)))
+    return rms_norm(x, params["norm"], spec.rms_norm_eps)
+
+
+def forward(
+    params: Params,
+    tokens: Array,
+    spec: ModelSpec,
+    adapters: Adapters | None = None,
+    masks: Mapping[str, Array] | None = None,
+    *,
+    mask_forward: MaskForward = "exact",
+    compute_dtype: Any = None,
+) -> Array:
+    """Logits of every position.
+
+    Args:
+        params: parameter tree.
+        tokens: int `[B,T]`, right-padded.
+        spec: the model, static under jit.
+        adapters: LoRA adapters, or None.
+        masks: name -> bool `[L,O,I]`, True = kept, or None.
+        mask_forward: how masks act, see `efx_jax.lora.linear`.
+        compute_dtype: dtype of the matmul operands; None takes the weights'.
+
+    Returns:
+        float32 `[B,T,V]`.
+    """
+    hidden = hidden_states(
+        params, tokens, spec, adapters, masks, mask_forward=mask_forward, compute_dtype=compute_dtype
+    )
+    head = head_weight(params)
+    dtype = head.dtype if compute_dtype is None else jnp.dtype(compute_dtype)
+    return contract("btd,vd->btv", hidden.astype(dtype), head.astype(dtype))
