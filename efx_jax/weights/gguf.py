@@ -1,0 +1,106 @@
+"""Opens a GGUF file of a llama, qwen2 or qwen3 model as if it were a Hugging Face checkpoint.
+
+Tensors come under their Hugging Face names and in Hugging Face's layout. Names, and the order in which llama.cpp stores
+the rows of q and k: `gguf-py/gguf/tensor_mapping.py` and `LlamaModel.permute` of github.com/ggml-org/llama.cpp.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from efx_jax.errors import InputError
+from efx_jax.weights.gguf_config import config_from_metadata
+from efx_jax.weights.gguf_file import GGUFFile, read_header, read_tensor, tensor_dtype
+from efx_jax.weights.source import TensorSource
+
+_BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_QK_NORMS = ("attn_q_norm", "attn_k_norm")
+# Folded into the configuration as a rotary scaling, not a weight.
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+def open_gguf(path: str | Path) -> TensorSource:
+    """Opens a GGUF file; a tensor's data is read when it is asked for.
+
+    Args:
+        path: a GGUF file of architecture llama, qwen2 or qwen3.
+
+    Returns:
+        The source: `config` is a Hugging Face `config.json` made from the metadata, `read(name)` returns one tensor
+        `[O, I]` under its Hugging Face name. Float tensors keep their dtype, quantised ones become float32.
+
+    Raises:
+        InputError: not a GGUF file, a truncated one, an architecture, option or quantisation type that is not
+            supported, a missing or an unknown tensor.
+    """
+    file = read_header(path)
+    factors = read_tensor(file.path, file.tensors[_ROPE_FACTORS]) if _ROPE_FACTORS in file.tensors else None
+    config = config_from_metadata(file, factors)
+    gguf_names = _hugging_face_names(file, config)
+
+    def read(name: str) -> np.ndarray:
+        gguf_name = gguf_names[name]
+        return read_tensor(file.path, file.tensors[gguf_name], _row_order(gguf_name, file, config))
+
+    return TensorSource(
+        path=file.path,
+        config=config,
+        shapes={name: file.tensors[gguf_name].shape for name, gguf_name in gguf_names.items()},
+        dtypes={name: tensor_dtype(file.tensors[gguf_name]) for name, gguf_name in gguf_names.items()},
+        read=read,
+    )
+
+
+def _hugging_face_names(file: GGUFFile, config: dict[str, Any]) -> dict[str, str]:
+    """Hugging Face name -> GGUF name, for exactly the tensors of this architecture."""
+    names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    optional = {"output.weight": "lm_head.weight"}
+    for layer in range(config["num_hidden_layers"]):
+        for leaf, hf_leaf in _BLOCK_NAMES.items():
+            stem, hf_stem = f"blk.{layer}.{leaf}", f"model.layers.{layer}.{hf_leaf}"
+            if leaf not in _QK_NORMS or config["model_type"] == "qwen3":
+                names[f"{stem}.weight"] = f"{hf_stem}.weight"
+            if _has_bias(leaf, config):
+                names[f"{stem}.bias"] = f"{hf_stem}.bias"
+    for name in names:
+        if name not in file.tensors:
+            raise InputError(f"{file.path}: tensor {name!r} is missing; the file is damaged or not a whole model")
+    names |= {name: hf_name for name, hf_name in optional.items() if name in file.tensors}
+    unknown = sorted(set(file.tensors) - set(names) - {_ROPE_FACTORS})
+    if unknown:
+        raise InputError(
+            f"{file.path}: {len(unknown)} tensors do not belong to a {config['model_type']} model, the first is "
+            f"{unknown[0]!r}; running without them would be wrong"
+        )
+    return {hf_name: name for name, hf_name in names.items()}
+
+
+def _has_bias(leaf: str, config: dict[str, Any]) -> bool:
+    if leaf in ("attn_q", "attn_k", "attn_v"):
+        return config["model_type"] == "qwen2" or config["attention_bias"]
+    if leaf == "attn_output":
+        return config["attention_bias"]
+    return leaf in ("ffn_gate", "ffn_up", "ffn_down") and config["mlp_bias"]
+
+
+def _row_order(gguf_name: str, file: GGUFFile, config: dict[str, Any]) -> np.ndarray | None:
+    """llama.cpp rotates neighbouring rows (2j, 2j+1) of a llama head, Hugging Face rows (j, j + H/2)."""
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    leaf = gguf_name.split(".")[-2]
+    if config["model_type"] != "llama" or leaf not in heads:
+        return None
+    num_rows = file.tensors[gguf_name].shape[0]
+    return np.arange(num_rows).reshape(heads[leaf], -1, 2).swapaxes(1, 2).reshape(-1)

@@ -1,0 +1,198 @@
+"""A Hugging Face `config.json` made from the metadata of a GGUF file.
+
+Keys: the GGUF specification (`docs/gguf.md` of github.com/ggml-org/ggml) and `gguf-py/gguf/constants.py` of llama.cpp.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from efx_jax.errors import InputError
+from efx_jax.model.spec import ARCHITECTURES
+from efx_jax.weights.gguf_file import GGUFFile
+
+_PLAIN_KEYS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+# Keys that are read elsewhere in this file, or that change nothing in the model's function.
+_KNOWN_KEYS = (
+    *_PLAIN_KEYS,
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+    "rope.scaling.finetuned",
+    "vocab_size",
+    "tensor_data_layout",
+)
+_NEUTRAL_VALUES = {
+    "attention.causal": True,
+    "attention.sliding_window": 0,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "use_parallel_residual": False,
+}
+_LLAMA3_LOW, _LLAMA3_HIGH = 1.0, 4.0
+_DEFAULT_THETA = 10000.0
+
+
+def config_from_metadata(file: GGUFFile, rope_factors: np.ndarray | None) -> dict[str, Any]:
+    """Makes a `config.json` dictionary.
+
+    Args:
+        file: the parsed GGUF header.
+        rope_factors: `rope_freqs.weight`, `[H/2]` divisors of the rotary frequencies, if the file has them.
+
+    Returns:
+        The configuration, with `rope_parameters` as transformers 5 writes them.
+
+    Raises:
+        InputError: an unsupported architecture or option, a missing key.
+    """
+    model_type = file.metadata.get("general.architecture")
+    if model_type not in ARCHITECTURES:
+        raise InputError(
+            f"{file.path}: general.architecture {model_type!r} is not supported; expected one of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    options = {
+        key.removeprefix(f"{model_type}."): _same_in_every_layer(file, key, value)
+        for key, value in file.metadata.items()
+        if key.startswith(f"{model_type}.")
+    }
+    _refuse_unsupported(file, options)
+    missing = [key for key in _PLAIN_KEYS if key not in options]
+    if missing:
+        raise InputError(f"{file.path}: metadata key {model_type}.{missing[0]} is missing; the file is damaged")
+    config: dict[str, Any] = {"architectures": [ARCHITECTURES[model_type]], "model_type": model_type}
+    config |= {name: options[key] for key, name in _PLAIN_KEYS.items()}
+    config["num_key_value_heads"] = options.get("attention.head_count_kv", options["attention.head_count"])
+    config["head_dim"] = _head_dim(file, options)
+    config["vocab_size"] = _vocab_size(file)
+    config["hidden_act"] = "silu"
+    config["tie_word_embeddings"] = "output.weight" not in file.tensors
+    config["attention_bias"] = model_type != "qwen2" and "blk.0.attn_q.bias" in file.tensors
+    config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
+    config["rope_parameters"] = _rope_parameters(file, options, config["head_dim"], rope_factors)
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        config[f"{name}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+    return config
+
+
+def _same_in_every_layer(file: GGUFFile, key: str, value: Any) -> Any:
+    """Some writers give a per-layer list where all layers agree."""
+    if not isinstance(value, list):
+        return value
+    if len(set(value)) != 1:
+        raise InputError(f"{file.path}: {key} differs from layer to layer, which is not supported: {value[:8]}")
+    return value[0]
+
+
+def _refuse_unsupported(file: GGUFFile, options: dict[str, Any]) -> None:
+    for key, value in options.items():
+        if key in _KNOWN_KEYS or (key in _NEUTRAL_VALUES and value == _NEUTRAL_VALUES[key]):
+            continue
+        raise InputError(
+            f"{file.path}: metadata option {file.metadata['general.architecture']}.{key} = {value!r} is not supported; "
+            "running without it would be wrong"
+        )
+
+
+def _head_dim(file: GGUFFile, options: dict[str, Any]) -> int:
+    derived = options["embedding_length"] // options["attention.head_count"]
+    rotary = options.get("rope.dimension_count")
+    head_dim = options.get("attention.key_length") or rotary or derived
+    lengths = {"attention.value_length": options.get("attention.value_length"), "rope.dimension_count": rotary}
+    for key, value in lengths.items():
+        if value not in (None, head_dim):
+            raise InputError(f"{file.path}: {key} {value} differs from the head width {head_dim}; it is not supported")
+    return head_dim
+
+
+def _vocab_size(file: GGUFFile) -> int:
+    if "token_embd.weight" not in file.tensors:
+        raise InputError(f"{file.path}: tensor 'token_embd.weight' is missing; the file is damaged or not a model")
+    return file.tensors["token_embd.weight"].shape[0]
+
+
+def _rope_parameters(
+    file: GGUFFile, options: dict[str, Any], head_dim: int, rope_factors: np.ndarray | None
+) -> dict[str, Any]:
+    theta = options.get("rope.freq_base", _DEFAULT_THETA)
+    kind = options.get("rope.scaling.type", "linear" if "rope.scale_linear" in options else "none")
+    factor = options.get("rope.scaling.factor", options.get("rope.scale_linear", 1.0))
+    if kind not in ("none", "linear", "yarn"):
+        raise InputError(f"{file.path}: rope.scaling.type {kind!r} is not supported; expected none, linear or yarn")
+    if rope_factors is not None and np.any(rope_factors != 1):
+        if kind != "none":
+            raise InputError(f"{file.path}: both rope_freqs.weight and rope.scaling.type {kind!r}; expected one")
+        return _llama3_parameters(file, theta, head_dim, rope_factors)
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return {"rope_type": "default", "rope_theta": theta}
+    parameters = {"rope_type": kind, "rope_theta": theta, "factor": factor}
+    if kind == "yarn":
+        renamed = {
+            "original_max_position_embeddings": options.get("rope.scaling.original_context_length"),
+            "beta_fast": options.get("rope.scaling.yarn_beta_fast"),
+            "beta_slow": options.get("rope.scaling.yarn_beta_slow"),
+        }
+        parameters |= {name: value for name, value in renamed.items() if value is not None}
+    return parameters
+
+
+def llama3_factors(
+    theta: float, head_dim: int, factor: float, low: float, high: float, original_length: float
+) -> np.ndarray:
+    """What LLaMA 3.1 divides its `[H/2]` rotary frequencies by (transformers' `_compute_llama3_parameters`)."""
+    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = (original_length / wavelengths - low) / (high - low)
+    return 1 / ((1 - np.clip(smooth, 0, 1)) / factor + np.clip(smooth, 0, 1))
+
+
+def _llama3_parameters(file: GGUFFile, theta: float, head_dim: int, factors: np.ndarray) -> dict[str, Any]:
+    """The four numbers behind `rope_freqs.weight`.
+
+    Only two of low, high and original length can be seen in the factors (all three may be multiplied by one number),
+    so low and high are taken as every published model has them, 1 and 4.
+    """
+    factor = float(factors.max())
+    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    between = (factors > 1) & (factors < factor)
+    lengths = [8192]
+    if factors.shape == wavelengths.shape and between.any():
+        smooth = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
+        fitted = (smooth * (_LLAMA3_HIGH - _LLAMA3_LOW) + _LLAMA3_LOW) * wavelengths[between]
+        lengths.append(round(float(np.median(fitted))))
+    for length in lengths:
+        expected = llama3_factors(theta, head_dim, factor, _LLAMA3_LOW, _LLAMA3_HIGH, length)
+        if expected.shape == factors.shape and np.allclose(expected, factors, rtol=1e-5, atol=0):
+            return {
+                "rope_type": "llama3",
+                "rope_theta": theta,
+                "factor": factor,
+                "low_freq_factor": _LLAMA3_LOW,
+                "high_freq_factor": _LLAMA3_HIGH,
+                "original_max_position_embeddings": length,
+            }
+    raise InputError(
+        f"{file.path}: rope_freqs.weight does not follow LLaMA 3.1's rule (low 1, high 4, any length); other rotary "
+        "scalings stored as a tensor are not supported; use the safetensors checkpoint"
+    )
