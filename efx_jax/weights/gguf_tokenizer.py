@@ -1,0 +1,200 @@
+"""Builds a Hugging Face tokenizer from the metadata of a GGUF file, without torch.
+
+It gives the token ids that `AutoTokenizer.from_pretrained(folder, gguf_file=...)` of transformers 5 gives. The split
+patterns are those of the models' own `tokenizer.json` files, as llama.cpp (`src/llama-vocab.cpp`) names them.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from efx_jax.errors import InputError
+from efx_jax.weights.gguf_file import GGUFFile, read_header
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+# None: GPT-2's own pattern, which the byte-level pre-tokenizer brings with it.
+_SPLITS = {
+    "default": None,
+    "gpt-2": None,
+    "smollm": None,
+    "llama-bpe": _LLAMA3_SPLIT,
+    "llama3": _LLAMA3_SPLIT,
+    "llama-v3": _LLAMA3_SPLIT,
+    "falcon3": _LLAMA3_SPLIT,
+    "smaug-bpe": _LLAMA3_SPLIT,
+    "qwen2": _QWEN2_SPLIT,
+    "deepseek-r1-qwen": _QWEN2_SPLIT,
+}
+_CONTROL, _USER_DEFINED = 3, 4
+_SPECIAL_IDS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
+# Special under these names wherever the vocabulary has them, whatever type the file gives them.
+_ALWAYS_SPECIAL = {"gpt2": ("<|endoftext|>",), "llama": ("<unk>", "<s>", "</s>")}
+
+
+def gguf_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
+    """Builds the tokenizer that a GGUF file describes.
+
+    Args:
+        path: a GGUF file whose `tokenizer.ggml.model` is gpt2 (byte-level BPE) or llama (SentencePiece BPE).
+
+    Returns:
+        A tokenizer with the file's special tokens, bos and eos flags and chat template; `save_pretrained` writes a
+        folder that `AutoTokenizer.from_pretrained` opens to the same ids.
+
+    Raises:
+        InputError: no tokenizer in the file, an unsupported kind or pre-tokenizer, inconsistent lists.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    file = read_header(path)
+    kind = file.metadata.get("tokenizer.ggml.model")
+    if kind not in _BUILDERS:
+        raise InputError(
+            f"{file.path}: tokenizer.ggml.model {kind!r} is not supported; expected one of {', '.join(_BUILDERS)}"
+        )
+    tokens = _per_token(file, "tokens")
+    try:
+        backend = _BUILDERS[kind](file, tokens)
+    except InputError:
+        raise
+    except Exception as error:  # the Rust library raises bare Exception, e.g. for a merge outside the vocabulary
+        raise InputError(f"{file.path}: the tokenizer cannot be built: {error}") from None
+    _add_tokens(backend, file, tokens, kind)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=file.metadata.get("tokenizer.chat_template"),
+        # A SentencePiece file that says nothing has a bos, a byte-level one has none (as in transformers).
+        add_bos_token=file.metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"),
+        add_eos_token=file.metadata.get("tokenizer.ggml.add_eos_token", False),
+        **_special_tokens(file, tokens),
+    )
+
+
+def _byte_level(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    pre = file.metadata.get("tokenizer.ggml.pre", "default")
+    if pre not in _SPLITS:
+        raise InputError(
+            f"{file.path}: tokenizer.ggml.pre {pre!r} is not supported; expected one of {', '.join(_SPLITS)}; "
+            "use the safetensors checkpoint with its tokenizer.json"
+        )
+    vocab = {token: index for index, token in enumerate(_spelled(tokens))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=_stored_merges(file)))
+    split = _SPLITS[pre]
+    if split is None:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(split), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    has_merges = "tokenizer.ggml.merges" in file.metadata
+    merges = _stored_merges(file) if has_merges else _merges_from_scores(tokens, _per_token(file, "scores"))
+    vocab = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    )
+    return backend
+
+
+_BUILDERS: dict[str, Callable[[GGUFFile, list[str]], "Tokenizer"]] = {"gpt2": _byte_level, "llama": _sentencepiece}
+
+
+def _per_token(file: GGUFFile, name: str) -> list[Any]:
+    """`tokenizer.ggml.<name>`, a list with one entry per token."""
+    values = file.metadata.get(f"tokenizer.ggml.{name}")
+    if not isinstance(values, list) or not values:
+        raise InputError(f"{file.path}: tokenizer.ggml.{name} is missing; the file has no complete tokenizer")
+    expected = len(file.metadata["tokenizer.ggml.tokens"])
+    if len(values) != expected:
+        raise InputError(f"{file.path}: tokenizer.ggml.{name} has {len(values)} entries, expected {expected}")
+    return values
+
+
+def _stored_merges(file: GGUFFile) -> list[tuple[str, str]]:
+    merges = [tuple(merge.split(" ")) for merge in file.metadata.get("tokenizer.ggml.merges", [])]
+    wrong = next((merge for merge in merges if len(merge) != 2), None)
+    if not merges or wrong is not None:
+        raise InputError(f"{file.path}: tokenizer.ggml.merges must hold pairs of tokens, found {wrong or 'none'}")
+    return [(left, right) for left, right in merges]
+
+
+def _merges_from_scores(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
+    """Every way to cut a token into two tokens, best score first: the order in which SentencePiece merges them."""
+    vocab = {token: index for index, token in enumerate(tokens)}
+    ranked = []
+    for token, score in dict(zip(tokens, scores, strict=True)).items():
+        cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+        pairs = [(left, right) for left, right in cuts if left in vocab and right in vocab]
+        pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        ranked += [((score, len(left), len(right)), (left, right)) for left, right in pairs]
+    ranked.sort(key=lambda entry: entry[0], reverse=True)
+    return [pair for _, pair in ranked]
+
+
+def _byte_alphabet() -> list[str]:
+    """GPT-2's printable character for each byte: itself where it prints, else the next one from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
+
+
+def _spelled(tokens: list[str]) -> list[str]:
+    """Tokens in the byte alphabet; llama.cpp writes some added tokens (runs of spaces) as plain text."""
+    alphabet = _byte_alphabet()
+    known = set(alphabet)
+    return [
+        token if known.issuperset(token) else "".join(alphabet[byte] for byte in token.encode("utf-8"))
+        for token in tokens
+    ]
+
+
+def _add_tokens(backend: "Tokenizer", file: GGUFFile, tokens: list[str], kind: str) -> None:
+    """Marks the tokens that are found whole in a text: special ones, and user-defined ones (which decode as text)."""
+    from tokenizers import AddedToken
+
+    vocab = backend.get_vocab(with_added_tokens=False)
+    types = _per_token(file, "token_type") if "tokenizer.ggml.token_type" in file.metadata else [0] * len(tokens)
+    typed = list(zip(tokens, types, strict=True))
+    special = [token for token, token_type in typed if token_type == _CONTROL]
+    special += [*_ALWAYS_SPECIAL[kind], *_special_tokens(file, tokens).values()]
+    user_defined = [token for token, token_type in typed if token_type == _USER_DEFINED]
+    # A token that was respelled is not in the vocabulary under its own name: adding it would enlarge the vocabulary.
+    backend.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in special if token in vocab]
+    )
+    backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in user_defined if token in vocab])
+
+
+def _special_tokens(file: GGUFFile, tokens: list[str]) -> dict[str, str]:
+    """bos_token, eos_token, unk_token and pad_token, where the file gives their ids."""
+    named = {name: file.metadata[key] for name, key in _SPECIAL_IDS.items() if key in file.metadata}
+    for name, index in named.items():
+        if index >= len(tokens):
+            raise InputError(f"{file.path}: {_SPECIAL_IDS[name]} is {index}, but there are {len(tokens)} tokens")
+    return {name: tokens[index] for name, index in named.items()}
