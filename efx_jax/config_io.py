@@ -1,0 +1,195 @@
+"""Fills a `Config`: a preset, then a YAML file, then flags, each overriding the one before."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from efx_jax.config import Config
+from efx_jax.config_rules import validate
+from efx_jax.config_values import describe, nearest, parse_value, replace_values, setting_types
+from efx_jax.errors import InputError
+
+PRESETS = ("paper", "official", "efx")
+_CONTROLS = {"config": str, "preset": str, "output": str, "dry_run": bool}
+_HELP = "`python train.py --help` lists them all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """What a command line asks for: the settings, the folder that the run writes into, and whether to only plan it."""
+
+    config: Config
+    output: Path
+    dry_run: bool
+
+
+def resolve(argv: Sequence[str]) -> Resolved:
+    """Reads `[--config FILE] [--preset NAME] [--output DIR] [--dry-run] [--section.field VALUE ...]`.
+
+    Flags override the file and the file overrides the preset. With neither file nor preset the file is
+    `configs/quickstart.yaml`. Both `--a.b=c` and `--a.b c` are read, hyphens count as underscores, and of a flag that
+    is given twice the last one holds.
+
+    Args:
+        argv: the arguments after the script's name.
+
+    Returns:
+        The checked settings; the output folder is `runs/<name of the file or preset>` unless given.
+
+    Raises:
+        InputError: an unknown flag or key, a wrong type, an unreadable file, or a value out of range.
+    """
+    kinds = setting_types() | _CONTROLS
+    values = {name: parse_value(f"--{name}", texts, kinds[name]) for name, texts in _read_flags(argv).items()}
+    path, preset = values.pop("config", None), values.pop("preset", None)
+    output, dry_run = values.pop("output", None), values.pop("dry_run", False)
+    if path is None and preset is None:
+        path = config_folder() / "quickstart.yaml"
+    config = replace_values(load_config(path, preset), values)
+    validate(config)
+    name = Path(path).stem if path else preset
+    return Resolved(config=config, output=Path(output or f"runs/{name}"), dry_run=dry_run)
+
+
+def load_config(path: str | Path | None = None, preset: str | None = None) -> Config:
+    """The settings of a YAML file over those of a preset over the defaults, not yet checked by `validate`.
+
+    Args:
+        path: YAML file of sections with fields; its key `preset` names the preset below it.
+        preset: replaces the file's own choice.
+
+    Raises:
+        InputError: an unknown preset or key, a wrong type, or an unreadable file.
+    """
+    tree = _read_yaml(Path(path)) if path else {}
+    own_preset = tree.pop("preset", "")
+    preset = preset or own_preset
+    base = Config()
+    if preset:
+        if preset not in PRESETS:
+            raise InputError(f"preset {preset!r} is not known; expected one of {', '.join(PRESETS)}")
+        preset_path = config_folder() / "presets" / f"{preset}.yaml"
+        base = replace_values(base, _parse_tree(_read_yaml(preset_path), str(preset_path)))
+    return replace_values(base, _parse_tree(tree, str(path)))
+
+
+def from_yaml(text: str, source: str = "config.yaml") -> Config:
+    """Reads the YAML that `to_yaml` writes, or any part of it; what it leaves out has its default.
+
+    Args:
+        text: sections of fields.
+        source: name of the text in error messages.
+
+    Raises:
+        InputError: broken YAML, an unknown key or a wrong type.
+    """
+    return replace_values(Config(), _parse_tree(_parse_yaml(text, source), source))
+
+
+def to_yaml(config: Config) -> str:
+    """Every setting, resolved. `from_yaml(to_yaml(config)) == config`."""
+    # YAML has lists but no tuples.
+    tree = {
+        name: {field: list(value) if isinstance(value, tuple) else value for field, value in section.items()}
+        if isinstance(section, dict)
+        else section
+        for name, section in dataclasses.asdict(config).items()
+    }
+    return yaml.safe_dump(tree, sort_keys=False, width=120)
+
+
+def config_folder() -> Path:
+    """The folder `configs`: inside an installed package, beside the package in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def _read_flags(argv: Sequence[str]) -> dict[str, list[str]]:
+    """The texts of every flag, by the name of its setting or control."""
+    kinds = setting_types() | _CONTROLS
+    flags: dict[str, list[str]] = {}
+    name = ""
+    for token in argv:
+        if token.startswith("--"):
+            written, equals, text = token[2:].partition("=")
+            name, implied = _named_setting(written.replace("-", "_"), kinds)
+            flags[name] = [text] if equals else implied
+        elif not name:
+            raise InputError(f"{token!r} does not follow a flag; expected --section.field VALUE; {_HELP}")
+        else:
+            flags[name].append(token)
+    for name, texts in flags.items():
+        if not texts and kinds[name] is bool:
+            texts.append("true")
+        elif not texts:
+            raise InputError(f"--{name} lacks its value; expected {describe(kinds[name])}")
+    return flags
+
+
+def _named_setting(name: str, kinds: dict[str, Any]) -> tuple[str, list[str]]:
+    """The setting that a flag names, and the text that comes with the name: `--log.no-wandb` is false."""
+    if name in kinds:
+        return name, []
+    section, dot, field = name.rpartition(".")
+    positive = section + dot + field.removeprefix("no_")
+    if positive != name and kinds.get(positive) is bool:
+        return positive, ["false"]
+    raise InputError(f"--{name} is not a setting; the nearest is --{nearest(name, kinds)}; {_HELP}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"config file {path} cannot be read: {error.strerror}; give --config a YAML file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"config file {path} is not UTF-8 text; give --config a YAML file") from None
+    return _parse_yaml(text, str(path))
+
+
+def _parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """A tree whose leaves are texts or lists: `config_values` knows the types, YAML does not."""
+    try:
+        tree = yaml.load(text, Loader=yaml.BaseLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InputError(f"{source}:{line}: broken YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{source}: broken YAML: {' '.join(str(error).split())}") from None
+    if tree in (None, ""):
+        return {}
+    if not isinstance(tree, dict):
+        raise InputError(
+            f"{source}: expected sections such as `prune:` with fields below them, found {str(tree)[:40]!r}"
+        )
+    return tree
+
+
+def _parse_tree(tree: dict[str, Any], source: str) -> dict[str, Any]:
+    """Values by dotted path."""
+    kinds = setting_types()
+    values: dict[str, Any] = {}
+    for name, node in tree.items():
+        for key, texts in _flatten(name, node, source).items():
+            if key not in kinds:
+                raise InputError(f"{source}: {key} is not a setting; the nearest is {nearest(key, kinds)}; {_HELP}")
+            texts = texts if isinstance(texts, list) else [texts]
+            if not all(isinstance(text, str) for text in texts):
+                raise InputError(f"{source}: {key} must be {describe(kinds[key])}, found {texts}")
+            values[key] = parse_value(f"{source}: {key}", texts, kinds[key])
+    return values
+
+
+def _flatten(name: str, node: Any, source: str) -> dict[str, Any]:
+    """The fields below one top-level key, by dotted path."""
+    if not any(key.startswith(f"{name}.") for key in setting_types()):
+        return {name: node}
+    if node == "":
+        return {}
+    if not isinstance(node, dict):
+        raise InputError(f"{source}: {name} must hold fields below it, found {node!r}")
+    return {f"{name}.{field}": texts for field, texts in node.items()}

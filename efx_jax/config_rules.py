@@ -1,0 +1,146 @@
+"""Which values of the settings make sense, and which settings exclude each other."""
+
+import itertools
+import re
+from collections.abc import Iterable
+
+from efx_jax.config import Config, DataConfig, EvalConfig, LoraConfig, PruneConfig, TrainConfig
+from efx_jax.errors import InputError
+
+Rule = tuple[str, object, bool, str]
+"""Setting, value found, whether it is right, what was expected."""
+
+
+def validate(config: Config) -> None:
+    """Refuses settings that cannot be run, before anything is loaded.
+
+    Raises:
+        InputError: the first setting whose value is out of range or excluded by another.
+    """
+    rules = [
+        ("model.path", config.model.path, config.model.path != "", 'a path, a Hub name or "quickstart"'),
+        *_data_rules(config.data),
+        *_lora_rules(config.lora),
+        *_prune_rules(config.prune),
+        *_calibration_rules(config.prune),
+        *_schedule_rules(config.prune),
+        *_train_rules(config.train),
+        *_eval_rules(config.eval),
+        ("mesh.data", config.mesh.data, config.mesh.data >= 1, "at least 1"),
+        ("mesh.fsdp", config.mesh.fsdp, config.mesh.fsdp >= 1, "at least 1"),
+        ("mesh.tensor", config.mesh.tensor, config.mesh.tensor >= 1, "at least 1"),
+        ("seed", config.seed, 0 <= config.seed < 2**32, "in [0, 2^32)"),
+    ]
+    for setting, found, is_right, expected in rules:
+        if not is_right:
+            raise InputError(f"{setting} must be {expected}, found {found!r}")
+
+
+def n_of_m(group: str) -> tuple[int, int] | None:
+    """N and M of a comparison group "N:M" (N of M consecutive inputs stay), None for any other text."""
+    match = re.fullmatch(r"(\d+):(\d+)", group)
+    if not match:
+        return None
+    kept, block = int(match[1]), int(match[2])
+    return (kept, block) if 1 <= kept < block else None
+
+
+def _data_rules(data: DataConfig) -> Iterable[Rule]:
+    return [
+        ("data.train", data.train, data.train != "", "a file, a Hub name or a built-in task"),
+        ("data.max_length", data.max_length, data.max_length >= 2, "at least 2"),
+        ("data.holdout", data.holdout, 0 <= data.holdout < 1, "in [0, 1)"),
+    ]
+
+
+def _lora_rules(lora: LoraConfig) -> Iterable[Rule]:
+    return [
+        ("lora.rank", lora.rank, lora.rank >= 1, "at least 1"),
+        ("lora.alpha", lora.alpha, lora.alpha > 0, "above 0"),
+        ("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "in [0, 1)"),
+        _target_rule("lora.targets", lora.targets),
+    ]
+
+
+def _target_rule(setting: str, targets: tuple[str, ...]) -> Rule:
+    # The defaults are all seven linears of a block.
+    known = PruneConfig().targets
+    is_right = len(targets) > 0 and len(set(targets)) == len(targets) and set(targets) <= set(known)
+    return setting, " ".join(targets), is_right, f"different names among {', '.join(known)}"
+
+
+def _prune_rules(prune: PruneConfig) -> Iterable[Rule]:
+    pattern = n_of_m(prune.group)
+    is_group = prune.group in ("row", "matrix", "bounded") or pattern is not None
+    rules: list[Rule] = [
+        ("prune.sparsity", prune.sparsity, 0 <= prune.sparsity < 1, "in [0, 1)"),
+        ("prune.group", prune.group, is_group, "row, matrix, bounded, or N:M with N < M such as 2:4"),
+        ("prune.bound", prune.bound, 0 <= prune.bound <= 1, "in [0, 1]"),
+        _target_rule("prune.targets", prune.targets),
+        ("prune.ema", prune.ema, 0 < prune.ema <= 1, "in (0, 1]"),
+        ("prune.ridge", prune.ridge, prune.ridge >= 0, "at least 0"),
+        ("prune.admm_steps", prune.admm_steps, prune.admm_steps >= 1, "at least 1"),
+        ("prune.admm_damping", prune.admm_damping, prune.admm_damping >= 0, "at least 0"),
+    ]
+    if pattern:
+        kept, block = pattern
+        share = 1 - kept / block
+        is_share = abs(prune.sparsity - share) < 1e-9
+        expected = f"1 - {kept}/{block} = {share:g} with prune.group {prune.group}"
+        rules.append(("prune.sparsity", prune.sparsity, is_share, expected))
+        expected = "epochs or fractions with prune.group N:M, which has one sparsity only"
+        rules.append(("prune.schedule", prune.schedule, prune.schedule != "cubic", expected))
+    return rules
+
+
+def _calibration_rules(prune: PruneConfig) -> Iterable[Rule]:
+    return [
+        ("prune.calibration", prune.calibration, prune.calibration != "", "train, a file or a name"),
+        ("prune.calibration_rows", prune.calibration_rows, prune.calibration_rows >= 1, "at least 1"),
+        ("prune.calibration_length", prune.calibration_length, prune.calibration_length >= 1, "at least 1"),
+        ("prune.calibration_batch", prune.calibration_batch, prune.calibration_batch >= 1, "at least 1"),
+        ("prune.chunk_mib", prune.chunk_mib, prune.chunk_mib >= 1, "at least 1"),
+    ]
+
+
+def _schedule_rules(prune: PruneConfig) -> Iterable[Rule]:
+    times, (start, end) = prune.fractions, prune.ramp
+    is_increasing = all(early < late for early, late in itertools.pairwise(times))
+    are_shares = len(times) > 0 and all(0 < time <= 1 for time in times)
+    return [
+        ("prune.fractions", times, are_shares and is_increasing, "increasing shares in (0, 1]"),
+        ("prune.events", prune.events, prune.events >= 1, "at least 1"),
+        ("prune.ramp", prune.ramp, 0 <= start < end <= 1, "two increasing shares in [0, 1]"),
+    ]
+
+
+def _train_rules(train: TrainConfig) -> Iterable[Rule]:
+    micro = train.micro_batch or train.batch_size
+    return [
+        ("train.epochs", train.epochs, train.epochs > 0, "above 0"),
+        ("train.steps", train.steps, train.steps >= 0, "at least 0"),
+        ("train.micro_batch", train.micro_batch, train.micro_batch >= 0, "at least 0"),
+        ("train.batch_size", train.batch_size, train.batch_size >= 1, "at least 1"),
+        (
+            "train.batch_size",
+            train.batch_size,
+            micro > 0 and train.batch_size % micro == 0,
+            f"a multiple of train.micro_batch {micro}",
+        ),
+        ("train.learning_rate", train.learning_rate, train.learning_rate > 0, "above 0"),
+        ("train.warmup", train.warmup, 0 <= train.warmup < 1, "in [0, 1)"),
+        ("train.weight_decay", train.weight_decay, train.weight_decay >= 0, "at least 0"),
+        ("train.clip", train.clip, train.clip >= 0, "at least 0"),
+        ("train.log_every", train.log_every, train.log_every >= 1, "at least 1"),
+        ("train.checkpoint_every", train.checkpoint_every, train.checkpoint_every >= 0, "at least 0"),
+        ("train.keep", train.keep, train.keep >= 1, "at least 1"),
+    ]
+
+
+def _eval_rules(evaluation: EvalConfig) -> Iterable[Rule]:
+    return [
+        ("eval.rows", evaluation.rows, evaluation.rows >= 0, "at least 0"),
+        ("eval.text_tokens", evaluation.text_tokens, evaluation.text_tokens >= 0, "at least 0"),
+        ("eval.window", evaluation.window, evaluation.window >= 2, "at least 2"),
+        ("eval.batch_size", evaluation.batch_size, evaluation.batch_size >= 1, "at least 1"),
+    ]

@@ -1,0 +1,92 @@
+"""Which settings are refused before anything is loaded."""
+
+import dataclasses
+
+import pytest
+
+from efx_jax.config import Config
+from efx_jax.config_rules import n_of_m, validate
+from efx_jax.config_values import replace_values
+from efx_jax.errors import InputError
+
+
+def test_the_defaults_are_valid():
+    validate(Config())
+
+
+def test_settings_cannot_be_changed_in_place():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("prune.sparsity", 1.0),
+        ("prune.sparsity", -0.1),
+        ("prune.group", "column"),
+        ("prune.group", "4:2"),
+        ("prune.group", "0:4"),
+        ("prune.bound", -0.1),
+        ("prune.targets", ()),
+        ("prune.targets", ("lm_head",)),
+        ("prune.ema", 0.0),
+        ("prune.ema", 1.5),
+        ("prune.fractions", ()),
+        ("prune.fractions", (0.0, 0.5)),
+        ("prune.fractions", (0.5, 0.5)),
+        ("prune.fractions", (0.5, 1.5)),
+        ("prune.ramp", (0.5, 0.2)),
+        ("prune.events", 0),
+        ("prune.ridge", -1e-8),
+        ("prune.admm_steps", 0),
+        ("prune.calibration_rows", 0),
+        ("lora.rank", 0),
+        ("lora.alpha", 0.0),
+        ("lora.dropout", 1.0),
+        ("lora.targets", ("q_proj", "q_proj")),
+        ("data.max_length", 1),
+        ("data.holdout", 1.0),
+        ("train.learning_rate", 0.0),
+        ("train.batch_size", 0),
+        ("train.micro_batch", -1),
+        ("train.epochs", 0.0),
+        ("train.warmup", 1.0),
+        ("eval.window", 1),
+        ("mesh.fsdp", 0),
+        ("seed", -1),
+    ],
+)
+def test_value_out_of_range_is_refused_by_name(setting, value):
+    with pytest.raises(InputError, match=rf"^{setting} must be .*, found ") as caught:
+        validate(replace_values(Config(), {setting: value}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [{"prune.sparsity": 0.0}, {"prune.ema": 1.0}, {"prune.fractions": (0.2, 1.0)}])
+def test_values_at_the_edge_are_accepted(settings):
+    validate(replace_values(Config(), settings))
+
+
+def test_n_of_m_fixes_the_sparsity():
+    validate(replace_values(Config(), {"prune.group": "1:4", "prune.sparsity": 0.75}))
+    with pytest.raises(InputError, match=r"prune.sparsity must be 1 - 1/4 = 0.75 with prune.group 1:4, found 0.5"):
+        validate(replace_values(Config(), {"prune.group": "1:4", "prune.sparsity": 0.5}))
+
+
+def test_n_of_m_excludes_a_ramp_of_sparsities():
+    settings = {"prune.group": "2:4", "prune.sparsity": 0.5, "prune.schedule": "cubic"}
+    with pytest.raises(InputError, match="prune.schedule must be epochs or fractions"):
+        validate(replace_values(Config(), settings))
+
+
+def test_batch_must_be_a_multiple_of_the_micro_batch():
+    validate(replace_values(Config(), {"train.batch_size": 12, "train.micro_batch": 4}))
+    with pytest.raises(InputError, match="train.batch_size must be a multiple of train.micro_batch 5, found 12"):
+        validate(replace_values(Config(), {"train.batch_size": 12, "train.micro_batch": 5}))
+
+
+def test_group_text_gives_n_and_m():
+    assert n_of_m("2:4") == (2, 4)
+    assert n_of_m("row") is None
+    assert n_of_m("4:4") is None

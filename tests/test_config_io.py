@@ -1,0 +1,214 @@
+"""What `python train.py` understands: presets, files and flags, and what it says to a mistake."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from efx_jax.config import Config
+from efx_jax.config_io import PRESETS, config_folder, from_yaml, load_config, resolve, to_yaml
+from efx_jax.config_rules import validate
+from efx_jax.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(text, name="mine.yaml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write_file
+
+
+def error_of(argv):
+    with pytest.raises(InputError) as caught:
+        resolve(argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_no_argument_means_the_quickstart():
+    resolved = resolve([])
+    assert resolved.config == load_config(config_folder() / "quickstart.yaml")
+    assert (resolved.config.model.path, resolved.config.data.train) == ("quickstart", "icd10")
+    assert (resolved.output, resolved.dry_run) == (Path("runs/quickstart"), False)
+
+
+def test_flag_overrides_file_and_file_overrides_preset(write):
+    path = write("prune: {ema: 0.25, sparsity: 0.3}")
+    config = resolve(["--preset", "paper", "--config", path, "--prune.sparsity", "0.6"]).config
+    assert (config.prune.recovery, config.prune.ema, config.prune.sparsity) == ("pbs", 0.25, 0.6)
+
+
+def test_file_names_its_own_preset_and_the_flag_replaces_it(write):
+    path = write("preset: official\nseed: 3")
+    assert resolve(["--config", path]).config.prune.mask_forward == "dense"
+    replaced = resolve(["--config", path, "--preset", "paper"]).config
+    assert (replaced.prune.mask_forward, replaced.seed) == ("exact", 3)
+
+
+def test_preset_alone_reads_no_file():
+    resolved = resolve(["--preset", "paper"])
+    assert (resolved.config, resolved.output) == (load_config(preset="paper"), Path("runs/paper"))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--prune.mask_forward=frozen", "--dry-run"],
+        ["--dry_run", "--prune.mask-forward", "frozen"],
+        ["--prune.mask_forward", "ste", "--prune.mask_forward", "frozen", "--dry-run", "true"],
+    ],
+)
+def test_every_spelling_of_a_flag_means_the_same(argv):
+    resolved = resolve(argv)
+    assert (resolved.config.prune.mask_forward, resolved.dry_run) == ("frozen", True)
+
+
+def test_output_takes_the_name_of_the_file_unless_given(write):
+    path = write("seed: 1", "llama_billsum.yaml")
+    assert resolve(["--config", path]).output == Path("runs/llama_billsum")
+    assert resolve(["--config", path, "--output", "elsewhere"]).output == Path("elsewhere")
+
+
+@pytest.mark.parametrize("texts", [["q_proj", "v_proj"], ["q_proj,v_proj"], ["q_proj,", "v_proj"]])
+def test_tuples_are_separated_by_spaces_or_commas(texts):
+    assert resolve(["--lora.targets", *texts]).config.lora.targets == ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--log.wandb"], True),
+        (["--log.wandb", "true"], True),
+        (["--log.wandb=False"], False),
+        (["--log.wandb", "--log.no-wandb"], False),
+    ],
+)
+def test_switches_are_read_with_and_without_a_value(argv, expected):
+    assert resolve(argv).config.log.wandb is expected
+
+
+def test_yaml_scalars_mean_what_the_flag_means(write):
+    # Plain YAML 1.1 reads 2:4 in base 60, as 124, and 1e-4 as a string.
+    path = write("prune:\n  group: 2:4\n  sparsity: 0.5\n  ramp: [0, 1]\ntrain:\n  learning_rate: 1e-4\n  steps: 10")
+    config = resolve(["--config", path]).config
+    assert (config.prune.group, config.train.learning_rate, config.train.steps) == ("2:4", 1e-4, 10)
+    assert config.prune.ramp == (0.0, 1.0)
+
+
+def test_an_empty_value_is_an_empty_text(write):
+    assert resolve(["--data.text", "", "--config", write("data:\n  text: x\nlora:\n")]).config.data.text == ""
+
+
+def test_unknown_flag_names_the_nearest():
+    message = error_of(["--prune.sparcity", "0.5"])
+    assert "--prune.sparcity" in message
+    assert "--prune.sparsity" in message
+
+
+def test_bare_field_name_finds_its_section():
+    assert "the nearest is --lora.rank;" in error_of(["--rank", "4"])
+
+
+def test_unknown_key_in_a_file_names_the_file_the_key_and_the_nearest(write):
+    path = write("prune:\n  sparcity: 0.5")
+    assert f"{path}: prune.sparcity is not a setting; the nearest is prune.sparsity;" in error_of(["--config", path])
+
+
+def test_unknown_section_names_a_setting_that_exists(write):
+    path = write("prun:\n  sparsity: 0.5")
+    assert f"{path}: prun is not a setting; the nearest is prune." in error_of(["--config", path])
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--train.steps", "many"], "--train.steps must be an integer, found 'many'"),
+        (["--train.steps", "1.5"], "--train.steps must be an integer, found '1.5'"),
+        (["--train.learning_rate", "fast"], "--train.learning_rate must be a finite number, found 'fast'"),
+        (["--train.learning_rate", "nan"], "--train.learning_rate must be a finite number, found 'nan'"),
+        (["--log.wandb", "maybe"], "--log.wandb must be true or false, found 'maybe'"),
+        (["--prune.score", "wand"], "one of magnitude, wanda, foresight, foresight_gated, found 'wand'"),
+        (["--prune.ramp", "0.1"], "--prune.ramp must be 2 values, each a finite number, found 1"),
+        (["--prune.fractions", "a,b"], "--prune.fractions must be a finite number, found 'a'"),
+        (["--seed", "1", "2"], "--seed must be an integer, found 2 values: 1 2"),
+        (["--seed"], "--seed lacks its value; expected an integer"),
+        (["--preset", "fast"], "preset 'fast' is not known; expected one of paper, official, efx"),
+        (["quickstart.yaml"], "'quickstart.yaml' does not follow a flag"),
+        (["--config", "missing.yaml"], "missing.yaml cannot be read: No such file or directory"),
+    ],
+)
+def test_wrong_value_is_refused_with_one_line(argv, expected):
+    assert expected in error_of(argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train:\n  steps: [1, 2]", "train.steps must be an integer, found 2 values"),
+        ("train:\n  steps: {a: 1}", "train.steps must be an integer, found"),
+        ("train: 3", "train must hold fields below it, found '3'"),
+        ("- 1\n- 2", "expected sections"),
+        ("train:\n\tsteps: 3", "mine.yaml:2: broken YAML"),
+        ("preset: fast", "preset 'fast' is not known"),
+    ],
+)
+def test_malformed_file_is_refused_with_one_line_that_names_it(write, text, expected):
+    message = error_of(["--config", write(text)])
+    assert expected in message
+    assert "mine.yaml" in message or "preset" in message
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid_and_survive_yaml(preset):
+    config = load_config(preset=preset)
+    validate(config)
+    assert from_yaml(to_yaml(config)) == config
+    assert config != Config()
+
+
+def test_written_config_is_read_back_whatever_it_holds(write):
+    prune = dataclasses.replace(Config().prune, group="2:4", ridge=1e-8, fractions=(0.1, 1.0), targets=("up_proj",))
+    data = dataclasses.replace(Config().data, train="true", text="12", template='{a}\n"=> \u00e9: {b}')
+    config = dataclasses.replace(Config(), prune=prune, data=data, seed=7)
+    assert resolve(["--config", write(to_yaml(config))]).config == config
+
+
+def test_paper_preset_is_algorithm_1():
+    config = load_config(preset="paper")
+    assert (config.train.epochs, config.prune.schedule, config.prune.ema) == (3, "epochs", 0.5)
+    assert (config.prune.score, config.prune.group, config.prune.recovery) == ("foresight", "row", "pbs")
+    assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (8, 16, 0)
+    assert (config.prune.ridge, config.train.learning_rate, config.train.weight_decay) == (1e-8, 1e-4, 0.01)
+    assert (config.prune.calibration_rows, config.prune.calibration_length) == (128, 2048)
+
+
+@pytest.mark.parametrize("path", sorted(config_folder().glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path):
+    validate(load_config(path))
+
+
+def test_script_answers_a_mistake_with_one_line_and_code_2():
+    command = [sys.executable, "train.py", "--prune.sparcity", "0.5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "--prune.sparsity" in done.stderr
+
+
+def test_help_lists_every_setting_with_the_value_it_would_have():
+    command = [sys.executable, "train.py", "--help", "--preset", "paper", "--seed", "41"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env={"COLUMNS": "200"})
+    assert done.returncode == 0
+    for section in dataclasses.fields(Config):
+        value = getattr(Config(), section.name)
+        for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
+            assert f"--{section.name}.{field.name} " in done.stdout
+    assert "(default: pbs)" in done.stdout
+    assert "(default: 41)" in done.stdout

@@ -1,0 +1,60 @@
+"""Trains a sparse domain expert: flags and YAML in, `efx_jax.training.run` to work. `python train.py --help`."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import tyro
+
+from efx_jax.config import Config
+from efx_jax.config_io import resolve
+from efx_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flags:
+    """Turns a language model into a sparse domain expert while it is fine-tuned with LoRA."""
+
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+    config: str = "configs/quickstart.yaml"
+    """YAML file of settings, over the preset; flags override both."""
+    preset: Literal["paper", "official", "efx"] = "efx"
+    """Settings below the file's, which may name its own. Given without a file, no file is read."""
+    output: str = "runs/<name of the config>"
+    """Folder that the run writes into; the same command again resumes."""
+    dry_run: bool = False
+    """Print the settings, the sizes and the memory estimate; train nothing."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one training and returns the process's exit code: 2 for a user's mistake, told in one line."""
+    try:
+        resolved = resolve([argument for argument in argv if argument not in ("-h", "--help")])
+        if "-h" in argv or "--help" in argv:
+            _print_help(resolved.config)
+            return 0
+        # Imported here: whoever mistypes a flag should not wait for jax.
+        from efx_jax.training.run import run
+
+        run(resolved.config, resolved.output, resolved.dry_run)
+    except InputError as error:
+        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _print_help(config: Config) -> None:
+    """Every flag with its meaning and the value that it has now, by tyro, which then ends the process."""
+    tyro.cli(
+        _Flags,
+        prog="train.py",
+        args=["--help"],
+        default=_Flags(settings=config),
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
