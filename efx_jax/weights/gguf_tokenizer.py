@@ -66,12 +66,7 @@ def gguf_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
             f"{file.path}: tokenizer.ggml.model {kind!r} is not supported; expected one of {', '.join(_BUILDERS)}"
         )
     tokens = _per_token(file, "tokens")
-    try:
-        backend = _BUILDERS[kind](file, tokens)
-    except InputError:
-        raise
-    except Exception as error:  # the Rust library raises bare Exception, e.g. for a merge outside the vocabulary
-        raise InputError(f"{file.path}: the tokenizer cannot be built: {error}") from None
+    backend = _BUILDERS[kind](file, tokens)
     _add_tokens(backend, file, tokens, kind)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -93,7 +88,7 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
             "use the safetensors checkpoint with its tokenizer.json"
         )
     vocab = {token: index for index, token in enumerate(_spelled(tokens))}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=_stored_merges(file)))
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=_stored_merges(file, vocab)))
     split = _SPLITS[pre]
     if split is None:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -112,8 +107,12 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     has_merges = "tokenizer.ggml.merges" in file.metadata
-    merges = _stored_merges(file) if has_merges else _merges_from_scores(tokens, _per_token(file, "scores"))
     vocab = {token: index for index, token in enumerate(tokens)}
+    merges = (
+        _stored_merges(file, vocab)
+        if has_merges
+        else _merges_from_scores(vocab, dict(zip(tokens, _per_token(file, "scores"), strict=True)))
+    )
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence(
@@ -136,19 +135,24 @@ def _per_token(file: GGUFFile, name: str) -> list[Any]:
     return values
 
 
-def _stored_merges(file: GGUFFile) -> list[tuple[str, str]]:
-    merges = [tuple(merge.split(" ")) for merge in file.metadata.get("tokenizer.ggml.merges", [])]
-    wrong = next((merge for merge in merges if len(merge) != 2), None)
-    if not merges or wrong is not None:
-        raise InputError(f"{file.path}: tokenizer.ggml.merges must hold pairs of tokens, found {wrong or 'none'}")
-    return [(left, right) for left, right in merges]
+def _stored_merges(file: GGUFFile, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    merges = []
+    for merge in file.metadata.get("tokenizer.ggml.merges", []):
+        left, _, right = merge.partition(" ")
+        if not (left in vocab and right in vocab and left + right in vocab):
+            raise InputError(
+                f"{file.path}: tokenizer.ggml.merges has {merge!r}, which does not join two tokens to a third"
+            )
+        merges.append((left, right))
+    if not merges:
+        raise InputError(f"{file.path}: tokenizer.ggml.merges is missing; the file has no complete tokenizer")
+    return merges
 
 
-def _merges_from_scores(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
+def _merges_from_scores(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
     """Every way to cut a token into two tokens, best score first: the order in which SentencePiece merges them."""
-    vocab = {token: index for index, token in enumerate(tokens)}
     ranked = []
-    for token, score in dict(zip(tokens, scores, strict=True)).items():
+    for token, score in scores.items():
         cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
         pairs = [(left, right) for left, right in cuts if left in vocab and right in vocab]
         pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
