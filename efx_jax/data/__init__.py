@@ -1,0 +1,1 @@
+"""Data: rows, examples, tokens, batches and tasks."""

@@ -1,0 +1,122 @@
+"""Batches as pure functions of (seed, n): resuming at step n needs no saved reader state."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from efx_jax.data.tokens import Tokenized
+from efx_jax.errors import InputError
+
+Batch = dict[str, np.ndarray]
+
+_MULTIPLE = 32
+
+
+def bucket_length(lengths: Sequence[int] | np.ndarray, max_length: int, multiple: int = _MULTIPLE) -> int:
+    """The padded length of a batch, from few values so that few shapes compile.
+
+    Values are `multiple` times 1, 2, 3, 4, 6, 8, 12, 16, ... (powers of two and their halves between), and
+    `max_length` rounded up to a multiple at most.
+
+    Args:
+        lengths: tokens of each sequence of the batch.
+        max_length: the longest sequence that any batch may hold, in tokens.
+        multiple: granularity in tokens; 128 suits attention kernels of GPUs.
+    """
+    units = max(1, -(-int(max(lengths)) // multiple))
+    power = 1 << (units - 1).bit_length()
+    rounded = power * 3 // 4 if units <= power * 3 // 4 else power
+    return multiple * max(units, min(rounded, -(-max_length // multiple)))
+
+
+def batch_rows(count: int, seed: int, n: int, batch_size: int) -> np.ndarray:
+    """Row numbers int64 [B] of batch n: positions n B ... n B + B - 1 of the endless concatenation of epochs.
+
+    Epoch e is the permutation that `default_rng([seed, e])` draws. A batch that crosses the end of an epoch goes on
+    with the next one's permutation: within an epoch every row comes exactly once.
+    """
+    positions = np.arange(n * batch_size, (n + 1) * batch_size)
+    epochs, offsets = positions // count, positions % count
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in np.unique(epochs)}
+    return np.asarray([orders[epoch][offset] for epoch, offset in zip(epochs, offsets, strict=True)])
+
+
+def make_batch(examples: Sequence[Tokenized], seed: int, n: int, batch_size: int, length: int | None = None) -> Batch:
+    """Batch n of training, a pure function of its arguments.
+
+    Args:
+        examples: all training sequences.
+        seed: the run's seed.
+        n: number of the batch, from 0.
+        batch_size: B.
+        length: T; None takes `bucket_length` of this batch.
+
+    Returns:
+        `tokens` int32 [B,T] (inputs), `targets` int32 [B,T] (the next token, already shifted), `weights` float32
+        [B,T] (1 where the target carries loss, 0 elsewhere and on padding), `lengths` int32 [B] (inputs per row).
+
+    Raises:
+        InputError: no examples, or a row longer than `length`.
+    """
+    if not examples:
+        raise InputError("training data: expected at least one example, found none")
+    chosen = [examples[row] for row in batch_rows(len(examples), seed, n, batch_size)]
+    if length is None:
+        longest = max(len(example.tokens) for example in examples) - 1
+        length = bucket_length([len(example.tokens) - 1 for example in chosen], longest)
+    return pad_batch(chosen, batch_size, length)
+
+
+def pad_batch(examples: Sequence[Tokenized], batch_size: int, length: int) -> Batch:
+    """The arrays of `make_batch` for given sequences, right-padded; rows beyond the sequences are all padding."""
+    batch = {
+        "tokens": np.zeros((batch_size, length), np.int32),
+        "targets": np.zeros((batch_size, length), np.int32),
+        "weights": np.zeros((batch_size, length), np.float32),
+        "lengths": np.zeros(batch_size, np.int32),
+    }
+    for row, example in enumerate(examples):
+        count = len(example.tokens) - 1
+        if count > length:
+            raise InputError(f"batch: a sequence has {count} inputs; expected at most the batch length {length}")
+        batch["tokens"][row, :count] = example.tokens[:-1]
+        batch["targets"][row, :count] = example.tokens[1:]
+        batch["weights"][row, :count] = example.loss[1:]
+        batch["lengths"][row] = count
+    return batch
+
+
+def calibration_batches(
+    examples: Sequence[Tokenized], seed: int, rows: int, length: int, batch_size: int
+) -> Iterator[Batch]:
+    """The sequences whose activations are measured, drawn without replacement.
+
+    Each sequence stays a row of its own, cut to `length` inputs and right-padded; statistics leave the padding out by
+    `lengths`. Rows are grouped by length to pad little: sums over tokens do not depend on the order. The last token
+    of a sequence is never an input, as in training.
+
+    Args:
+        examples: the pool of sequences.
+        seed: the run's seed.
+        rows: sequences drawn; the whole pool if it is smaller.
+        length: most inputs per sequence.
+        batch_size: B, constant; the last batch is filled with rows of length 0.
+
+    Yields:
+        `tokens` int32 [B,T] and `lengths` int32 [B].
+
+    Raises:
+        InputError: an empty pool.
+    """
+    if not examples:
+        raise InputError("calibration data: expected at least one row, found none")
+    order = np.random.default_rng([seed, len(examples)]).permutation(len(examples))[:rows]
+    inputs = sorted((examples[row].tokens[:-1][:length] for row in order), key=len)
+    for start in range(0, len(inputs), batch_size):
+        chosen = inputs[start : start + batch_size]
+        width = bucket_length([len(ids) for ids in chosen], length)
+        tokens = np.zeros((batch_size, width), np.int32)
+        lengths = np.zeros(batch_size, np.int32)
+        for row, ids in enumerate(chosen):
+            tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+        yield {"tokens": tokens, "lengths": lengths}

@@ -1,0 +1,167 @@
+"""Rows of a local file or of a data set on the Hugging Face Hub, as plain dictionaries."""
+
+import csv
+import gzip
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from efx_jax.errors import InputError
+
+_JSON = (".jsonl", ".json", ".ndjson")
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_SUPPORTED = (*_JSON, *_TABLES, ".parquet")
+_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[^:]+){0,2}")
+
+
+def load_rows(source: str, root: str = "") -> list[dict[str, Any]]:
+    """Reads every row of a data set.
+
+    JSON lines, JSON arrays, CSV and TSV (plain or `.gz`) need the standard library alone; Parquet needs pyarrow, and
+    a Hub name needs `datasets`.
+
+    Args:
+        source: a file, or a Hub name `owner/name`, `owner/name:split` or `owner/name:config:split` (split "train").
+        root: folder that a relative file name may also be relative to.
+
+    Returns:
+        One dictionary per row, in file order; row i of the file is element i - 1.
+
+    Raises:
+        InputError: a folder, an unknown kind of file, a missing file, a malformed row (with file and line), a Hub
+            name that cannot be read, or no rows at all.
+    """
+    path = _find(source, root)
+    rows = _hub_rows(source) if path is None else _file_rows(path)
+    if not rows:
+        raise InputError(f"{source}: no rows found; expected at least one; check that the file is complete")
+    return rows
+
+
+def _find(source: str, root: str) -> pathlib.Path | None:
+    """The local file that `source` names, or None where it can only be a Hub name."""
+    if not source:
+        raise InputError("data: the name of a data set is empty; expected a file or a Hub name; set data.train")
+    candidates = [pathlib.Path(source).expanduser(), *([pathlib.Path(root).expanduser() / source] if root else [])]
+    for path in candidates:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; expected a {', '.join(_SUPPORTED)} file; name one file inside it")
+        if path.is_file():
+            return path
+    if _kind(candidates[0]) in _SUPPORTED or not _HUB_NAME.fullmatch(source):
+        where = f" (nor in {root})" if root else ""
+        raise InputError(
+            f"{source}: no such file{where}; expected a file or a Hub name owner/name; check the path or set data.root"
+        )
+    return None
+
+
+def _kind(path: pathlib.Path) -> str:
+    name = path.name.lower().removesuffix(".gz")
+    return pathlib.PurePath(name).suffix
+
+
+def _file_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    kind = _kind(path)
+    if kind == ".parquet":
+        return _parquet_rows(path)
+    if kind not in _SUPPORTED:
+        raise InputError(f"{path}: cannot read {kind or 'a file without suffix'}; expected {', '.join(_SUPPORTED)}")
+    try:
+        with _open_text(path) as stream:
+            return list(_json_rows(stream, path) if kind in _JSON else _table_rows(stream, path, _TABLES[kind]))
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise InputError(f"{path}: not readable as UTF-8 text: {error}; save it as UTF-8") from error
+
+
+def _open_text(path: pathlib.Path) -> TextIO:
+    # utf-8-sig: spreadsheets prepend a byte order mark that would become part of the first column's name.
+    if path.name.lower().endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return open(path, encoding="utf-8-sig", newline="")
+
+
+def _json_rows(stream: TextIO, path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    first = stream.read(1)
+    stream.seek(0)
+    if first == "[":
+        yield from _json_array(stream, path)
+        return
+    for number, line in enumerate(stream, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} line {number}: not JSON ({error.msg} at column {error.colno})") from error
+        yield _require_object(row, f"{path} line {number}")
+
+
+def _json_array(stream: TextIO, path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    try:
+        rows = json.load(stream)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} line {error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
+    for number, row in enumerate(rows, start=1):
+        yield _require_object(row, f"{path} row {number}")
+
+
+def _require_object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise InputError(f'{where}: expected a JSON object such as {{"text": "..."}}, found {type(row).__name__}')
+    return row
+
+
+def _table_rows(stream: TextIO, path: pathlib.Path, delimiter: str) -> Iterator[dict[str, Any]]:
+    reader = csv.reader(stream, delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        if len(set(header)) != len(header) or "" in header:
+            raise InputError(f"{path} line 1: the header needs one distinct name per column, found {header}")
+        for values in reader:
+            if values and len(values) != len(header):
+                raise InputError(
+                    f"{path} line {reader.line_num}: expected {len(header)} columns ({', '.join(header)}), "
+                    f"found {len(values)}; quote values that contain {delimiter!r}"
+                )
+            if values:
+                yield dict(zip(header, values, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{path} line {reader.line_num}: malformed row: {error}") from error
+
+
+def _parquet_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"{path}: Parquet needs pyarrow; run: pip install pyarrow") from error
+    try:
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file: {_one_line(error)}") from error
+    return rows
+
+
+def _hub_rows(source: str) -> list[dict[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(
+            f"{source}: no such file, and reading a Hub data set needs `datasets`; run: pip install datasets"
+        ) from error
+    name, *rest = source.split(":")
+    config, split = (rest[0] if len(rest) > 1 else None), (rest[-1] if rest else "train")
+    try:
+        return list(datasets.load_dataset(name, config, split=split))
+    except Exception as error:  # the Hub clients raise from a dozen unrelated classes
+        raise InputError(
+            f"{source}: no such file, and the Hub data set cannot be read ({type(error).__name__}: "
+            f"{_one_line(error)}); check the name and the network, or download a JSONL, CSV or Parquet file"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,125 @@
+"""A task: what training and evaluation consume, from files or built in."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from efx_jax.config import DataConfig
+from efx_jax.data.corpora import load_rows
+from efx_jax.data.icd10 import icd10_task
+from efx_jax.data.prompts import Example, apply_format, examples_from_rows, plain_text
+from efx_jax.data.tokenizer import Tokenizer
+from efx_jax.errors import InputError
+
+BUILT_IN = ("icd10",)
+
+# 150 training and 40 test questions for each of the 21 chapters; the smallest chapter holds a few more.
+_ICD10_TRAIN_ROWS = 3150
+_ICD10_TEST_ROWS = 840
+_MOST_LABELS = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Rows ready for tokenisation, in the configured format.
+
+    `train`: what is learned, rows of text being examples without a prompt. `test`: held-out questions whose response
+    is one of `labels` (both empty without a test set). `text`: held-out documents for perplexity (may be empty).
+    """
+
+    name: str
+    train: list[Example]
+    test: list[Example]
+    labels: tuple[str, ...]
+    text: list[str]
+
+
+def load_task(config: DataConfig, seed: int, tokenizer: Tokenizer | None = None) -> Task:
+    """Reads the data that the config's `data` section names.
+
+    Args:
+        config: the section.
+        seed: the run's seed: chooses held-out training rows and the built-in task's training rows.
+        tokenizer: needed for `format: chat`.
+
+    Returns:
+        The task. With `data.test` its labels are the distinct responses of the test rows, sorted. Without `data.text`,
+        a share `data.holdout` of the training rows becomes the perplexity text.
+
+    Raises:
+        InputError: whatever `load_rows`, `examples_from_rows` and `apply_format` refuse, a holdout outside [0, 1), or
+            test rows with more distinct responses than likelihood scoring is meant for.
+    """
+    if not 0 <= config.holdout < 1:
+        raise InputError(f"data.holdout: expected a share in [0, 1), found {config.holdout}")
+    task = _icd10(seed) if config.train == "icd10" else _from_files(config, seed)
+    test, labels = load_test(config) if config.test else (task.test, task.labels)
+    text = load_text(config.text, config) if config.text else task.text
+    framed = apply_format(test + [Example("?", label) for label in labels], config.format, tokenizer)
+    return dataclasses.replace(
+        task,
+        train=apply_format(task.train, config.format, tokenizer),
+        test=framed[: len(test)],
+        labels=tuple(example.response for example in framed[len(test) :]),
+        text=text,
+    )
+
+
+def load_text(source: str, config: DataConfig) -> list[str]:
+    """Documents for perplexity or calibration: rows `text`, or prompt and response joined.
+
+    Args:
+        source: a file, a Hub name, or "icd10" (its held-out text).
+        config: gives `root` and `template`.
+
+    Raises:
+        InputError: as `load_rows` and `examples_from_rows`.
+    """
+    if source == "icd10":
+        return icd10_task(0, 0, 0).text
+    return plain_text(_examples(source, config))
+
+
+def load_test(config: DataConfig) -> tuple[list[Example], tuple[str, ...]]:
+    """The rows of `data.test`, not yet framed, and their distinct responses, sorted.
+
+    Raises:
+        InputError: rows without a prompt, or more than 100 distinct responses.
+    """
+    test = _examples(config.test, config)
+    without = next((example for example in test if not example.prompt), None)
+    if without is not None:
+        raise InputError(f"{without.origin}: a test row needs a prompt and a response; set data.template, or data.text")
+    labels = tuple(sorted({example.response for example in test}))
+    if len(labels) > _MOST_LABELS:
+        raise InputError(
+            f"{config.test}: {len(labels)} distinct responses; expected at most {_MOST_LABELS} answers to choose from; "
+            "measure free text with data.text"
+        )
+    return test, labels
+
+
+def _icd10(seed: int) -> Task:
+    data = icd10_task(seed, _ICD10_TRAIN_ROWS, _ICD10_TEST_ROWS)
+    texts = [Example("", text, f"icd10 text {number}") for number, text in enumerate(data.train_text, start=1)]
+    return Task("icd10", data.train + texts, data.test, data.labels, data.text)
+
+
+def _from_files(config: DataConfig, seed: int) -> Task:
+    examples = _examples(config.train, config)
+    train, held_out = (examples, []) if config.text else _hold_out(examples, config.holdout, seed)
+    return Task(config.train, train, [], (), plain_text(held_out))
+
+
+def _hold_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    count = min(round(share * len(examples)), len(examples) - 1)
+    held = set(np.random.default_rng([seed, len(examples)]).permutation(len(examples))[:count].tolist())
+    train = [example for row, example in enumerate(examples) if row not in held]
+    return train, [examples[row] for row in sorted(held)]
+
+
+def _examples(source: str, config: DataConfig) -> list[Example]:
+    root = config.root or os.environ.get("EFX_DATA", "")
+    return examples_from_rows(load_rows(source, root), source, config.template)

@@ -1,0 +1,56 @@
+"""What the package asks of a tokenizer: the beginning of a sequence, and what continues it."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+class Tokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    chat_template: Any
+
+    def __call__(self, text: Any, *, add_special_tokens: bool = True) -> Any: ...
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
+    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
+
+
+def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of the beginnings of sequences, with exactly one BOS where the tokenizer adds one.
+
+    A chat template may already have written BOS as text; it is not added twice.
+    """
+    bos = _added_bos(tokenizer)
+    encoded = _encode(prompts, tokenizer)
+    return [ids if ids[: len(bos)] == bos else bos + ids for ids in encoded]
+
+
+def encode_continuations(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of texts that continue a prompt, without special tokens.
+
+    SentencePiece tokenizers put a space before any text; there one leading space of the text itself is dropped, so
+    that "Answer:" + " yes" does not get two.
+    """
+    if _adds_leading_space(tokenizer):
+        texts = [text.removeprefix(" ") for text in texts]
+    return _encode(texts, tokenizer)
+
+
+def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    # Some tokenizers refuse or mistype an empty string inside a list.
+    present = [text for text in texts if text]
+    encoded = iter(tokenizer(present, add_special_tokens=False)["input_ids"] if present else ())
+    return [list(next(encoded)) if text else [] for text in texts]
+
+
+def _added_bos(tokenizer: Tokenizer) -> list[int]:
+    if tokenizer.bos_token_id is None:
+        return []
+    first = tokenizer("a")["input_ids"][:1]
+    return [tokenizer.bos_token_id] if first == [tokenizer.bos_token_id] else []
+
+
+def _adds_leading_space(tokenizer: Tokenizer) -> bool:
+    ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return bool(str(tokenizer.convert_ids_to_tokens(ids[:1])[0]).startswith("\u2581"))

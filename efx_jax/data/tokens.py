@@ -1,0 +1,103 @@
+"""Text -> token ids with loss flags. Whether a token carries loss is decided here, never later from its id."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from efx_jax.data.prompts import Example
+from efx_jax.data.tokenizer import Tokenizer, encode_continuations, encode_prompts
+from efx_jax.errors import InputError
+
+LossOn = Literal["response", "all"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenized:
+    """One sequence of n tokens: `tokens` int32 [n]; `loss` bool [n], True where predicting that token carries loss."""
+
+    tokens: np.ndarray
+    loss: np.ndarray
+
+
+def tokenize(
+    examples: Sequence[Example], tokenizer: Tokenizer, max_length: int, loss_on: LossOn = "response"
+) -> list[Tokenized]:
+    """Tokenises every example as [BOS] prompt response EOS.
+
+    Prompt and response are tokenised apart, so that the response's first token is the same at training and at
+    evaluation whatever the prompt ends with. BOS is there if the tokenizer adds one; EOS ends every response that
+    was not cut.
+
+    Args:
+        examples: the examples.
+        tokenizer: a Hugging Face tokenizer.
+        max_length: most tokens per sequence, EOS included; longer responses are cut.
+        loss_on: "response" (response and EOS) or "all" (every token but the first).
+
+    Returns:
+        One sequence per example, each with at least one token that carries loss.
+
+    Raises:
+        InputError: a prompt that leaves no room for a response, or a sequence without a token to predict.
+    """
+    prompts = encode_prompts([example.prompt for example in examples], tokenizer)
+    responses = encode_continuations([example.response for example in examples], tokenizer)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [
+        _join(prompt, response + end, max_length, loss_on, example.origin or f"example {number}")
+        for number, (example, prompt, response) in enumerate(zip(examples, prompts, responses, strict=True), start=1)
+    ]
+
+
+def text_windows(texts: Sequence[str], tokenizer: Tokenizer, window: int, limit: int = 0) -> list[Tokenized]:
+    """Cuts perplexity text into windows.
+
+    Convention (that of GPTQ, SparseGPT and Wanda, except that the remainder is kept): the texts are joined by blank
+    lines and tokenised as one stream, with BOS at its start only where the tokenizer adds one; windows do not
+    overlap; every token but the first of a window is predicted from the tokens before it in the same window. The last
+    window is shorter, and dropped if it has a single token.
+
+    Args:
+        texts: the documents, in order.
+        tokenizer: a Hugging Face tokenizer.
+        window: tokens per window, at least 2.
+        limit: most tokens of the stream; 0 takes all.
+
+    Returns:
+        The windows.
+
+    Raises:
+        InputError: fewer than 2 tokens of text, or a window shorter than 2.
+    """
+    if window < 2:
+        raise InputError(f"eval.window: expected at least 2 tokens, found {window}")
+    stream = encode_prompts(["\n\n".join(_enough(texts, limit))], tokenizer)[0]
+    tokens = np.asarray(stream[: limit or None], np.int32)
+    pieces = [tokens[start : start + window] for start in range(0, len(tokens), window)]
+    windows = [Tokenized(piece, np.arange(len(piece)) > 0) for piece in pieces if len(piece) > 1]
+    if not windows:
+        raise InputError(f"perplexity text: expected at least 2 tokens, found {len(tokens)}; give more text")
+    return windows
+
+
+def _enough(texts: Sequence[str], limit: int) -> Sequence[str]:
+    """The first texts that are sure to hold `limit` tokens, so that a large corpus is not tokenised for a few."""
+    longest_token = 32  # characters; an average token has about 4
+    characters = list(itertools.accumulate(len(text) for text in texts))
+    return texts[: 1 + int(np.searchsorted(characters, limit * longest_token))] if limit else texts
+
+
+def _join(prompt: list[int], response: list[int], max_length: int, loss_on: LossOn, where: str) -> Tokenized:
+    if len(prompt) >= max_length:
+        raise InputError(
+            f"{where}: the prompt has {len(prompt)} tokens; expected fewer than data.max_length {max_length}; "
+            "shorten the prompt or raise data.max_length"
+        )
+    tokens = np.asarray((prompt + response)[:max_length], np.int32)
+    loss = np.arange(len(tokens)) >= (1 if loss_on == "all" else max(len(prompt), 1))
+    if not loss.any():
+        raise InputError(f"{where}: expected at least 2 tokens, found {len(tokens)}; remove or complete the row")
+    return Tokenized(tokens, loss)

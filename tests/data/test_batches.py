@@ -1,0 +1,96 @@
+"""Batch n depends on (seed, n) alone, shifts targets once and never weights padding."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from efx_jax.data.batches import batch_rows, bucket_length, calibration_batches, make_batch
+from efx_jax.data.tokens import Tokenized
+from efx_jax.errors import InputError
+
+
+def sequences(*lengths: int) -> list[Tokenized]:
+    """Row i holds tokens 100 i + 1, 100 i + 2, ...; the second half carries loss."""
+    return [Tokenized(100 * i + 1 + np.arange(n), np.arange(n) >= n // 2) for i, n in enumerate(lengths)]
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_number() -> None:
+    rows = sequences(*range(2, 20))
+    later_first = {n: make_batch(rows, 7, n, 4) for n in (5, 0, 3)}
+    for n, batch in later_first.items():
+        for name, array in make_batch(rows, 7, n, 4).items():
+            np.testing.assert_array_equal(array, batch[name])
+    assert not np.array_equal(batch_rows(18, 7, 0, 18), batch_rows(18, 8, 0, 18))
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (3, 8), (7, 7), (5, 1)])
+def test_every_epoch_visits_every_row_once_though_batches_cross_it(count: int, batch_size: int) -> None:
+    stream = np.concatenate([batch_rows(count, 1, n, batch_size) for n in range(3 * count)])
+    for epoch in range(3):
+        assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
+    if count > 4:
+        assert not np.array_equal(stream[:count], stream[count : 2 * count])
+
+
+def test_targets_are_shifted_once_and_padding_has_no_weight() -> None:
+    batch = make_batch(sequences(4), 0, 0, 1, length=6)
+    assert batch["tokens"].tolist() == [[1, 2, 3, 0, 0, 0]]
+    assert batch["targets"].tolist() == [[2, 3, 4, 0, 0, 0]]
+    assert batch["weights"].tolist() == [[0.0, 1.0, 1.0, 0.0, 0.0, 0.0]]
+    assert batch["lengths"].tolist() == [3]
+    assert {name: str(array.dtype) for name, array in batch.items()} == {
+        "tokens": "int32",
+        "targets": "int32",
+        "weights": "float32",
+        "lengths": "int32",
+    }
+
+
+def test_a_token_equal_to_the_padding_value_keeps_its_weight() -> None:
+    zeros = Tokenized(np.zeros(3, np.int32), np.asarray([False, True, True]))
+    assert make_batch([zeros], 0, 0, 1, length=4)["weights"].tolist() == [[1.0, 1.0, 0.0, 0.0]]
+
+
+def test_buckets_fit_and_are_few() -> None:
+    lengths = range(1, 1025)
+    sizes = [bucket_length([n], 1024) for n in lengths]
+    assert all(size >= n for size, n in zip(sizes, lengths, strict=True))
+    assert sorted(set(sizes)) == [32, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
+    assert bucket_length([450], 480) == 480
+    assert bucket_length([449], 450) == 480
+    assert bucket_length([130, 3], 4096, multiple=128) == 256
+
+
+def test_a_batch_takes_the_bucket_of_its_own_rows() -> None:
+    rows = sequences(10, 200)
+    widths = {make_batch(rows, 0, n, 1)["tokens"].shape[1] for n in range(4)}
+    assert widths == {32, 224}
+    with pytest.raises(InputError, match="199 inputs"):
+        make_batch(rows, 0, 0, 2, length=64)
+    with pytest.raises(InputError, match="at least one example"):
+        make_batch([], 0, 0, 2)
+
+
+def test_calibration_draws_whole_rows_without_replacement() -> None:
+    rows = sequences(*range(2, 42))
+    batches = list(calibration_batches(rows, seed=3, rows=21, length=30, batch_size=8))
+    assert [batch["tokens"].shape[0] for batch in batches] == [8, 8, 8]
+    drawn = collections.Counter()
+    for batch in batches:
+        for tokens, length in zip(batch["tokens"], batch["lengths"], strict=True):
+            if length:
+                row = int(tokens[0]) // 100
+                drawn[row] += 1
+                np.testing.assert_array_equal(tokens[:length], rows[row].tokens[:-1][:30])
+                assert not tokens[length:].any()
+    assert len(drawn) == 21
+    assert set(drawn.values()) == {1}
+
+
+def test_calibration_with_few_rows_takes_all_of_them() -> None:
+    (batch,) = calibration_batches(sequences(5, 3), seed=0, rows=128, length=2048, batch_size=4)
+    assert batch["lengths"].tolist() == [2, 4, 0, 0]
+    assert batch["tokens"].shape == (4, 32)
+    with pytest.raises(InputError, match="calibration"):
+        list(calibration_batches([], 0, 1, 8, 1))

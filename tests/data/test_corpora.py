@@ -1,0 +1,96 @@
+"""Rows come back as written; whatever is wrong is named with file and line."""
+
+import gzip
+import json
+import pathlib
+import re
+
+import pytest
+
+from efx_jax.data.corpora import load_rows
+from efx_jax.errors import InputError
+
+ROWS = [{"text": "first, with comma"}, {"text": "second é"}]
+
+
+def write(path: pathlib.Path, content: str) -> str:
+    path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+def refused(source: str, *expected: str, root: str = "") -> None:
+    with pytest.raises(InputError) as caught:
+        load_rows(source, root)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in expected:
+        assert part in message, message
+
+
+def test_every_format_gives_the_same_rows(tmp_path: pathlib.Path) -> None:
+    lines = "\n".join(json.dumps(row) for row in ROWS)
+    assert load_rows(write(tmp_path / "a.jsonl", lines + "\n\n")) == ROWS
+    assert load_rows(write(tmp_path / "a.json", json.dumps(ROWS, indent=1))) == ROWS
+    assert load_rows(write(tmp_path / "a.csv", '\ufefftext\r\n"first, with comma"\r\nsecond é\r\n')) == ROWS
+    assert load_rows(write(tmp_path / "a.tsv", "text\nfirst, with comma\nsecond é\n")) == ROWS
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    assert load_rows(str(tmp_path / "a.jsonl.gz")) == ROWS
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    assert load_rows(str(tmp_path / "a.parquet")) == ROWS
+
+
+def test_a_csv_value_may_span_lines(tmp_path: pathlib.Path) -> None:
+    source = write(tmp_path / "a.csv", 'prompt,response\n"one\ntwo",x\n')
+    assert load_rows(source) == [{"prompt": "one\ntwo", "response": "x"}]
+
+
+def test_a_file_is_found_under_the_root(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / "a.jsonl", '{"text": "x"}')
+    assert load_rows("a.jsonl", str(tmp_path)) == [{"text": "x"}]
+    refused("b.jsonl", "b.jsonl", str(tmp_path), root=str(tmp_path))
+
+
+def test_a_malformed_row_is_named_by_file_and_line(tmp_path: pathlib.Path) -> None:
+    refused(write(tmp_path / "a.jsonl", '{"text": "x"}\n{"text": \n'), "a.jsonl line 2", "not JSON")
+    refused(write(tmp_path / "b.jsonl", '{"text": "x"}\n\n"text"\n'), "b.jsonl line 3", "object", "str")
+    refused(write(tmp_path / "c.csv", "a,b\n1,2\n1,2,3\n"), "c.csv line 3", "expected 2 columns (a, b)", "found 3")
+    refused(write(tmp_path / "d.csv", "a,b\n1\n"), "d.csv line 2", "found 1")
+    refused(write(tmp_path / "e.csv", 'a,b\n1,"2\n'), "e.csv line 2")
+    refused(write(tmp_path / "f.csv", "a,a\n1,2\n"), "f.csv line 1", "distinct")
+    refused(write(tmp_path / "g.json", '[{"text": "x"},\n 3]'), "g.json row 2", "int")
+    refused(write(tmp_path / "h.json", '[{"text": "x"},\n'), "h.json line 2")
+
+
+def test_what_is_no_readable_file_is_refused(tmp_path: pathlib.Path) -> None:
+    refused(str(tmp_path), "folder")
+    refused("", "is empty")
+    refused(str(tmp_path / "missing.jsonl"), "missing.jsonl", "no such file")
+    refused("icd11", "icd11", "no such file", "owner/name")
+    refused(write(tmp_path / "a.xyz", "x"), "a.xyz", ".jsonl")
+    refused(write(tmp_path / "empty.jsonl", "\n"), "empty.jsonl", "no rows")
+    refused(write(tmp_path / "header.csv", "a,b\n"), "header.csv", "no rows")
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
+    refused(str(tmp_path / "latin.jsonl"), "latin.jsonl", "UTF-8")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:-20])
+    refused(str(tmp_path / "cut.jsonl.gz"), "cut.jsonl.gz")
+    pytest.importorskip("pyarrow")
+    refused(write(tmp_path / "bad.parquet", "no parquet"), "bad.parquet")
+
+
+def test_an_unreachable_hub_name_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(name: str, config: str | None, split: str) -> None:
+        raise ConnectionError(f"cannot reach\n{name} {config} {split}")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    refused("someone/corpus", "someone/corpus None train", "network")
+    refused("someone/corpus:test", "someone/corpus None test")
+    refused("someone/corpus:en:test", "someone/corpus en test")
+
+
+def test_the_standard_library_is_enough_for_text_files() -> None:
+    source = pathlib.Path(load_rows.__code__.co_filename).read_text()
+    assert not re.findall(r"^(?:import|from) (?:datasets|pyarrow|pandas)", source, re.MULTILINE)

@@ -1,0 +1,79 @@
+"""Rows become prompt and response; frames surround the prompt only."""
+
+import types
+
+import pytest
+
+from efx_jax.data.prompts import Example, apply_format, examples_from_rows, plain_text
+from efx_jax.errors import InputError
+
+
+def refused(rows: list[dict], template: str, *expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        examples_from_rows(rows, "rows.jsonl", template)
+    for part in (*expected,):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_arrow_splits_prompt_and_response() -> None:
+    rows = [{"question": "Why?", "answer": "Because {braces} stay."}]
+    (example,) = examples_from_rows(rows, "rows.jsonl", "Question: {question}\nAnswer: => {answer}")
+    assert example == Example("Question: Why?\nAnswer:", " Because {braces} stay.")
+    (example,) = examples_from_rows(rows, "rows.jsonl", "{question}\n=>{answer} {{end}}")
+    assert example == Example("Why?\n", "Because {braces} stay. {end}")
+
+
+def test_columns_are_taken_without_a_template() -> None:
+    assert examples_from_rows([{"prompt": "p", "response": " r"}], "x") == [Example("p", " r")]
+    assert examples_from_rows([{"text": "t", "url": 1}], "x") == [Example("", "t")]
+    assert examples_from_rows([{"a": 3}], "x", "=>{a}") == [Example("", "3")]
+
+
+def test_an_unknown_column_is_named_with_row_and_columns() -> None:
+    refused([{"a": "1", "b": "2"}, {"b": "2", "c": "3"}], "{a} => {b}", "rows.jsonl row 2", "'a'", "b, c")
+    refused([{"a": "1"}], "", "rows.jsonl row 1", "'text'", "found a")
+    refused([{"a": "1"}], "{a.real} => {a}", "'a.real'")
+
+
+def test_an_empty_response_or_text_is_refused() -> None:
+    refused([{"text": "x"}, {"text": "  \n"}], "", "rows.jsonl row 2", "text is empty")
+    refused([{"prompt": "p", "response": ""}], "", "rows.jsonl row 1", "response is empty")
+    refused([{"prompt": "p", "response": None}], "", "rows.jsonl row 1", "'response' is empty")
+
+
+def test_a_template_needs_an_arrow_and_whole_braces() -> None:
+    refused([{"a": "1"}], "{a}", "data.template", "=>")
+    refused([{"a": "1"}], "{a} =>", "data.template", "=>")
+    refused([{"a": "1"}], "{a => {a}", "data.template")
+
+
+def test_the_alpaca_frame_surrounds_the_prompt() -> None:
+    framed, text = apply_format([Example("Say hi.", " hi", "row 1"), Example("", " text")], "alpaca")
+    assert framed.prompt.startswith("Below is an instruction that describes a task. Write a response")
+    assert framed.prompt.endswith("### Instruction:\nSay hi.\n\n### Response:\n")
+    assert (framed.response, framed.origin) == ("hi", "row 1")
+    assert text == Example("", " text")
+
+
+def test_chat_needs_a_template() -> None:
+    with pytest.raises(InputError, match="chat template"):
+        apply_format([Example("p", "r")], "chat", types.SimpleNamespace(chat_template=None))
+    with pytest.raises(InputError, match="chat template"):
+        apply_format([Example("p", "r")], "chat")
+
+
+def test_chat_uses_the_tokenizers_template() -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bare)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    assert apply_format([Example("Hi?", " yes")], "chat", tokenizer) == [Example("<user>Hi?<assistant>", "yes")]
+
+
+def test_plain_text_joins_prompt_and_response() -> None:
+    assert plain_text([Example("a:", " b"), Example("", "c")]) == ["a: b", "c"]
