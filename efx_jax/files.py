@@ -11,6 +11,8 @@ from pathlib import Path
 
 from efx_jax.errors import InputError
 
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG)
+
 
 @contextlib.contextmanager
 def atomic_folder(dst: str | os.PathLike[str], replace: bool = False) -> Iterator[Path]:
@@ -91,8 +93,9 @@ def _user_errors(path: Path) -> Iterator[None]:
             raise InputError(
                 f"{path}: the disk is full; nothing was written; free some space or choose another disk"
             ) from error
-        if isinstance(error, PermissionError | NotADirectoryError):
-            raise InputError(f"{path}: cannot be written ({error.strerror}); choose another path") from error
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            where = error.filename or path
+            raise InputError(f"{where}: cannot be written ({error.strerror}); choose another path") from error
         raise
 
 

@@ -2,17 +2,21 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-
 from efx_jax.errors import InputError
+from efx_jax.files import atomic_folder
 from efx_jax.model.spec import ModelSpec, spec_from_config
-from efx_jax.weights.safetensors_file import read_header, read_tensor
-from efx_jax.weights.source import TensorSource, assemble
+from efx_jax.weights.config_json import check_tokenizer_fits, config_to_write, copy_extras, read_json
+from efx_jax.weights.fetch import local_path
+from efx_jax.weights.safetensors_file import read_header, read_tensor, tensor_bytes, write_tensors
+from efx_jax.weights.source import TensorSource, assemble, check_names_and_shapes, leaves, params_source
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_MAX_SHARD_BYTES = 5_000_000_000
 
 
 def open_folder(path: str | os.PathLike[str]) -> TensorSource:
@@ -37,9 +41,25 @@ def open_folder(path: str | os.PathLike[str]) -> TensorSource:
         files |= dict.fromkeys(file_shapes, file)
     for name, file in promised.items():
         if name and files.get(name) != file:
-            raise InputError(f"{file}: tensor {name} is missing, though {INDEX} lists it here; download the file again")
-    _check_tokenizer_fits(folder, config)
+            raise InputError(f"{file}: tensor {name} is missing, though {_INDEX} lists it here; download it again")
+    check_tokenizer_fits(folder, config)
     return TensorSource(folder, config, shapes, dtypes, lambda name: read_tensor(files[name], name))
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource:
+    """Opens whatever `load_pretrained` accepts; reads no tensor.
+
+    Raises:
+        InputError: what the path holds is missing, damaged or unsupported.
+    """
+    place = local_path(path)
+    if place.suffix == ".gguf":
+        from efx_jax.weights.gguf import open_gguf
+
+        return open_gguf(place)
+    from efx_jax.weights.orbax import is_orbax_folder, open_orbax
+
+    return open_orbax(place) if is_orbax_folder(place) else open_folder(place)
 
 
 def load_pretrained(path: str | os.PathLike[str], dtype: str | None = "float32") -> tuple[dict[str, Any], ModelSpec]:
@@ -61,72 +81,156 @@ def load_pretrained(path: str | os.PathLike[str], dtype: str | None = "float32")
     return assemble(source, spec, dtype), spec
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource:
-    """Opens whatever `load_pretrained` accepts; reads no tensor.
+def save_pretrained(
+    path: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    spec: ModelSpec,
+    source: str | os.PathLike[str] | None = None,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
+) -> None:
+    """Writes a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens.
+
+    Args:
+        path: the folder to make.
+        params: the tree of `param_shapes(spec)`; every leaf is written in its own dtype.
+        spec: the model.
+        source: checkpoint whose `config.json` is carried over and whose tokenizer and extras are copied.
+        max_shard_bytes: size from which the weights are split into several files.
 
     Raises:
-        InputError: what the path holds is missing, damaged or unsupported.
+        InputError: `path` exists, the disk is full, `params` do not fit `spec`, or `source` is another model.
     """
-    place = Path(path)
-    if place.suffix == ".gguf":
-        from efx_jax.weights.gguf import open_gguf
-
-        return open_gguf(place)
-    return open_folder(place)
+    extras = None if source is None else local_path(source)
+    original = read_json(extras / "config.json") if extras is not None and extras.is_dir() else None
+    tensors = params_source(params, spec, Path(path))
+    write_folder(path, tensors, spec, original, extras, max_shard_bytes)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+def write_folder(
+    path: str | os.PathLike[str],
+    source: TensorSource,
+    spec: ModelSpec,
+    original: Mapping[str, Any] | None,
+    extras: Path | None,
+    max_shard_bytes: int = _MAX_SHARD_BYTES,
+) -> None:
+    """Writes a Hugging Face folder from any source, one tensor in memory at a time.
+
+    Args:
+        path: the folder to make.
+        source: the tensors; a head beside tied embeddings is left out.
+        spec: the model.
+        original: raw `config.json` to carry over, or None.
+        extras: folder or .gguf file that the tokenizer comes from, or None.
+        max_shard_bytes: size from which the weights are split into several files.
 
     Raises:
-        InputError: the file is missing or is not a JSON object.
+        InputError: `path` exists, the disk is full, or the tensors, `original` and `spec` disagree.
+    """
+    check_names_and_shapes(source, spec)
+    names = [name for leaf in leaves(spec) for name in leaf.names]
+    config = config_to_write(spec, _main_dtype(source, names), original)
+    with atomic_folder(path) as partial:
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if extras is not None:
+            write_extras(extras, partial)
+        _write_shards(partial, source, _shards(source, names, max_shard_bytes))
+
+
+def write_extras(extras: Path, folder: Path) -> None:
+    """Writes the tokenizer and the small files of a checkpoint (folder or .gguf file) into a folder."""
+    if extras.is_dir():
+        copy_extras(extras, folder)
+        return
+    from efx_jax.weights.gguf_tokenizer import gguf_tokenizer
+
+    gguf_tokenizer(extras).save_pretrained(folder)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """Loads the tokenizer of a checkpoint; needs `transformers`, runs no code of the checkpoint.
+
+    Args:
+        path: whatever `load_pretrained` accepts.
+
+    Returns:
+        A transformers fast tokenizer.
+
+    Raises:
+        InputError: there is no tokenizer, or `transformers` is not installed.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); get a complete checkpoint") from error
-    except ValueError as error:
-        raise InputError(f"{path}: is not valid JSON ({error}); download the file again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}, expected a JSON object; download the file again")
-    return value
+        import transformers
+    except ImportError as error:
+        raise InputError("tokenizers need the package transformers; pip install transformers") from error
+    place = local_path(path)
+    if place.suffix == ".gguf":
+        from efx_jax.weights.gguf_tokenizer import gguf_tokenizer
+
+        return gguf_tokenizer(place)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"{place}: has no tokenizer that transformers can load ({reason}); add tokenizer.json"
+        ) from error
 
 
 def _promised_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file by the index, every file present; a checkpoint without index has one file, under ""."""
-    if (folder / SINGLE).is_file():
-        return {"": folder / SINGLE}
-    if not (folder / INDEX).is_file():
+    if (folder / _SINGLE).is_file():
+        return {"": folder / _SINGLE}
+    if not (folder / _INDEX).is_file():
         pickles = sorted(folder.glob("pytorch_model*.bin"))
         if pickles:
             raise InputError(
-                f"{pickles[0]}: is a pickle, which can run code when it is opened; expected {SINGLE}; "
+                f"{pickles[0]}: is a pickle, which can run code when it is opened; expected {_SINGLE}; "
                 "get the checkpoint's safetensors version"
             )
-        raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}; expected a Hugging Face folder with safetensors")
-    weight_map = read_json(folder / INDEX).get("weight_map")
+        raise InputError(
+            f"{folder}: has neither {_SINGLE} nor {_INDEX}; expected a Hugging Face folder with safetensors"
+        )
+    weight_map = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
-        raise InputError(f"{folder / INDEX}: has no weight_map; download the file again")
+        raise InputError(f"{folder / _INDEX}: has no weight_map; download the file again")
     files = {name: folder / shard for name, shard in weight_map.items()}
     for file in sorted(set(files.values())):
         if not file.is_file():
-            raise InputError(f"{file}: shard is missing, though {INDEX} lists it; download the file")
+            raise InputError(f"{file}: shard is missing, though {_INDEX} lists it; download the file")
     return files
 
 
-def _check_tokenizer_fits(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuses a tokenizer that makes ids beyond the embedding. Fewer tokens than rows are normal (Qwen pads)."""
-    file = folder / "tokenizer.json"
-    rows = config.get("vocab_size")
-    if not file.is_file() or not isinstance(rows, int):
+def _main_dtype(source: TensorSource, names: list[str]) -> str:
+    """The dtype of most bytes: what `config.json` of a checkpoint with a few float32 norms says too."""
+    sizes: Counter[str] = Counter()
+    for name in names:
+        sizes[source.dtypes[name]] += tensor_bytes(source, name)
+    return sizes.most_common(1)[0][0]
+
+
+def _shards(source: TensorSource, names: list[str], max_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in names:
+        size = tensor_bytes(source, name)
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _write_shards(folder: Path, source: TensorSource, shards: list[list[str]]) -> None:
+    if len(shards) == 1:
+        write_tensors(folder / _SINGLE, source, shards[0])
         return
-    tokenizer = read_json(file)
-    vocab = tokenizer.get("model", {}).get("vocab", {})
-    added = [token["id"] for token in tokenizer.get("added_tokens") or []]
-    # A Unigram vocabulary is a list in id order, the others are token -> id.
-    largest = max([len(vocab) - 1 if isinstance(vocab, list) else max(vocab.values(), default=-1), *added])
-    if largest >= rows:
-        raise InputError(
-            f"{file}: tokenizer has token id {largest}, but the embedding has {rows} rows (config.json vocab_size); "
-            "use the tokenizer that belongs to this checkpoint"
-        )
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / file, source, names)
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(tensor_bytes(source, name) for name in weight_map)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """Where tensors come from, and how Hugging Face's names map to the parameter tree."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from efx_jax.errors import InputError
-from efx_jax.model.spec import ModelSpec, param_shapes
+from efx_jax.model.spec import ModelSpec, config_from_spec, param_shapes
 
 DTYPES: dict[str, Any] = {
     "float32": np.dtype(np.float32),
@@ -131,16 +131,34 @@ def assemble(source: TensorSource, spec: ModelSpec, dtype: str | None) -> dict[s
     Raises:
         InputError: a missing, unknown or wrongly shaped tensor, NaN or Inf, a tied head that differs.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not supported; expected one of {', '.join(DTYPES)}")
     check_names_and_shapes(source, spec)
     _check_tied_head(source, spec)
+    tensors = source if dtype is None else cast(source, dtype)
     params: dict[str, Any] = {"layers": {}}
     for leaf in leaves(spec):
-        target = dtype or common_dtype(source.dtypes[name] for name in leaf.names)
+        leaf_dtype = common_dtype(tensors.dtypes[name] for name in leaf.names)
         branch = params["layers"] if leaf.stacked else params
-        branch[leaf.path[-1]] = jax.block_until_ready(jax.device_put(_read_leaf(source, leaf, DTYPES[target])))
+        branch[leaf.path[-1]] = jax.block_until_ready(jax.device_put(_read_leaf(tensors, leaf, DTYPES[leaf_dtype])))
     return params
+
+
+def cast(source: TensorSource, dtype: str) -> TensorSource:
+    """The same checkpoint in another dtype, converted tensor by tensor as it is read.
+
+    Raises:
+        InputError: an unknown dtype; on reading, a number too large for it.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not supported; expected one of {', '.join(DTYPES)}")
+
+    def read(name: str) -> np.ndarray:
+        tensor = source.read(name)
+        largest = float(ml_dtypes.finfo(DTYPES[dtype]).max)
+        if dtype == "float16" and source.dtypes[name] != dtype and (np.abs(tensor) > largest).any():
+            raise InputError(f"{source.path}: tensor {name} exceeds {dtype}'s {largest:g}; choose bfloat16 or float32")
+        return tensor.astype(DTYPES[dtype], copy=False)
+
+    return dataclasses.replace(source, dtypes=dict.fromkeys(source.dtypes, dtype), read=read)
 
 
 def read_finite(source: TensorSource, name: str) -> np.ndarray:
@@ -163,14 +181,19 @@ def read_finite(source: TensorSource, name: str) -> np.ndarray:
     return tensor
 
 
-def common_dtype(names: Iterator[str]) -> str:
+def common_dtype(names: Iterable[str]) -> str:
     """The dtype that holds all of the given ones exactly: the same if they agree, else float32."""
     distinct = set(names)
     return distinct.pop() if len(distinct) == 1 else "float32"
 
 
-def params_source(params: Mapping[str, Any], spec: ModelSpec, config: dict[str, Any], path: Path) -> TensorSource:
+def params_source(params: Mapping[str, Any], spec: ModelSpec, path: Path) -> TensorSource:
     """A parameter tree (jax or numpy arrays) as a source: `read` brings one layer's tensor to the host.
+
+    Args:
+        params: the tree of `param_shapes(spec)`.
+        spec: its model.
+        path: where the source says that it lies.
 
     Raises:
         InputError: the tree is not `param_shapes(spec)`, or a leaf has an unsupported dtype.
@@ -194,7 +217,7 @@ def params_source(params: Mapping[str, Any], spec: ModelSpec, config: dict[str, 
 
     shapes = {name: tuple(array.shape if layer is None else array.shape[1:]) for name, (array, layer) in arrays.items()}
     dtypes = {name: str(array.dtype) for name, (array, _) in arrays.items()}
-    return TensorSource(path, config, shapes, dtypes, read)
+    return TensorSource(path, config_from_spec(spec, common_dtype(dtypes.values())), shapes, dtypes, read)
 
 
 def _layer_name(name: str) -> str:
@@ -205,7 +228,7 @@ def _layer_name(name: str) -> str:
 
 def _read_leaf(source: TensorSource, leaf: Leaf, dtype: np.dtype[Any]) -> np.ndarray:
     if not leaf.stacked:
-        return read_finite(source, leaf.names[0]).astype(dtype, copy=False)
+        return read_finite(source, leaf.names[0])
     stacked = np.empty(leaf.shape, dtype)
     for layer, name in enumerate(leaf.names):
         stacked[layer] = read_finite(source, name)

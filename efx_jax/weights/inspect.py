@@ -1,0 +1,143 @@
+"""What a checkpoint holds, and whether two hold the same, in whatever formats they are."""
+
+import dataclasses
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from efx_jax.model.spec import ModelSpec, spec_from_config
+from efx_jax.weights.hf import open_checkpoint
+from efx_jax.weights.source import Leaf, TensorSource, check_names_and_shapes, leaves
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How far two tensors of one name are apart.
+
+    Attributes:
+        absolute: largest |a - b|.
+        relative: largest |a - b| / max(|a|, |b|), 0 where both are 0.
+    """
+
+    absolute: float
+    relative: float
+
+
+def inspect(path: str | os.PathLike[str]) -> str:
+    """Describes a checkpoint as a text table.
+
+    Args:
+        path: whatever `load_pretrained` accepts.
+
+    Returns:
+        Model type, number of parameters, dtypes, size on disk; then a line per kind of tensor with its shape, dtype,
+        number of entries and share of exact zeros.
+
+    Raises:
+        InputError: the checkpoint is missing, damaged or unsupported.
+    """
+    source, spec = _open(path)
+    rows = [("tensor", "layers", "shape", "dtype", "entries", "zeros")]
+    total = linear_total = linear_zeros = 0
+    for leaf in leaves(spec):
+        entries, zeros = math.prod(leaf.shape), sum(_zeros(source.read(name)) for name in leaf.names)
+        total += entries
+        if leaf.stacked and len(leaf.tensor_shape) == 2:
+            linear_total, linear_zeros = linear_total + entries, linear_zeros + zeros
+        shape = " x ".join(str(length) for length in leaf.tensor_shape)
+        layers = str(len(leaf.names)) if leaf.stacked else ""
+        rows.append((leaf.path[-1], layers, shape, _dtypes(source, leaf), f"{entries:,}", f"{zeros / entries:.4%}"))
+    head = [
+        f"path        {source.path}",
+        f"model_type  {spec.model_type}, {spec.num_layers} layers{', tied head' if spec.tie_word_embeddings else ''}",
+        f"parameters  {total:,}",
+        f"sparsity    {linear_zeros / linear_total:.4%} of the {linear_total:,} entries of the layers' matrices",
+        f"on disk     {_bytes_on_disk(source.path):,} bytes",
+        "",
+    ]
+    return "\n".join(head + _aligned(rows))
+
+
+def verify(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> tuple[str, int]:
+    """Compares two checkpoints tensor by tensor.
+
+    Args:
+        a: whatever `load_pretrained` accepts.
+        b: the same, in any other format.
+
+    Returns:
+        A report, and 0 if both are the same model with equal numbers in every tensor (in whatever dtype), else 1.
+
+    Raises:
+        InputError: a checkpoint is missing, damaged or unsupported.
+    """
+    (source_a, spec_a), (source_b, spec_b) = _open(a), _open(b)
+    lines = [f"config: {line}" for line in _other_fields(spec_a, spec_b)]
+    if [leaf.shape for leaf in leaves(spec_a)] != [leaf.shape for leaf in leaves(spec_b)]:
+        return "\n".join(["different models", *lines]), 1
+    names = [name for leaf in leaves(spec_a) for name in leaf.names]
+    differences = {name: difference for name in names if (difference := _difference(source_a, source_b, name))}
+    for name, difference in differences.items():
+        lines.append(f"{name}: absolute {difference.absolute:.6g}, relative {difference.relative:.6g}")
+    if differences:
+        absolute = max(difference.absolute for difference in differences.values())
+        relative = max(difference.relative for difference in differences.values())
+        lines.append(
+            f"{len(differences)} of {len(names)} tensors differ: largest absolute difference {absolute:.6g}, "
+            f"largest relative difference {relative:.6g}"
+        )
+        return "\n".join(lines), 1
+    same_dtypes = all(source_a.dtypes[name] == source_b.dtypes[name] for name in names)
+    equal = f"all {len(names)} tensors are identical" + ("" if same_dtypes else " in value; their dtypes differ")
+    return "\n".join([*lines, equal]), int(bool(lines))
+
+
+def _open(path: str | os.PathLike[str]) -> tuple[TensorSource, ModelSpec]:
+    source = open_checkpoint(path)
+    spec = spec_from_config(source.config)
+    check_names_and_shapes(source, spec)
+    return source, spec
+
+
+def _other_fields(a: ModelSpec, b: ModelSpec) -> list[str]:
+    pairs = {field.name: (getattr(a, field.name), getattr(b, field.name)) for field in dataclasses.fields(a)}
+    return [f"{name} {x} against {y}" for name, (x, y) in pairs.items() if x != y]
+
+
+def _difference(a: TensorSource, b: TensorSource, name: str) -> Difference | None:
+    x, y = a.read(name), b.read(name)
+    if np.array_equal(x, y):
+        return None
+    x, y = x.astype(np.float32), y.astype(np.float32)
+    apart, size = np.abs(x - y), np.maximum(np.abs(x), np.abs(y))
+    return Difference(float(apart.max()), float((apart / np.where(size > 0, size, 1)).max()))
+
+
+def _zeros(tensor: np.ndarray) -> int:
+    return tensor.size - int(np.count_nonzero(tensor))
+
+
+def _dtypes(source: TensorSource, leaf: Leaf) -> str:
+    return "+".join(Counter(source.dtypes[name] for name in leaf.names))
+
+
+def _bytes_on_disk(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    # Words to the left, numbers to the right.
+    left = (0, 2, 3)
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
