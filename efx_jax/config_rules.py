@@ -62,10 +62,11 @@ def _lora_rules(lora: LoraConfig) -> Iterable[Rule]:
     ]
 
 
-def _target_rule(setting: str, targets: tuple[str, ...]) -> Rule:
+def _target_rule(setting: str, targets: tuple[str, ...], may_be_empty: bool = False) -> Rule:
     # The defaults are all seven linears of a block.
     known = PruneConfig().targets
-    is_right = len(targets) > 0 and len(set(targets)) == len(targets) and set(targets) <= set(known)
+    are_different = len(set(targets)) == len(targets)
+    is_right = (len(targets) > 0 or may_be_empty) and are_different and set(targets) <= set(known)
     return setting, " ".join(targets), is_right, f"different names among {', '.join(known)}"
 
 
@@ -77,6 +78,7 @@ def _prune_rules(prune: PruneConfig) -> Iterable[Rule]:
         ("prune.group", prune.group, is_group, "row, matrix, bounded, or N:M with N < M such as 2:4"),
         ("prune.bound", prune.bound, 0 <= prune.bound <= 1, "in [0, 1]"),
         _target_rule("prune.targets", prune.targets),
+        _target_rule("prune.row_targets", prune.row_targets, may_be_empty=True),
         ("prune.ema", prune.ema, 0 < prune.ema <= 1, "in (0, 1]"),
         ("prune.ridge", prune.ridge, prune.ridge >= 0, "at least 0"),
         ("prune.admm_steps", prune.admm_steps, prune.admm_steps >= 1, "at least 1"),

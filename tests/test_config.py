@@ -30,6 +30,7 @@ def test_settings_cannot_be_changed_in_place():
         ("prune.bound", -0.1),
         ("prune.targets", ()),
         ("prune.targets", ("lm_head",)),
+        ("prune.row_targets", ("attn",)),
         ("prune.ema", 0.0),
         ("prune.ema", 1.5),
         ("prune.fractions", ()),
