@@ -4,6 +4,7 @@ Tensors come under their Hugging Face names and in Hugging Face's layout. Names,
 the rows of q and k: `gguf-py/gguf/tensor_mapping.py` and `LlamaModel.permute` of github.com/ggml-org/llama.cpp.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,26 +67,32 @@ def open_gguf(path: str | Path) -> TensorSource:
 
 def _hugging_face_names(file: GGUFFile, config: dict[str, Any]) -> dict[str, str]:
     """Hugging Face name -> GGUF name, for exactly the tensors of this architecture."""
-    names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-    optional = {"output.weight": "lm_head.weight"}
-    for layer in range(config["num_hidden_layers"]):
-        for leaf, hf_leaf in _BLOCK_NAMES.items():
-            stem, hf_stem = f"blk.{layer}.{leaf}", f"model.layers.{layer}.{hf_leaf}"
-            if leaf not in _QK_NORMS or config["model_type"] == "qwen3":
-                names[f"{stem}.weight"] = f"{hf_stem}.weight"
-            if _has_bias(leaf, config):
-                names[f"{stem}.bias"] = f"{hf_stem}.bias"
-    for name in names:
+    names = {}
+    for name, hf_name in _expected_names(config):
         if name not in file.tensors:
             raise InputError(f"{file.path}: tensor {name!r} is missing; the file is damaged or not a whole model")
-    names |= {name: hf_name for name, hf_name in optional.items() if name in file.tensors}
-    unknown = sorted(set(file.tensors) - set(names) - {_ROPE_FACTORS})
+        names[hf_name] = name
+    unknown = sorted(set(file.tensors) - set(names.values()) - {_ROPE_FACTORS})
     if unknown:
         raise InputError(
             f"{file.path}: {len(unknown)} tensors do not belong to a {config['model_type']} model, the first is "
             f"{unknown[0]!r}; running without them would be wrong"
         )
-    return {hf_name: name for name, hf_name in names.items()}
+    return names
+
+
+def _expected_names(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """GGUF name and Hugging Face name of every tensor that the configuration asks for."""
+    yield "token_embd.weight", "model.embed_tokens.weight"
+    for layer in range(config["num_hidden_layers"]):
+        for leaf, hf_leaf in _BLOCK_NAMES.items():
+            if leaf not in _QK_NORMS or config["model_type"] == "qwen3":
+                yield f"blk.{layer}.{leaf}.weight", f"model.layers.{layer}.{hf_leaf}.weight"
+            if _has_bias(leaf, config):
+                yield f"blk.{layer}.{leaf}.bias", f"model.layers.{layer}.{hf_leaf}.bias"
+    yield "output_norm.weight", "model.norm.weight"
+    if not config["tie_word_embeddings"]:
+        yield "output.weight", "lm_head.weight"
 
 
 def _has_bias(leaf: str, config: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ _PLAIN_KEYS = {
     "attention.head_count": "num_attention_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-# Keys that are read elsewhere in this file, or that change nothing in the model's function.
+# Every other key that is read below, or that changes nothing in what the model computes.
 _KNOWN_KEYS = (
     *_PLAIN_KEYS,
     "attention.head_count_kv",
@@ -38,6 +38,7 @@ _KNOWN_KEYS = (
     "vocab_size",
     "tensor_data_layout",
 )
+_TEXT_KEYS = ("rope.scaling.type", "tensor_data_layout")
 _NEUTRAL_VALUES = {
     "attention.causal": True,
     "attention.sliding_window": 0,
@@ -68,7 +69,7 @@ def config_from_metadata(file: GGUFFile, rope_factors: np.ndarray | None) -> dic
         InputError: an unsupported architecture or option, a missing key.
     """
     model_type = file.metadata.get("general.architecture")
-    if model_type not in ARCHITECTURES:
+    if model_type not in tuple(ARCHITECTURES):
         raise InputError(
             f"{file.path}: general.architecture {model_type!r} is not supported; expected one of "
             f"{', '.join(ARCHITECTURES)}"
@@ -79,9 +80,9 @@ def config_from_metadata(file: GGUFFile, rope_factors: np.ndarray | None) -> dic
         if key.startswith(f"{model_type}.")
     }
     _refuse_unsupported(file, options)
-    missing = [key for key in _PLAIN_KEYS if key not in options]
+    missing = [key for key in _PLAIN_KEYS if not options.get(key)]
     if missing:
-        raise InputError(f"{file.path}: metadata key {model_type}.{missing[0]} is missing; the file is damaged")
+        raise InputError(f"{file.path}: metadata key {model_type}.{missing[0]} is missing or 0; the file is damaged")
     config: dict[str, Any] = {"architectures": [ARCHITECTURES[model_type]], "model_type": model_type}
     config |= {name: options[key] for key, name in _PLAIN_KEYS.items()}
     config["num_key_value_heads"] = options.get("attention.head_count_kv", options["attention.head_count"])
@@ -102,18 +103,21 @@ def _same_in_every_layer(file: GGUFFile, key: str, value: Any) -> Any:
     if not isinstance(value, list):
         return value
     if len(set(value)) != 1:
-        raise InputError(f"{file.path}: {key} differs from layer to layer, which is not supported: {value[:8]}")
+        raise InputError(f"{file.path}: {key!r} differs from layer to layer, which is not supported: {value[:8]}")
     return value[0]
 
 
 def _refuse_unsupported(file: GGUFFile, options: dict[str, Any]) -> None:
     for key, value in options.items():
-        if key in _KNOWN_KEYS or (key in _NEUTRAL_VALUES and value == _NEUTRAL_VALUES[key]):
-            continue
-        raise InputError(
-            f"{file.path}: metadata option {file.metadata['general.architecture']}.{key} = {value!r} is not supported; "
-            "running without it would be wrong"
-        )
+        name = f"{file.metadata['general.architecture']}.{key}"
+        if key not in _KNOWN_KEYS and not (key in _NEUTRAL_VALUES and value == _NEUTRAL_VALUES[key]):
+            raise InputError(
+                f"{file.path}: metadata option {name!r} = {value!r} is not supported; running without it would be wrong"
+            )
+        if key in _KNOWN_KEYS and key not in _TEXT_KEYS and (isinstance(value, str) or value < 0):
+            raise InputError(
+                f"{file.path}: metadata option {name!r} is {value!r}, expected a number; the file is damaged"
+            )
 
 
 def _head_dim(file: GGUFFile, options: dict[str, Any]) -> int:

@@ -100,18 +100,19 @@ def read_tensor(path: Path, tensor: GGUFTensor, row_order: np.ndarray | None = N
     """
     import gguf
 
-    stored = np.memmap(path, np.uint8, "r", offset=tensor.start, shape=(tensor.nbytes,))
-    rows = stored.reshape(tensor.shape[0], -1)
-    order = np.arange(tensor.shape[0]) if row_order is None else row_order
-    out = np.empty(tensor.shape, np.dtype(ml_dtypes.bfloat16 if tensor.type_name == "BF16" else tensor_dtype(tensor)))
-    step = max(1, _ELEMENTS_PER_CHUNK * tensor.shape[0] // out.size)
-    for start in range(0, tensor.shape[0], step):
-        chunk = rows[order[start : start + step]]
-        if tensor.type_name in FLOAT_TYPES:
-            values = chunk.view(out.dtype)
-        else:
-            values = gguf.dequantize(chunk, gguf.GGMLQuantizationType[tensor.type_name])
-        out[start : start + step] = values.reshape(len(chunk), *tensor.shape[1:])
+    stored = np.asarray(np.memmap(path, np.uint8, "r", offset=tensor.start, shape=(tensor.nbytes,)))
+    if tensor.type_name in FLOAT_TYPES:
+        values = stored.view(ml_dtypes.bfloat16 if tensor.type_name == "BF16" else tensor_dtype(tensor))
+        values = values.reshape(tensor.shape)
+        return values.copy() if row_order is None else values[row_order]
+    num_rows = tensor.shape[0]
+    stored = stored.reshape(num_rows, -1)
+    order = np.arange(num_rows) if row_order is None else row_order
+    out = np.empty(tensor.shape, np.float32)
+    step = max(1, _ELEMENTS_PER_CHUNK * num_rows // out.size)
+    for start in range(0, num_rows, step):
+        rows = stored[order[start : start + step]]
+        out[start : start + step] = gguf.dequantize(rows, gguf.GGMLQuantizationType[tensor.type_name])
     return out
 
 
@@ -195,9 +196,10 @@ def _tensor_entry(header: _Cursor) -> GGUFTensor:
         )
     block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
     elements = math.prod(shape)
-    if elements == 0 or shape[-1] % block:
+    if elements == 0 or shape[-1] % block or (block > 1 and rank != 2):
         raise InputError(
-            f"{header.path}: tensor {name!r} of shape {list(shape)} does not divide into {type_name} blocks of {block}"
+            f"{header.path}: tensor {name!r} of shape {list(shape)} does not divide into rows of {type_name} blocks "
+            f"of {block}; the file is damaged"
         )
     return GGUFTensor(name, type_name, shape, start, elements // block * block_bytes)
 
