@@ -1,7 +1,15 @@
 """Builds a Hugging Face tokenizer from the metadata of a GGUF file, without torch.
 
-It gives the token ids that `AutoTokenizer.from_pretrained(folder, gguf_file=...)` of transformers 5 gives. The split
-patterns are those of the models' own `tokenizer.json` files, as llama.cpp (`src/llama-vocab.cpp`) names them.
+It gives the token ids that `AutoTokenizer.from_pretrained(folder, gguf_file=...)` of transformers 5 gives, also where
+that is coarser than the tokenizer the model was trained with:
+
+- smollm: the original cuts a text at every digit first, so it keeps whitespace before a digit in one token ("\n\n" in
+  "\n\n1."). Here, as in transformers, the last space or newline stands alone. Digits themselves agree.
+- qwen2: the original composes accents (NFC); the conversion does not, a saved folder opened as a qwen2 model does.
+- llama-bpe: without an add_bos_token key in the file no bos is added.
+
+It differs in one place: transformers adds a `<|endoftext|>` beyond the embedding to a vocabulary that lacks it.
+The split patterns are those of the models' own `tokenizer.json` files, as llama.cpp (`src/llama-vocab.cpp`) names them.
 """
 
 from collections.abc import Callable

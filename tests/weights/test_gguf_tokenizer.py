@@ -1,0 +1,195 @@
+"""A tokenizer made from GGUF metadata gives the ids of transformers' own conversion."""
+
+import json
+import os
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from efx_jax.errors import InputError
+from efx_jax.weights.gguf_tokenizer import gguf_tokenizer
+
+gguf = pytest.importorskip("gguf")
+transformers = pytest.importorskip("transformers")
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+KINDS = ["gpt2", "smollm", "no_pre", "llama3", "qwen2", "qwen3", "llama2", "llama2_no_bos", "llama2_eos"]
+
+
+def golden_texts() -> list[str]:
+    return json.loads((GOLDEN / "gguf_texts.json").read_text(encoding="utf-8"))
+
+
+def golden_case(kind: str) -> dict[str, Any]:
+    return json.loads((GOLDEN / "gguf_tokenizers.json").read_text(encoding="utf-8"))[kind]
+
+
+def write_tokenizer(path: Path, architecture: str, metadata: dict[str, Any]) -> Path:
+    """A GGUF file with a tokenizer and the few model keys that transformers asks for, but no tensors."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(1)
+    writer.add_head_count(2)
+    writer.add_embedding_length(8)
+    for key, value in metadata.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def tokenizer_file(path: Path, kind: str, **changed: Any) -> Path:
+    """The golden case as a file, with metadata changed; None removes a key."""
+    case = golden_case(kind)
+    metadata = case["metadata"] | {f"tokenizer.ggml.{name}": value for name, value in changed.items()}
+    kept = {key: value for key, value in metadata.items() if value is not None}
+    return write_tokenizer(path, case["architecture"], kept)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(InputError) as error:
+        gguf_tokenizer(path)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_transformers(tmp_path: Path, kind: str) -> None:
+    tokenizer = gguf_tokenizer(tokenizer_file(tmp_path / "m.gguf", kind))
+    expected = golden_case(kind)["ids"]
+    assert len(expected) == len(golden_texts())
+    for text, ids in zip(golden_texts(), expected, strict=True):
+        assert tokenizer(text).input_ids == ids, repr(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_transformers_today(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("torch")
+    path = tokenizer_file(tmp_path / "m.gguf", kind)
+    tokenizer = gguf_tokenizer(path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    assert tokenizer.special_tokens_map == theirs.special_tokens_map
+    assert tokenizer.chat_template == theirs.chat_template
+    for text in golden_texts():
+        ids = theirs(text).input_ids
+        assert tokenizer(text).input_ids == ids, repr(text)
+        assert tokenizer(text, text).input_ids == theirs(text, text).input_ids, repr(text)
+        for skip in (False, True):
+            decoded = theirs.decode(ids, skip_special_tokens=skip)
+            assert tokenizer.decode(ids, skip_special_tokens=skip) == decoded, repr(text)
+
+
+def reopened(path: Path, folder: Path, model_type: str | None) -> Any:
+    """The tokenizer that AutoTokenizer finds after save_pretrained, beside a config.json of `model_type`."""
+    gguf_tokenizer(path).save_pretrained(folder)
+    if model_type is not None:
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model_type", [None, "llama", "qwen3"])
+def test_saved_folder_opens_to_the_same_ids(tmp_path: Path, kind: str, model_type: str | None) -> None:
+    path = tokenizer_file(tmp_path / "m.gguf", kind)
+    tokenizer, again = gguf_tokenizer(path), reopened(path, tmp_path / "saved", model_type)
+    assert again.special_tokens_map == tokenizer.special_tokens_map
+    assert again.chat_template == tokenizer.chat_template
+    for text in golden_texts():
+        assert again(text).input_ids == tokenizer(text).input_ids, repr(text)
+
+
+def test_saved_qwen2_folder_opens_to_the_same_ids_for_composed_text(tmp_path: Path) -> None:
+    # transformers opens any qwen2 folder as its Qwen2Tokenizer, which composes accents first (NFC).
+    path = tokenizer_file(tmp_path / "m.gguf", "qwen2")
+    tokenizer, again = gguf_tokenizer(path), reopened(path, tmp_path / "saved", "qwen2")
+    assert again.eos_token == tokenizer.eos_token
+    for text in golden_texts():
+        composed = unicodedata.normalize("NFC", text)
+        assert again(text).input_ids == tokenizer(composed).input_ids, repr(text)
+
+
+def test_bos_and_eos_follow_the_flags(tmp_path: Path) -> None:
+    plain = gguf_tokenizer(tokenizer_file(tmp_path / "a.gguf", "llama2_no_bos"))
+    assert plain.bos_token_id not in plain("the cat").input_ids
+    both = gguf_tokenizer(tokenizer_file(tmp_path / "b.gguf", "llama2_eos"))
+    ids = both("the cat").input_ids
+    assert (ids[0], ids[-1]) == (both.bos_token_id, both.eos_token_id)
+    assert ids[1:-1] == plain("the cat").input_ids
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama3", "qwen2"])
+def test_byte_level_text_survives_encoding(tmp_path: Path, kind: str) -> None:
+    tokenizer = gguf_tokenizer(tokenizer_file(tmp_path / "m.gguf", kind))
+    for text in golden_texts():
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_special_and_user_defined_tokens_stay_whole(tmp_path: Path) -> None:
+    tokenizer = gguf_tokenizer(tokenizer_file(tmp_path / "m.gguf", "qwen2"))
+    ids = tokenizer("a<|im_start|>b<think>c").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["a", "<|im_start|>", "b", "<think>", "c"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "ab<think>c"
+
+
+def test_vocabulary_never_outgrows_the_file(tmp_path: Path) -> None:
+    # transformers adds GPT-2's <|endoftext|> to a vocabulary that lacks it: one row more than the embedding has.
+    tokenizer = gguf_tokenizer(tokenizer_file(tmp_path / "m.gguf", "llama3"))
+    assert len(tokenizer) <= len(golden_case("llama3")["metadata"]["tokenizer.ggml.tokens"])
+    assert "<|endoftext|>" not in tokenizer.get_vocab()
+
+
+def test_chat_template_is_the_file_s(tmp_path: Path) -> None:
+    tokenizer = gguf_tokenizer(tokenizer_file(tmp_path / "m.gguf", "qwen2"))
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "hiho"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "named"),
+    [
+        ("qwen2", {"pre": "poro-chat"}, "'poro-chat'"),
+        ("qwen2", {"model": "bert"}, "'bert'"),
+        ("qwen2", {"tokens": None}, "tokenizer.ggml.tokens"),
+        ("qwen2", {"merges": None}, "tokenizer.ggml.merges"),
+        ("qwen2", {"merges": ["a zebra"]}, "'a zebra'"),
+        ("qwen2", {"token_type": [1, 1]}, "tokenizer.ggml.token_type"),
+        ("qwen2", {"eos_token_id": 100000}, "tokenizer.ggml.eos_token_id"),
+        ("llama2", {"scores": None}, "tokenizer.ggml.scores"),
+    ],
+)
+def test_unusable_metadata_is_refused_by_name(tmp_path: Path, kind: str, changed: dict[str, Any], named: str) -> None:
+    assert named in refusal(tokenizer_file(tmp_path / "m.gguf", kind, **changed))
+
+
+def smollm2() -> Path:
+    path = Path(os.environ.get("EFX_SMOLLM2_GGUF", ""))
+    if not path.is_file():
+        pytest.skip("EFX_SMOLLM2_GGUF does not name a file")
+    return path
+
+
+def test_smollm2_gives_the_ids_of_transformers() -> None:
+    tokenizer = gguf_tokenizer(smollm2())
+    golden = json.loads((GOLDEN / "gguf_smollm2.json").read_text(encoding="utf-8"))
+    assert len(tokenizer) == 49152
+    for text, ids in zip(golden_texts(), golden["ids"], strict=True):
+        assert tokenizer(text).input_ids == ids, repr(text)
+        assert tokenizer.decode(ids) == text
+
+
+def test_smollm2_saved_folder_opens_to_the_same_ids(tmp_path: Path) -> None:
+    tokenizer = gguf_tokenizer(smollm2())
+    tokenizer.save_pretrained(tmp_path)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in golden_texts():
+        assert again(text).input_ids == tokenizer(text).input_ids, repr(text)
