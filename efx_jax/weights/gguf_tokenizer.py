@@ -3,8 +3,8 @@
 It gives the token ids that `AutoTokenizer.from_pretrained(folder, gguf_file=...)` of transformers 5 gives, also where
 that is coarser than the tokenizer the model was trained with:
 
-- smollm: the original cuts a text at every digit first, so it keeps whitespace before a digit in one token ("\n\n" in
-  "\n\n1."). Here, as in transformers, the last space or newline stands alone. Digits themselves agree.
+- smollm: the original cuts a text at every digit first, so the two newlines before a list's "1." are one token. Here,
+  as in transformers, the last space or newline before a digit stands alone. Digits themselves agree.
 - qwen2: the original composes accents (NFC); the conversion does not, a saved folder opened as a qwen2 model does.
 - llama-bpe: without an add_bos_token key in the file no bos is added.
 
