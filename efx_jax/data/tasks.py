@@ -13,8 +13,6 @@ from efx_jax.data.prompts import Example, apply_format, examples_from_rows, plai
 from efx_jax.data.tokenizer import Tokenizer
 from efx_jax.errors import InputError
 
-BUILT_IN = ("icd10",)
-
 # 150 training and 40 test questions for each of the 21 chapters; the smallest chapter holds a few more.
 _ICD10_TRAIN_ROWS = 3150
 _ICD10_TEST_ROWS = 840
@@ -45,25 +43,26 @@ def load_task(config: DataConfig, seed: int, tokenizer: Tokenizer | None = None)
         tokenizer: needed for `format: chat`.
 
     Returns:
-        The task. With `data.test` its labels are the distinct responses of the test rows, sorted. Without `data.text`,
-        a share `data.holdout` of the training rows becomes the perplexity text.
+        The task. Without `data.text`, a share `data.holdout` of the training rows becomes the perplexity text; the
+        built-in task brings its own text and test rows.
 
     Raises:
-        InputError: whatever `load_rows`, `examples_from_rows` and `apply_format` refuse, a holdout outside [0, 1), or
-            test rows with more distinct responses than likelihood scoring is meant for.
+        InputError: whatever `load_rows`, `examples_from_rows` and `apply_format` refuse, a holdout outside [0, 1), and
+            what `load_test` refuses.
     """
     if not 0 <= config.holdout < 1:
         raise InputError(f"data.holdout: expected a share in [0, 1), found {config.holdout}")
-    task = _icd10(seed) if config.train == "icd10" else _from_files(config, seed)
-    test, labels = load_test(config) if config.test else (task.test, task.labels)
-    text = load_text(config.text, config) if config.text else task.text
-    framed = apply_format(test + [Example("?", label) for label in labels], config.format, tokenizer)
-    return dataclasses.replace(
-        task,
-        train=apply_format(task.train, config.format, tokenizer),
-        test=framed[: len(test)],
-        labels=tuple(example.response for example in framed[len(test) :]),
-        text=text,
+    built_in = config.train == "icd10"
+    train, held_out = (_icd10_train(seed), []) if built_in else _train_rows(config, seed)
+    test_source = config.test or ("icd10" if built_in else "")
+    text_source = config.text or ("icd10" if built_in else "")
+    test, labels = load_test(test_source, config, tokenizer) if test_source else ([], ())
+    return Task(
+        name=config.train,
+        train=apply_format(train, config.format, tokenizer),
+        test=test,
+        labels=labels,
+        text=load_text(text_source, config) if text_source else plain_text(held_out),
     )
 
 
@@ -82,35 +81,53 @@ def load_text(source: str, config: DataConfig) -> list[str]:
     return plain_text(_examples(source, config))
 
 
-def load_test(config: DataConfig) -> tuple[list[Example], tuple[str, ...]]:
-    """The rows of `data.test`, not yet framed, and their distinct responses, sorted.
+def load_test(
+    source: str, config: DataConfig, tokenizer: Tokenizer | None = None
+) -> tuple[list[Example], tuple[str, ...]]:
+    """Held-out questions in the configured format, and the answers to choose from.
+
+    Args:
+        source: a file, a Hub name, or "icd10".
+        config: gives `root`, `template` and `format`.
+        tokenizer: needed for `format: chat`.
+
+    Returns:
+        The rows, and their distinct responses, sorted (of "icd10": all chapters).
 
     Raises:
         InputError: rows without a prompt, or more than 100 distinct responses.
     """
-    test = _examples(config.test, config)
+    if source == "icd10":
+        data = icd10_task(0, 0, _ICD10_TEST_ROWS)
+        test, labels = data.test, data.labels
+    else:
+        test = _examples(source, config)
+        labels = tuple(sorted({example.response for example in test}))
+    _refuse_open_answers(source, test, labels)
+    framed = apply_format([*test, *(Example("?", label) for label in labels)], config.format, tokenizer)
+    return framed[: len(test)], tuple(example.response for example in framed[len(test) :])
+
+
+def _refuse_open_answers(source: str, test: Sequence[Example], labels: Sequence[str]) -> None:
     without = next((example for example in test if not example.prompt), None)
     if without is not None:
         raise InputError(f"{without.origin}: a test row needs a prompt and a response; set data.template, or data.text")
-    labels = tuple(sorted({example.response for example in test}))
     if len(labels) > _MOST_LABELS:
         raise InputError(
-            f"{config.test}: {len(labels)} distinct responses; expected at most {_MOST_LABELS} answers to choose from; "
+            f"{source}: {len(labels)} distinct responses; expected at most {_MOST_LABELS} answers to choose from; "
             "measure free text with data.text"
         )
-    return test, labels
 
 
-def _icd10(seed: int) -> Task:
-    data = icd10_task(seed, _ICD10_TRAIN_ROWS, _ICD10_TEST_ROWS)
+def _icd10_train(seed: int) -> list[Example]:
+    data = icd10_task(seed, _ICD10_TRAIN_ROWS, 0)
     texts = [Example("", text, f"icd10 text {number}") for number, text in enumerate(data.train_text, start=1)]
-    return Task("icd10", data.train + texts, data.test, data.labels, data.text)
+    return data.train + texts
 
 
-def _from_files(config: DataConfig, seed: int) -> Task:
+def _train_rows(config: DataConfig, seed: int) -> tuple[list[Example], list[Example]]:
     examples = _examples(config.train, config)
-    train, held_out = (examples, []) if config.text else _hold_out(examples, config.holdout, seed)
-    return Task(config.train, train, [], (), plain_text(held_out))
+    return (examples, []) if config.text else _hold_out(examples, config.holdout, seed)
 
 
 def _hold_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, tasks by likelihood, and metrics."""

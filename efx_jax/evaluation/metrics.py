@@ -1,0 +1,74 @@
+"""`evaluate.Metric` classes that work offline, thin over scikit-learn and rouge-score.
+
+`evaluate.load("accuracy")` downloads a script; these come with the package:
+`Accuracy().compute(predictions=..., references=...)`. Importing this module needs the extra `hf`; nothing in training
+imports it (see `evaluation/scores.py`).
+"""
+
+import math
+from collections.abc import Sequence
+
+import datasets
+import evaluate
+
+_CLASSES = {"predictions": datasets.Value("int32"), "references": datasets.Value("int32")}
+_TEXTS = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+_SUMS = {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
+_ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+class Accuracy(evaluate.Metric):
+    """Share of equal class numbers: {"accuracy": float}."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info("Share of predictions that equal the reference.", _CLASSES)
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+        import sklearn.metrics
+
+        return {"accuracy": float(sklearn.metrics.accuracy_score(references, predictions))}
+
+
+class MacroF1(evaluate.Metric):
+    """Unweighted mean of F1 over the classes that occur: {"macro_f1": float}."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info("Unweighted mean of the classes' F1.", _CLASSES)
+
+    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
+        import sklearn.metrics
+
+        score = sklearn.metrics.f1_score(references, predictions, average="macro", zero_division=0)
+        return {"macro_f1": float(score)}
+
+
+class Rouge(evaluate.Metric):
+    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L, in [0, 1]; with `stemmer` words are reduced to stems."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info("ROUGE F-measures, averaged over rows.", _TEXTS)
+
+    def _compute(
+        self, predictions: Sequence[str], references: Sequence[str], stemmer: bool = False
+    ) -> dict[str, float]:
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer = RougeScorer(_ROUGE, use_stemmer=stemmer)
+        rows = [scorer.score(target, text) for target, text in zip(references, predictions, strict=True)]
+        return {name: math.fsum(row[name].fmeasure for row in rows) / len(rows) for name in _ROUGE}
+
+
+class Perplexity(evaluate.Metric):
+    """exp(sum / count): `predictions` are summed nats per window, `references` the predicted tokens per window."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info("exp of the summed negative log-likelihood over the number of tokens.", _SUMS)
+
+    def _compute(self, predictions: Sequence[float], references: Sequence[int]) -> dict[str, float]:
+        return {"perplexity": math.exp(math.fsum(predictions) / sum(references))}
+
+
+def _info(description: str, features: dict[str, datasets.Value]) -> evaluate.MetricInfo:
+    return evaluate.MetricInfo(
+        description=description, citation="", inputs_description="", features=datasets.Features(features)
+    )

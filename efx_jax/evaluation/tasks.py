@@ -1,0 +1,163 @@
+"""Tasks with a fixed set of answers, by likelihood: the answer whose continuation the model finds most likely.
+
+Nothing is generated and nothing is parsed, so no answer is ever unreadable.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from efx_jax.data.batches import bucket_length
+from efx_jax.data.prompts import Example
+from efx_jax.data.tokenizer import Tokenizer, encode_prompts
+from efx_jax.errors import InputError
+from efx_jax.evaluation.branches import Normalize, branch_batch, branch_scores, encode_labels, lay_out
+from efx_jax.evaluation.scores import accuracy, bootstrap, macro_f1
+from efx_jax.lora import Adapters
+from efx_jax.model.decoder import Params
+from efx_jax.model.spec import ModelSpec
+
+Array = jax.Array
+
+
+def evaluate_task(
+    params: Params,
+    spec: ModelSpec,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    labels: Sequence[str],
+    adapters: Adapters | None = None,
+    masks: Mapping[str, Array] | None = None,
+    *,
+    batch_size: int = 16,
+    compute_dtype: Any = None,
+    normalize: Normalize = "sum",
+) -> dict[str, Any]:
+    """Scores every row and sums up: `summarise` of `label_scores`."""
+    scores = label_scores(
+        params,
+        spec,
+        tokenizer,
+        examples,
+        labels,
+        adapters,
+        masks,
+        batch_size=batch_size,
+        compute_dtype=compute_dtype,
+        normalize=normalize,
+    )
+    return summarise(scores.argmax(axis=1), examples, labels)
+
+
+def label_scores(
+    params: Params,
+    spec: ModelSpec,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    labels: Sequence[str],
+    adapters: Adapters | None = None,
+    masks: Mapping[str, Array] | None = None,
+    *,
+    batch_size: int = 16,
+    compute_dtype: Any = None,
+    normalize: Normalize = "sum",
+) -> np.ndarray:
+    """Log-likelihood of every answer after every prompt; the prediction is its argmax.
+
+    Args:
+        params: parameter tree.
+        spec: the model.
+        tokenizer: the model's tokenizer; prompts and answers are tokenised as in training.
+        examples: the rows; their prompts are used.
+        labels: the C answers, each with the separator that the responses carry (" yes").
+        adapters: LoRA adapters, or None.
+        masks: name -> bool `[L,O,I]`, True = kept, or None: evaluated is the exported function.
+        batch_size: rows per forward pass; rows are sorted by length.
+        compute_dtype: dtype of the matmul operands; sums are float32.
+        normalize: "sum" of the answer's token log-probabilities (a proper probability of the string), or their
+            "mean", which favours long answers. EOS is not scored unless one answer begins with another.
+
+    Returns:
+        float32 `[rows,C]`, in the order of `examples`.
+
+    Raises:
+        InputError: an empty or over-long prompt (with its row), or answers that tokenise to nothing or to the same.
+    """
+    prompts = encode_prompts([example.prompt for example in examples], tokenizer)
+    branches = lay_out(encode_labels(labels, tokenizer), normalize)
+    extra = len(branches.tokens)
+    _check_prompts(prompts, examples, spec.max_position_embeddings - int(branches.offsets.max(initial=-1)) - 1)
+    scores = np.zeros((len(prompts), len(labels)), np.float32)
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    longest = max(map(len, prompts)) + extra
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        chosen = [prompts[row] for row in rows]
+        batch = branch_batch(chosen, branches, batch_size, bucket_length([len(ids) + extra for ids in chosen], longest))
+        batch_scores = branch_scores(params, batch, branches, spec, adapters, masks, compute_dtype)
+        scores[rows] = np.asarray(batch_scores)[: len(rows)]
+    return scores
+
+
+def summarise(predicted: np.ndarray, examples: Sequence[Example], labels: Sequence[str]) -> dict[str, Any]:
+    """Accuracy and macro-F1 with 95 % bootstrap intervals, counts per class, and the best constant answer.
+
+    Args:
+        predicted: chosen answer of every row, int [rows].
+        examples: the rows; their responses are the references.
+        labels: the C answers.
+
+    Returns:
+        A dictionary that JSON can hold.
+
+    Raises:
+        InputError: a response that is not among the answers.
+    """
+    reference = reference_numbers(examples, labels)
+    constant = np.full_like(reference, np.bincount(reference, minlength=len(labels)).argmax())
+    intervals = bootstrap(predicted, reference, len(labels))
+    return {
+        "rows": len(reference),
+        "accuracy": float(accuracy(predicted, reference)[0]),
+        "accuracy_interval": intervals["accuracy"],
+        "macro_f1": float(macro_f1(predicted, reference, len(labels))[0]),
+        "macro_f1_interval": intervals["macro_f1"],
+        "unparseable": 0.0,
+        "constant_answer": labels[int(constant[0])].strip(),
+        "constant_accuracy": float(accuracy(constant, reference)[0]),
+        "constant_macro_f1": float(macro_f1(constant, reference, len(labels))[0]),
+        "classes": {
+            label.strip(): {
+                "rows": int((reference == number).sum()),
+                "predicted": int((predicted == number).sum()),
+                "correct": int(((reference == number) & (predicted == number)).sum()),
+            }
+            for number, label in enumerate(labels)
+        },
+    }
+
+
+def reference_numbers(examples: Sequence[Example], labels: Sequence[str]) -> np.ndarray:
+    """The number of each row's response among the answers, int [rows]."""
+    if not examples:
+        raise InputError("test rows: expected at least one, found none")
+    numbers = {label: number for number, label in enumerate(labels)}
+    for row, example in enumerate(examples, start=1):
+        if example.response not in numbers:
+            raise InputError(
+                f"{example.origin or f'test row {row}'}: response {example.response!r} is none of the answers "
+                f"{', '.join(map(repr, labels))}"
+            )
+    return np.asarray([numbers[example.response] for example in examples])
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], examples: Sequence[Example], most: int) -> None:
+    for row, (ids, example) in enumerate(zip(prompts, examples, strict=True), start=1):
+        if not 0 < len(ids) <= most:
+            where = example.origin or f"test row {row}"
+            raise InputError(
+                f"{where}: the prompt has {len(ids)} tokens; expected 1 to {most}, the model's context without the "
+                "answers; shorten the prompt"
+            )

@@ -1,0 +1,116 @@
+"""Perplexity equals the definition on full logits, whatever the batches and the padding."""
+
+import jax
+import numpy as np
+import pytest
+
+from efx_jax.data.tokens import Tokenized
+from efx_jax.errors import InputError
+from efx_jax.evaluation import likelihood
+from efx_jax.evaluation.perplexity import perplexity, summarise
+from efx_jax.lora import init_lora
+from efx_jax.model.decoder import forward
+from efx_jax.model.spec import ModelSpec, RopeSpec, init_params
+
+SPEC = ModelSpec(
+    model_type="llama",
+    vocab_size=97,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    max_position_embeddings=128,
+    rope=RopeSpec(),
+)
+# Matrices 8 times the usual size, so that tokens differ in likelihood.
+PARAMS = jax.tree_util.tree_map_with_path(
+    lambda path, x: x if "norm" in path[-1].key else 8 * x, init_params(jax.random.key(0), SPEC)
+)
+# One shape for all sequences: a causal model does not see the padding on the right.
+FORWARD = jax.jit(forward, static_argnames="spec")
+
+
+def windows(*lengths: int) -> list[Tokenized]:
+    generator = np.random.default_rng(1)
+    return [
+        Tokenized(generator.integers(0, SPEC.vocab_size, n).astype(np.int32), generator.random(n) < 0.7)
+        for n in lengths
+    ]
+
+
+def by_definition(window: Tokenized, **model) -> tuple[float, int]:
+    tokens = np.pad(window.tokens, (0, 40 - len(window.tokens)))[None]
+    logits = np.asarray(FORWARD(PARAMS, tokens, SPEC, **model))[0].astype(np.float64)
+    log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    picked = log_probabilities[np.arange(len(window.tokens) - 1), window.tokens[1:]]
+    return float(-picked[window.loss[1:]].sum()), int(window.loss[1:].sum())
+
+
+def test_perplexity_is_exp_of_the_sum_over_the_tokens() -> None:
+    texts = windows(40, 33, 7, 40, 2)
+    nll, tokens = zip(*(by_definition(w) for w in texts), strict=True)
+    result = perplexity(PARAMS, texts, SPEC, batch_size=2)
+    np.testing.assert_allclose(result.window_nll, nll, rtol=1e-5)
+    assert (result.window_tokens.tolist(), result.tokens) == (list(tokens), sum(tokens))
+    assert result.value == pytest.approx(np.exp(sum(nll) / sum(tokens)), rel=1e-5)
+    assert result.interval[0] < result.value < result.interval[1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_filling_the_last_batch_changes_nothing(batch_size: int) -> None:
+    texts = windows(20, 31, 12, 9, 31)
+    reference = perplexity(PARAMS, texts, SPEC, batch_size=5)
+    np.testing.assert_allclose(
+        perplexity(PARAMS, texts, SPEC, batch_size=batch_size).window_nll, reference.window_nll, rtol=1e-5
+    )
+
+
+def test_chunking_the_head_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = windows(30, 17)
+    reference = perplexity(PARAMS, texts, SPEC, batch_size=2).window_nll
+    jax.clear_caches()
+    monkeypatch.setattr(likelihood, "_LOGITS_BYTES", 4 * SPEC.vocab_size * 5)
+    np.testing.assert_allclose(perplexity(PARAMS, texts, SPEC, batch_size=2).window_nll, reference, rtol=1e-5)
+    jax.clear_caches()
+
+
+def test_adapters_and_masks_are_measured() -> None:
+    adapters = init_lora(jax.random.key(1), PARAMS, SPEC, rank=2)
+    adapters = adapters.replace(lora_b=jax.tree.map(lambda b: b + 0.3, adapters.lora_b))
+    masks = {"up_proj": jax.random.bernoulli(jax.random.key(2), 0.5, PARAMS["layers"]["up_proj"].shape)}
+    texts = windows(25)
+    nll, _ = by_definition(texts[0], adapters=adapters, masks=masks)
+    plain, _ = by_definition(texts[0])
+    assert abs(nll - plain) > 0.1
+    assert perplexity(PARAMS, texts, SPEC, adapters, masks).nll_sum == pytest.approx(nll, rel=1e-5)
+
+
+def test_bfloat16_operands_stay_close() -> None:
+    texts = windows(40, 40)
+    exact = perplexity(PARAMS, texts, SPEC)
+    assert perplexity(PARAMS, texts, SPEC, compute_dtype="bfloat16").nll_sum == pytest.approx(exact.nll_sum, rel=0.02)
+
+
+def test_a_uniform_model_has_the_vocabulary_as_perplexity() -> None:
+    params = {**PARAMS, "lm_head": np.zeros((SPEC.vocab_size, SPEC.hidden_size), np.float32)}
+    assert perplexity(params, windows(40), SPEC).value == pytest.approx(SPEC.vocab_size, rel=1e-5)
+
+
+def test_the_interval_resamples_windows() -> None:
+    generator = np.random.default_rng(0)
+    tokens = np.full(200, 50)
+    nll = 50 * generator.normal(2.0, 0.5, 200)
+    result = summarise(nll, tokens)
+    expected = 1.96 * 0.5 / np.sqrt(200)
+    low, high = np.log(result.interval)
+    assert (high - low) / 2 == pytest.approx(expected, rel=0.15)
+    assert summarise(nll, tokens).interval == result.interval
+
+
+def test_nothing_to_predict_is_refused() -> None:
+    with pytest.raises(InputError, match="at least one token"):
+        perplexity(PARAMS, [Tokenized(np.zeros(4, np.int32), np.zeros(4, bool))], SPEC)

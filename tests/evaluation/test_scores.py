@@ -1,0 +1,61 @@
+"""The numpy scores equal scikit-learn's, and resampling is exact and reproducible."""
+
+import numpy as np
+import pytest
+
+from efx_jax.evaluation.scores import accuracy, bootstrap, interval, macro_f1, resample_counts
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_scores_equal_scikit_learn_on_random_predictions(seed: int) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(seed)
+    classes = int(generator.integers(2, 25))
+    rows = int(generator.integers(1, 200))
+    reference, predicted = generator.integers(0, classes, (2, rows))
+    assert accuracy(predicted, reference)[0] == pytest.approx(metrics.accuracy_score(reference, predicted), abs=1e-12)
+    expected = metrics.f1_score(reference, predicted, average="macro", zero_division=0)
+    assert macro_f1(predicted, reference, classes)[0] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_class_that_never_occurs_does_not_count() -> None:
+    predicted, reference = np.asarray([0, 1]), np.asarray([0, 1])
+    assert macro_f1(predicted, reference, classes=5)[0] == 1.0
+    assert macro_f1(np.asarray([0, 2]), reference, classes=5)[0] == pytest.approx(1 / 3)
+
+
+def test_weighted_scores_equal_the_scores_of_the_drawn_rows() -> None:
+    generator = np.random.default_rng(0)
+    reference, predicted = generator.integers(0, 4, (2, 30))
+    counts = np.concatenate(list(resample_counts(30, 5, seed=1)))
+    for drawn, f1, share in zip(
+        counts, macro_f1(predicted, reference, 4, counts), accuracy(predicted, reference, counts), strict=True
+    ):
+        rows = np.repeat(np.arange(30), drawn)
+        assert f1 == pytest.approx(macro_f1(predicted[rows], reference[rows], 4)[0])
+        assert share == pytest.approx((predicted[rows] == reference[rows]).mean())
+
+
+def test_resamples_come_in_blocks_that_add_up() -> None:
+    blocks = list(resample_counts(rows=1_500_000, resamples=5, seed=0))
+    assert [len(block) for block in blocks] == [2, 2, 1]
+    assert all((block.sum(axis=1) == 1_500_000).all() for block in blocks)
+
+
+def test_the_interval_covers_the_score_and_is_reproducible() -> None:
+    generator = np.random.default_rng(0)
+    reference = generator.integers(0, 3, 400)
+    predicted = np.where(generator.random(400) < 0.7, reference, generator.integers(0, 3, 400))
+    result = bootstrap(predicted, reference, 3)
+    assert result == bootstrap(predicted, reference, 3)
+    low, high = result["accuracy"]
+    share = accuracy(predicted, reference)[0]
+    assert low < share < high
+    # A binomial share of 400 rows has a standard error of sqrt(p (1 - p) / 400).
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(share * (1 - share) / 400), rel=0.1)
+    low, high = result["macro_f1"]
+    assert low < macro_f1(predicted, reference, 3)[0] < high
+
+
+def test_the_interval_is_the_central_95_percent() -> None:
+    assert interval(np.arange(1001.0)) == (25.0, 975.0)
