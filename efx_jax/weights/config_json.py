@@ -63,6 +63,7 @@ def config_to_write(spec: ModelSpec, dtype: str, original: Mapping[str, Any] | N
     written = config_from_spec(spec, dtype)
     if original is None:
         return written
+    _check_same_model(spec, original)
     rope = dict(original.get("rope_parameters") or original.get("rope_scaling") or {})
     rope.pop("type", None)  # the name of rope_type before transformers 4.43
     rope |= written["rope_parameters"]
@@ -77,7 +78,11 @@ def config_to_write(spec: ModelSpec, dtype: str, original: Mapping[str, Any] | N
         "torch_dtype": dtype,
     }
     config.pop("auto_map", None)  # points to code that is not exported
-    described = spec_from_config(config)
+    return config
+
+
+def _check_same_model(spec: ModelSpec, original: Mapping[str, Any]) -> None:
+    described = spec_from_config(original)
     for field in dataclasses.fields(spec):
         expected, found = getattr(spec, field.name), getattr(described, field.name)
         if expected != found:
@@ -85,7 +90,6 @@ def config_to_write(spec: ModelSpec, dtype: str, original: Mapping[str, Any] | N
                 f"source config.json: {field.name} is {found}, but the parameters' spec has {expected}; "
                 "pass the checkpoint that the parameters came from"
             )
-    return config
 
 
 def copy_extras(src: Path, dst: Path) -> None:

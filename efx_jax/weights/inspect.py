@@ -77,7 +77,7 @@ def verify(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> tuple[str, i
     """
     (source_a, spec_a), (source_b, spec_b) = _open(a), _open(b)
     lines = [f"config: {line}" for line in _other_fields(spec_a, spec_b)]
-    if [leaf.shape for leaf in leaves(spec_a)] != [leaf.shape for leaf in leaves(spec_b)]:
+    if leaves(spec_a) != leaves(spec_b):
         return "\n".join(["different models", *lines]), 1
     names = [name for leaf in leaves(spec_a) for name in leaf.names]
     differences = {name: difference for name in names if (difference := _difference(source_a, source_b, name))}

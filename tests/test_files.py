@@ -1,0 +1,101 @@
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from efx_jax.errors import InputError
+from efx_jax.files import atomic_folder, atomic_write, sha256_of
+
+
+def _break_off(dst: Path, error: BaseException) -> None:
+    with atomic_folder(dst) as partial:
+        (partial / "file").write_text("half")
+        raise error
+
+
+def test_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
+    dst = tmp_path / "deep" / "dst"
+    with atomic_folder(dst) as partial:
+        (partial / "inner").mkdir()
+        (partial / "inner" / "file").write_text("whole")
+        assert not dst.exists()
+    assert (dst / "inner" / "file").read_text() == "whole"
+    assert os.listdir(dst.parent) == ["dst"]
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt()])
+def test_nothing_is_left_behind_after_an_error(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        _break_off(tmp_path / "dst", error)
+    assert os.listdir(tmp_path) == []
+
+
+def test_existing_folder_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "dst").mkdir()
+    (tmp_path / "dst" / "old").write_text("old")
+    with pytest.raises(InputError, match="exists already"), atomic_folder(tmp_path / "dst"):
+        pytest.fail("the body ran")
+    assert os.listdir(tmp_path / "dst") == ["old"]
+
+
+def test_existing_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "dst").mkdir()
+    with atomic_folder(tmp_path / "dst") as partial:
+        (partial / "file").touch()
+    assert os.listdir(tmp_path / "dst") == ["file"]
+
+
+def test_replace_swaps_whole_folders(tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with atomic_folder(tmp_path / "dst", replace=True) as partial:
+            (partial / content).touch()
+    assert os.listdir(tmp_path) == ["dst"]
+    assert os.listdir(tmp_path / "dst") == ["new"]
+
+
+def test_failed_replacement_keeps_the_old_folder(tmp_path: Path) -> None:
+    (tmp_path / "dst").mkdir()
+    (tmp_path / "dst" / "old").touch()
+    with pytest.raises(ValueError, match="a bug"), atomic_folder(tmp_path / "dst", replace=True):
+        raise ValueError("a bug")
+    assert os.listdir(tmp_path) == ["dst"]
+    assert os.listdir(tmp_path / "dst") == ["old"]
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the disk is full") as caught:
+        _break_off(tmp_path / "dst", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_place_under_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"), atomic_folder(tmp_path / "file" / "dst"):
+        pytest.fail("the body ran")
+    with pytest.raises(InputError, match="cannot be written"):
+        atomic_write(tmp_path / "file" / "dst", b"")
+
+
+def test_new_folder_and_file_have_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "usual").mkdir()
+    (tmp_path / "usual.txt").touch()
+    with atomic_folder(tmp_path / "dst"):
+        pass
+    atomic_write(tmp_path / "dst.txt", "")
+    assert (tmp_path / "dst").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    assert (tmp_path / "dst.txt").stat().st_mode == (tmp_path / "usual.txt").stat().st_mode
+
+
+def test_written_file_replaces_the_old_one(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "file", "old")
+    atomic_write(tmp_path / "file", "é")
+    assert (tmp_path / "file").read_bytes() == "é".encode()
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"bytes" * 100_000)
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(b"bytes" * 100_000).hexdigest()

@@ -1,0 +1,195 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convert_weights import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def _run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def _assert_refused(capsys: pytest.CaptureFixture[str], src: Path, *words: str) -> None:
+    """`import` ends with code 2 and one line that holds the words, and leaves nothing beside the source."""
+    before = sorted(os.listdir(src.parent))
+    code, out, err = _run(capsys, "import", src, src.parent / "dst")
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1 and err.endswith("\n")
+    for word in words:
+        assert word in err
+    assert sorted(os.listdir(src.parent)) == before
+
+
+def test_import_export_and_verify(capsys: pytest.CaptureFixture[str], make_folder: Callable, tmp_path: Path) -> None:
+    src = make_folder(shards=2)
+    assert _run(capsys, "import", src, tmp_path / "orbax")[0] == 0
+    assert _run(capsys, "export", tmp_path / "orbax", tmp_path / "out", "--format", "hf")[0] == 0
+    code, out, _ = _run(capsys, "verify", src, tmp_path / "out")
+    assert (code, out) == (0, "all 30 tensors are identical\n")
+    assert _run(capsys, "export", tmp_path / "orbax", tmp_path / "half", "--dtype", "float16")[0] == 0
+    code, out, _ = _run(capsys, "verify", src, tmp_path / "half")
+    assert code == 1
+    assert "largest absolute difference" in out
+
+
+def test_run_folder_is_exported(capsys: pytest.CaptureFixture[str], make_folder: Callable, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    make_folder().rename(tmp_path / "run" / "export")
+    assert _run(capsys, "export", tmp_path / "run", tmp_path / "out")[0] == 0
+    assert _run(capsys, "verify", tmp_path / "run", tmp_path / "out")[0] == 0
+
+
+def test_inspect_prints_a_line_per_kind_of_tensor(capsys: pytest.CaptureFixture[str], make_folder: Callable) -> None:
+    code, out, _ = _run(capsys, "inspect", make_folder(model_type="qwen3"))
+    assert code == 0
+    names = [line.split()[0] for line in out.splitlines()[6:]]
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    norms = ["input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"]
+    assert sorted(names) == sorted(["tensor", "embed_tokens", *linears, *norms, "norm", "lm_head"])
+
+
+def test_truncated_file_is_refused_with_one_line(capsys: pytest.CaptureFixture[str], make_folder: Callable) -> None:
+    src = make_folder()
+    file = src / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    _assert_refused(capsys, src, "model.safetensors", "cannot be read as safetensors", "download")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"abc", b"\xff" * 64, b"<html>not found</html>", (8).to_bytes(8, "little") + b"garbage!"]
+)
+def test_garbage_is_refused_with_one_line(
+    capsys: pytest.CaptureFixture[str], make_folder: Callable, content: bytes
+) -> None:
+    src = make_folder()
+    (src / "model.safetensors").write_bytes(content)
+    _assert_refused(capsys, src, "model.safetensors", "cannot be read as safetensors")
+
+
+def test_missing_shard_is_refused_with_one_line(capsys: pytest.CaptureFixture[str], make_folder: Callable) -> None:
+    src = make_folder(shards=3)
+    (src / "model-00002-of-00003.safetensors").unlink()
+    _assert_refused(capsys, src, "model-00002-of-00003.safetensors", "missing")
+
+
+def test_shard_without_its_tensor_is_refused_with_one_line(
+    capsys: pytest.CaptureFixture[str], make_folder: Callable
+) -> None:
+    src = make_folder(shards=2)
+    (src / "model-00001-of-00002.safetensors").write_bytes((src / "model-00002-of-00002.safetensors").read_bytes())
+    _assert_refused(capsys, src, "model-00001-of-00002.safetensors", "model.embed_tokens.weight is missing")
+
+
+def test_wrong_shape_is_refused_with_one_line(
+    capsys: pytest.CaptureFixture[str], make_folder: Callable, make_tensors: Callable
+) -> None:
+    tensors = make_tensors()
+    tensors["model.layers.1.mlp.up_proj.weight"] = np.ones((16, 24), np.float32)
+    src = make_folder(tensors=tensors)
+    _assert_refused(capsys, src, "model.layers.1.mlp.up_proj.weight", "[16, 24]", "[24, 16]")
+
+
+def test_missing_tensor_is_refused_with_one_line(
+    capsys: pytest.CaptureFixture[str], make_folder: Callable, make_tensors: Callable
+) -> None:
+    tensors = make_tensors()
+    del tensors["model.layers.2.self_attn.o_proj.weight"]
+    _assert_refused(capsys, make_folder(tensors=tensors), "model.layers.2.self_attn.o_proj.weight", "missing")
+
+
+@pytest.mark.parametrize("name", ["model.layers.3.input_layernorm.weight", "model.layers.0.self_attn.q_proj.bias", "x"])
+def test_extra_tensor_is_refused_with_one_line(
+    capsys: pytest.CaptureFixture[str], make_folder: Callable, make_tensors: Callable, name: str
+) -> None:
+    src = make_folder(tensors={**make_tensors(), name: np.ones(16, np.float32)})
+    _assert_refused(capsys, src, f"tensor {name} is unknown", "llama")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weight_that_is_no_number_is_refused_with_one_line(
+    capsys: pytest.CaptureFixture[str], make_folder: Callable, make_tensors: Callable, value: float, dtype: str
+) -> None:
+    tensors = make_tensors(dtype=dtype)
+    tensors["model.layers.1.self_attn.k_proj.weight"][7, 3] = value
+    src = make_folder(tensors=tensors)
+    _assert_refused(capsys, src, "model.layers.1.self_attn.k_proj.weight", f"holds {value} at [7, 3]")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "mixtral"}, ("model_type 'mixtral'", "llama, qwen2, qwen3")),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, ("rope_type 'longrope'", "yarn")),
+        ({"quantization_config": {"quant_method": "gptq"}}, ("quantization_config",)),
+        ({"hidden_size": None}, ("hidden_size",)),
+    ],
+)
+def test_unsupported_config_is_refused_with_one_line(
+    capsys: pytest.CaptureFixture[str], make_folder: Callable, config: dict, words: tuple[str, ...]
+) -> None:
+    _assert_refused(capsys, make_folder(config=config), *words)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00\xff"])
+def test_garbled_config_is_refused_with_one_line(
+    capsys: pytest.CaptureFixture[str], make_folder: Callable, content: str
+) -> None:
+    src = make_folder()
+    (src / "config.json").write_text(content, encoding="latin-1")
+    _assert_refused(capsys, src, "config.json")
+
+
+def test_existing_destination_is_refused(
+    capsys: pytest.CaptureFixture[str], make_folder: Callable, tmp_path: Path
+) -> None:
+    src, dst = make_folder("a"), make_folder("b")
+    before = json.loads((dst / "config.json").read_text())
+    code, _, err = _run(capsys, "import", src, dst)
+    assert code == 2
+    assert "exists already" in err and err.count("\n") == 1
+    assert json.loads((dst / "config.json").read_text()) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("import", "a", "b", "--dtpye", "float32"),
+        ("import", "a", "b", "--dtype", "int8"),
+        ("export", "a", "b", "--format", "gguf"),
+        ("import", "a"),
+        ("pack", "a", "b"),
+        (),
+    ],
+)
+def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    code, out, err = _run(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+
+
+def test_script_reports_a_missing_path_and_help() -> None:
+    script = [sys.executable, "convert_weights.py"]
+    missing = subprocess.run(
+        [*script, "inspect", "./no/such/folder"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert missing.returncode == 2
+    assert missing.stderr.count("\n") == 1 and "no/such/folder" in missing.stderr
+    helped = subprocess.run([*script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert helped.returncode == 0
+    assert "verify" in helped.stdout

