@@ -6,6 +6,7 @@ are left to the `gguf` package. Format: the GGUF specification, `docs/gguf.md` o
 """
 
 import dataclasses
+import importlib.util
 import math
 import struct
 from pathlib import Path
@@ -59,6 +60,8 @@ def read_header(path: str | Path) -> GGUFFile:
     Raises:
         InputError: not a GGUF file, another version, a truncated file, an unsupported quantisation type.
     """
+    if importlib.util.find_spec("gguf") is None:
+        raise InputError(f"{path}: reading GGUF needs the gguf package; run: pip install gguf")
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a GGUF file")

@@ -8,11 +8,11 @@ that is coarser than the tokenizer the model was trained with:
 - qwen2: the original composes accents (NFC); the conversion does not, a saved folder opened as a qwen2 model does.
 - llama-bpe: without an add_bos_token key in the file no bos is added.
 
-It differs in one place: transformers adds a `<|endoftext|>` beyond the embedding to a vocabulary that lacks it.
+It differs where the conversion would leave the vocabulary: transformers adds a `<|endoftext|>` beyond the embedding to
+a vocabulary that lacks it, and cuts control tokens outside the byte alphabet (`<｜User｜>` of DeepSeek) into bytes.
 The split patterns are those of the models' own `tokenizer.json` files, as llama.cpp (`src/llama-vocab.cpp`) names them.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,12 +69,10 @@ def gguf_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
 
     file = read_header(path)
     kind = file.metadata.get("tokenizer.ggml.model")
-    if kind not in _BUILDERS:
-        raise InputError(
-            f"{file.path}: tokenizer.ggml.model {kind!r} is not supported; expected one of {', '.join(_BUILDERS)}"
-        )
+    if kind not in ("gpt2", "llama"):
+        raise InputError(f"{file.path}: tokenizer.ggml.model {kind!r} is not supported; expected gpt2 or llama")
     tokens = _per_token(file, "tokens")
-    backend = _BUILDERS[kind](file, tokens)
+    backend = _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(file, tokens)
     _add_tokens(backend, file, tokens, kind)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -95,7 +93,7 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
             f"{file.path}: tokenizer.ggml.pre {pre!r} is not supported; expected one of {', '.join(_SPLITS)}; "
             "use the safetensors checkpoint with its tokenizer.json"
         )
-    vocab = {token: index for index, token in enumerate(_spelled(tokens))}
+    vocab = {token: index for index, token in enumerate(_spelled(tokens, _token_types(file, tokens)))}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=_stored_merges(file, vocab)))
     split = _SPLITS[pre]
     if split is None:
@@ -114,22 +112,17 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
 def _sentencepiece(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    has_merges = "tokenizer.ggml.merges" in file.metadata
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = (
-        _stored_merges(file, vocab)
-        if has_merges
-        else _merges_from_scores(vocab, dict(zip(tokens, _per_token(file, "scores"), strict=True)))
-    )
+    if "tokenizer.ggml.merges" in file.metadata:
+        merges = _stored_merges(file, vocab)
+    else:
+        merges = _merges_from_scores(vocab, dict(zip(tokens, _per_token(file, "scores"), strict=True)))
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
     )
     return backend
-
-
-_BUILDERS: dict[str, Callable[[GGUFFile, list[str]], "Tokenizer"]] = {"gpt2": _byte_level, "llama": _sentencepiece}
 
 
 def _per_token(file: GGUFFile, name: str) -> list[Any]:
@@ -176,37 +169,43 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
 
 
-def _spelled(tokens: list[str]) -> list[str]:
-    """Tokens in the byte alphabet; llama.cpp writes some added tokens (runs of spaces) as plain text."""
+def _spelled(tokens: list[str], types: list[int]) -> list[str]:
+    """Tokens in the byte alphabet; llama.cpp writes added tokens, a run of spaces for example, as plain text.
+
+    Control tokens are never cut out of bytes, so they keep their names.
+    """
     alphabet = _byte_alphabet()
     known = set(alphabet)
     return [
-        token if known.issuperset(token) else "".join(alphabet[byte] for byte in token.encode("utf-8"))
-        for token in tokens
+        token
+        if token_type == _CONTROL or known.issuperset(token)
+        else "".join(alphabet[byte] for byte in token.encode("utf-8"))
+        for token, token_type in zip(tokens, types, strict=True)
     ]
+
+
+def _token_types(file: GGUFFile, tokens: list[str]) -> list[int]:
+    return _per_token(file, "token_type") if "tokenizer.ggml.token_type" in file.metadata else [0] * len(tokens)
 
 
 def _add_tokens(backend: "Tokenizer", file: GGUFFile, tokens: list[str], kind: str) -> None:
     """Marks the tokens that are found whole in a text: special ones, and user-defined ones (which decode as text)."""
     from tokenizers import AddedToken
 
-    vocab = backend.get_vocab(with_added_tokens=False)
-    types = _per_token(file, "token_type") if "tokenizer.ggml.token_type" in file.metadata else [0] * len(tokens)
-    typed = list(zip(tokens, types, strict=True))
+    typed = list(zip(tokens, _token_types(file, tokens), strict=True))
     special = [token for token, token_type in typed if token_type == _CONTROL]
     special += [*_ALWAYS_SPECIAL[kind], *_special_tokens(file, tokens).values()]
     user_defined = [token for token, token_type in typed if token_type == _USER_DEFINED]
     # A token that was respelled is not in the vocabulary under its own name: adding it would enlarge the vocabulary.
-    backend.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in special if token in vocab]
-    )
-    backend.add_tokens([AddedToken(token, normalized=False, special=False) for token in user_defined if token in vocab])
+    vocab = backend.get_vocab(with_added_tokens=False)
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special if name in vocab])
+    backend.add_tokens([AddedToken(name, normalized=False, special=False) for name in user_defined if name in vocab])
 
 
 def _special_tokens(file: GGUFFile, tokens: list[str]) -> dict[str, str]:
     """bos_token, eos_token, unk_token and pad_token, where the file gives their ids."""
     named = {name: file.metadata[key] for name, key in _SPECIAL_IDS.items() if key in file.metadata}
     for name, index in named.items():
-        if index >= len(tokens):
-            raise InputError(f"{file.path}: {_SPECIAL_IDS[name]} is {index}, but there are {len(tokens)} tokens")
+        if not isinstance(index, int) or not 0 <= index < len(tokens):
+            raise InputError(f"{file.path}: {_SPECIAL_IDS[name]} is {index!r}, but there are {len(tokens)} tokens")
     return {name: tokens[index] for name, index in named.items()}

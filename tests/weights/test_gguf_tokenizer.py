@@ -26,6 +26,10 @@ def golden_case(kind: str) -> dict[str, Any]:
     return json.loads((GOLDEN / "gguf_tokenizers.json").read_text(encoding="utf-8"))[kind]
 
 
+def golden_tokens(kind: str) -> list[str]:
+    return golden_case(kind)["metadata"]["tokenizer.ggml.tokens"]
+
+
 def write_tokenizer(path: Path, architecture: str, metadata: dict[str, Any]) -> Path:
     """A GGUF file with a tokenizer and the few model keys that transformers asks for, but no tensors."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -144,8 +148,19 @@ def test_special_and_user_defined_tokens_stay_whole(tmp_path: Path) -> None:
 def test_vocabulary_never_outgrows_the_file(tmp_path: Path) -> None:
     # transformers adds GPT-2's <|endoftext|> to a vocabulary that lacks it: one row more than the embedding has.
     tokenizer = gguf_tokenizer(tokenizer_file(tmp_path / "m.gguf", "llama3"))
-    assert len(tokenizer) <= len(golden_case("llama3")["metadata"]["tokenizer.ggml.tokens"])
+    assert len(tokenizer) <= len(golden_tokens("llama3"))
     assert "<|endoftext|>" not in tokenizer.get_vocab()
+
+
+def test_control_token_outside_the_byte_alphabet_keeps_its_id(tmp_path: Path) -> None:
+    # DeepSeek's; transformers cuts it into bytes and gives a bos of this kind an id beyond the embedding.
+    bos = "<｜begin▁of▁sentence｜>"
+    tokens = [bos if token == "<|endoftext|>" else token for token in golden_tokens("qwen2")]
+    tokenizer = gguf_tokenizer(tokenizer_file(tmp_path / "m.gguf", "qwen2", tokens=tokens, add_bos_token=True))
+    assert tokenizer.bos_token == bos
+    assert tokenizer.bos_token_id == tokens.index(bos)
+    assert tokenizer(f"a{bos}").input_ids == [tokens.index(bos), tokens.index("a"), tokens.index(bos)]
+    assert len(tokenizer) <= len(tokens)
 
 
 def test_chat_template_is_the_file_s(tmp_path: Path) -> None:
@@ -164,6 +179,7 @@ def test_chat_template_is_the_file_s(tmp_path: Path) -> None:
         ("qwen2", {"merges": ["a zebra"]}, "'a zebra'"),
         ("qwen2", {"token_type": [1, 1]}, "tokenizer.ggml.token_type"),
         ("qwen2", {"eos_token_id": 100000}, "tokenizer.ggml.eos_token_id"),
+        ("qwen2", {"eos_token_id": "last"}, "tokenizer.ggml.eos_token_id"),
         ("llama2", {"scores": None}, "tokenizer.ggml.scores"),
     ],
 )
