@@ -70,6 +70,8 @@ class PruneConfig:
     """Entries that compete: "row", "matrix", "bounded" or "N:M"."""
     bound: float = 0.2
     """With group "bounded": how far a row's sparsity may be from the matrix's."""
+    row_targets: tuple[str, ...] = ()
+    """Matrices that compare within rows even if `group` is "matrix" or "bounded"."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     recovery: Recovery = "none"
     mask_forward: MaskForward = "exact"

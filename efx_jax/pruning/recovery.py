@@ -1,0 +1,156 @@
+"""What a mask broke, mended in closed form. e = U * (1 - mask) is what goes; A_m is A with a row's pruned columns 0.
+
+The surgeons return the change in units of scale * B, so that U + delta_b @ lora_a is the new effective weight and the
+caller divides by the scale once. Every solve is float32 at the highest matmul precision.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+_TRIES = 6
+
+_einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+
+
+def damped_cholesky(matrix: Array, damping: Array) -> Array:
+    """Lower Cholesky factor of `matrix + damping * I`, the damping raised tenfold until the factor is finite.
+
+    Args:
+        matrix: symmetric `[n,n]`.
+        damping: scalar >= 0.
+
+    Returns:
+        `[n,n]`, float32; after six raises whatever came out (NaN for a matrix with NaN).
+    """
+    identity = jnp.eye(matrix.shape[0], dtype=jnp.float32)
+    # A zero damping could never be raised, so a retry starts at the float32 resolution of the matrix.
+    least = jnp.finfo(jnp.float32).eps * jnp.mean(jnp.diagonal(matrix)) + jnp.finfo(jnp.float32).tiny
+
+    def factor(amount: Array) -> Array:
+        return jnp.linalg.cholesky(matrix + amount * identity)
+
+    def failed(state: tuple[Array, Array, Array]) -> Array:
+        tries, _, lower = state
+        return (tries < _TRIES) & ~jnp.all(jnp.isfinite(lower))
+
+    def retry(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        tries, amount, _ = state
+        amount = jnp.maximum(10 * amount, least)
+        return tries + 1, amount, factor(amount)
+
+    damping = jnp.asarray(damping, jnp.float32)
+    return jax.lax.while_loop(failed, retry, (jnp.int32(0), damping, factor(damping)))[2]
+
+
+def _solve_factored(lower: Array, rhs: Array) -> Array:
+    return jax.scipy.linalg.cho_solve((lower, True), rhs)
+
+
+def partial_brain_surgeon(
+    weight: Array, lora_a: Array, mask: Array, input_energy: Array, ridge: float = 1e-8
+) -> Array:
+    """Partial Brain Surgeon (paper eqs. 3 and 4): db = -(e D A^T) (A D A^T + ridge I)^-1 per row, D = diag(energy).
+
+    It shrinks the entries to be pruned *before* the mask is applied; under its own metric it can only add error once
+    they are gone. Kept because it is the paper's.
+
+    Args:
+        weight: U `[O,I]`.
+        lora_a: A `[R,I]`.
+        mask: bool `[O,I]`, True = kept.
+        input_energy: `[I]`, summed squared inputs (not their root, which the authors' code takes).
+        ridge: absolute damping.
+
+    Returns:
+        delta_b `[O,R]`, float32.
+    """
+    weight, lora_a = weight.astype(jnp.float32), lora_a.astype(jnp.float32)
+    weighted_a = lora_a * input_energy
+    # The r x r system is the same for every row: one Cholesky factor serves all.
+    lower = damped_cholesky(_einsum("ri,si->rs", weighted_a, lora_a), jnp.float32(ridge))
+
+    def row(weight_row: Array, mask_row: Array) -> Array:
+        pruned = jnp.where(mask_row, 0.0, weight_row)
+        return -_solve_factored(lower, _einsum("ri,i->r", weighted_a, pruned))
+
+    return jax.vmap(row)(weight, mask)
+
+
+def gram_brain_surgeon(
+    weight: Array, lora_a: Array, mask: Array, gram: Array, ridge: float = 1e-3, chunk_rows: int | None = None
+) -> Array:
+    """The closed form with the mask inside: minimises ||(db A_m - e) G^(1/2)||^2 + lambda ||db||^2 for every row.
+
+    db = (e G A_m^T) (A_m G A_m^T + lambda I)^-1 with lambda = ridge * mean diagonal.
+
+    Args:
+        weight: U `[O,I]`.
+        lora_a: A `[R,I]`.
+        mask: bool `[O,I]`, True = kept.
+        gram: G = X^T X `[I,I]`.
+        ridge: damping relative to the mean diagonal of the row's system.
+        chunk_rows: rows solved together; the largest intermediate array is chunk_rows x R x I floats. None: all.
+
+    Returns:
+        delta_b `[O,R]`, float32.
+    """
+    weight, lora_a = weight.astype(jnp.float32), lora_a.astype(jnp.float32)
+    rank = lora_a.shape[0]
+
+    def row(operands: tuple[Array, Array]) -> Array:
+        weight_row, mask_row = operands
+        masked_a = jnp.where(mask_row, lora_a, 0.0)
+        a_gram = _einsum("ri,ij->rj", masked_a, gram)
+        system = _einsum("rj,sj->rs", a_gram, masked_a)
+        rhs = _einsum("rj,j->r", a_gram, jnp.where(mask_row, 0.0, weight_row))
+        mean = jnp.trace(system) / rank
+        lower = damped_cholesky(system, ridge * mean)
+        # A row that keeps nothing A can reach has a zero system and nothing to solve for.
+        return jnp.where(mean > 0, _solve_factored(lower, rhs), 0.0)
+
+    return jax.lax.map(row, (weight, mask), batch_size=min(chunk_rows or weight.shape[0], weight.shape[0]))
+
+
+def admm_update(
+    weight: Array,
+    mask: Array,
+    gram: Array,
+    target: Array | None = None,
+    steps: int = 30,
+    damping: float = 1e-2,
+) -> Array:
+    """Refits the kept weights to the outputs of `target`: min ||(mask * X - target) G^(1/2)|| by ADMM (arXiv 2401.02938).
+
+    Inputs are scaled to a unit diagonal of G, and rho = 1, so that one inverse serves all rows and steps.
+
+    Args:
+        weight: U `[O,I]`, the dense target when `target` is None.
+        mask: bool `[O,I]`, True = kept.
+        gram: G = X^T X `[I,I]`.
+        target: `[O,I]`; a function that was ever meant: the model before the event, or a dense teacher.
+        steps: iterations, static.
+        damping: added to the unit diagonal of the scaled G.
+
+    Returns:
+        The new weight `[O,I]`, float32, exactly 0 where pruned.
+    """
+    diagonal = jnp.sqrt(jnp.diagonal(gram))
+    scale = jnp.where(diagonal > 0, diagonal, 1.0)
+    identity = jnp.eye(gram.shape[0], dtype=jnp.float32)
+    gram = gram / (scale[:, None] * scale[None, :]) + damping * identity
+    goal = (weight if target is None else target).astype(jnp.float32) * scale
+    rho = 1.0
+    inverse = _solve_factored(damped_cholesky(gram, jnp.float32(rho)), identity)
+    goal_gram = _einsum("oi,ij->oj", goal, gram)
+
+    def step(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, y = state
+        z = jnp.where(mask, x + y, 0.0)
+        y = y + x - z
+        return _einsum("oi,ij->oj", goal_gram + rho * (z - y), inverse), y
+
+    x, y = jax.lax.fori_loop(0, steps, step, (goal, jnp.zeros_like(goal)))
+    return jnp.where(mask, (x + y) / scale, 0.0)

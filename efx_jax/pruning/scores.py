@@ -1,0 +1,137 @@
+"""How much an entry matters: |U| * input norm * nu, where nu is how strongly an output unit reaches what comes next.
+
+This is the square root of twice the paper's eq. 2, and exact for one weight of a linear two-layer net. Appendix B gives
+nu for each matrix (`weight_reach`); `activation_reach` follows the signal through the softmax's partner and SwiGLU.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from efx_jax.model.spec import ModelSpec
+from efx_jax.pruning.statistics import Statistics
+
+Array = jax.Array
+
+
+def wanda_score(weight: Array, input_norm: Array) -> Array:
+    """|W_oi| * input_norm_i (Wanda, arXiv 2306.11695, eq. 1).
+
+    Args:
+        weight: `[O,I]`, the effective weight U.
+        input_norm: `[I]`, root of the summed squared inputs.
+
+    Returns:
+        float32 `[O,I]`.
+    """
+    return jnp.abs(weight.astype(jnp.float32)) * input_norm
+
+
+def foresight_score(weight: Array, input_norm: Array, downstream_norm: Array) -> Array:
+    """|U_oi| * input_norm_i * nu_o (paper eq. 2, square root, without its factor 1/2).
+
+    Args:
+        weight: U `[O,I]`.
+        input_norm: `[I]`.
+        downstream_norm: nu `[O]`.
+
+    Returns:
+        float32 `[O,I]`.
+    """
+    return wanda_score(weight, input_norm) * downstream_norm[:, None]
+
+
+def column_norms(weight: Array) -> Array:
+    """Euclidean norm of every column of `[O,I]`: `[I]`."""
+    return jnp.sqrt(jnp.sum(jnp.square(weight), axis=0))
+
+
+def root_mean_square(values: Array, axis: int) -> Array:
+    """The design's "combined": root of the mean square along an axis."""
+    return jnp.sqrt(jnp.mean(jnp.square(values), axis=axis))
+
+
+def share_rope_pairs(norms: Array) -> Array:
+    """Root mean square over the dimensions (j, j + H/2) that RoPE rotates into each other; `[..., H]`."""
+    first, second = jnp.split(norms, 2, axis=-1)
+    shared = jnp.sqrt((jnp.square(first) + jnp.square(second)) / 2)
+    return jnp.concatenate([shared, shared], axis=-1)
+
+
+def weight_reach(effective: Mapping[str, Array], spec: ModelSpec) -> dict[str, Array]:
+    """nu of every matrix of one block from the weights it feeds (paper, appendix B).
+
+    q: norm of its partner key weights per head dimension; k: that of its G query heads, combined; both shared by RoPE
+    pairs. v: column norms of o_proj, combined over the G heads (as in the authors' code; the paper is silent). o: mean
+    of the column norms of gate and up. gate and up: column norms of down. down: 1.
+
+    Args:
+        effective: U `[O,I]` of the seven linears.
+        spec: the model.
+
+    Returns:
+        nu `[O]` for each of the seven.
+    """
+    k_heads, width = spec.num_kv_heads, spec.head_dim
+    group = spec.num_heads // k_heads
+    q_norms = jnp.sqrt(jnp.sum(jnp.square(effective["q_proj"]), axis=1)).reshape(k_heads, group, width)
+    k_norms = jnp.sqrt(jnp.sum(jnp.square(effective["k_proj"]), axis=1)).reshape(k_heads, width)
+    o_columns = column_norms(effective["o_proj"]).reshape(k_heads, group, width)
+    down_columns = column_norms(effective["down_proj"])
+    return {
+        "q_proj": _spread_over_queries(share_rope_pairs(k_norms), group),
+        "k_proj": share_rope_pairs(root_mean_square(q_norms, axis=1)).reshape(-1),
+        "v_proj": root_mean_square(o_columns, axis=1).reshape(-1),
+        "o_proj": (column_norms(effective["gate_proj"]) + column_norms(effective["up_proj"])) / 2,
+        "gate_proj": down_columns,
+        "up_proj": down_columns,
+        "down_proj": jnp.ones(effective["down_proj"].shape[0], jnp.float32),
+    }
+
+
+def activation_reach(
+    effective: Mapping[str, Array], weights: Mapping[str, Array], stats: Statistics, spec: ModelSpec
+) -> dict[str, Array]:
+    """nu through the nonlinearities, from what calibration saw (design, section 3).
+
+    q and k: norm of the partner's activations per head dimension, shared by RoPE pairs; with Qwen3's q/k norms the
+    partner after its norm, times the own gain over the own rms. up: column norms of down * rms(silu(gate)); gate:
+    column norms of down * rms(up * silu'(gate)). v, o and down as in `weight_reach`.
+
+    Args:
+        effective: U `[O,I]` of the seven linears.
+        weights: the block's arrays, for the q/k norm gains.
+        stats: statistics of this block.
+        spec: the model.
+
+    Returns:
+        nu `[O]` for each of the seven.
+    """
+    k_heads, width = spec.num_kv_heads, spec.head_dim
+    group = spec.num_heads // k_heads
+    q_norms = jnp.sqrt(stats.energy["q"]).reshape(k_heads, group, width)
+    k_norms = jnp.sqrt(stats.energy["k"]).reshape(k_heads, width)
+    q_reach = share_rope_pairs(k_norms)[:, None, :] * jnp.ones((1, group, 1))
+    k_reach = share_rope_pairs(root_mean_square(q_norms, axis=1))
+    if spec.qk_norm:
+        q_reach = q_reach * _norm_slope(weights["q_norm"], stats.energy["q_raw"], (k_heads, group, width))
+        k_reach = k_reach * _norm_slope(weights["k_norm"], stats.energy["k_raw"], (k_heads, width))
+    reach = weight_reach(effective, spec)
+    return reach | {
+        "q_proj": q_reach.reshape(-1),
+        "k_proj": k_reach.reshape(-1),
+        "up_proj": reach["up_proj"] * jnp.sqrt(stats.energy["gate_value"]),
+        "gate_proj": reach["gate_proj"] * jnp.sqrt(stats.energy["gate_slope"]),
+    }
+
+
+def _spread_over_queries(per_kv_head: Array, group: int) -> Array:
+    """`[K,H]` -> `[N*H]`: each key/value head serves G query heads."""
+    return jnp.repeat(per_kv_head, group, axis=0).reshape(-1)
+
+
+def _norm_slope(gain: Array, raw_energy: Array, shape: tuple[int, ...]) -> Array:
+    """gain / rms of a head before its RMS norm, up to the constant that turns summed into mean energy."""
+    rms = jnp.sqrt(jnp.mean(raw_energy.reshape(shape), axis=-1, keepdims=True))
+    return jnp.abs(gain.astype(jnp.float32)) / jnp.maximum(rms, jnp.finfo(jnp.float32).tiny)

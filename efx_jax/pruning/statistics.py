@@ -1,0 +1,170 @@
+"""What calibration sees: energies (and on request Grams) of the inputs of every linear, from real tokens only."""
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from efx_jax.config import MaskForward
+from efx_jax.errors import InputError
+from efx_jax.lora import Adapters
+from efx_jax.model.decoder import (
+    Layer,
+    LinearOptions,
+    attend_within,
+    block,
+    embed,
+    stack_layers,
+)
+from efx_jax.model.layers import rope_tables
+from efx_jax.model.spec import ModelSpec
+
+Array = jax.Array
+
+# Linears that read the same input share its statistics.
+INPUT_OF = {
+    "q_proj": "attn_in",
+    "k_proj": "attn_in",
+    "v_proj": "attn_in",
+    "o_proj": "o_in",
+    "gate_proj": "mlp_in",
+    "up_proj": "mlp_in",
+    "down_proj": "down_in",
+}
+INPUTS = ("attn_in", "o_in", "mlp_in", "down_in")
+
+
+@struct.dataclass
+class Statistics:
+    """Sums over the real tokens of calibration, float32; every array leads with L for a whole model.
+
+    `energy`: sum of squares of each unit, by name: the inputs `attn_in`, `o_in`, `mlp_in`, `down_in` `[I]`, the
+    projections before (`q_raw [N*H]`, `k_raw [K*H]`) and after their norm (`q`, `k`), silu(gate) as `gate_value [F]` and
+    up * silu'(gate) as `gate_slope [F]`. `gram`: X^T X `[I,I]` of the four inputs, or {}. `tokens`: their number.
+    """
+
+    energy: dict[str, Array]
+    gram: dict[str, Array]
+    tokens: Array
+
+    def input_norm(self, name: str) -> Array:
+        """Root of the input energy of linear `name`, `[..., I]`."""
+        return jnp.sqrt(self.energy[INPUT_OF[name]])
+
+    def input_gram(self, name: str) -> Array:
+        """X^T X of linear `name`, `[..., I, I]`.
+
+        Raises:
+            InputError: the statistics were collected without Grams.
+        """
+        if not self.gram:
+            raise InputError("statistics: expected Gram matrices, found none; collect with gram=True")
+        return self.gram[INPUT_OF[name]]
+
+
+def real_tokens(tokens: Array, lengths: Array) -> Array:
+    """1 for the first `lengths [B]` tokens of each row of `tokens [B,T]`, 0 for padding; float32 `[B,T]`."""
+    return (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.float32)
+
+
+def block_statistics(taps: Mapping[str, Array], real: Array, gram: bool) -> Statistics:
+    """Reduces one block's activations (see `efx_jax.model.decoder.block`) to sums over real tokens `[B,T]`."""
+
+    def energy(values: Array) -> Array:
+        flat = values.astype(jnp.float32).reshape(*real.shape, -1)
+        return jnp.einsum("btu,bt->u", jnp.square(flat), real)
+
+    gate, up = taps["gate"].astype(jnp.float32), taps["up"].astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(gate)
+    slope = sigmoid * (1 + gate * (1 - sigmoid))
+    energies = {name: energy(taps[name]) for name in (*INPUTS, "q_raw", "k_raw", "q", "k")}
+    energies |= {"gate_value": energy(gate * sigmoid), "gate_slope": energy(up * slope)}
+    grams = {}
+    if gram:
+        for name in INPUTS:
+            x = taps[name].astype(jnp.float32) * real[..., None]
+            grams[name] = jnp.einsum("bti,btj->ij", x, x, precision="highest")
+    return Statistics(energy=energies, gram=grams, tokens=jnp.sum(real))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "gram", "mask_forward", "compute_dtype"))
+def batch_statistics(
+    params: Mapping[str, Any],
+    tokens: Array,
+    lengths: Array,
+    spec: ModelSpec,
+    adapters: Adapters | None,
+    masks: Mapping[str, Array] | None,
+    gram: bool = False,
+    mask_forward: MaskForward = "exact",
+    compute_dtype: Any = None,
+) -> Statistics:
+    """Statistics of one right-padded batch `tokens [B,T]`, `lengths [B]`; arrays lead with L."""
+    batch, length = tokens.shape
+    real = real_tokens(tokens, lengths)
+    rope = rope_tables(spec.rope, spec.head_dim, jnp.broadcast_to(jnp.arange(length), (batch, length)))
+    options = layer_options(adapters, mask_forward, compute_dtype)
+    attend = attend_within(length, None)
+
+    def body(x: Array, layer: Layer) -> tuple[Array, Statistics]:
+        x, taps, _ = block(x, layer, spec, options, rope, attend)
+        return x, block_statistics(taps, real, gram)
+
+    _, stats = jax.lax.scan(body, embed(params, tokens), stack_layers(params, adapters, masks))
+    return stats
+
+
+def layer_options(adapters: Adapters | None, mask_forward: MaskForward, compute_dtype: Any) -> LinearOptions:
+    """The linears' options for a calibration pass."""
+    scale = 1.0 if adapters is None else adapters.scale
+    return LinearOptions(scale=scale, mask_forward=mask_forward, compute_dtype=compute_dtype)
+
+
+def collect_statistics(
+    params: Mapping[str, Any],
+    batches: Iterable[Mapping[str, Array]],
+    spec: ModelSpec,
+    adapters: Adapters | None = None,
+    masks: Mapping[str, Array] | None = None,
+    gram: bool = False,
+    *,
+    mask_forward: MaskForward = "exact",
+    compute_dtype: Any = None,
+) -> Statistics:
+    """Runs the model over calibration batches and sums what scores and surgeons need.
+
+    Args:
+        params: parameter tree.
+        batches: dictionaries with `tokens` int `[B,T]` (right-padded) and `lengths` int `[B]`; without `lengths` every
+            token is real.
+        spec: the model.
+        adapters: adapters, or None.
+        masks: masks in force during calibration, or None.
+        gram: also sum X^T X of the four kinds of input (L times I x I floats).
+        mask_forward: how the masks act.
+        compute_dtype: dtype of the matmul operands; the sums are float32 in any case.
+
+    Returns:
+        Statistics whose arrays lead with L.
+
+    Raises:
+        InputError: no batch, or no real token.
+    """
+    total: Statistics | None = None
+    for batch in batches:
+        tokens = jnp.asarray(batch["tokens"])
+        lengths = jnp.asarray(batch["lengths"]) if "lengths" in batch else jnp.full(tokens.shape[0], tokens.shape[1])
+        stats = batch_statistics(params, tokens, lengths, spec, adapters, masks, gram, mask_forward, compute_dtype)
+        total = stats if total is None else add_statistics(total, stats)
+    if total is None or float(jnp.max(total.tokens)) == 0:
+        raise InputError("calibration: expected at least one real token, found none; check prune.calibration")
+    return total
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def add_statistics(total: Statistics, more: Statistics) -> Statistics:
+    """The sum of two statistics; the first is consumed."""
+    return jax.tree.map(jnp.add, total, more)
