@@ -68,21 +68,13 @@ def config_from_metadata(file: GGUFFile, rope_factors: np.ndarray | None) -> dic
     Raises:
         InputError: an unsupported architecture or option, a missing key.
     """
-    model_type = file.metadata.get("general.architecture")
-    if model_type not in tuple(ARCHITECTURES):
-        raise InputError(
-            f"{file.path}: general.architecture {model_type!r} is not supported; expected one of "
-            f"{', '.join(ARCHITECTURES)}"
-        )
+    model_type = _model_type(file)
     options = {
         key.removeprefix(f"{model_type}."): _same_in_every_layer(file, key, value)
         for key, value in file.metadata.items()
         if key.startswith(f"{model_type}.")
     }
-    _refuse_unsupported(file, options)
-    missing = [key for key in _PLAIN_KEYS if not options.get(key)]
-    if missing:
-        raise InputError(f"{file.path}: metadata key {model_type}.{missing[0]} is missing or 0; the file is damaged")
+    _check_options(file, options)
     config: dict[str, Any] = {"architectures": [ARCHITECTURES[model_type]], "model_type": model_type}
     config |= {name: options[key] for key, name in _PLAIN_KEYS.items()}
     config["num_key_value_heads"] = options.get("attention.head_count_kv", options["attention.head_count"])
@@ -98,6 +90,16 @@ def config_from_metadata(file: GGUFFile, rope_factors: np.ndarray | None) -> dic
     return config
 
 
+def _model_type(file: GGUFFile) -> str:
+    model_type = file.metadata.get("general.architecture")
+    if model_type not in tuple(ARCHITECTURES):
+        raise InputError(
+            f"{file.path}: general.architecture {model_type!r} is not supported; expected one of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    return str(model_type)
+
+
 def _same_in_every_layer(file: GGUFFile, key: str, value: Any) -> Any:
     """Some writers give a per-layer list where all layers agree."""
     if not isinstance(value, list):
@@ -107,7 +109,7 @@ def _same_in_every_layer(file: GGUFFile, key: str, value: Any) -> Any:
     return value[0]
 
 
-def _refuse_unsupported(file: GGUFFile, options: dict[str, Any]) -> None:
+def _check_options(file: GGUFFile, options: dict[str, Any]) -> None:
     for key, value in options.items():
         name = f"{file.metadata['general.architecture']}.{key}"
         if key not in _KNOWN_KEYS and not (key in _NEUTRAL_VALUES and value == _NEUTRAL_VALUES[key]):
@@ -118,6 +120,9 @@ def _refuse_unsupported(file: GGUFFile, options: dict[str, Any]) -> None:
             raise InputError(
                 f"{file.path}: metadata option {name!r} is {value!r}, expected a number; the file is damaged"
             )
+    missing = [key for key in _PLAIN_KEYS if not options.get(key)]
+    if missing:
+        raise InputError(f"{file.path}: metadata option {missing[0]} is missing or 0; the file is damaged")
 
 
 def _head_dim(file: GGUFFile, options: dict[str, Any]) -> int:

@@ -350,6 +350,11 @@ def test_option_that_changes_the_model_is_refused_by_name(tmp_path: Path, option
     assert option in refusal(tiny_model(tmp_path / "m.gguf", **{option: value}))
 
 
+@pytest.mark.parametrize("value", [0, "two"])
+def test_size_that_is_not_a_positive_number_is_refused_by_name(tmp_path: Path, value: Any) -> None:
+    assert "block_count" in refusal(tiny_model(tmp_path / "m.gguf", block_count=value))
+
+
 def test_unsupported_architecture_is_refused(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", "gemma2", {}, {"token_embd.weight": np.zeros((4, 4), np.float32)})
     assert "'gemma2'" in refusal(path)
