@@ -51,7 +51,7 @@ _NEUTRAL_VALUES = {
     "rope.scaling.yarn_ext_factor": 1.0,
     "use_parallel_residual": False,
 }
-_LLAMA3_LOW, _LLAMA3_HIGH = 1.0, 4.0
+_LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_LENGTH = 1.0, 4.0, 8192
 _DEFAULT_THETA = 10000.0
 
 
@@ -167,15 +167,6 @@ def _rope_parameters(
     return parameters
 
 
-def llama3_factors(
-    theta: float, head_dim: int, factor: float, low: float, high: float, original_length: float
-) -> np.ndarray:
-    """What LLaMA 3.1 divides its `[H/2]` rotary frequencies by (transformers' `_compute_llama3_parameters`)."""
-    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = (original_length / wavelengths - low) / (high - low)
-    return 1 / ((1 - np.clip(smooth, 0, 1)) / factor + np.clip(smooth, 0, 1))
-
-
 def _llama3_parameters(file: GGUFFile, theta: float, head_dim: int, factors: np.ndarray) -> dict[str, Any]:
     """The four numbers behind `rope_freqs.weight`.
 
@@ -184,14 +175,14 @@ def _llama3_parameters(file: GGUFFile, theta: float, head_dim: int, factors: np.
     """
     factor = float(factors.max())
     wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    lengths = [_LLAMA3_LENGTH]
     between = (factors > 1) & (factors < factor)
-    lengths = [8192]
     if factors.shape == wavelengths.shape and between.any():
         smooth = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
         fitted = (smooth * (_LLAMA3_HIGH - _LLAMA3_LOW) + _LLAMA3_LOW) * wavelengths[between]
         lengths.append(round(float(np.median(fitted))))
     for length in lengths:
-        expected = llama3_factors(theta, head_dim, factor, _LLAMA3_LOW, _LLAMA3_HIGH, length)
+        expected = _llama3_factors(wavelengths, factor, length)
         if expected.shape == factors.shape and np.allclose(expected, factors, rtol=1e-5, atol=0):
             return {
                 "rope_type": "llama3",
@@ -205,3 +196,10 @@ def _llama3_parameters(file: GGUFFile, theta: float, head_dim: int, factors: np.
         f"{file.path}: rope_freqs.weight does not follow LLaMA 3.1's rule (low 1, high 4, any length); other rotary "
         "scalings stored as a tensor are not supported; use the safetensors checkpoint"
     )
+
+
+def _llama3_factors(wavelengths: np.ndarray, factor: float, original_length: float) -> np.ndarray:
+    """What LLaMA 3.1 divides its `[H/2]` rotary frequencies by (transformers' `_compute_llama3_parameters`)."""
+    smooth = (original_length / wavelengths - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW)
+    smooth = np.clip(smooth, 0, 1)
+    return 1 / ((1 - smooth) / factor + smooth)

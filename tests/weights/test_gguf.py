@@ -275,10 +275,10 @@ def test_large_tensor_is_unpacked_in_pieces_without_a_seam(tmp_path: Path) -> No
 
 
 def llama3_factors(theta: float, width: int, factor: float, original: int) -> np.ndarray:
-    """The loop over frequencies with which llama.cpp's converter fills rope_freqs.weight."""
+    """The loop over float32 frequencies with which llama.cpp's converter fills rope_freqs.weight."""
     factors = []
-    for j in range(width // 2):
-        wavelength = 2 * math.pi * theta ** (2 * j / width)
+    for frequency in 1 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / width):
+        wavelength = 2 * math.pi / frequency
         if wavelength < original / 4:
             factors.append(1.0)
         elif wavelength > original:
