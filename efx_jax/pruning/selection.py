@@ -97,18 +97,28 @@ def lowest(bits: Array, count: Array | int) -> Array:
         below = jnp.sum(bits < raised, axis=-1, keepdims=True, dtype=jnp.int32)
         return jnp.where(below < count, raised, threshold)
 
-    threshold = jax.lax.fori_loop(0, 32, halve, jnp.zeros_like(count, jnp.uint32))
-    under, equal = bits < threshold, bits == threshold
-    spare = count - jnp.sum(under, axis=-1, keepdims=True, dtype=jnp.int32)
-    return (under | (equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= spare))) & (count > 0)
+    def mark(threshold: Array) -> Array:
+        under, equal = bits < threshold, bits == threshold
+        spare = count - jnp.sum(under, axis=-1, keepdims=True, dtype=jnp.int32)
+        return (under | (equal & (jnp.cumsum(equal, axis=-1, dtype=jnp.int32) <= spare))) & (count > 0)
+
+    def body(step: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        threshold, marked = state
+        return jax.lax.cond(
+            step < 32,
+            lambda: (halve(step, threshold), marked),
+            lambda: (threshold, mark(threshold)),
+        )
+
+    # The marking happens inside the loop, on the loop's own copy of the bits: outside, XLA may compute a cheap score
+    # again in the fusion that compares it, with other roundings (fused multiply-add), and the count would be off.
+    start = (jnp.zeros_like(count, jnp.uint32), jnp.zeros(bits.shape, bool))
+    return jax.lax.fori_loop(0, 33, body, start)[1]
 
 
 def score_bits(score: Array) -> Array:
     """Bit patterns of non-negative float32 scores: unsigned integers in the same order (-0.0 counts as 0)."""
-    bits = jax.lax.bitcast_convert_type(jnp.abs(score.astype(jnp.float32)), jnp.uint32)
-    # XLA may compute a cheap score again inside each fusion that reads it, with other roundings (fused multiply-add);
-    # the counts are exact only if every comparison sees the same bits.
-    return jax.lax.optimization_barrier(bits)
+    return jax.lax.bitcast_convert_type(jnp.abs(score.astype(jnp.float32)), jnp.uint32)
 
 
 def drop_by_counts(score: Array, group: str, counts: Counts) -> Array:
