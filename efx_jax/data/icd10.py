@@ -42,7 +42,7 @@ CHAPTERS = {
 
 _SPLIT_SEED = 1010  # of the split, the test rows and the texts: equal for every seed of a run
 _HELD_OUT = 0.2  # share of the categories of every chapter
-_LINES_PER_TEXT = 8
+_LINES_PER_TEXT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Code:
 class IcdData:
     """What `icd10_task` returns.
 
-    `train` and `test` are questions, `labels` all responses. `train_text` and `text` are rows of up to 8 neighbouring
+    `train` and `test` are questions, `labels` all responses. `train_text` and `text` are rows of up to 4 neighbouring
     code lines such as "E11.9 Type 2 diabetes mellitus without complications": of training categories, and of held-out
     categories (for perplexity).
     """

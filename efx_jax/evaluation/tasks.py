@@ -83,7 +83,8 @@ def label_scores(
         float32 `[rows,C]`, in the order of `examples`.
 
     Raises:
-        InputError: an empty or over-long prompt (with its row), or answers that tokenise to nothing or to the same.
+        InputError: an empty or over-long prompt (with its row), answers that tokenise to nothing or to the same, or
+            scores that are not finite (an argmax over NaN would pass for an answer).
     """
     prompts = encode_prompts([example.prompt for example in examples], tokenizer)
     branches = lay_out(encode_labels(labels, tokenizer), normalize)
@@ -98,6 +99,8 @@ def label_scores(
         batch = branch_batch(chosen, branches, batch_size, bucket_length([len(ids) + extra for ids in chosen], longest))
         batch_scores = branch_scores(params, batch, branches, spec, adapters, masks, compute_dtype)
         scores[rows] = np.asarray(batch_scores)[: len(rows)]
+    if not np.isfinite(scores).all():
+        raise InputError("task scores are not finite: the model overflows; check its weights or take another dtype")
     return scores
 
 

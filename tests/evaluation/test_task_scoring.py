@@ -61,7 +61,8 @@ def scored_apart(example: Example, label: str, tokenizer, **model) -> list[float
     prompt = tokenizer(example.prompt)["input_ids"]
     answer = tokenizer(label, add_special_tokens=False)["input_ids"]
     tokens = np.zeros((1, SPEC.max_position_embeddings), np.int32)
-    tokens[0, : len(prompt + answer)] = prompt + answer
+    inputs = prompt + answer[:-1]
+    tokens[0, : len(inputs)] = inputs
     logits = FORWARD(PARAMS, tokens, SPEC, **model)
     log_probabilities = np.asarray(jax.nn.log_softmax(logits))[0]
     return [float(log_probabilities[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)]
@@ -162,3 +163,9 @@ def test_evaluate_task_is_scoring_and_summing_up(tokenizer) -> None:
     rows = examples(5, 9, 3, 30)
     scores = label_scores(PARAMS, SPEC, tokenizer, rows, LABELS)
     assert evaluate_task(PARAMS, SPEC, tokenizer, rows, LABELS) == summarise(scores.argmax(axis=1), rows, LABELS)
+
+
+def test_a_model_that_overflows_gets_no_score(tokenizer) -> None:
+    params = {**PARAMS, "norm": PARAMS["norm"] * np.nan}
+    with pytest.raises(InputError, match="not finite"):
+        label_scores(params, SPEC, tokenizer, examples(3), LABELS)
