@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,12 +16,13 @@ _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXI
 
 
 @contextlib.contextmanager
-def atomic_folder(dst: str | os.PathLike[str], replace: bool = False) -> Iterator[Path]:
+def atomic_folder(dst: str | os.PathLike[str], replace: bool = False, needs: int = 0) -> Iterator[Path]:
     """Gives a temporary sibling folder to fill; on leaving it is synced and becomes `dst`, on an error it is removed.
 
     Args:
         dst: the folder to make; an empty folder may stand there.
         replace: whether a filled `dst` is replaced (only after the new one is complete).
+        needs: bytes that must be free on that disk before any work begins.
 
     Raises:
         InputError: `dst` exists and `replace` is false, the disk is full, or the place is not writable.
@@ -30,6 +32,9 @@ def atomic_folder(dst: str | os.PathLike[str], replace: bool = False) -> Iterato
         raise InputError(f"{dst}: exists already; expected a new path; choose another or remove it first")
     with _user_errors(dst):
         dst.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(dst.parent).free
+        if free < needs:
+            raise InputError(f"{dst}: needs {needs:,} bytes, but the disk has {free:,} free; choose another disk")
         partial = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", suffix=".partial", dir=dst.parent))
         try:
             partial.chmod(0o777 & ~_umask())
@@ -41,7 +46,7 @@ def atomic_folder(dst: str | os.PathLike[str], replace: bool = False) -> Iterato
                 os.rename(partial, dst)
             _sync(dst.parent)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
             raise
 
 
@@ -113,6 +118,15 @@ def _swap(partial: Path, dst: Path) -> None:
         raise
     finally:
         shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    # A library's threads may still be writing into it for a moment.
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -7,7 +7,7 @@ from efx_jax.files import atomic_folder
 from efx_jax.model.spec import spec_from_config
 from efx_jax.weights.hf import open_checkpoint, write_extras, write_folder
 from efx_jax.weights.orbax import write_orbax
-from efx_jax.weights.source import assemble, cast, leaves
+from efx_jax.weights.source import assemble, cast, leaves, tree_bytes
 
 
 def import_checkpoint(src: str | os.PathLike[str], dst: str | os.PathLike[str], dtype: str | None = None) -> None:
@@ -23,10 +23,11 @@ def import_checkpoint(src: str | os.PathLike[str], dst: str | os.PathLike[str], 
     """
     source = open_checkpoint(src)
     spec = spec_from_config(source.config)
-    with atomic_folder(dst) as partial:
+    tensors = source if dtype is None else cast(source, dtype)
+    with atomic_folder(dst, needs=tree_bytes(tensors, spec)) as partial:
         write_extras(source.path, partial)
-        params = assemble(source, spec, dtype)
-        dtypes = {name: dtype or source.dtypes[name] for leaf in leaves(spec) for name in leaf.names}
+        params = assemble(tensors, spec, None)
+        dtypes = {name: tensors.dtypes[name] for leaf in leaves(spec) for name in leaf.names}
         write_orbax(partial, params, source.config, dtypes)
 
 

@@ -130,7 +130,7 @@ def write_folder(
     check_names_and_shapes(source, spec)
     names = [name for leaf in leaves(spec) for name in leaf.names]
     config = config_to_write(spec, _main_dtype(source, names), original)
-    with atomic_folder(path) as partial:
+    with atomic_folder(path, needs=sum(tensor_bytes(source, name) for name in names)) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if extras is not None:
             write_extras(extras, partial)

@@ -1,10 +1,10 @@
-"""Orbax folders: the parameter tree on disk, beside `config.json`, the tokenizer and the tensors' own dtypes.
+"""Orbax folders: the parameter tree on disk, beside `config.json`, the tokenizer and a list of what belongs to it.
 
 ```
-DST/params/       Orbax checkpoint of the tree of `param_shapes(spec)`
-DST/config.json   the original's, untouched
-DST/dtypes.json   Hugging Face tensor name -> dtype that an export gives it
-DST/tokenizer...  and the other small files of the original
+DST/params/        Orbax checkpoint of the tree of `param_shapes(spec)`
+DST/config.json    the original's, untouched
+DST/manifest.json  dtypes: Hugging Face tensor name -> dtype that an export gives it; files: size of each in params/
+DST/tokenizer...   and the other small files of the original
 ```
 """
 
@@ -18,17 +18,16 @@ from typing import Any
 import numpy as np
 
 from efx_jax.errors import InputError
-from efx_jax.files import is_disk_full
 from efx_jax.model.spec import spec_from_config
 from efx_jax.weights.config_json import check_tokenizer_fits, read_json
 from efx_jax.weights.source import DTYPES, TensorSource, leaves
 
-_PARAMS, _DTYPES = "params", "dtypes.json"
+_PARAMS, _MANIFEST = "params", "manifest.json"
 
 
 def is_orbax_folder(path: Path) -> bool:
     """Whether a folder is one that `write_orbax` made."""
-    return (path / _PARAMS).is_dir() and (path / _DTYPES).is_file()
+    return (path / _PARAMS).is_dir() and (path / _MANIFEST).is_file()
 
 
 def write_orbax(folder: Path, params: Mapping[str, Any], config: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
@@ -43,14 +42,10 @@ def write_orbax(folder: Path, params: Mapping[str, Any], config: Mapping[str, An
     import orbax.checkpoint as ocp
 
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        try:
-            checkpointer.save((folder / _PARAMS).absolute(), args=ocp.args.PyTreeSave(dict(params)))
-        except Exception as error:
-            if is_disk_full(error):
-                raise InputError(f"{folder}: the disk is full; nothing was written; choose another disk") from error
-            raise
+        checkpointer.save((folder / _PARAMS).absolute(), args=ocp.args.PyTreeSave(dict(params)))
+    manifest = {"dtypes": dict(dtypes), "files": _file_sizes(folder / _PARAMS)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / _DTYPES).write_text(json.dumps(dtypes, indent=2) + "\n", encoding="utf-8")
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def open_orbax(path: str | os.PathLike[str]) -> TensorSource:
@@ -63,7 +58,7 @@ def open_orbax(path: str | os.PathLike[str]) -> TensorSource:
     """
     folder = Path(path)
     config = read_json(folder / "config.json")
-    dtypes: dict[str, str] = read_json(folder / _DTYPES)
+    dtypes = _checked_manifest(folder)
     spec = spec_from_config(config)
     stored = _stored_shapes(folder / _PARAMS)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -78,7 +73,7 @@ def open_orbax(path: str | os.PathLike[str]) -> TensorSource:
         shapes |= dict.fromkeys(leaf.names, leaf.tensor_shape)
         places |= {name: (leaf.path, layer if leaf.stacked else None) for layer, name in enumerate(leaf.names)}
     if stored or set(dtypes) != set(shapes) or not set(dtypes.values()) <= set(DTYPES):
-        raise InputError(f"{folder}: {_DTYPES} and {_PARAMS}/ do not fit config.json; import the checkpoint again")
+        raise InputError(f"{folder}: {_MANIFEST} and {_PARAMS}/ do not fit config.json; import the checkpoint again")
     check_tokenizer_fits(folder, config)
     read_leaf = functools.lru_cache(maxsize=1)(functools.partial(_read_leaf, folder / _PARAMS))
 
@@ -90,15 +85,38 @@ def open_orbax(path: str | os.PathLike[str]) -> TensorSource:
     return TensorSource(folder, config, shapes, dtypes, read)
 
 
+def _checked_manifest(folder: Path) -> dict[str, str]:
+    """The dtypes, once every file of the checkpoint has its size: Orbax answers a cut file with pages of tracebacks."""
+    manifest = read_json(folder / _MANIFEST)
+    dtypes, files = manifest.get("dtypes"), manifest.get("files")
+    if not isinstance(dtypes, dict) or not isinstance(files, dict):
+        raise InputError(f"{folder / _MANIFEST}: lacks dtypes or files; import the checkpoint again")
+    found = _file_sizes(folder / _PARAMS)
+    for name, size in files.items():
+        if found.get(name) != size:
+            raise InputError(
+                f"{folder / _PARAMS / name}: has {found.get(name, 0)} bytes, expected {size}; "
+                "import the checkpoint again"
+            )
+    return dtypes
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
 def _stored_shapes(folder: Path) -> dict[tuple[str, ...], tuple[int, ...]]:
     import jax
     import orbax.checkpoint as ocp
 
+    handler = ocp.PyTreeCheckpointHandler()
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        tree = handler.metadata(folder.absolute()).tree
     except Exception as error:
         raise _damaged(folder, error) from error
+    finally:
+        handler.close()
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: not isinstance(node, dict))
     return {tuple(key.key for key in path): tuple(array.shape) for path, array in flat}
 

@@ -1,11 +1,11 @@
 """One safetensors file: opened with checks, read tensor by tensor, written as a stream."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -84,7 +84,4 @@ def write_tensors(path: Path, source: TensorSource, names: Iterable[str]) -> Non
 
 def tensor_bytes(source: TensorSource, name: str) -> int:
     """Size of one tensor in bytes."""
-    size: int = DTYPES[source.dtypes[name]].itemsize
-    for length in source.shapes[name]:
-        size *= length
-    return size
+    return math.prod(source.shapes[name]) * DTYPES[source.dtypes[name]].itemsize

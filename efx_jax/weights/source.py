@@ -1,7 +1,8 @@
 """Where tensors come from, and how Hugging Face's names map to the parameter tree."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +137,8 @@ def assemble(source: TensorSource, spec: ModelSpec, dtype: str | None) -> dict[s
     tensors = source if dtype is None else cast(source, dtype)
     params: dict[str, Any] = {"layers": {}}
     for leaf in leaves(spec):
-        leaf_dtype = common_dtype(tensors.dtypes[name] for name in leaf.names)
         branch = params["layers"] if leaf.stacked else params
-        branch[leaf.path[-1]] = jax.block_until_ready(jax.device_put(_read_leaf(tensors, leaf, DTYPES[leaf_dtype])))
+        branch[leaf.path[-1]] = jax.block_until_ready(jax.device_put(_read_leaf(tensors, leaf)))
     return params
 
 
@@ -161,6 +161,16 @@ def cast(source: TensorSource, dtype: str) -> TensorSource:
     return dataclasses.replace(source, dtypes=dict.fromkeys(source.dtypes, dtype), read=read)
 
 
+def tree_bytes(source: TensorSource, spec: ModelSpec) -> int:
+    """Size of the tree that `assemble(source, spec, None)` gives, in bytes.
+
+    Raises:
+        InputError: a missing, unknown or wrongly shaped tensor.
+    """
+    check_names_and_shapes(source, spec)
+    return sum(math.prod(leaf.shape) * DTYPES[_leaf_dtype(source, leaf)].itemsize for leaf in leaves(spec))
+
+
 def read_finite(source: TensorSource, name: str) -> np.ndarray:
     """Reads one tensor and refuses NaN and Inf.
 
@@ -179,12 +189,6 @@ def read_finite(source: TensorSource, name: str) -> np.ndarray:
                 "get an intact checkpoint"
             )
     return tensor
-
-
-def common_dtype(names: Iterable[str]) -> str:
-    """The dtype that holds all of the given ones exactly: the same if they agree, else float32."""
-    distinct = set(names)
-    return distinct.pop() if len(distinct) == 1 else "float32"
 
 
 def params_source(params: Mapping[str, Any], spec: ModelSpec, path: Path) -> TensorSource:
@@ -217,7 +221,7 @@ def params_source(params: Mapping[str, Any], spec: ModelSpec, path: Path) -> Ten
 
     shapes = {name: tuple(array.shape if layer is None else array.shape[1:]) for name, (array, layer) in arrays.items()}
     dtypes = {name: str(array.dtype) for name, (array, _) in arrays.items()}
-    return TensorSource(path, config_from_spec(spec, common_dtype(dtypes.values())), shapes, dtypes, read)
+    return TensorSource(path, config_from_spec(spec, "float32"), shapes, dtypes, read)
 
 
 def _layer_name(name: str) -> str:
@@ -226,10 +230,16 @@ def _layer_name(name: str) -> str:
     return _MODULES[name] + ".weight"
 
 
-def _read_leaf(source: TensorSource, leaf: Leaf, dtype: np.dtype[Any]) -> np.ndarray:
+def _leaf_dtype(source: TensorSource, leaf: Leaf) -> str:
+    """The dtype that holds all of a leaf's layers exactly: theirs if they agree, else float32."""
+    distinct = {source.dtypes[name] for name in leaf.names}
+    return distinct.pop() if len(distinct) == 1 else "float32"
+
+
+def _read_leaf(source: TensorSource, leaf: Leaf) -> np.ndarray:
     if not leaf.stacked:
         return read_finite(source, leaf.names[0])
-    stacked = np.empty(leaf.shape, dtype)
+    stacked = np.empty(leaf.shape, DTYPES[_leaf_dtype(source, leaf)])
     for layer, name in enumerate(leaf.names):
         stacked[layer] = read_finite(source, name)
     return stacked

@@ -1,8 +1,10 @@
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -88,13 +90,43 @@ def test_orbax_folder_can_be_the_source_of_an_export(make_folder: Callable, tmp_
     assert verify(tmp_path / "out", tmp_path / "orbax")[1] == 0
 
 
-def test_damaged_orbax_folder_is_one_line(make_folder: Callable, tmp_path: Path) -> None:
+def test_cut_or_missing_file_is_one_line(make_folder: Callable, tmp_path: Path) -> None:
     import_checkpoint(make_folder(), tmp_path / "orbax")
-    shutil.rmtree(tmp_path / "orbax" / "params" / "d")
-    (tmp_path / "orbax" / "params" / "manifest.ocdbt").write_bytes(b"garbage")
+    files = [path for path in (tmp_path / "orbax" / "params").rglob("*") if path.is_file()]
+    assert len(files) > 3
+    for file in files:
+        content = file.read_bytes()
+        os.truncate(file, len(content) - 1)
+        expected = f"{re.escape(str(file))}: has {len(content) - 1} bytes, expected {len(content)}"
+        with pytest.raises(InputError, match=expected):
+            load_pretrained(tmp_path / "orbax")
+        file.unlink()
+        with pytest.raises(InputError, match=f"{re.escape(str(file))}: has 0 bytes"):
+            load_pretrained(tmp_path / "orbax")
+        file.write_bytes(content)
+    load_pretrained(tmp_path / "orbax")
+
+
+def test_garbled_orbax_file_is_one_line(make_folder: Callable, tmp_path: Path) -> None:
+    import_checkpoint(make_folder(), tmp_path / "orbax")
+    file = tmp_path / "orbax" / "params" / "manifest.ocdbt"
+    file.write_bytes(b"x" * file.stat().st_size)
     with pytest.raises(InputError, match="cannot be read as an Orbax checkpoint") as caught:
         load_pretrained(tmp_path / "orbax")
     assert "\n" not in str(caught.value)
+
+
+def test_too_small_disk_is_refused_before_any_tensor_is_read(
+    make_folder: Callable, make_tensors: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(tensor.nbytes for tensor in make_tensors().values())
+    src = make_folder()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=size - 1))
+    monkeypatch.setattr("efx_jax.weights.hf.read_tensor", lambda *_: pytest.fail("a tensor was read"))
+    for convert in (import_checkpoint, export_checkpoint):
+        with pytest.raises(InputError, match=f"needs {size:,} bytes, but the disk has {size - 1:,} free"):
+            convert(src, tmp_path / "dst")
+    assert os.listdir(tmp_path) == ["hf"]
 
 
 def test_orbax_folder_of_another_config_is_refused(make_folder: Callable, tmp_path: Path) -> None:
