@@ -2,6 +2,7 @@
 
 import collections
 import sys
+import types
 
 import pytest
 
@@ -39,6 +40,30 @@ def test_no_held_out_description_occurs_in_training(data) -> None:
     assert not train & {example.prompt.lower() for example in data.test}
     assert len(train) == len(data.train)
     assert not descriptions(data.train_text) & descriptions(data.text)
+
+
+def test_descriptions_shared_with_training_or_another_chapter_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    described: dict[str, str] = {}
+    for chapter in CHAPTERS:
+        described[chapter] = "chapter"
+        for number in range(10):
+            category = f"{chapter}C{number}"
+            described |= {category: f"Own {category}", f"{category}.1": f"Shared {chapter}", f"{category}.2": "SHARED"}
+    tables = types.SimpleNamespace(
+        get_all_codes=lambda with_dots: list(described),
+        is_chapter=lambda name: name in CHAPTERS,
+        is_category_or_subcategory=lambda name: name not in CHAPTERS,
+        is_extended_subcategory=lambda name: False,
+        is_category=lambda name: "." not in name,
+        get_description=described.get,
+    )
+    monkeypatch.setitem(sys.modules, "simple_icd_10_cm", tables)
+    data = icd10_task(0, 21, 42)
+    lines = [line for text in data.text for line in text.split("\n")]
+    assert len(lines) == 2 * 21
+    assert all(line.split(" ", 1)[1] == f"Own {line.split(' ', 1)[0]}" for line in lines)
+    assert not any("SHARED" in text for text in data.train_text)
+    assert sum("Shared" in text for text in data.train_text) == 21
 
 
 def test_every_prefix_of_the_questions_is_balanced(data) -> None:
