@@ -4,11 +4,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from convert_weights import main
+from efx_jax.weights.hf import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +46,47 @@ def test_import_export_and_verify(capsys: pytest.CaptureFixture[str], make_folde
     code, out, _ = _run(capsys, "verify", src, tmp_path / "half")
     assert code == 1
     assert "largest absolute difference" in out
+
+
+def _write_gguf(path: Path, vocabulary: dict[str, Any]) -> Path:
+    """A qwen2 model of one layer with a tokenizer; its matrices are float16."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "qwen2")
+    sizes = {"block_count": 1, "context_length": 64, "embedding_length": 32, "feed_forward_length": 64}
+    for key, value in {**sizes, "attention.head_count": 2}.items():
+        writer.add_uint32(f"qwen2.{key}", value)
+    writer.add_float32("qwen2.attention.layer_norm_rms_epsilon", 1e-6)
+    for key, value in vocabulary.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
+        add[type(value)](key, value)
+    rng = np.random.default_rng(0)
+    shapes = {"token_embd.weight": (len(vocabulary["tokenizer.ggml.tokens"]), 32)}
+    shapes |= {f"blk.0.attn_{name}.weight": (32, 32) for name in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate.weight": (64, 32), "blk.0.ffn_up.weight": (64, 32), "blk.0.ffn_down.weight": (32, 64)}
+    for name, shape in shapes.items():
+        writer.add_tensor(name, rng.standard_normal(shape).astype(np.float16))
+    vectors = [f"blk.0.attn_{name}.bias" for name in "qkv"] + ["blk.0.attn_norm.weight", "blk.0.ffn_norm.weight"]
+    for name in [*vectors, "output_norm.weight"]:
+        writer.add_tensor(name, rng.standard_normal(32).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_becomes_a_folder_with_the_same_tensors_and_tokens(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    golden = json.loads((ROOT / "tests" / "golden" / "gguf_tokenizers.json").read_text(encoding="utf-8"))
+    src = _write_gguf(tmp_path / "model.gguf", golden["qwen2"]["metadata"])
+    assert _run(capsys, "import", src, tmp_path / "orbax")[0] == 0
+    assert _run(capsys, "export", tmp_path / "orbax", tmp_path / "out")[0] == 0
+    assert _run(capsys, "verify", src, tmp_path / "out")[:2] == (0, "all 14 tensors are identical\n")
+    text = "Three patients, 12 mg each."
+    ids = [load_tokenizer(path)(text).input_ids for path in (src, tmp_path / "orbax", tmp_path / "out")]
+    assert ids[0] == ids[1] == ids[2]
 
 
 def test_run_folder_is_exported(capsys: pytest.CaptureFixture[str], make_folder: Callable, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_cut_or_missing_file_is_one_line(make_folder: Callable, tmp_path: Path) 
 
 def test_garbled_orbax_file_is_one_line(make_folder: Callable, tmp_path: Path) -> None:
     import_checkpoint(make_folder(), tmp_path / "orbax")
-    file = tmp_path / "orbax" / "params" / "manifest.ocdbt"
+    file = tmp_path / "orbax" / "params" / "_METADATA"
     file.write_bytes(b"x" * file.stat().st_size)
     with pytest.raises(InputError, match="cannot be read as an Orbax checkpoint") as caught:
         load_pretrained(tmp_path / "orbax")
