@@ -1,0 +1,68 @@
+"""When things happen: the learning rate over the steps, and the prune events among them."""
+
+import dataclasses
+import math
+
+import optax
+
+from efx_jax.config import PruneConfig, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """A prune event after update number `step`; `last` is the one whose mask ships."""
+
+    step: int
+    sparsity: float
+    last: bool
+
+
+def total_steps(config: TrainConfig, rows: int) -> int:
+    """Number of updates: `steps`, or `epochs` passes over the rows."""
+    return config.steps or max(1, math.ceil(config.epochs * rows / config.batch_size))
+
+
+def prune_events(prune: PruneConfig, train: TrainConfig, steps: int) -> tuple[Event, ...]:
+    """The events of a run, in order; none at sparsity 0.
+
+    "epochs": one after every epoch, which with `train.steps` means at equal fractions, the last at the end.
+    "fractions": at these shares of the steps. "cubic": `events` of them across the ramp, the sparsity following
+    s (1 - (1 - t)^3) (Zhu & Gupta, arXiv 1710.01878).
+    """
+    if prune.sparsity == 0:
+        return ()
+    if prune.schedule == "epochs":
+        count = max(1, round(train.epochs))
+        planned = [((index + 1) / count, prune.sparsity) for index in range(count)]
+    elif prune.schedule == "fractions":
+        planned = [(fraction, prune.sparsity) for fraction in prune.fractions]
+    else:
+        start, end = prune.ramp
+        progress = [(index + 1) / prune.events for index in range(prune.events)]
+        planned = [(start + (end - start) * t, prune.sparsity * (1 - (1 - t) ** 3)) for t in progress]
+    # Two events on the same step would prune twice without training between: the later one stands for both.
+    by_step = {min(steps, max(1, round(fraction * steps))): sparsity for fraction, sparsity in planned}
+    last = max(by_step)
+    return tuple(Event(step, by_step[step], step == last) for step in sorted(by_step))
+
+
+def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
+    """Update number -> learning rate: a linear warm-up, then linear, cosine or no decay to 0 at the last step."""
+    warmup = round(config.warmup * steps)
+    rest = max(1, steps - warmup)
+    decay = {
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
+        "constant": optax.constant_schedule(config.learning_rate),
+    }[config.schedule]
+    if not warmup:
+        return decay
+    # The first update already learns: the warm-up starts one step above zero.
+    rise = optax.linear_schedule(config.learning_rate / warmup, config.learning_rate, max(1, warmup - 1))
+    return optax.join_schedules([rise, decay], [warmup])
+
+
+def optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW (0.9, 0.999) behind global-norm clipping."""
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    return optax.chain(clip, optax.adamw(learning_rate(config, steps), weight_decay=config.weight_decay))

@@ -1,0 +1,116 @@
+"""One update: loss over micro-batches, gradients of the adapters alone, AdamW."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from efx_jax.config import MaskForward
+from efx_jax.lora import Adapters
+from efx_jax.model.decoder import head_weight, hidden_states
+from efx_jax.model.spec import ModelSpec
+from efx_jax.training.loss import cross_entropy
+from efx_jax.training.state import TrainState, trainable
+
+Array = jax.Array
+Batch = Mapping[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """The static part of a step."""
+
+    mask_forward: MaskForward = "exact"
+    compute_dtype: str = "float32"
+    dropout_rate: float = 0.0
+    remat: bool = False
+    micro_batches: int = 1
+
+
+def summed_loss(
+    arrays: Mapping[str, Any],
+    adapters: Adapters,
+    params: Mapping[str, Any],
+    masks: Mapping[str, Array] | None,
+    batch: Batch,
+    key: Array,
+    spec: ModelSpec,
+    options: StepOptions,
+) -> tuple[Array, Array]:
+    """Summed nll of one micro-batch, differentiable in `arrays` (see `trainable`), and its summed entropy."""
+    hidden = hidden_states(
+        params,
+        batch["tokens"],
+        spec,
+        adapters.replace(lora_a=arrays["lora_a"], lora_b=arrays["lora_b"]),
+        masks,
+        mask_forward=options.mask_forward,
+        compute_dtype=options.compute_dtype,
+        dropout_rate=options.dropout_rate,
+        dropout_key=key if options.dropout_rate else None,
+        remat=options.remat,
+    )
+    return cross_entropy(hidden, head_weight(params), batch["targets"], batch["weights"], options.compute_dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "tx", "options"), donate_argnums=0)
+def train_step(
+    state: TrainState,
+    params: Mapping[str, Any],
+    masks: Mapping[str, Array] | None,
+    batch: Batch,
+    key: Array,
+    spec: ModelSpec,
+    tx: optax.GradientTransformation,
+    options: StepOptions,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update of the adapters.
+
+    Losses and gradients are summed over the micro-batches in float32 and divided once by the number of tokens that
+    carry loss, so that accumulation equals one large batch.
+
+    Args:
+        state: the state; its buffers are consumed.
+        params: the frozen base.
+        masks: masks in force, or None.
+        batch: `tokens`, `targets` int and `weights` float `[B,T]`, `lengths` int `[B]`.
+        key: the run's PRNG key; the step number is folded in.
+        spec: the model.
+        tx: the optimizer.
+        options: see `StepOptions`; `micro_batches` must divide B.
+
+    Returns:
+        The new state and float32 scalars: `loss` and `entropy` (nats per loss-carrying token), `grad_norm` before
+        clipping, `tokens` (real ones).
+    """
+    arrays = trainable(state.adapters)
+    micro = jax.tree.map(lambda x: x.reshape(options.micro_batches, -1, *x.shape[1:]), dict(batch))
+    step_key = jax.random.fold_in(key, state.step)
+
+    def accumulate(carry: tuple[Any, Array, Array], scanned: tuple[Batch, Array]) -> tuple[Any, None]:
+        grads, nll, entropy = carry
+        part, index = scanned
+        part_key = jax.random.fold_in(step_key, index)
+        (part_nll, part_entropy), part_grads = jax.value_and_grad(summed_loss, has_aux=True)(
+            arrays, state.adapters, params, masks, part, part_key, spec, options
+        )
+        return (jax.tree.map(jnp.add, grads, part_grads), nll + part_nll, entropy + part_entropy), None
+
+    zeros = (jax.tree.map(jnp.zeros_like, arrays), jnp.float32(0), jnp.float32(0))
+    (grads, nll, entropy), _ = jax.lax.scan(accumulate, zeros, (micro, jnp.arange(options.micro_batches)))
+    count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    updates, opt_state = tx.update(grads, state.opt_state, arrays)
+    arrays = optax.apply_updates(arrays, updates)
+    metrics = {
+        "loss": nll / count,
+        "entropy": entropy / count,
+        "grad_norm": optax.global_norm(grads),
+        "tokens": jnp.sum(batch["lengths"]).astype(jnp.float32),
+    }
+    adapters = state.adapters.replace(lora_a=arrays["lora_a"], lora_b=arrays["lora_b"])
+    return TrainState(step=state.step + 1, adapters=adapters, opt_state=opt_state), metrics
