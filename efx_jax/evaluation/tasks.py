@@ -92,7 +92,7 @@ def label_scores(
     _check_prompts(prompts, examples, spec.max_position_embeddings - int(branches.offsets.max(initial=-1)) - 1)
     scores = np.zeros((len(prompts), len(labels)), np.float32)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    longest = max(map(len, prompts)) + extra
+    longest = max(map(len, prompts), default=0) + extra
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         chosen = [prompts[row] for row in rows]

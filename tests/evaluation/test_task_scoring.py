@@ -159,6 +159,11 @@ def test_a_response_that_is_no_answer_is_refused() -> None:
         summarise(np.zeros(0, int), [], (" yes",))
 
 
+def test_no_rows_are_refused(tokenizer) -> None:
+    with pytest.raises(InputError, match="at least one"):
+        evaluate_task(PARAMS, SPEC, tokenizer, [], LABELS)
+
+
 def test_evaluate_task_is_scoring_and_summing_up(tokenizer) -> None:
     rows = examples(5, 9, 3, 30)
     scores = label_scores(PARAMS, SPEC, tokenizer, rows, LABELS)
