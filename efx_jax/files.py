@@ -80,13 +80,6 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that the disk, or the user's quota on it, is full (also when a C++ library says it)."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EDQUOT) in str(error)
-
-
 @contextlib.contextmanager
 def _user_errors(path: Path) -> Iterator[None]:
     try:
@@ -94,7 +87,7 @@ def _user_errors(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if is_disk_full(error):
+        if _is_disk_full(error):
             raise InputError(
                 f"{path}: the disk is full; nothing was written; free some space or choose another disk"
             ) from error
@@ -102,6 +95,13 @@ def _user_errors(path: Path) -> Iterator[None]:
             where = error.filename or path
             raise InputError(f"{where}: cannot be written ({error.strerror}); choose another path") from error
         raise
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that the disk, or the user's quota on it, is full (also when a C++ library says it)."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EDQUOT) in str(error)
 
 
 def _is_filled(path: Path) -> bool:

