@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.weights.hf import open_checkpoint
-from efx_jax.weights.source import Leaf, TensorSource, check_names_and_shapes, leaves
+from efx_jax.weights.source import TensorSource, check_names_and_shapes, leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +49,14 @@ def inspect(path: str | os.PathLike[str]) -> str:
             linear_total, linear_zeros = linear_total + entries, linear_zeros + zeros
         shape = " x ".join(str(length) for length in leaf.tensor_shape)
         layers = str(len(leaf.names)) if leaf.stacked else ""
-        rows.append((leaf.path[-1], layers, shape, _dtypes(source, leaf), f"{entries:,}", f"{zeros / entries:.4%}"))
+        rows.append(
+            (leaf.path[-1], layers, shape, _dtypes(source, leaf.names), f"{entries:,}", f"{zeros / entries:.4%}")
+        )
     head = [
         f"path        {source.path}",
         f"model_type  {spec.model_type}, {spec.num_layers} layers{', tied head' if spec.tie_word_embeddings else ''}",
         f"parameters  {total:,}",
+        f"dtype       {_dtypes(source, [name for leaf in leaves(spec) for name in leaf.names])}",
         f"sparsity    {linear_zeros / linear_total:.4%} of the {linear_total:,} entries of the layers' matrices",
         f"on disk     {_bytes_on_disk(source.path):,} bytes",
         "",
@@ -121,8 +123,8 @@ def _zeros(tensor: np.ndarray) -> int:
     return tensor.size - int(np.count_nonzero(tensor))
 
 
-def _dtypes(source: TensorSource, leaf: Leaf) -> str:
-    return "+".join(Counter(source.dtypes[name] for name in leaf.names))
+def _dtypes(source: TensorSource, names: Sequence[str]) -> str:
+    return "+".join(sorted({source.dtypes[name] for name in names}))
 
 
 def _bytes_on_disk(path: Path) -> int:

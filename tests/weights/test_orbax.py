@@ -153,6 +153,7 @@ def test_inspect_counts_parameters_and_exact_zeros(make_folder: Callable, make_t
     text = inspect(make_folder(model_type="qwen2", tied=True, tensors=tensors))
     assert f"parameters  {sum(tensor.size for tensor in tensors.values()):,}" in text
     assert "qwen2, 3 layers, tied head" in text
+    assert "dtype       bfloat16\n" in text
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line}
     assert rows["up_proj"] == ["up_proj", "3", "24", "x", "16", "bfloat16", "1,152", "50.0000%"]
     assert rows["q_proj_bias"] == ["q_proj_bias", "3", "32", "bfloat16", "96", "0.0000%"]
