@@ -39,6 +39,8 @@ class DataConfig:
     """Folder of the official task files (or the environment variable EFX_DATA)."""
     max_length: int = 512
     """Tokens per training sequence; a longer prompt is an error, a longer response is cut."""
+    packing: bool = False
+    """Put several short sequences into one row of `max_length` tokens; attention never crosses them."""
     loss_on: Literal["response", "all"] = "response"
     """Tokens that carry loss."""
     holdout: float = 0.1

@@ -48,6 +48,8 @@ def summed_loss(
         spec,
         adapters.replace(lora_a=arrays["lora_a"], lora_b=arrays["lora_b"]),
         masks,
+        positions=batch.get("positions"),
+        segments=batch.get("segments"),
         mask_forward=options.mask_forward,
         compute_dtype=options.compute_dtype,
         dropout_rate=options.dropout_rate,
@@ -77,7 +79,8 @@ def train_step(
         state: the state; its buffers are consumed.
         params: the frozen base.
         masks: masks in force, or None.
-        batch: `tokens`, `targets` int and `weights` float `[B,T]`, `lengths` int `[B]`.
+        batch: `tokens`, `targets` int and `weights` float `[B,T]`, `lengths` int `[B]`; of packed rows also
+            `positions` and `segments` int `[B,T]`.
         key: the run's PRNG key; the step number is folded in.
         spec: the model.
         tx: the optimizer.

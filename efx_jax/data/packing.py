@@ -1,0 +1,117 @@
+"""Several short sequences in one row: exact, because attention stays inside a segment and positions start again at 0."""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from efx_jax.data.batches import Batch
+from efx_jax.data.tokens import Tokenized
+from efx_jax.errors import InputError
+
+_OPEN = 64  # rows that may still be filled; more pack a little tighter, and cost a longer search per sequence
+
+
+def pack_epoch(sizes: Sequence[int], seed: int, epoch: int, length: int) -> list[list[int]]:
+    """Best-fit packing of one epoch's permutation.
+
+    Args:
+        sizes: inputs of every sequence, in tokens.
+        seed: the run's seed.
+        epoch: number of the epoch; its permutation is `default_rng([seed, epoch])`'s.
+        length: tokens per row.
+
+    Returns:
+        The rows, each a list of sequence numbers; every sequence stands in exactly one.
+
+    Raises:
+        InputError: a sequence longer than `length`.
+    """
+    longest = max(sizes, default=0)
+    if longest > length:
+        raise InputError(f"packing: expected sequences of at most {length} inputs, found {longest}")
+    done: list[list[int]] = []
+    rows: list[list[int]] = []
+    spaces: list[int] = []
+    for sequence in np.random.default_rng([seed, epoch]).permutation(len(sizes)):
+        size = sizes[sequence]
+        fitting = [index for index, space in enumerate(spaces) if space >= size]
+        if fitting:
+            best = min(fitting, key=lambda index: spaces[index])
+            rows[best].append(int(sequence))
+            spaces[best] -= size
+            continue
+        if len(rows) == _OPEN:
+            fullest = min(range(_OPEN), key=lambda index: spaces[index])
+            done.append(rows.pop(fullest))
+            spaces.pop(fullest)
+        rows.append([int(sequence)])
+        spaces.append(length - size)
+    return done + rows
+
+
+@functools.lru_cache(maxsize=4)
+def _cached_epoch(sizes: tuple[int, ...], seed: int, epoch: int, length: int) -> list[list[int]]:
+    return pack_epoch(sizes, seed, epoch, length)
+
+
+def packed_rows(examples: Sequence[Tokenized], seed: int, length: int) -> int:
+    """Rows of the first epoch: what `epochs` counts."""
+    return len(pack_epoch(_sizes(examples), seed, 0, length))
+
+
+def packed_batch(examples: Sequence[Tokenized], seed: int, n: int, batch_size: int, length: int) -> Batch:
+    """Batch n of packed training, a pure function of its arguments.
+
+    The batches walk through the rows of epoch 0, then of epoch 1, and so on; a batch may cross from one to the next.
+
+    Args:
+        examples: all training sequences.
+        seed: the run's seed.
+        n: number of the batch, from 0.
+        batch_size: B rows.
+        length: T, tokens per row.
+
+    Returns:
+        `tokens`, `targets`, `positions`, `segments` int32 `[B,T]`, `weights` float32 `[B,T]`, `lengths` int32 `[B]`.
+        Segments count from 1 in every row, padding is -1 (see `efx_jax.model.layers.visible_keys`).
+
+    Raises:
+        InputError: no examples, or one longer than `length`.
+    """
+    if not examples:
+        raise InputError("training data: expected at least one example, found none")
+    sizes = _sizes(examples)
+    chosen: list[list[int]] = []
+    epoch, skip = 0, n * batch_size
+    while len(chosen) < batch_size:
+        rows = _cached_epoch(sizes, seed, epoch, length)
+        chosen += rows[skip : skip + batch_size - len(chosen)]
+        skip = max(0, skip - len(rows))
+        epoch += 1
+    return _lay_out(examples, chosen, length)
+
+
+def _sizes(examples: Sequence[Tokenized]) -> tuple[int, ...]:
+    return tuple(len(example.tokens) - 1 for example in examples)
+
+
+def _lay_out(examples: Sequence[Tokenized], rows: Sequence[Sequence[int]], length: int) -> Batch:
+    shape = (len(rows), length)
+    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions")}
+    batch["segments"] = np.full(shape, -1, np.int32)
+    batch["weights"] = np.zeros(shape, np.float32)
+    batch["lengths"] = np.zeros(len(rows), np.int32)
+    for row, sequences in enumerate(rows):
+        start = 0
+        for segment, number in enumerate(sequences, start=1):
+            example = examples[number]
+            place = slice(start, start + len(example.tokens) - 1)
+            batch["tokens"][row, place] = example.tokens[:-1]
+            batch["targets"][row, place] = example.tokens[1:]
+            batch["weights"][row, place] = example.loss[1:]
+            batch["positions"][row, place] = np.arange(len(example.tokens) - 1)
+            batch["segments"][row, place] = segment
+            start = place.stop
+        batch["lengths"][row] = start
+    return batch

@@ -1,0 +1,82 @@
+"""What a model is worth: perplexity and task scores, the table of a run, and where the zeros are."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from efx_jax.config import Config
+from efx_jax.evaluation.perplexity import perplexity
+from efx_jax.evaluation.tasks import evaluate_task
+from efx_jax.lora import Adapters
+from efx_jax.training.prepare import Prepared
+
+Array = jax.Array
+
+
+def measure(
+    config: Config,
+    prepared: Prepared,
+    params: Mapping[str, Any],
+    adapters: Adapters | None = None,
+    masks: Mapping[str, Array] | None = None,
+) -> dict[str, Any]:
+    """Perplexity on the held-out text and scores on the test rows, with 95 % intervals; {} where there is neither."""
+    results: dict[str, Any] = {}
+    dtype = config.model.compute_dtype
+    if prepared.windows:
+        # Windows are longer than task rows; a fourth as many of them make a batch of about the same size.
+        batch = max(1, config.eval.batch_size // 4)
+        found = perplexity(
+            params, prepared.windows, prepared.spec, adapters, masks, batch_size=batch, compute_dtype=dtype
+        )
+        results["perplexity"] = {"value": found.value, "interval": list(found.interval), "tokens": found.tokens}
+    if prepared.task.test:
+        rows = prepared.task.test[: config.eval.rows or None]
+        results["task"] = evaluate_task(
+            params,
+            prepared.spec,
+            prepared.tokenizer,
+            rows,
+            prepared.task.labels,
+            adapters,
+            masks,
+            batch_size=config.eval.batch_size,
+            compute_dtype=dtype,
+        )
+    return results
+
+
+def matrix_sparsity(params: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Share of exact zeros of every linear of every layer: name -> L numbers."""
+    linears = {name: leaf for name, leaf in params["layers"].items() if name.endswith("_proj")}
+    # One layer at a time: a boolean copy of a stacked matrix is large.
+    return {name: [float(np.mean(np.asarray(layer) == 0)) for layer in leaf] for name, leaf in linears.items()}
+
+
+def result_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A Markdown table with a row per measured model; numbers as value [95 % interval], accuracy and F1 in percent."""
+    lines = ["| model | perplexity | accuracy % | macro-F1 % |", "|---|---|---|---|"]
+    for name, found in results.items():
+        text = found.get("perplexity")
+        task = found.get("task", {})
+        cells = [_cell(text["value"], text["interval"], 1) if text else "-"]
+        for metric in ("accuracy", "macro_f1"):
+            cells.append(_cell(task[metric], task[f"{metric}_interval"], 100) if task else "-")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sparsity_table(sparsity: Mapping[str, list[float]]) -> str:
+    """A Markdown table: the whole share of zeros of every kind of matrix, and its range over the layers."""
+    lines = ["| matrix | zeros % | least layer | most layer |", "|---|---|---|---|"]
+    for name, layers in sparsity.items():
+        mean, least, most = (100 * value for value in (sum(layers) / len(layers), min(layers), max(layers)))
+        lines.append(f"| {name} | {mean:.2f} | {least:.2f} | {most:.2f} |")
+    return "\n".join(lines)
+
+
+def _cell(value: float, interval: Sequence[float], factor: float) -> str:
+    low, high = (factor * bound for bound in interval)
+    return f"{factor * value:.2f} [{low:.2f}, {high:.2f}]"

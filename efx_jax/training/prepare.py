@@ -1,0 +1,81 @@
+"""From settings to everything that training consumes: model, tokens, calibration. Bad input stops here, early."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+from efx_jax.config import Config
+from efx_jax.data.batches import Batch, calibration_batches
+from efx_jax.data.prompts import plain_text
+from efx_jax.data.tasks import Task, load_task, load_text
+from efx_jax.data.tokens import Tokenized, text_windows, tokenize
+from efx_jax.errors import InputError
+from efx_jax.model.spec import ModelSpec
+from efx_jax.pruning.selection import selection_counts
+from efx_jax.weights.hf import load_pretrained, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """Inputs of a run. `windows` is the perplexity text, `pool` the sequences that calibration draws from."""
+
+    params: dict[str, Any]
+    spec: ModelSpec
+    tokenizer: Any
+    task: Task
+    train: list[Tokenized]
+    windows: list[Tokenized]
+    pool: list[Tokenized]
+
+
+def prepare(config: Config) -> Prepared:
+    """Reads model and data, and checks that they fit each other and the settings.
+
+    Raises:
+        InputError: anything wrong with the checkpoint, the rows or the settings.
+    """
+    tokenizer = load_tokenizer(config.model.path)
+    task = load_task(config.data, config.seed, tokenizer)
+    train = tokenize(task.train, tokenizer, config.data.max_length, config.data.loss_on)
+    windows = text_windows(task.text, tokenizer, config.eval.window, config.eval.text_tokens) if task.text else []
+    pool = _calibration_pool(config, task, train, tokenizer)
+    params, spec = load_pretrained(config.model.path, None if config.model.dtype == "keep" else config.model.dtype)
+    _check_fit(config, spec, params)
+    return Prepared(params, spec, tokenizer, task, train, windows, pool)
+
+
+def calibration(config: Config, prepared: Prepared) -> list[Batch]:
+    """The calibration batches: the same at every event, so that scores of different events compare."""
+    prune = config.prune
+    length = min(prune.calibration_length, prepared.spec.max_position_embeddings)
+    return list(
+        calibration_batches(prepared.pool, config.seed, prune.calibration_rows, length, prune.calibration_batch)
+    )
+
+
+def _calibration_pool(config: Config, task: Task, train: list[Tokenized], tokenizer: Any) -> list[Tokenized]:
+    source = config.prune.calibration
+    if source == "train" or config.prune.sparsity == 0:
+        return train
+    try:
+        texts = load_text(source, config.data)
+    except InputError as error:
+        # The paper calibrates on C4. The perplexity text would do as well, but it is what the result is measured on.
+        if source != "c4":
+            raise
+        warnings.warn(f"calibration on the training rows instead of C4: {error}", stacklevel=2)
+        texts = plain_text(task.train)
+    window = config.prune.calibration_length
+    return text_windows(texts, tokenizer, window, config.prune.calibration_rows * window)
+
+
+def _check_fit(config: Config, spec: ModelSpec, params: dict[str, Any]) -> None:
+    if config.data.max_length > spec.max_position_embeddings:
+        raise InputError(
+            f"data.max_length: expected at most the model's context of {spec.max_position_embeddings} tokens, "
+            f"found {config.data.max_length}; lower data.max_length"
+        )
+    prune = config.prune
+    for name in prune.targets:
+        shape = params["layers"][name].shape
+        selection_counts(shape, prune.sparsity, prune.group if prune.sparsity else "row", prune.bound)

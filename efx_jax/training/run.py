@@ -1,0 +1,388 @@
+"""One run, top to bottom: measure the base, train under an evolving mask, export, measure what was exported."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from efx_jax.config import Config
+from efx_jax.config_io import from_yaml, to_yaml
+from efx_jax.data.batches import Batch, make_batch
+from efx_jax.data.packing import packed_batch, packed_rows
+from efx_jax.errors import InputError
+from efx_jax.files import atomic_write
+from efx_jax.lora import init_lora, merge
+from efx_jax.pruning.event import init_prune_state, moves_base, needs_gram, prune_event, prune_event_sequential
+from efx_jax.pruning.statistics import collect_statistics
+from efx_jax.training import checkpoint, log
+from efx_jax.training.measure import matrix_sparsity, measure, result_table, sparsity_table
+from efx_jax.training.plan import plan_text
+from efx_jax.training.prepare import Prepared, calibration, prepare
+from efx_jax.training.schedule import Event, learning_rate, optimizer, prune_events, total_steps
+from efx_jax.training.state import RunState, forget_moments, init_train_state
+from efx_jax.training.step import StepOptions, train_step
+from efx_jax.weights.hf import load_pretrained, save_pretrained
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "efx_jax")
+
+
+@dataclasses.dataclass
+class _Journal:
+    """What a run has found so far; saved with every checkpoint."""
+
+    results: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of a block to the phase's seconds."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def run(config: Config, output: Path, dry_run: bool = False) -> dict[str, Any]:
+    """Trains, prunes, exports and measures; the same call again resumes, and prints the table of a finished run.
+
+    Args:
+        config: the checked settings.
+        output: the run's folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `export/`, `summary.json`.
+        dry_run: print the plan and write nothing.
+
+    Returns:
+        The summary, also written as `summary.json`; {} for a dry run or an interrupted one.
+
+    Raises:
+        InputError: bad input, before anything is written; or another run's folder.
+    """
+    _refuse_other_run(config, output)
+    if (output / "summary.json").exists() and not dry_run:
+        summary = json.loads((output / "summary.json").read_text())
+        _print_summary(summary, output)
+        return summary
+    journal = _Journal({}, {})
+    with journal.phase("load"):
+        prepared = prepare(config)
+    steps = total_steps(config.train, _epoch_rows(config, prepared))
+    events = prune_events(config.prune, config.train, steps)
+    if dry_run:
+        print(plan_text(config, prepared, steps, events))
+        return {}
+    sinks = log.open_sinks(config, output)
+    output.mkdir(parents=True, exist_ok=True)
+    atomic_write(output / "config.yaml", to_yaml(config))
+    state = _train(config, prepared, steps, events, output, journal, sinks)
+    if state is None:
+        return {}
+    with journal.phase("export"):
+        _export(config, state, prepared, output / "export")
+    return _finish(config, prepared, steps, events, output, journal)
+
+
+def _refuse_other_run(config: Config, output: Path) -> None:
+    path = output / "config.yaml"
+    if not path.exists():
+        if output.exists() and any(output.iterdir()):
+            raise InputError(f"{output}: is not empty and holds no run; choose another --output")
+        return
+    found = from_yaml(path.read_text(), str(path))
+    differing = [
+        f"{section.name}.{field}"
+        for section in dataclasses.fields(Config)
+        for field in _differing(getattr(found, section.name), getattr(config, section.name))
+    ]
+    if differing:
+        raise InputError(
+            f"{output}: holds a run with other settings ({', '.join(name.rstrip('.') for name in differing)}); "
+            "choose another --output, or remove that folder"
+        )
+
+
+def _differing(first: Any, second: Any) -> list[str]:
+    if not dataclasses.is_dataclass(first):
+        return [""] if first != second else []
+    fields = [field.name for field in dataclasses.fields(first)]
+    return [name for name in fields if getattr(first, name) != getattr(second, name)]
+
+
+def _fresh_state(config: Config, prepared: Prepared, tx: optax.GradientTransformation, events: int) -> RunState:
+    lora = config.lora
+    adapter_key, prune_key = jax.random.split(jax.random.key(config.seed))
+    adapters = init_lora(
+        adapter_key, prepared.params, prepared.spec, lora.rank, lora.alpha, lora.targets, lora.rslora
+    )
+    prune = init_prune_state(prepared.params, adapters, config.prune, prune_key, max(1, events))
+    return RunState(init_train_state(adapters, tx), prepared.params, {}, prune)
+
+
+def _train(
+    config: Config,
+    prepared: Prepared,
+    steps: int,
+    events: tuple[Event, ...],
+    output: Path,
+    journal: _Journal,
+    sinks: list[log.Sink],
+) -> RunState | None:
+    """The loop: update, event, checkpoint. None if the user interrupted it."""
+    tx = optimizer(config.train, steps)
+    state, base_moved = _fresh_state(config, prepared, tx, len(events)), False
+    by_step = {event.step: event for event in events}
+    layers = prepared.params["layers"]
+    masks = {name: jax.ShapeDtypeStruct(layers[name].shape, jnp.bool_) for name in config.prune.targets}
+    with checkpoint.open_checkpoints(output / "checkpoints", config.train.keep) as manager, _interruptible() as stop:
+        restored = checkpoint.restore(manager, state, masks)
+        if restored is not None:
+            state, base_moved, notes = restored
+            journal.results.update(notes["results"])
+            journal.seconds.update(notes["seconds"])
+        else:
+            with journal.phase("evaluate base"):
+                journal.results["base"] = measure(config, prepared, prepared.params)
+        start = int(state.train.step)
+        log.cut_metrics(output / "metrics.jsonl", start)
+        with _progress(start, steps) as bar:
+            while int(state.train.step) < steps and not stop.is_set():
+                with journal.phase("train"):
+                    state = _update(config, prepared, state, tx, steps, output, sinks, bar)
+                event = by_step.get(int(state.train.step))
+                if event is not None:
+                    if event.last and not state.masks:
+                        with journal.phase("evaluate dense"):
+                            journal.results["dense LoRA"] = measure(
+                                config, prepared, state.params, state.train.adapters
+                            )
+                    with journal.phase("prune"):
+                        state = _prune(config, prepared, state, event)
+                    base_moved = base_moved or moves_base(config.prune)
+                every = config.train.checkpoint_every
+                due = every and int(state.train.step) % every == 0
+                if event is not None or due or stop.is_set() or int(state.train.step) == steps:
+                    with journal.phase("checkpoint"):
+                        checkpoint.save(manager, state, base_moved, dataclasses.asdict(journal))
+    if int(state.train.step) < steps:
+        print(
+            f"interrupted after {int(state.train.step)} of {steps} steps; saved. The same command with "
+            f"--output {output} goes on from there.",
+            file=sys.stderr,
+        )
+        return None
+    return state
+
+
+def _epoch_rows(config: Config, prepared: Prepared) -> int:
+    if config.data.packing:
+        return packed_rows(prepared.train, config.seed, config.data.max_length)
+    return len(prepared.train)
+
+
+def _batch(config: Config, prepared: Prepared, number: int) -> Batch:
+    if config.data.packing:
+        return packed_batch(
+            prepared.train, config.seed, number, config.train.batch_size, config.data.max_length
+        )
+    return make_batch(prepared.train, config.seed, number, config.train.batch_size)
+
+
+def _update(
+    config: Config,
+    prepared: Prepared,
+    state: RunState,
+    tx: optax.GradientTransformation,
+    steps: int,
+    output: Path,
+    sinks: list[log.Sink],
+    bar: tqdm,
+) -> RunState:
+    """One training step, its line in metrics.jsonl and its place on the progress bar."""
+    train = config.train
+    number = int(state.train.step)
+    batch = _batch(config, prepared, number)
+    options = StepOptions(
+        mask_forward=config.prune.mask_forward,
+        compute_dtype=config.model.compute_dtype,
+        dropout_rate=config.lora.dropout,
+        remat=train.remat,
+        micro_batches=train.batch_size // (train.micro_batch or train.batch_size),
+    )
+    began = time.perf_counter()
+    key = jax.random.key(config.seed)
+    new, metrics = train_step(
+        state.train, state.params, state.masks or None, batch, key, prepared.spec, tx, options
+    )
+    values = {name: float(value) for name, value in metrics.items()}
+    seconds = time.perf_counter() - began
+    if not np.isfinite(values["loss"]):
+        raise InputError(
+            f"step {number + 1}: the loss is not finite; lower train.learning_rate or set model.compute_dtype float32"
+        )
+    row = {
+        "step": number + 1,
+        "tokens": values["tokens"],
+        "loss": values["loss"],
+        "entropy": values["entropy"],
+        "learning_rate": float(learning_rate(train, steps)(number)),
+        "grad_norm": values["grad_norm"],
+        "sparsity": _mask_sparsity(state.masks),
+        "tokens_per_second": values["tokens"] / seconds,
+    }
+    if (number + 1) % train.log_every == 0:
+        log.append_row(output / "metrics.jsonl", row)
+        for sink in sinks:
+            sink(row)
+    bar.set_postfix_str(
+        f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, sparsity {row['sparsity']:.0%}", refresh=False
+    )
+    bar.update()
+    return state.replace(train=new)
+
+
+def _prune(config: Config, prepared: Prepared, state: RunState, event: Event) -> RunState:
+    """One prune event on the run's calibration rows."""
+    prune = dataclasses.replace(config.prune, sparsity=event.sparsity)
+    if event.last and prune.plain_last_event:
+        prune = dataclasses.replace(prune, recovery="none", ema=1.0)
+    adapters, masks = state.train.adapters, state.masks or None
+    batches = calibration(config, prepared)
+    dtype = config.model.compute_dtype
+    if prune.sequential:
+        params, adapters, new_masks, prune_state = prune_event_sequential(
+            state.params, adapters, masks, batches, state.prune, prepared.spec, prune, compute_dtype=dtype
+        )
+    else:
+        stats = collect_statistics(
+            state.params,
+            batches,
+            prepared.spec,
+            adapters,
+            masks,
+            needs_gram(prune),
+            mask_forward=prune.mask_forward,
+            compute_dtype=dtype,
+        )
+        params, adapters, new_masks, prune_state = prune_event(
+            state.params, adapters, masks, stats, state.prune, prepared.spec, prune
+        )
+    assert adapters is not None
+    opt_state = state.train.opt_state
+    if prune.recovery == "admm":
+        opt_state = forget_moments(opt_state, prune.targets)
+    train = state.train.replace(adapters=adapters, opt_state=opt_state)
+    return RunState(train=train, params=params, masks=new_masks, prune=prune_state)
+
+
+def _mask_sparsity(masks: dict[str, jax.Array]) -> float:
+    """Share of pruned entries among the masked matrices."""
+    if not masks:
+        return 0.0
+    kept = sum(int(jnp.sum(mask, dtype=jnp.int32)) for mask in masks.values())
+    return 1.0 - kept / sum(mask.size for mask in masks.values())
+
+
+def _export(config: Config, state: RunState, prepared: Prepared, folder: Path) -> None:
+    """Merges and writes the Hugging Face folder; one left by an earlier attempt is complete, and stays."""
+    if not folder.exists():
+        merged = merge(state.params, state.train.adapters, state.masks or None)
+        save_pretrained(folder, merged, prepared.spec, source=config.model.path)
+
+
+def _finish(
+    config: Config,
+    prepared: Prepared,
+    steps: int,
+    events: tuple[Event, ...],
+    output: Path,
+    journal: _Journal,
+) -> dict[str, Any]:
+    """Reads the export back from disk, measures it, and writes and prints the summary."""
+    with journal.phase("evaluate export"):
+        params, spec = load_pretrained(output / "export", dtype=None)
+        expert = "sparse expert" if events else "dense expert"
+        journal.results[expert] = measure(config, dataclasses.replace(prepared, params=params, spec=spec), params)
+    summary = {
+        "results": journal.results,
+        "sparsity": matrix_sparsity(params),
+        "steps": steps,
+        "events": [dataclasses.asdict(event) for event in events],
+        "seconds": {name: round(seconds, 2) for name, seconds in journal.seconds.items()},
+        "peak_memory_mib": _peak_memory_mib(),
+        "device": jax.devices()[0].device_kind,
+        "versions": {"python": platform.python_version()} | _versions(),
+        "seed": config.seed,
+    }
+    atomic_write(output / "summary.json", json.dumps(summary, indent=1))
+    _print_summary(summary, output)
+    return summary
+
+
+def _print_summary(summary: dict[str, Any], output: Path) -> None:
+    print(result_table(summary["results"]))
+    constant = [found["task"] for found in summary["results"].values() if "task" in found]
+    if constant:
+        print(
+            f"\nbest constant answer: accuracy {100 * constant[0]['constant_accuracy']:.2f} %, "
+            f"macro-F1 {100 * constant[0]['constant_macro_f1']:.2f} % on {constant[0]['rows']} rows"
+        )
+    print("\n" + sparsity_table(summary["sparsity"]))
+    phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds"].items())
+    print(f"\nseconds: {phases}; peak memory {summary['peak_memory_mib']:.0f} MiB")
+    print(f"the expert: {output / 'export'}")
+
+
+def _peak_memory_mib() -> float:
+    """The device's peak where it reports one, else the process's largest resident set."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _progress(start: int, steps: int) -> tqdm:
+    return tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, desc="train", smoothing=0.1)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C asks the loop to finish its step and save; a second one stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nfinishing the step and saving; Ctrl-C again stops at once", file=sys.stderr)
+
+    previous = signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)
