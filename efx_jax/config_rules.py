@@ -87,8 +87,8 @@ def _prune_rules(prune: PruneConfig) -> Iterable[Rule]:
     if pattern:
         kept, block = pattern
         share = 1 - kept / block
-        is_share = abs(prune.sparsity - share) < 1e-9
-        expected = f"1 - {kept}/{block} = {share:g} with prune.group {prune.group}"
+        is_share = prune.sparsity == 0 or abs(prune.sparsity - share) < 1e-9
+        expected = f"1 - {kept}/{block} = {share:g} with prune.group {prune.group}, or 0"
         rules.append(("prune.sparsity", prune.sparsity, is_share, expected))
         expected = "epochs or fractions with prune.group N:M, which has one sparsity only"
         rules.append(("prune.schedule", prune.schedule, prune.schedule != "cubic", expected))

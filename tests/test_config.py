@@ -69,9 +69,11 @@ def test_values_at_the_edge_are_accepted(settings):
     validate(replace_values(Config(), settings))
 
 
-def test_n_of_m_fixes_the_sparsity():
+def test_n_of_m_fixes_the_sparsity_unless_nothing_is_pruned():
     validate(replace_values(Config(), {"prune.group": "1:4", "prune.sparsity": 0.75}))
-    with pytest.raises(InputError, match=r"prune.sparsity must be 1 - 1/4 = 0.75 with prune.group 1:4, found 0.5"):
+    validate(replace_values(Config(), {"prune.group": "1:4", "prune.sparsity": 0.0}))
+    expected = r"prune.sparsity must be 1 - 1/4 = 0.75 with prune.group 1:4, or 0, found 0.5"
+    with pytest.raises(InputError, match=expected):
         validate(replace_values(Config(), {"prune.group": "1:4", "prune.sparsity": 0.5}))
 
 
