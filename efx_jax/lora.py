@@ -114,17 +114,13 @@ def effective_weight(weight: Array, lora_a: Array | None, lora_b: Array | None, 
     return weight + scale * delta
 
 
-def masked_weight(
-    weight: Array, lora_a: Array | None, lora_b: Array | None, mask: Array | None, scale: float
-) -> Array:
+def masked_weight(weight: Array, lora_a: Array | None, lora_b: Array | None, mask: Array | None, scale: float) -> Array:
     """mask * U in float32, with exact zeros where the mask `[...,O,I]` is False (True = kept; None keeps all)."""
     effective = effective_weight(weight, lora_a, lora_b, scale)
     return effective if mask is None else jnp.where(mask, effective, 0.0)
 
 
-def merge(
-    params: Mapping[str, Any], adapters: Adapters | None, masks: Mapping[str, Array] | None
-) -> dict[str, Any]:
+def merge(params: Mapping[str, Any], adapters: Adapters | None, masks: Mapping[str, Array] | None) -> dict[str, Any]:
     """Folds adapters and masks into the base: every linear becomes mask * U, rounded once to its own dtype.
 
     Args:
@@ -187,11 +183,11 @@ def linear(
     if mask_forward == "dense":
         mask = None
     dropping = adapted and dropout_key is not None and dropout_rate > 0.0
-    if not adapted or dropping or (mask is None or mask_forward == "frozen"):
+    if not adapted or dropping or mask is None or mask_forward == "frozen":
         base = weight if mask is None else jnp.where(mask, weight, jnp.zeros((), weight.dtype))
         y = contract("...i,oi->...o", inputs, base.astype(dtype))
         if adapted:
-            kept = _dropout(x, dropout_rate, dropout_key) if dropping else x
+            kept = x if not dropping or dropout_key is None else _dropout(x, dropout_rate, dropout_key)
             delta_mask = mask if mask_forward in ("exact", "ste") else None
             y = y + _adapter_output(kept.astype(dtype), lora_a, lora_b, delta_mask, scale, mask_forward)
     else:
@@ -201,7 +197,7 @@ def linear(
     return y.astype(x.dtype)
 
 
-def _dropout(x: Array, rate: float, key: Array | None) -> Array:
+def _dropout(x: Array, rate: float, key: Array) -> Array:
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0)
 
 
@@ -247,12 +243,8 @@ def _masked_linear_bwd(scale: float, exact: bool, residuals: tuple[Array, ...], 
     else:
         hidden = jnp.einsum("...i,ri->...r", x, lora_a.astype(x.dtype), preferred_element_type=jnp.float32)
         d_hidden = jnp.einsum("...o,or->...r", dy, lora_b.astype(x.dtype), preferred_element_type=jnp.float32)
-        d_lora_a = scale * jnp.einsum(
-            "...r,...i->ri", d_hidden.astype(x.dtype), x, preferred_element_type=jnp.float32
-        )
-        d_lora_b = scale * jnp.einsum(
-            "...o,...r->or", dy, hidden.astype(x.dtype), preferred_element_type=jnp.float32
-        )
+        d_lora_a = scale * jnp.einsum("...r,...i->ri", d_hidden.astype(x.dtype), x, preferred_element_type=jnp.float32)
+        d_lora_b = scale * jnp.einsum("...o,...r->or", dy, hidden.astype(x.dtype), preferred_element_type=jnp.float32)
     return (
         dx,
         d_weight.astype(weight.dtype),

@@ -1,4 +1,4 @@
-"""Several short sequences in one row: exact, because attention stays inside a segment and positions start again at 0."""
+"""Several short sequences in one row: exact, since attention stays inside a segment and positions restart at 0."""
 
 import functools
 from collections.abc import Sequence
@@ -98,7 +98,7 @@ def _sizes(examples: Sequence[Tokenized]) -> tuple[int, ...]:
 
 def _lay_out(examples: Sequence[Tokenized], rows: Sequence[Sequence[int]], length: int) -> Batch:
     shape = (len(rows), length)
-    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions")}
+    batch: Batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "positions")}
     batch["segments"] = np.full(shape, -1, np.int32)
     batch["weights"] = np.zeros(shape, np.float32)
     batch["lengths"] = np.zeros(len(rows), np.int32)

@@ -49,9 +49,7 @@ def _solve_factored(lower: Array, rhs: Array) -> Array:
     return jax.scipy.linalg.cho_solve((lower, True), rhs)
 
 
-def partial_brain_surgeon(
-    weight: Array, lora_a: Array, mask: Array, input_energy: Array, ridge: float = 1e-8
-) -> Array:
+def partial_brain_surgeon(weight: Array, lora_a: Array, mask: Array, input_energy: Array, ridge: float = 1e-8) -> Array:
     """Partial Brain Surgeon (paper eqs. 3 and 4): db = -(e D A^T) (A D A^T + ridge I)^-1 per row, D = diag(energy).
 
     It shrinks the entries to be pruned *before* the mask is applied; under its own metric it can only add error once
@@ -122,9 +120,10 @@ def admm_update(
     steps: int = 30,
     damping: float = 1e-2,
 ) -> Array:
-    """Refits the kept weights to the outputs of `target`: min ||(mask * X - target) G^(1/2)|| by ADMM (arXiv 2401.02938).
+    """Refits the kept weights to the outputs of `target` by ADMM (arXiv 2401.02938).
 
-    Inputs are scaled to a unit diagonal of G, and rho = 1, so that one inverse serves all rows and steps.
+    Minimises ||(mask * X - target) G^(1/2)|| over X. Inputs are scaled to a unit diagonal of G, and rho = 1, so that one
+    inverse serves all rows and steps.
 
     Args:
         weight: U `[O,I]`, the dense target when `target` is None.

@@ -42,8 +42,8 @@ class Statistics:
     """Sums over the real tokens of calibration, float32; every array leads with L for a whole model.
 
     `energy`: sum of squares of each unit, by name: the inputs `attn_in`, `o_in`, `mlp_in`, `down_in` `[I]`, the
-    projections before (`q_raw [N*H]`, `k_raw [K*H]`) and after their norm (`q`, `k`), silu(gate) as `gate_value [F]` and
-    up * silu'(gate) as `gate_slope [F]`. `gram`: X^T X `[I,I]` of the four inputs, or {}. `tokens`: their number.
+    projections before (`q_raw [N*H]`, `k_raw [K*H]`) and after their norm (`q`, `k`), silu(gate) as `gate_value [F]`
+    and up * silu'(gate) as `gate_slope [F]`. `gram`: X^T X `[I,I]` of the four inputs, or {}. `tokens`: their number.
     """
 
     energy: dict[str, Array]
@@ -125,7 +125,7 @@ def layer_options(adapters: Adapters | None, mask_forward: MaskForward, compute_
 
 def collect_statistics(
     params: Mapping[str, Any],
-    batches: Iterable[Mapping[str, Array]],
+    batches: Iterable[Mapping[str, Any]],
     spec: ModelSpec,
     adapters: Adapters | None = None,
     masks: Mapping[str, Array] | None = None,

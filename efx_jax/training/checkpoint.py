@@ -1,5 +1,6 @@
 """Checkpoints of a run: adapters, optimizer, masks and pruning state; the base only where an event has moved it."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from efx_jax.pruning.event import PruneState
+from efx_jax.pruning.average import PruneState
 from efx_jax.training.state import RunState
 
 _Tree = dict[str, Any]
@@ -32,9 +33,7 @@ def save(manager: ocp.CheckpointManager, state: RunState, base_moved: bool, note
     if manager.latest_step() == step:
         return
     meta = {"base_moved": base_moved, "masked": bool(state.masks), "notes": notes}
-    items = ocp.args.Composite(
-        state=ocp.args.StandardSave(_to_tree(state, base_moved)), meta=ocp.args.JsonSave(meta)
-    )
+    items = ocp.args.Composite(state=ocp.args.StandardSave(_to_tree(state, base_moved)), meta=ocp.args.JsonSave(meta))
     manager.save(step, args=items)
 
 
@@ -55,7 +54,7 @@ def restore(
     if step is None:
         return None
     meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    template = _to_tree(fresh.replace(masks=mask_shapes if meta["masked"] else {}), meta["base_moved"])
+    template = _to_tree(dataclasses.replace(fresh, masks=mask_shapes if meta["masked"] else {}), meta["base_moved"])
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
     tree = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
     prune = PruneState(key=jax.random.wrap_key_data(tree["prune_key"]), **tree["prune"])

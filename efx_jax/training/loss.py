@@ -1,4 +1,4 @@
-"""Next-token loss in chunks: never more than one chunk of logits exists, and only positions that carry loss are read."""
+"""Next-token loss in chunks: one chunk of logits exists at a time, and only positions that carry loss are read."""
 
 import functools
 from typing import Any

@@ -28,7 +28,9 @@ from efx_jax.data.packing import packed_batch, packed_rows
 from efx_jax.errors import InputError
 from efx_jax.files import atomic_write
 from efx_jax.lora import init_lora, merge
-from efx_jax.pruning.event import init_prune_state, moves_base, needs_gram, prune_event, prune_event_sequential
+from efx_jax.pruning.average import init_prune_state, moves_base
+from efx_jax.pruning.event import needs_gram, prune_event
+from efx_jax.pruning.sequential import prune_event_sequential
 from efx_jax.pruning.statistics import collect_statistics
 from efx_jax.training import checkpoint, log
 from efx_jax.training.measure import matrix_sparsity, measure, result_table, sparsity_table
@@ -126,9 +128,7 @@ def _differing(first: Any, second: Any) -> list[str]:
 def _fresh_state(config: Config, prepared: Prepared, tx: optax.GradientTransformation, events: int) -> RunState:
     lora = config.lora
     adapter_key, prune_key = jax.random.split(jax.random.key(config.seed))
-    adapters = init_lora(
-        adapter_key, prepared.params, prepared.spec, lora.rank, lora.alpha, lora.targets, lora.rslora
-    )
+    adapters = init_lora(adapter_key, prepared.params, prepared.spec, lora.rank, lora.alpha, lora.targets, lora.rslora)
     prune = init_prune_state(prepared.params, adapters, config.prune, prune_key, max(1, events))
     return RunState(init_train_state(adapters, tx), prepared.params, {}, prune)
 
@@ -196,9 +196,7 @@ def _epoch_rows(config: Config, prepared: Prepared) -> int:
 
 def _batch(config: Config, prepared: Prepared, number: int) -> Batch:
     if config.data.packing:
-        return packed_batch(
-            prepared.train, config.seed, number, config.train.batch_size, config.data.max_length
-        )
+        return packed_batch(prepared.train, config.seed, number, config.train.batch_size, config.data.max_length)
     return make_batch(prepared.train, config.seed, number, config.train.batch_size)
 
 
@@ -225,9 +223,7 @@ def _update(
     )
     began = time.perf_counter()
     key = jax.random.key(config.seed)
-    new, metrics = train_step(
-        state.train, state.params, state.masks or None, batch, key, prepared.spec, tx, options
-    )
+    new, metrics = train_step(state.train, state.params, state.masks or None, batch, key, prepared.spec, tx, options)
     values = {name: float(value) for name, value in metrics.items()}
     seconds = time.perf_counter() - began
     if not np.isfinite(values["loss"]):
@@ -252,7 +248,7 @@ def _update(
         f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, sparsity {row['sparsity']:.0%}", refresh=False
     )
     bar.update()
-    return state.replace(train=new)
+    return dataclasses.replace(state, train=new)
 
 
 def _prune(config: Config, prepared: Prepared, state: RunState, event: Event) -> RunState:
@@ -264,7 +260,7 @@ def _prune(config: Config, prepared: Prepared, state: RunState, event: Event) ->
     batches = calibration(config, prepared)
     dtype = config.model.compute_dtype
     if prune.sequential:
-        params, adapters, new_masks, prune_state = prune_event_sequential(
+        params, new_adapters, new_masks, prune_state = prune_event_sequential(
             state.params, adapters, masks, batches, state.prune, prepared.spec, prune, compute_dtype=dtype
         )
     else:
@@ -278,14 +274,14 @@ def _prune(config: Config, prepared: Prepared, state: RunState, event: Event) ->
             mask_forward=prune.mask_forward,
             compute_dtype=dtype,
         )
-        params, adapters, new_masks, prune_state = prune_event(
+        params, new_adapters, new_masks, prune_state = prune_event(
             state.params, adapters, masks, stats, state.prune, prepared.spec, prune
         )
-    assert adapters is not None
+    assert new_adapters is not None
     opt_state = state.train.opt_state
     if prune.recovery == "admm":
         opt_state = forget_moments(opt_state, prune.targets)
-    train = state.train.replace(adapters=adapters, opt_state=opt_state)
+    train = dataclasses.replace(state.train, adapters=new_adapters, opt_state=opt_state)
     return RunState(train=train, params=params, masks=new_masks, prune=prune_state)
 
 

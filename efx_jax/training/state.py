@@ -8,7 +8,7 @@ import optax
 from flax import struct
 
 from efx_jax.lora import Adapters
-from efx_jax.pruning.event import PruneState
+from efx_jax.pruning.average import PruneState
 
 Array = jax.Array
 
@@ -24,7 +24,7 @@ class TrainState:
 
 @struct.dataclass
 class RunState:
-    """Everything that a checkpoint holds: `masks` is {} before the first event; `params` changes only if events move it."""
+    """Everything that a checkpoint holds: `masks` is {} before the first event, `params` changes if events move it."""
 
     train: TrainState
     params: dict[str, Any]

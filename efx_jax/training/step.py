@@ -46,7 +46,7 @@ def summed_loss(
         params,
         batch["tokens"],
         spec,
-        adapters.replace(lora_a=arrays["lora_a"], lora_b=arrays["lora_b"]),
+        dataclasses.replace(adapters, lora_a=arrays["lora_a"], lora_b=arrays["lora_b"]),
         masks,
         positions=batch.get("positions"),
         segments=batch.get("segments"),
@@ -115,5 +115,5 @@ def train_step(
         "grad_norm": optax.global_norm(grads),
         "tokens": jnp.sum(batch["lengths"]).astype(jnp.float32),
     }
-    adapters = state.adapters.replace(lora_a=arrays["lora_a"], lora_b=arrays["lora_b"])
+    adapters = dataclasses.replace(state.adapters, lora_a=arrays["lora_a"], lora_b=arrays["lora_b"])
     return TrainState(step=state.step + 1, adapters=adapters, opt_state=opt_state), metrics
