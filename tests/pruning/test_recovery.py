@@ -1,0 +1,268 @@
+"""Closed forms and ADMM against float64 NumPy: each against its own definition and against what it must never do."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efx_jax.pruning.recovery import admm_update, damped_cholesky, gram_brain_surgeon, partial_brain_surgeon
+
+OUT, IN, RANK, TOKENS = 12, 16, 3, 80
+
+pbs = jax.jit(partial_brain_surgeon)
+gram_pbs = jax.jit(gram_brain_surgeon, static_argnames="chunk_rows")
+admm = jax.jit(admm_update, static_argnames="steps")
+cholesky = jax.jit(damped_cholesky)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A layer, its mask and correlated inputs X `[tokens,I]`; float32 values, held in float64 for the oracles."""
+
+    weight: np.ndarray
+    lora_a: np.ndarray
+    mask: np.ndarray
+    inputs: np.ndarray
+
+    @property
+    def gram(self) -> np.ndarray:
+        return self.inputs.T @ self.inputs
+
+    @property
+    def energy(self) -> np.ndarray:
+        return (self.inputs**2).sum(0)
+
+    def error(self, new: np.ndarray, target: np.ndarray | None = None) -> np.ndarray:
+        """Squared output error of every row under the true Gram."""
+        return (((new - (self.weight if target is None else target)) @ self.inputs.T) ** 2).sum(1)
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32).astype(np.float64)
+
+
+@pytest.fixture(scope="module")
+def layer() -> Problem:
+    rng = np.random.default_rng(0)
+    mixing = rng.standard_normal((IN, IN)) + 1.5 * np.eye(IN)
+    return Problem(
+        weight=rounded(rng.standard_normal((OUT, IN))),
+        lora_a=rounded(rng.standard_normal((RANK, IN))),
+        mask=rng.random((OUT, IN)) < 0.5,
+        inputs=rounded(rng.standard_normal((TOKENS, IN)) @ mixing),
+    )
+
+
+def single(*arrays: np.ndarray) -> list[jax.Array]:
+    return [jnp.asarray(array if array.dtype == bool else array.astype(np.float32)) for array in arrays]
+
+
+def assert_close(found: jax.Array, wanted: np.ndarray, share: float = 1e-4) -> None:
+    """Within a share of the largest entry."""
+    np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=0, atol=share * np.abs(wanted).max())
+
+
+def equation_4(problem: Problem, ridge: float) -> np.ndarray:
+    """-(u_S D_S A_S^T) (A D A^T + ridge I)^-1, the sums over the pruned set S of every row written out."""
+    system = (problem.lora_a * problem.energy) @ problem.lora_a.T + ridge * np.eye(RANK)
+    change = np.zeros((OUT, RANK))
+    for row in range(OUT):
+        pruned = np.flatnonzero(~problem.mask[row])
+        known = sum(problem.weight[row, i] * problem.energy[i] * problem.lora_a[:, i] for i in pruned)
+        change[row] = -np.linalg.solve(system, known)
+    return change
+
+
+def equation_3(problem: Problem, row: int, change: np.ndarray, ridge: float) -> float:
+    """Change before masking: kept entries move by change A, pruned ones should end at 0."""
+    moved = change @ problem.lora_a
+    left = np.where(problem.mask[row], moved, problem.weight[row] + moved)
+    return float((left**2 * problem.energy).sum() + ridge * (change**2).sum())
+
+
+@pytest.mark.parametrize("ridge", [1e-8, 50.0])
+def test_pbs_is_equation_4(layer: Problem, ridge: float) -> None:
+    found = pbs(*single(layer.weight, layer.lora_a, layer.mask, layer.energy), ridge)
+    assert found.shape == (OUT, RANK)
+    assert_close(found, equation_4(layer, ridge), 1e-5)
+
+
+def test_pbs_minimises_equation_3(layer: Problem) -> None:
+    found = np.asarray(pbs(*single(layer.weight, layer.lora_a, layer.mask, layer.energy), 50.0), np.float64)
+
+    def slope(row: int, at: np.ndarray) -> np.ndarray:
+        steps = 1e-4 * np.eye(RANK)
+        return np.array(
+            [(equation_3(layer, row, at + h, 50.0) - equation_3(layer, row, at - h, 50.0)) / 2e-4 for h in steps]
+        )
+
+    for row in range(OUT):
+        untouched = np.abs(slope(row, np.zeros(RANK))).max()
+        assert np.abs(slope(row, found[row])).max() < 1e-5 * untouched
+        assert equation_3(layer, row, found[row], 50.0) < equation_3(layer, row, np.zeros(RANK), 50.0)
+
+
+def test_pbs_is_never_better_than_the_mask_alone_once_the_mask_is_applied(layer: Problem) -> None:
+    change = np.asarray(pbs(*single(layer.weight, layer.lora_a, layer.mask, layer.energy)), np.float64)
+    repaired = layer.mask * (layer.weight + change @ layer.lora_a)
+    diagonal = dataclasses.replace(layer, inputs=np.diag(np.sqrt(layer.energy)))
+    assert (diagonal.error(repaired) > diagonal.error(layer.mask * layer.weight)).all()
+
+
+def test_gram_pbs_is_least_squares_through_the_mask(layer: Problem) -> None:
+    found = gram_pbs(*single(layer.weight, layer.lora_a, layer.mask, layer.gram), 0.0)
+    wanted = np.zeros((OUT, RANK))
+    for row, mask in enumerate(layer.mask):
+        lost = layer.inputs @ np.where(mask, 0.0, layer.weight[row])
+        reachable = layer.inputs @ (layer.lora_a * mask).T
+        wanted[row] = np.linalg.lstsq(reachable, lost, rcond=None)[0]
+    assert_close(found, wanted)
+
+
+def test_gram_pbs_never_raises_the_calibration_error(layer: Problem) -> None:
+    change = np.asarray(gram_pbs(*single(layer.weight, layer.lora_a, layer.mask, layer.gram)), np.float64)
+    repaired = layer.mask * (layer.weight + change @ layer.lora_a)
+    assert (layer.error(repaired) < layer.error(layer.mask * layer.weight)).all()
+
+
+def test_the_ridge_of_gram_pbs_is_relative(layer: Problem) -> None:
+    found = gram_pbs(*single(layer.weight, layer.lora_a, layer.mask, layer.gram), 0.1)
+    for row in range(OUT):
+        masked_a = layer.lora_a * layer.mask[row]
+        system = masked_a @ layer.gram @ masked_a.T
+        known = masked_a @ layer.gram @ np.where(layer.mask[row], 0.0, layer.weight[row])
+        damping = 0.1 * np.mean(np.diag(system)) * np.eye(RANK)
+        assert_close(found[row], np.linalg.solve(system + damping, known))
+    assert_close(gram_pbs(*single(layer.weight, layer.lora_a, layer.mask, 2.0**20 * layer.gram), 0.1), found, 1e-5)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 5, 100])
+def test_rows_solved_together_do_not_matter(layer: Problem, chunk_rows: int) -> None:
+    operands = single(layer.weight, layer.lora_a, layer.mask, layer.gram)
+    assert_close(gram_pbs(*operands, 1e-3, chunk_rows=chunk_rows), np.asarray(gram_pbs(*operands, 1e-3)), 1e-5)
+
+
+def test_a_row_that_keeps_nothing_gets_no_change(layer: Problem) -> None:
+    mask = layer.mask.copy()
+    mask[4] = False
+    found = gram_pbs(*single(layer.weight, layer.lora_a, mask, layer.gram))
+    assert not np.any(found[4]) and np.isfinite(found).all()
+
+
+def admm_by_the_book(target: np.ndarray, mask: np.ndarray, gram: np.ndarray, steps: int, damping: float) -> np.ndarray:
+    """The design's recursion in float64, with the solve written as a solve."""
+    scale = np.sqrt(np.diag(gram))
+    scale = np.where(scale == 0, 1.0, scale)
+    gram = gram / np.outer(scale, scale) + damping * np.eye(len(gram))
+    goal = target * scale
+    x, y = goal.copy(), np.zeros_like(goal)
+    for _ in range(steps):
+        z = mask * (x + y)
+        y = y + x - z
+        x = np.linalg.solve(gram + np.eye(len(gram)), (goal @ gram + z - y).T).T
+    return mask * (x + y) / scale
+
+
+def least_squares_on_the_support(problem: Problem) -> np.ndarray:
+    fitted = np.zeros_like(problem.weight)
+    for row, mask in enumerate(problem.mask):
+        wanted = problem.inputs @ problem.weight[row]
+        fitted[row, mask] = np.linalg.lstsq(problem.inputs[:, mask], wanted, rcond=None)[0]
+    return fitted
+
+
+@pytest.mark.parametrize("steps", [1, 20, 30])
+def test_admm_is_the_recursion_of_the_design(layer: Problem, steps: int) -> None:
+    found = admm(*single(layer.weight, layer.mask, layer.gram), steps=steps)
+    assert_close(found, admm_by_the_book(layer.weight, layer.mask, layer.gram, steps, 1e-2))
+
+
+def test_admm_leaves_exact_zeros_and_never_raises_the_calibration_error(layer: Problem) -> None:
+    found = np.asarray(admm(*single(layer.weight, layer.mask, layer.gram), steps=20), np.float64)
+    assert not found[~layer.mask].any()
+    assert (layer.error(found) < layer.error(layer.mask * layer.weight)).all()
+
+
+def test_twenty_steps_of_admm_come_within_five_percent_of_least_squares(layer: Problem) -> None:
+    mild = dataclasses.replace(layer, inputs=rounded(np.random.default_rng(1).standard_normal((TOKENS, IN))))
+    found = np.asarray(admm(*single(mild.weight, mild.mask, mild.gram), steps=20), np.float64)
+    best = mild.error(least_squares_on_the_support(mild)).sum()
+    assert best <= mild.error(found).sum() < 1.05 * best
+    assert mild.error(mild.mask * mild.weight).sum() > 1.05 * best
+
+
+def test_weights_of_inputs_that_calibration_never_saw_survive_admm(layer: Problem) -> None:
+    silent = layer.inputs.copy()
+    silent[:, [2, 7]] = 0.0
+    dead = dataclasses.replace(layer, inputs=silent)
+    found = np.asarray(admm(*single(dead.weight, dead.mask, dead.gram), steps=20), np.float64)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found[:, [2, 7]], (dead.mask * dead.weight)[:, [2, 7]], rtol=1e-5)
+    assert_close(found, admm_by_the_book(dead.weight, dead.mask, dead.gram, 20, 1e-2))
+
+
+def test_admm_fits_its_target_and_not_the_weight(layer: Problem) -> None:
+    target = rounded(np.random.default_rng(2).standard_normal((OUT, IN)))
+    found = admm(*single(layer.weight, layer.mask, layer.gram, target), steps=20)
+    assert_close(found, admm_by_the_book(target, layer.mask, layer.gram, 20, 1e-2))
+    assert (layer.error(np.asarray(found), target) < layer.error(layer.mask * layer.weight, target)).all()
+
+
+def test_surgeons_run_under_vmap_over_layers(layer: Problem) -> None:
+    weight, lora_a, mask, gram = single(layer.weight, layer.lora_a, layer.mask, layer.gram)
+    weights, masks = jnp.stack([weight, 2 * weight]), jnp.stack([mask, ~mask])
+    lora_as, grams = jnp.stack([lora_a] * 2), jnp.stack([gram, gram])
+    energies = jnp.diagonal(grams, axis1=1, axis2=2)
+    found = jax.vmap(pbs)(weights, lora_as, masks, energies)
+    assert_close(found[1], np.asarray(pbs(2 * weight, lora_a, ~mask, energies[0])), 1e-5)
+    found = jax.vmap(gram_pbs)(weights, lora_as, masks, grams)
+    assert_close(found[1], np.asarray(gram_pbs(2 * weight, lora_a, ~mask, gram)), 1e-5)
+    found = jax.vmap(admm)(weights, masks, grams)
+    assert_close(found[1], np.asarray(admm(2 * weight, ~mask, gram)), 1e-5)
+
+
+def test_a_singular_matrix_gets_a_finite_factor() -> None:
+    ones = np.ones((5, 5), np.float32)
+    lower = np.asarray(cholesky(ones, 0.0))
+    assert np.isfinite(lower).all()
+    np.testing.assert_allclose(lower @ lower.T, ones, atol=1e-4)
+    assert np.isfinite(cholesky(np.zeros((5, 5), np.float32), 0.0)).all()
+
+
+def test_a_regular_matrix_gets_no_more_damping_than_asked() -> None:
+    matrix = np.diag(np.arange(1.0, 6.0)).astype(np.float32) + 0.5
+    np.testing.assert_allclose(cholesky(matrix, 0.25), np.linalg.cholesky(matrix + 0.25 * np.eye(5)), rtol=1e-5)
+    both = jax.vmap(cholesky, in_axes=(0, None))(jnp.stack([jnp.ones((5, 5)), matrix]), 0.0)
+    np.testing.assert_allclose(both[1], np.linalg.cholesky(matrix), rtol=1e-5)
+
+
+def test_a_matrix_with_nan_ends_in_nan_and_not_in_a_loop() -> None:
+    assert np.isnan(cholesky(np.full((5, 5), np.nan, np.float32), 0.0)).any()
+
+
+def products(program: Any) -> Iterator[Any]:
+    """Every matrix product of a program, those inside loops and calls too."""
+    for equation in program.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+@pytest.mark.parametrize(("recover", "count"), [("pbs", 2), ("gram_pbs", 3), ("admm", 2)])
+def test_every_product_of_a_solve_asks_for_float32(layer: Problem, recover: str, count: int) -> None:
+    weight, lora_a, mask, gram, energy = single(layer.weight, layer.lora_a, layer.mask, layer.gram, layer.energy)
+    program = {
+        "pbs": lambda: jax.make_jaxpr(partial_brain_surgeon)(weight, lora_a, mask, energy),
+        "gram_pbs": lambda: jax.make_jaxpr(gram_brain_surgeon)(weight, lora_a, mask, gram),
+        "admm": lambda: jax.make_jaxpr(admm_update)(weight, mask, gram),
+    }[recover]()
+    found = list(products(program.jaxpr))
+    assert len(found) == count
+    for product in found:
+        assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
