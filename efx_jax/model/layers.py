@@ -23,10 +23,11 @@ def rope_frequencies(rope: RopeSpec, head_dim: int) -> tuple[np.ndarray, float]:
     """Inverse frequencies `[H/2]` in radians per position, and the factor on cos and sin.
 
     Every step is float32, in the order of transformers' `modeling_rope_utils`: a detour through float64 moves the angle
-    by 5e-4 rad at position 9,000. Llama-3 scaling as in Meta's release, YaRN as in arXiv 2309.00071.
+    by 5e-4 rad at position 9,000. The power alone is rounded from float64: torch without SIMD gives these bits, while
+    numpy's float32 power depends on the CPU. Llama-3 scaling as in Meta's release, YaRN as in arXiv 2309.00071.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    periods = np.power(np.float32(rope.theta), exponents, dtype=np.float32)
+    periods = np.power(np.float64(rope.theta), exponents.astype(np.float64)).astype(np.float32)
     frequencies = np.float32(1.0) / periods
     if rope.rope_type == "linear":
         return frequencies / np.float32(rope.factor), 1.0
@@ -40,12 +41,12 @@ def rope_frequencies(rope: RopeSpec, head_dim: int) -> tuple[np.ndarray, float]:
 def _llama3_frequencies(rope: RopeSpec, frequencies: np.ndarray) -> np.ndarray:
     f32 = np.float32
     old_length = rope.original_max_position
-    wavelengths = f32(2 * math.pi) / frequencies
+    # torch divides a Python number by a tensor as reciprocal times number, which rounds twice.
+    wavelengths = (f32(1) / frequencies) * f32(2 * math.pi)
     longest, shortest = f32(old_length / rope.low_freq_factor), f32(old_length / rope.high_freq_factor)
     scaled = np.where(wavelengths > longest, frequencies / f32(rope.factor), frequencies)
-    smooth = (f32(old_length) / wavelengths - f32(rope.low_freq_factor)) / f32(
-        rope.high_freq_factor - rope.low_freq_factor
-    )
+    smooth = (f32(1) / wavelengths) * f32(old_length) - f32(rope.low_freq_factor)
+    smooth = smooth / f32(rope.high_freq_factor - rope.low_freq_factor)
     blended = (f32(1) - smooth) * scaled / f32(rope.factor) + smooth * scaled
     medium = (wavelengths >= shortest) & (wavelengths <= longest)
     return np.where(medium, blended, scaled).astype(np.float32)
