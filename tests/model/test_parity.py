@@ -13,6 +13,7 @@ import pytest
 
 import efx_jax
 from efx_jax.model.decoder import forward, head_weight, hidden_states
+from efx_jax.model.generate import generate
 from efx_jax.model.layers import rope_frequencies
 from efx_jax.model.spec import ModelSpec, config_from_spec, param_shapes, spec_from_config
 
@@ -136,12 +137,36 @@ def test_half_precision_stays_within_a_few_roundings_of_float32(case: str, dtype
     assert error < 3 * float(jnp.finfo(dtype).eps)
 
 
-@pytest.mark.skipif("EFX_SMOLLM2_GGUF" not in os.environ, reason="EFX_SMOLLM2_GGUF names no file")
-def test_smollm2_equals_transformers() -> None:
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[dict[str, Any], ModelSpec, Any]:
+    """Real weights, and transformers' model of them."""
+    if "EFX_SMOLLM2_GGUF" not in os.environ:
+        pytest.skip("EFX_SMOLLM2_GGUF names no file")
     pytest.importorskip("torch")
     params, spec = efx_jax.load_pretrained(os.environ["EFX_SMOLLM2_GGUF"])
-    model = MAKER["transformers_model"](config_from_spec(spec, "float32"), tensors_of(params, spec))
+    return params, spec, MAKER["transformers_model"](config_from_spec(spec, "float32"), tensors_of(params, spec))
+
+
+def test_smollm2_logits_equal_transformers(smollm2: Any) -> None:
+    params, spec, model = smollm2
     tokens = np.random.default_rng(0).integers(0, spec.vocab_size, (2, 48), np.int32)
-    positions = np.tile(np.arange(48), (2, 1))
-    expected = MAKER["transformers_logits"](model, tokens, positions)
+    expected = MAKER["transformers_logits"](model, tokens, np.tile(np.arange(48), (2, 1)))
     assert_close(np.asarray(jitted_forward(params, tokens, spec)), expected)
+
+
+def test_smollm2_writes_what_transformers_writes(smollm2: Any) -> None:
+    import torch
+
+    params, spec, model = smollm2
+    tokenizer = efx_jax.load_tokenizer(os.environ["EFX_SMOLLM2_GGUF"])
+    texts = ["The capital of France is", "Aspirin is used to treat", "A judge"]
+    prompts = [tokenizer(text).input_ids for text in texts]
+    lengths = np.asarray([len(prompt) for prompt in prompts])
+    tokens = np.zeros((len(prompts), lengths.max()), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    found = np.asarray(generate(params, tokens, lengths, spec, 16, stop_tokens=spec.eos_token_ids))
+    for row, prompt in enumerate(prompts):
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False, pad_token_id=0)
+        new = expected[0, len(prompt) :].tolist()
+        assert found[row].tolist() == new + [-1] * (16 - len(new))

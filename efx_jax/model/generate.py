@@ -1,0 +1,156 @@
+"""Greedy decoding of a right-ragged batch with a key/value cache, as one pure function."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from efx_jax.errors import InputError
+from efx_jax.lora import Adapters, contract
+from efx_jax.model.decoder import Layer, LinearOptions, Params, block, embed, head_weight, stack_layers
+from efx_jax.model.layers import attention, rms_norm, rope_tables
+from efx_jax.model.spec import ModelSpec
+
+Array = jax.Array
+
+
+@struct.dataclass
+class KVCache:
+    """Rotated keys, and values, of all layers `[L,B,S,K,H]`; slot s holds position s of its row."""
+
+    keys: Array
+    values: Array
+
+
+@struct.dataclass
+class _Progress:
+    """Tokens chosen so far `output [B,M]`, their number, the last ones `[B]`, rows that have stopped `[B]`."""
+
+    output: Array
+    count: Array
+    last: Array
+    stopped: Array
+    cache: KVCache
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "max_new_tokens", "stop_tokens", "compute_dtype"))
+def generate(
+    params: Params,
+    tokens: Array,
+    lengths: Array,
+    spec: ModelSpec,
+    max_new_tokens: int,
+    adapters: Adapters | None = None,
+    masks: Mapping[str, Array] | None = None,
+    *,
+    stop_tokens: tuple[int, ...] = (),
+    compute_dtype: str | None = None,
+) -> Array:
+    """The most likely next token, again and again, until every row has stopped or `max_new_tokens` are chosen.
+
+    Adapters and masks act as under `exact`, and U is formed again for every token: merge them first where memory
+    allows. Compiled once per shape of `tokens`.
+
+    Args:
+        params: parameter tree.
+        tokens: prompts, int `[B,T]`, right-padded; the value of padding is free.
+        lengths: int `[B]`, tokens of each prompt, at least 1.
+        spec: the model, static.
+        max_new_tokens: M, static.
+        adapters: LoRA adapters, or None.
+        masks: name -> bool `[L,O,I]`, True = kept, or None.
+        stop_tokens: a row ends with the first of these.
+        compute_dtype: dtype of the matmul operands and of the cache; None takes the weights'.
+
+    Returns:
+        int32 `[B,M]`: the new tokens, the stop token included, then -1.
+
+    Raises:
+        InputError: `max_new_tokens` below 1.
+    """
+    if max_new_tokens < 1:
+        raise InputError(f"generate: max_new_tokens must be at least 1, found {max_new_tokens}")
+    batch, prompt_length = tokens.shape
+    slots = prompt_length + max_new_tokens
+    layers = stack_layers(params, adapters, masks)
+    options = LinearOptions(scale=1.0 if adapters is None else adapters.scale, compute_dtype=compute_dtype)
+    stops = jnp.asarray(stop_tokens, jnp.int32)
+
+    def advance(cache: KVCache, ids: Array, positions: Array, reach: int) -> tuple[Array, KVCache]:
+        x, cache = _extend(embed(params, ids), layers, positions, cache, spec, options, reach)
+        return rms_norm(x, params["norm"], spec.rms_norm_eps), cache
+
+    def step(progress: _Progress) -> _Progress:
+        # The last token chosen is the first whose keys are not in the cache yet.
+        positions = (lengths + progress.count - 1)[:, None]
+        hidden, cache = advance(progress.cache, progress.last[:, None], positions, slots)
+        chosen = _most_likely(params, hidden[:, 0], compute_dtype)
+        output = progress.output.at[:, progress.count].set(jnp.where(progress.stopped, -1, chosen))
+        stopped = progress.stopped | jnp.isin(chosen, stops)
+        return _Progress(output=output, count=progress.count + 1, last=chosen, stopped=stopped, cache=cache)
+
+    positions = jnp.broadcast_to(jnp.arange(prompt_length), (batch, prompt_length))
+    hidden, cache = advance(_empty_cache(params, batch, slots, spec, compute_dtype), tokens, positions, prompt_length)
+    first = _most_likely(params, hidden[jnp.arange(batch), lengths - 1], compute_dtype)
+    start = _Progress(
+        output=jnp.full((batch, max_new_tokens), -1, jnp.int32).at[:, 0].set(first),
+        count=jnp.int32(1),
+        last=first,
+        stopped=jnp.isin(first, stops),
+        cache=cache,
+    )
+    return jax.lax.while_loop(lambda p: (p.count < max_new_tokens) & ~jnp.all(p.stopped), step, start).output
+
+
+def _empty_cache(params: Params, batch: int, slots: int, spec: ModelSpec, compute_dtype: str | None) -> KVCache:
+    dtype = params["layers"]["q_proj"].dtype if compute_dtype is None else jnp.dtype(compute_dtype)
+    empty = jnp.zeros((spec.num_layers, batch, slots, spec.num_kv_heads, spec.head_dim), dtype)
+    return KVCache(keys=empty, values=empty)
+
+
+def _most_likely(params: Params, hidden: Array, compute_dtype: str | None) -> Array:
+    """int32 `[B]` from final-normed hidden states `[B,D]`; of equal logits the lowest token."""
+    head = head_weight(params)
+    dtype = head.dtype if compute_dtype is None else jnp.dtype(compute_dtype)
+    return jnp.argmax(contract("bd,vd->bv", hidden.astype(dtype), head.astype(dtype)), axis=-1).astype(jnp.int32)
+
+
+def _extend(
+    x: Array, layers: Layer, positions: Array, cache: KVCache, spec: ModelSpec, options: LinearOptions, reach: int
+) -> tuple[Array, KVCache]:
+    """All blocks on new tokens, whose keys and values enter the cache.
+
+    A query sees the first `reach` slots up to its own position. What padding left in a slot is never seen: the slot's
+    own token overwrites it first.
+
+    Args:
+        x: residual stream of the new tokens `[B,T,D]`.
+        layers: stacked blocks.
+        positions: int `[B,T]`.
+        cache: keys and values so far.
+        spec: the model.
+        options: how the linears are computed.
+        reach: slots that any of the queries may see, static.
+    """
+    rope = rope_tables(spec.rope, spec.head_dim, positions)
+    visible = jnp.arange(reach) <= positions[:, :, None]
+    rows = jnp.arange(x.shape[0])[:, None]
+
+    def body(carry: tuple[Array, KVCache], scanned: tuple[Layer, Array]) -> tuple[tuple[Array, KVCache], None]:
+        x, cache = carry
+        layer, index = scanned
+
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+            written = KVCache(
+                keys=cache.keys.at[index, rows, positions].set(k), values=cache.values.at[index, rows, positions].set(v)
+            )
+            return attention(q, written.keys[index, :, :reach], written.values[index, :, :reach], visible), written
+
+        x, _, cache = block(x, layer, spec, options, rope, attend)
+        return (x, cache), None
+
+    (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, jnp.arange(spec.num_layers)))
+    return x, cache

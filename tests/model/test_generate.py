@@ -1,0 +1,120 @@
+"""Decoding with a cache is decoding without one, only faster."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efx_jax.errors import InputError
+from efx_jax.lora import Adapters, init_lora, merge
+from efx_jax.model.decoder import forward
+from efx_jax.model.generate import generate
+from efx_jax.model.spec import LINEARS, ModelSpec, init_params, spec_from_config
+
+PROMPT, NEW = 6, 7
+LENGTHS = np.asarray([6, 1, 4], np.int32)
+jitted_forward = jax.jit(forward, static_argnames=("spec",))
+
+
+def tiny_spec(model_type: str) -> ModelSpec:
+    config = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "model_type": model_type}
+    return spec_from_config(config)
+
+
+def random_params(spec: ModelSpec) -> dict[str, Any]:
+    return jax.tree.map(lambda x: x * (15 if x.ndim > 1 else 1), init_params(jax.random.key(1), spec))
+
+
+def prompts(spec: ModelSpec) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, spec.vocab_size, (len(LENGTHS), PROMPT)).astype(np.int32)
+
+
+def without_cache(params: Any, spec: ModelSpec, *changes: Any) -> np.ndarray:
+    """Runs `forward` on the whole sequence for every new token."""
+    tokens = np.zeros((len(LENGTHS), PROMPT + NEW), np.int32)
+    tokens[:, :PROMPT] = prompts(spec)
+    rows = np.arange(len(LENGTHS))
+    for step in range(NEW):
+        logits = np.asarray(jitted_forward(params, tokens, spec, *changes))
+        tokens[rows, LENGTHS + step] = logits[rows, LENGTHS + step - 1].argmax(-1)
+    return np.stack([tokens[row, length : length + NEW] for row, length in enumerate(LENGTHS)])
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def model(request: pytest.FixtureRequest) -> tuple[Any, ModelSpec, np.ndarray]:
+    spec = tiny_spec(request.param)
+    params = random_params(spec)
+    return params, spec, without_cache(params, spec)
+
+
+def test_cached_tokens_equal_those_of_forward_on_ragged_prompts(model: Any) -> None:
+    params, spec, expected = model
+    found = np.asarray(generate(params, prompts(spec), LENGTHS, spec, NEW))
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(expected)) > 5
+
+
+def test_padding_tokens_are_never_read(model: Any) -> None:
+    params, spec, expected = model
+    padding = np.arange(PROMPT) >= LENGTHS[:, None]
+    other = np.where(padding, spec.vocab_size - 1 - prompts(spec), prompts(spec))
+    np.testing.assert_array_equal(generate(params, other, LENGTHS, spec, NEW), expected)
+
+
+def test_a_row_ends_with_its_stop_token(model: Any) -> None:
+    params, spec, expected = model
+    stop = (int(expected[0, 2]), int(expected[1, 4]))
+    found = np.asarray(generate(params, prompts(spec), LENGTHS, spec, NEW, stop_tokens=stop))
+    for row, unstopped in zip(found, expected, strict=True):
+        hits = np.flatnonzero(np.isin(unstopped, stop))
+        end = hits[0] + 1 if hits.size else NEW
+        np.testing.assert_array_equal(row[:end], unstopped[:end])
+        assert (row[end:] == -1).all()
+    assert (found == -1).any()
+
+
+def test_all_rows_may_stop_at_once() -> None:
+    spec = tiny_spec("llama")
+    every = tuple(range(spec.vocab_size))
+    found = np.asarray(generate(random_params(spec), prompts(spec), LENGTHS, spec, NEW, stop_tokens=every))
+    assert (found[:, 0] >= 0).all() and (found[:, 1:] == -1).all()
+
+
+def test_adapters_and_masks_act_as_in_forward() -> None:
+    spec = tiny_spec("llama")
+    params = random_params(spec)
+    adapters: Adapters = init_lora(jax.random.key(2), params, spec, rank=2)
+    adapters = adapters.replace(lora_b=jax.tree.map(lambda b: b + 0.3, adapters.lora_b))
+    masks = {name: jnp.abs(params["layers"][name]) > 0.1 for name in LINEARS}
+    found = generate(params, prompts(spec), LENGTHS, spec, NEW, adapters, masks)
+    np.testing.assert_array_equal(found, without_cache(params, spec, adapters, masks))
+    np.testing.assert_array_equal(found, generate(merge(params, adapters, masks), prompts(spec), LENGTHS, spec, NEW))
+    assert (np.asarray(found) != np.asarray(generate(params, prompts(spec), LENGTHS, spec, NEW))).any()
+
+
+def test_bfloat16_operands_and_cache_run() -> None:
+    spec = tiny_spec("llama")
+    found = generate(random_params(spec), prompts(spec), LENGTHS, spec, NEW, compute_dtype="bfloat16")
+    assert found.shape == (len(LENGTHS), NEW) and (np.asarray(found) >= 0).all()
+
+
+def test_generate_is_traced_once_per_shape() -> None:
+    spec = tiny_spec("llama")
+    params = random_params(spec)
+    once = chex.assert_max_traces(generate.__wrapped__, n=1)
+    counted = jax.jit(once, static_argnames=("spec", "max_new_tokens"))
+    for lengths in (LENGTHS, LENGTHS[::-1].copy()):
+        counted(params, prompts(spec), lengths, spec, 2)
+    with pytest.raises(AssertionError, match="traced"):
+        counted(params, prompts(spec), LENGTHS, spec, 3)
+
+
+def test_no_new_tokens_is_refused() -> None:
+    spec = tiny_spec("llama")
+    with pytest.raises(InputError, match="max_new_tokens must be at least 1, found 0"):
+        generate(random_params(spec), prompts(spec), LENGTHS, spec, 0)
