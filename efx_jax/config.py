@@ -125,8 +125,8 @@ class TrainConfig:
     weight_decay: float = 0.01
     clip: float = 1.0
     """Largest global gradient norm; 0 means no clipping."""
-    remat: bool = False
-    """Recompute each block in the backward pass: less memory, more time."""
+    remat: bool = True
+    """Recompute each block in the backward pass: far less memory; a third more arithmetic, yet faster on a CPU."""
     log_every: int = 1
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 means at every event and at the end."""

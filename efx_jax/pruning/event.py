@@ -212,7 +212,8 @@ def _merge_and_redraw(layer: Layer, key: Array, scale: float) -> Layer:
     if not layer.lora_a:
         return dataclasses.replace(layer, weights=weights)
     rank = next(iter(layer.lora_a.values())).shape[0]
-    lora_a, lora_b = init_lora_matrices(key, {n: (1, weights[n].shape[0], weights[n].shape[1]) for n in layer.lora_a}, rank)
+    shapes = {name: (1, weights[name].shape[0], weights[name].shape[1]) for name in layer.lora_a}
+    lora_a, lora_b = init_lora_matrices(key, shapes, rank)
     return dataclasses.replace(
         layer,
         weights=weights,

@@ -122,8 +122,8 @@ def admm_update(
 ) -> Array:
     """Refits the kept weights to the outputs of `target` by ADMM (arXiv 2401.02938).
 
-    Minimises ||(mask * X - target) G^(1/2)|| over X. Inputs are scaled to a unit diagonal of G, and rho = 1, so that one
-    inverse serves all rows and steps.
+    Minimises ||(mask * X - target) G^(1/2)|| over X. Inputs are scaled to a unit diagonal of G and rho = 1, so that
+    one inverse serves all rows and steps.
 
     Args:
         weight: U `[O,I]`, the dense target when `target` is None.

@@ -29,14 +29,14 @@ def cross_entropy(
         (nll, entropy), float32 scalars; only nll is differentiable.
     """
     dtype = head.dtype if compute_dtype is None else jnp.dtype(compute_dtype)
-    flat = weights.reshape(-1).astype(jnp.float32)
+    flat = jnp.asarray(weights, jnp.float32).reshape(-1)
     order = jnp.argsort(flat == 0, stable=True)
     padding = -flat.size % _CHUNK_TOKENS
     order = jnp.pad(order, (0, padding))
     chosen = jnp.where(jnp.arange(order.size) < flat.size, flat[order], 0.0)
     states = hidden.reshape(flat.size, -1)[order].astype(dtype)
     frozen_head = jax.lax.stop_gradient(head).astype(dtype)
-    return _chunked_cross_entropy(states, frozen_head, targets.reshape(-1)[order], chosen)
+    return _chunked_cross_entropy(states, frozen_head, jnp.asarray(targets).reshape(-1)[order], chosen)
 
 
 @jax.custom_vjp
