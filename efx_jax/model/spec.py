@@ -92,7 +92,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         raise InputError(
             f"config.json: num_attention_heads {num_heads} must be a multiple of num_key_value_heads {num_kv_heads}"
         )
-    head_dim = config.get("head_dim") or (128 if model_type == "qwen3" else hidden_size // num_heads)
+    head_dim = _head_dim(config, hidden_size, num_heads)
     max_positions = config.get("max_position_embeddings") or {"llama": 2048}.get(model_type, 32768)
     return ModelSpec(
         model_type=model_type,
@@ -214,6 +214,19 @@ def _required_int(config: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def _head_dim(config: Mapping[str, Any], hidden_size: int, num_heads: int) -> int:
+    head_dim = config.get("head_dim") or (128 if config["model_type"] == "qwen3" else None)
+    if head_dim is None and hidden_size % num_heads:
+        raise InputError(
+            f"config.json: hidden_size {hidden_size} must be a multiple of num_attention_heads {num_heads}, "
+            "or head_dim be given"
+        )
+    head_dim = head_dim or hidden_size // num_heads
+    if head_dim % 2:
+        raise InputError(f"config.json: head_dim {head_dim} must be even: rotary embedding turns pairs")
+    return head_dim
+
+
 def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
@@ -259,7 +272,8 @@ _YARN_OPTIONAL = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscal
 
 
 def _rope_from_config(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    # Where a config.json holds both, transformers takes the older key.
+    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
     if rope_type not in _ROPE_FIELDS:
         raise InputError(
