@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from efx_jax.config import PruneConfig
+from efx_jax.config import MaskForward, PruneConfig
 from efx_jax.lora import Adapters
 from efx_jax.model.decoder import Layer, attend_within, block, embed, stack_layers
 from efx_jax.model.layers import rope_tables
@@ -21,6 +21,8 @@ from efx_jax.pruning.statistics import (
     block_statistics,
     layer_options,
     real_tokens,
+    require_tokens,
+    tokens_and_lengths,
 )
 
 Array = jax.Array
@@ -40,7 +42,7 @@ def prune_event_sequential(
     """As `prune_event`, but every block is calibrated on the outputs of the already pruned blocks before it (Wanda).
 
     Args:
-        batches: dictionaries with `tokens [B,T]` and `lengths [B]`; their hidden states are kept between blocks.
+        batches: as for `collect_statistics`; their hidden states are kept between blocks.
         compute_dtype: dtype of the matmul operands of the calibration passes.
 
     The other arguments, returns and errors are those of `prune_event`.
@@ -53,15 +55,17 @@ def prune_event_sequential(
     keys = jax.random.split(jax.random.fold_in(state.key, state.event), spec.num_layers)
     stacked, memory = stack_layers(params, adapters, masks), memory_of(state)
     hidden = [
-        (embed(params, jnp.asarray(batch["tokens"])), real_tokens(batch["tokens"], jnp.asarray(batch["lengths"])))
-        for batch in batches
+        (embed(params, tokens), real_tokens(tokens, lengths)) for tokens, lengths in map(tokens_and_lengths, batches)
     ]
+    require_tokens(sum(jnp.sum(real) for _, real in hidden))
     done = []
     for index in range(spec.num_layers):
         layer, past = jax.tree.map(lambda leaf, i=index: leaf[i], (stacked, memory))
         total: Statistics | None = None
         for x, real in hidden:
-            stats = _one_block_statistics(x, real, layer, spec, needs_gram(config), scale, config, compute_dtype)
+            stats = _one_block_statistics(
+                x, real, layer, spec, needs_gram(config), scale, config.mask_forward, compute_dtype
+            )
             total = stats if total is None else add_statistics(total, stats)
         assert total is not None
         done.append(_prune_block(layer, total, past, counts, keys[index], state.event, spec, static, scale))
@@ -73,7 +77,7 @@ def prune_event_sequential(
 _prune_block = functools.partial(jax.jit, static_argnames=("spec", "config", "scale"))(prune_block)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "gram", "scale", "config", "compute_dtype"))
+@functools.partial(jax.jit, static_argnames=("spec", "gram", "scale", "mask_forward", "compute_dtype"))
 def _one_block_statistics(
     x: Array,
     real: Array,
@@ -81,11 +85,11 @@ def _one_block_statistics(
     spec: ModelSpec,
     gram: bool,
     scale: float,
-    config: PruneConfig,
+    mask_forward: MaskForward,
     compute_dtype: Any,
 ) -> Statistics:
     """Statistics of one block on the hidden states `[B,T,D]` that reach it."""
-    options = dataclasses.replace(layer_options(None, config.mask_forward, compute_dtype), scale=scale)
+    options = dataclasses.replace(layer_options(None, mask_forward, compute_dtype), scale=scale)
     _, taps, _ = block(x, layer, spec, options, _rope(x, spec), attend_within(x.shape[1], None))
     return block_statistics(taps, real, gram)
 

@@ -70,6 +70,23 @@ def real_tokens(tokens: Array, lengths: Array) -> Array:
     return (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.float32)
 
 
+def tokens_and_lengths(batch: Mapping[str, Any]) -> tuple[Array, Array]:
+    """`tokens [B,T]` and `lengths [B]` of a batch; without `lengths` every token is real."""
+    tokens = jnp.asarray(batch["tokens"])
+    lengths = jnp.asarray(batch["lengths"]) if "lengths" in batch else jnp.full(tokens.shape[0], tokens.shape[1])
+    return tokens, lengths
+
+
+def require_tokens(tokens: Array | int) -> None:
+    """Refuses calibration without a single real token.
+
+    Raises:
+        InputError: `tokens`, their number, is 0.
+    """
+    if float(tokens) == 0:
+        raise InputError("calibration: expected at least one real token, found none; check prune.calibration")
+
+
 def block_statistics(taps: Mapping[str, Array], real: Array, gram: bool) -> Statistics:
     """Reduces one block's activations (see `efx_jax.model.decoder.block`) to sums over real tokens `[B,T]`."""
 
@@ -155,12 +172,11 @@ def collect_statistics(
     """
     total: Statistics | None = None
     for batch in batches:
-        tokens = jnp.asarray(batch["tokens"])
-        lengths = jnp.asarray(batch["lengths"]) if "lengths" in batch else jnp.full(tokens.shape[0], tokens.shape[1])
+        tokens, lengths = tokens_and_lengths(batch)
         stats = batch_statistics(params, tokens, lengths, spec, adapters, masks, gram, mask_forward, compute_dtype)
         total = stats if total is None else add_statistics(total, stats)
-    if total is None or float(jnp.max(total.tokens)) == 0:
-        raise InputError("calibration: expected at least one real token, found none; check prune.calibration")
+    require_tokens(0 if total is None else jnp.max(total.tokens))
+    assert total is not None
     return total
 
 
