@@ -168,28 +168,43 @@ def _recover(
             delta = partial_brain_surgeon(effective[name], lora_a, masks[name], energy, config.ridge)
         else:
             rows = max(1, config.chunk_mib * 2**20 // (8 * lora_a.size))
-            gram = stats.input_gram(name)
-            delta = gram_brain_surgeon(effective[name], lora_a, masks[name], gram, _GRAM_RIDGE, rows)
+            before = weight_before(layer, effective[name], name, config)
+            delta = gram_brain_surgeon(
+                effective[name], lora_a, masks[name], stats.input_gram(name), _GRAM_RIDGE, rows, before
+            )
         lora_b[name] = lora_b[name] + delta / scale
     return dataclasses.replace(layer, lora_b=lora_b)
+
+
+def weight_before(layer: Layer, effective: Array, name: str, config: PruneConfig) -> Array:
+    """The weight `[O,I]` that the model computed with before the event, the old mask included: what repairs aim at.
+
+    The dense U of a model whose kept weights already make up for the pruned ones would count those twice.
+
+    Args:
+        layer: the block before the event.
+        effective: U `[O,I]` of the matrix.
+        name: the matrix.
+        config: how the old mask acted (`mask_forward`).
+    """
+    mask = layer.masks.get(name)
+    if mask is None or config.mask_forward == "dense":
+        return effective
+    left = effective - layer.weights[name].astype(jnp.float32) if config.mask_forward == "frozen" else 0.0
+    return jnp.where(mask, effective, left)
 
 
 def _refit_base(
     layer: Layer, effective: dict[str, Array], masks: dict[str, Array], stats: Statistics, config: PruneConfig
 ) -> Layer:
-    """ADMM on the kept weights; the base takes the result and the adapters start again at B = 0.
-
-    The target is the model as it was before the event, the old mask included: the dense U of a model whose kept weights
-    already make up for the pruned ones would count those twice.
-    """
+    """ADMM on the kept weights; the base takes the result and the adapters start again at B = 0."""
     weights, lora_b = dict(layer.weights), dict(layer.lora_b)
     for source in INPUTS:
         # Linears that read the same input share its Gram, and with it one factorisation.
         names = [name for name in masks if INPUT_OF[name] == source]
         if not names:
             continue
-        before = [jnp.where(layer.masks[n], effective[n], 0.0) if n in layer.masks else effective[n] for n in names]
-        target = jnp.concatenate(before)
+        target = jnp.concatenate([weight_before(layer, effective[name], name, config) for name in names])
         mask = jnp.concatenate([masks[name] for name in names])
         refitted = admm_update(target, mask, stats.gram[source], steps=config.admm_steps, damping=config.admm_damping)
         sizes = [masks[name].shape[0] for name in names]

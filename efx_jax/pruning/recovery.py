@@ -78,11 +78,18 @@ def partial_brain_surgeon(weight: Array, lora_a: Array, mask: Array, input_energ
 
 
 def gram_brain_surgeon(
-    weight: Array, lora_a: Array, mask: Array, gram: Array, ridge: float = 1e-3, chunk_rows: int | None = None
+    weight: Array,
+    lora_a: Array,
+    mask: Array,
+    gram: Array,
+    ridge: float = 1e-3,
+    chunk_rows: int | None = None,
+    target: Array | None = None,
 ) -> Array:
     """The closed form with the mask inside: minimises ||(db A_m - e) G^(1/2)||^2 + lambda ||db||^2 for every row.
 
-    db = (e G A_m^T) (A_m G A_m^T + lambda I)^-1 with lambda = ridge * mean diagonal.
+    db = (e G A_m^T) (A_m G A_m^T + lambda I)^-1 with lambda = ridge * mean diagonal. With a target, e is what separates
+    it from the masked weight: target - mask * U.
 
     Args:
         weight: U `[O,I]`.
@@ -91,25 +98,27 @@ def gram_brain_surgeon(
         gram: G = X^T X `[I,I]`.
         ridge: damping relative to the mean diagonal of the row's system.
         chunk_rows: rows solved together; the largest intermediate array is chunk_rows x R x I floats. None: all.
+        target: `[O,I]`, the function to stay close to; U itself when None.
 
     Returns:
         delta_b `[O,R]`, float32.
     """
     weight, lora_a = weight.astype(jnp.float32), lora_a.astype(jnp.float32)
+    lost = (weight if target is None else target.astype(jnp.float32)) - jnp.where(mask, weight, 0.0)
     rank = lora_a.shape[0]
 
     def row(operands: tuple[Array, Array]) -> Array:
-        weight_row, mask_row = operands
+        lost_row, mask_row = operands
         masked_a = jnp.where(mask_row, lora_a, 0.0)
         a_gram = _einsum("ri,ij->rj", masked_a, gram)
         system = _einsum("rj,sj->rs", a_gram, masked_a)
-        rhs = _einsum("rj,j->r", a_gram, jnp.where(mask_row, 0.0, weight_row))
+        rhs = _einsum("rj,j->r", a_gram, lost_row)
         mean = jnp.trace(system) / rank
         lower = damped_cholesky(system, ridge * mean)
         # A row that keeps nothing A can reach has a zero system and nothing to solve for.
         return jnp.where(mean > 0, _solve_factored(lower, rhs), 0.0)
 
-    return jax.lax.map(row, (weight, mask), batch_size=min(chunk_rows or weight.shape[0], weight.shape[0]))
+    return jax.lax.map(row, (lost, mask), batch_size=min(chunk_rows or weight.shape[0], weight.shape[0]))
 
 
 def admm_update(
