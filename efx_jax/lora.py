@@ -184,8 +184,7 @@ def linear(
         mask = None
     dropping = adapted and dropout_key is not None and dropout_rate > 0.0
     if not adapted or dropping or mask is None or mask_forward == "frozen":
-        base = weight if mask is None else jnp.where(mask, weight, jnp.zeros((), weight.dtype))
-        y = contract("...i,oi->...o", inputs, base.astype(dtype))
+        y = jax.checkpoint(_base_output)(inputs, weight, mask)
         if adapted:
             kept = x if not dropping or dropout_key is None else _dropout(x, dropout_rate, dropout_key)
             delta_mask = mask if mask_forward in ("exact", "ste") else None
@@ -195,6 +194,12 @@ def linear(
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(x.dtype)
+
+
+def _base_output(x: Array, weight: Array, mask: Array | None) -> Array:
+    """x (mask * W)^T in the dtype of `x`. Checkpointed, so that no masked or cast copy of W waits for the backward."""
+    base = weight if mask is None else jnp.where(mask, weight, jnp.zeros((), weight.dtype))
+    return contract("...i,oi->...o", x, base.astype(x.dtype))
 
 
 def _dropout(x: Array, rate: float, key: Array) -> Array:
