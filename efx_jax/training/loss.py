@@ -55,7 +55,10 @@ def _chunked_cross_entropy_fwd(
         take = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=index * _CHUNK_TOKENS, slice_size=_CHUNK_TOKENS
         )
-        x, target, weight = take(states), take(targets), take(weights)
+        weight = take(weights)
+        # The last chunk is filled up with skipped positions, whose states and targets may be anything.
+        x = jnp.where(weight[:, None] > 0, take(states), 0)
+        target = jnp.where(weight > 0, take(targets), 0)
         logits = jnp.einsum("td,vd->tv", x, head, preferred_element_type=jnp.float32)
         log_probs = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         probs = jnp.exp(log_probs)
