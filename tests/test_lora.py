@@ -12,7 +12,7 @@ import pytest
 from efx_jax.config import MaskForward
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters, contract, effective_weight, init_lora, linear, lora_scale, masked_weight, merge
-from efx_jax.model.spec import LINEARS, init_params, spec_from_config
+from efx_jax.model.spec import LINEARS, init_params, param_shapes, spec_from_config
 
 OUT, IN, RANK, SCALE = 6, 10, 2, 1.7
 MODES: tuple[MaskForward, ...] = ("exact", "ste", "frozen", "dense")
@@ -26,6 +26,11 @@ SPEC = spec_from_config(
         "num_attention_heads": 2,
     }
 )
+
+
+def zeros() -> dict[str, Any]:
+    """A parameter tree for functions that read shapes alone."""
+    return jax.tree.map(np.zeros, param_shapes(SPEC), is_leaf=lambda shape: isinstance(shape, tuple))
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -232,9 +237,9 @@ def test_effective_weight_holds_the_scale_once() -> None:
 def test_scale_is_alpha_over_rank_or_its_root() -> None:
     assert lora_scale(8, 16) == 2.0
     assert lora_scale(16, 16, rslora=True) == 4.0
-    params = init_params(jax.random.key(0), SPEC)
-    assert init_lora(jax.random.key(1), params, SPEC, rank=4, alpha=12).scale == 3.0
-    assert init_lora(jax.random.key(1), params, SPEC, rank=4, alpha=12, rslora=True).scale == 6.0
+    for rslora, scale in ((False, 3.0), (True, 6.0)):
+        adapters = init_lora(jax.random.key(1), zeros(), SPEC, rank=4, alpha=12, targets=["q_proj"], rslora=rslora)
+        assert adapters.scale == scale
 
 
 def test_fresh_adapters_leave_the_model_as_it_is() -> None:
@@ -253,14 +258,16 @@ def test_fresh_adapters_leave_the_model_as_it_is() -> None:
 
 
 def test_same_key_draws_the_same_adapters() -> None:
-    params = init_params(jax.random.key(0), SPEC)
-    one, same, other = (init_lora(jax.random.key(seed), params, SPEC).lora_a["up_proj"] for seed in (1, 1, 2))
+    params = zeros()
+    one, same, other = (
+        init_lora(jax.random.key(seed), params, SPEC, targets=["up_proj"]).lora_a["up_proj"] for seed in (1, 1, 2)
+    )
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)
 
 
 def test_adapters_of_chosen_linears_alone() -> None:
-    params = init_params(jax.random.key(0), SPEC)
+    params = zeros()
     adapters = init_lora(jax.random.key(1), params, SPEC, targets=("v_proj", "q_proj"))
     assert set(adapters.lora_a) == set(adapters.lora_b) == {"q_proj", "v_proj"}
 
@@ -271,7 +278,7 @@ def test_adapters_of_chosen_linears_alone() -> None:
 )
 def test_unknown_target_or_rank_is_refused_in_one_line(change: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError) as caught:
-        init_lora(jax.random.key(0), init_params(jax.random.key(0), SPEC), SPEC, **change)
+        init_lora(jax.random.key(0), zeros(), SPEC, **change)
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
