@@ -57,8 +57,6 @@ class LoraConfig:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     rslora: bool = False
     """Scale alpha / sqrt(rank) instead of alpha / rank."""
-    adapter: str = ""
-    """PEFT folder to start from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,15 +146,6 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices per axis."""
-
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
 class LogConfig:
     """Where metrics go beside metrics.jsonl."""
 
@@ -174,6 +163,5 @@ class Config:
     prune: PruneConfig = PruneConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
-    mesh: MeshConfig = MeshConfig()
     log: LogConfig = LogConfig()
     seed: int = 0

@@ -26,9 +26,6 @@ def validate(config: Config) -> None:
         *_schedule_rules(config.prune),
         *_train_rules(config.train),
         *_eval_rules(config.eval),
-        ("mesh.data", config.mesh.data, config.mesh.data >= 1, "at least 1"),
-        ("mesh.fsdp", config.mesh.fsdp, config.mesh.fsdp >= 1, "at least 1"),
-        ("mesh.tensor", config.mesh.tensor, config.mesh.tensor >= 1, "at least 1"),
         ("seed", config.seed, 0 <= config.seed < 2**32, "in [0, 2^32)"),
     ]
     for setting, found, is_right, expected in rules:

@@ -54,7 +54,6 @@ def test_settings_cannot_be_changed_in_place():
         ("train.epochs", 0.0),
         ("train.warmup", 1.0),
         ("eval.window", 1),
-        ("mesh.fsdp", 0),
         ("seed", -1),
     ],
 )

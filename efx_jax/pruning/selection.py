@@ -5,12 +5,12 @@ exact with ties and subnormals, the same under `jit`, `vmap` and on sharded arra
 """
 
 import math
-import re
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from efx_jax.config_rules import n_of_m
 from efx_jax.errors import InputError
 
 Array = jax.Array
@@ -33,10 +33,10 @@ def parse_pattern(group: str) -> tuple[int, int] | None:
     """
     if group in ("row", "matrix", "bounded"):
         return None
-    match = re.fullmatch(r"(\d+):(\d+)", group)
-    if not match or not 0 < int(match[1]) < int(match[2]):
+    pattern = n_of_m(group)
+    if pattern is None:
         raise InputError(f"group: expected row, matrix, bounded or N:M with 0 < N < M such as 2:4, found {group!r}")
-    return int(match[1]), int(match[2])
+    return pattern
 
 
 def drop_count(sparsity: float, entries: int) -> int:

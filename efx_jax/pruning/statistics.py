@@ -92,7 +92,7 @@ def block_statistics(taps: Mapping[str, Array], real: Array, gram: bool) -> Stat
 
     def energy(values: Array) -> Array:
         flat = values.astype(jnp.float32).reshape(*real.shape, -1)
-        return jnp.einsum("btu,bt->u", jnp.square(flat), real, precision="highest")
+        return jnp.sum(jnp.square(flat) * real[..., None], axis=(0, 1))
 
     gate, up = taps["gate"].astype(jnp.float32), taps["up"].astype(jnp.float32)
     sigmoid = jax.nn.sigmoid(gate)

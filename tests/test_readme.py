@@ -1,0 +1,44 @@
+"""The README's Python runs as it stands, on a tiny checkpoint in place of the named one."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import efx_jax
+from efx_jax.model.spec import ModelSpec, RopeSpec, init_params
+from efx_jax.weights.hf import save_pretrained
+
+README = Path(__file__).parents[1] / "README.md"
+SPEC = ModelSpec("llama", 64, 32, 48, 2, 4, 2, 8, 1e-5, True, 128, RopeSpec())
+
+
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def test_the_training_loop_of_the_readme_prunes_and_exports(tmp_path: Path) -> None:
+    model, expert = tmp_path / "model", tmp_path / "expert"
+    save_pretrained(model, init_params(jax.random.key(0), SPEC), SPEC)
+    code = next(block for block in blocks() if "TrainState" in block)
+    code = code.replace('"HuggingFaceTB/SmolLM2-135M"', repr(str(model))).replace('"expert"', repr(str(expert)))
+    tokens = np.random.default_rng(0).integers(0, 64, (6, 2, 12))
+    names: dict[str, Any] = {"my_batches": list(tokens), "my_calibration": list(tokens[:2])}
+    exec(compile(code, "README.md", "exec"), names)
+    params, _ = efx_jax.load_pretrained(expert)
+    zeros = {name: float((leaf == 0).mean()) for name, leaf in params["layers"].items() if name.endswith("_proj")}
+    assert len(zeros) == 7
+    np.testing.assert_allclose(list(zeros.values()), 0.5, atol=1e-6)
+    assert names["masks"] is not None
+    assert np.isfinite(float(names["loss"]))
+
+
+def test_the_flax_layer_of_the_readme_is_pruned_in_place() -> None:
+    code = next(block for block in blocks() if "nnx.Linear" in block)
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    kernel = np.asarray(names["layer"].kernel[...])
+    np.testing.assert_array_equal((kernel == 0).sum(axis=0), kernel.shape[0] // 2)
+    assert names["error_after"] < names["error_masked"]
