@@ -50,9 +50,15 @@ def pack_epoch(sizes: Sequence[int], seed: int, epoch: int, length: int) -> list
     return done + rows
 
 
-@functools.lru_cache(maxsize=4)
-def _cached_epoch(sizes: tuple[int, ...], seed: int, epoch: int, length: int) -> list[list[int]]:
+@functools.lru_cache(maxsize=2)
+def _epoch_rows(sizes: tuple[int, ...], seed: int, epoch: int, length: int) -> list[list[int]]:
     return pack_epoch(sizes, seed, epoch, length)
+
+
+@functools.lru_cache(maxsize=256)
+def _row_count(sizes: tuple[int, ...], seed: int, epoch: int, length: int) -> int:
+    """Epochs differ in their number of rows. Kept apart from the rows, so that no batch packs a past epoch again."""
+    return len(_epoch_rows(sizes, seed, epoch, length))
 
 
 def packed_rows(examples: Sequence[Tokenized], seed: int, length: int) -> int:
@@ -84,11 +90,11 @@ def packed_batch(examples: Sequence[Tokenized], seed: int, n: int, batch_size: i
     sizes = _sizes(examples)
     chosen: list[list[int]] = []
     epoch, skip = 0, n * batch_size
+    while (rows := _row_count(sizes, seed, epoch, length)) <= skip:
+        epoch, skip = epoch + 1, skip - rows
     while len(chosen) < batch_size:
-        rows = _cached_epoch(sizes, seed, epoch, length)
-        chosen += rows[skip : skip + batch_size - len(chosen)]
-        skip = max(0, skip - len(rows))
-        epoch += 1
+        chosen += _epoch_rows(sizes, seed, epoch, length)[skip : skip + batch_size - len(chosen)]
+        epoch, skip = epoch + 1, 0
     return _lay_out(examples, chosen, length)
 
 
