@@ -1,5 +1,42 @@
-"""Eight simulated devices on the CPU, for every test."""
+"""Eight simulated devices on the CPU, and a tiny checkpoint with its tokenizer, for every test that wants one."""
+
+from pathlib import Path
 
 import jax
+import pytest
+
+from efx_jax.model.spec import ModelSpec, RopeSpec, init_params
+from efx_jax.weights.hf import save_pretrained
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+_WORDS = "<s> </s> <unk> fever cough rash joint pain heart lung skin blood yes no old new mild severe chronic ."
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder: LLaMA, D 16, F 24, H 4, L 2, four query heads on two key/value heads, context 64."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    words = _WORDS.split()
+    spec = ModelSpec(
+        model_type="llama",
+        vocab_size=len(words) + 3,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        max_position_embeddings=64,
+        rope=RopeSpec(),
+    )
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    save_pretrained(folder, init_params(jax.random.key(0), spec), spec)
+    bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    bare.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    return folder
