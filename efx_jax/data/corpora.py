@@ -13,6 +13,9 @@ from efx_jax.errors import InputError
 _JSON = (".jsonl", ".json", ".ndjson")
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _SUPPORTED = (*_JSON, *_TABLES, ".parquet")
+# Data sets known by a short name: where they lie on the Hub, and the one file of it that is read. Of C4 it is the
+# shard that Wanda and the authors' code calibrate on.
+_NAMED = {"c4": ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")}
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[^:]+){0,2}")
 
 
@@ -23,7 +26,8 @@ def load_rows(source: str, root: str = "") -> list[dict[str, Any]]:
     a Hub name needs `datasets`.
 
     Args:
-        source: a file, or a Hub name `owner/name`, `owner/name:split` or `owner/name:config:split` (split "train").
+        source: a file, a Hub name `owner/name`, `owner/name:split` or `owner/name:config:split` (split "train"), or
+            "c4" (its first training file).
         root: folder that a relative file name may also be relative to.
 
     Returns:
@@ -50,7 +54,7 @@ def _find(source: str, root: str) -> pathlib.Path | None:
             raise InputError(f"{path}: is a folder; expected a {', '.join(_SUPPORTED)} file; name one file inside it")
         if path.is_file():
             return path
-    if _kind(candidates[0]) in _SUPPORTED or not _HUB_NAME.fullmatch(source):
+    if _kind(candidates[0]) in _SUPPORTED or not (source in _NAMED or _HUB_NAME.fullmatch(source)):
         where = f" (nor in {root})" if root else ""
         raise InputError(
             f"{source}: no such file{where}; expected a file or a Hub name owner/name; check the path or set data.root"
@@ -154,8 +158,9 @@ def _hub_rows(source: str) -> list[dict[str, Any]]:
         ) from error
     name, *rest = source.split(":")
     config, split = (rest[0] if len(rest) > 1 else None), (rest[-1] if rest else "train")
+    name, file = _NAMED.get(name, (name, None))
     try:
-        return list(datasets.load_dataset(name, config, split=split))
+        return list(datasets.load_dataset(name, config, data_files=file, split=split))
     except Exception as error:  # the Hub clients raise from a dozen unrelated classes
         raise InputError(
             f"{source}: no such file, and the Hub data set cannot be read ({type(error).__name__}: "

@@ -1,13 +1,14 @@
 """Checkpoints of a run: adapters, optimizer, masks and pruning state; the base only where an event has moved it."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from efx_jax.errors import InputError
 from efx_jax.pruning.average import PruneState
 from efx_jax.training.state import RunState
 
@@ -20,25 +21,26 @@ def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
-def save(manager: ocp.CheckpointManager, state: RunState, base_moved: bool, notes: dict[str, Any]) -> None:
+def save(manager: ocp.CheckpointManager, state: RunState, base_moved: bool, base: str, notes: dict[str, Any]) -> None:
     """Saves after `state.train.step` updates.
 
     Args:
         manager: from `open_checkpoints`.
         state: what is saved; its `params` only if `base_moved`.
         base_moved: whether an event has rewritten the base.
+        base: checksum of the base that the run started from.
         notes: JSON that comes back with the state.
     """
     step = int(state.train.step)
     if manager.latest_step() == step:
         return
-    meta = {"base_moved": base_moved, "masked": bool(state.masks), "notes": notes}
+    meta = {"base_moved": base_moved, "masked": bool(state.masks), "base": base, "notes": notes}
     items = ocp.args.Composite(state=ocp.args.StandardSave(_to_tree(state, base_moved)), meta=ocp.args.JsonSave(meta))
     manager.save(step, args=items)
 
 
 def restore(
-    manager: ocp.CheckpointManager, fresh: RunState, mask_shapes: _Tree
+    manager: ocp.CheckpointManager, fresh: RunState, mask_shapes: _Tree, base: str
 ) -> tuple[RunState, bool, dict[str, Any]] | None:
     """Reads the latest checkpoint.
 
@@ -46,14 +48,23 @@ def restore(
         manager: from `open_checkpoints`.
         fresh: the run's state at step 0, which gives shapes, dtypes and the base.
         mask_shapes: bool `ShapeDtypeStruct [L,O,I]` of every pruned linear.
+        base: checksum of the base at hand.
 
     Returns:
         (state, base_moved, notes), or None without a checkpoint.
+
+    Raises:
+        InputError: the checkpoint belongs to another base.
     """
     step = manager.latest_step()
     if step is None:
         return None
     meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    if meta["base"] != base:
+        raise InputError(
+            f"{manager.directory}: was written on another base model (checksum {meta['base']}, found {base}); "
+            "restore that model at model.path, or choose another --output"
+        )
     template = _to_tree(dataclasses.replace(fresh, masks=mask_shapes if meta["masked"] else {}), meta["base_moved"])
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
     tree = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
@@ -63,12 +74,20 @@ def restore(
     return state, meta["base_moved"], meta["notes"]
 
 
-def read_notes(folder: Path) -> dict[str, Any]:
-    """The notes of the latest checkpoint of a run, without its arrays; {} where there is none."""
-    steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
-    if not steps:
-        return {}
-    return dict(json.loads((folder / str(steps[-1]) / "meta" / "metadata").read_text())["notes"])
+def checksum(params: _Tree) -> str:
+    """A 32-bit checksum of all weights, computed where they lie: enough to notice that a file was replaced."""
+    return f"{int(_checksum(params)):08x}"
+
+
+@jax.jit
+def _checksum(params: _Tree) -> jax.Array:
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(params):
+        unsigned = jnp.uint32 if leaf.dtype.itemsize == 4 else jnp.uint16
+        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32).reshape(-1)
+        # Odd multipliers by position, so that swapped entries do not cancel out.
+        total = 31 * total + jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+    return total
 
 
 def _to_tree(state: RunState, base_moved: bool) -> _Tree:

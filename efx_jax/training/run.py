@@ -2,10 +2,7 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
-import platform
-import resource
 import signal
 import sys
 import threading
@@ -29,19 +26,16 @@ from efx_jax.errors import InputError
 from efx_jax.files import atomic_write
 from efx_jax.lora import init_lora, merge
 from efx_jax.pruning.average import init_prune_state, moves_base
-from efx_jax.pruning.event import needs_gram, prune_event
-from efx_jax.pruning.sequential import prune_event_sequential
-from efx_jax.pruning.statistics import collect_statistics
 from efx_jax.training import checkpoint, log
-from efx_jax.training.measure import matrix_sparsity, measure, result_table, sparsity_table
+from efx_jax.training.events import mask_sparsity, prune_run
+from efx_jax.training.measure import measure
 from efx_jax.training.plan import plan_text
-from efx_jax.training.prepare import Prepared, calibration, prepare
+from efx_jax.training.prepare import Prepared, prepare
 from efx_jax.training.schedule import Event, learning_rate, optimizer, prune_events, total_steps
-from efx_jax.training.state import RunState, forget_moments, init_train_state
+from efx_jax.training.state import RunState, init_train_state
 from efx_jax.training.step import StepOptions, train_step
+from efx_jax.training.summary import print_summary, write_summary
 from efx_jax.weights.hf import load_pretrained, save_pretrained
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "efx_jax")
 
 
 @dataclasses.dataclass
@@ -50,6 +44,7 @@ class _Journal:
 
     results: dict[str, dict[str, Any]]
     seconds: dict[str, float]
+    tokens: int
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -77,10 +72,10 @@ def run(config: Config, output: Path, dry_run: bool = False) -> dict[str, Any]:
     """
     _refuse_other_run(config, output)
     if (output / "summary.json").exists() and not dry_run:
-        summary = json.loads((output / "summary.json").read_text())
-        _print_summary(summary, output)
+        summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
+        print_summary(summary, output)
         return summary
-    journal = _Journal({}, {})
+    journal = _Journal({}, {}, 0)
     with journal.phase("load"):
         prepared = prepare(config)
     steps = total_steps(config.train, _epoch_rows(config, prepared))
@@ -96,7 +91,15 @@ def run(config: Config, output: Path, dry_run: bool = False) -> dict[str, Any]:
         return {}
     with journal.phase("export"):
         _export(config, state, prepared, output / "export")
-    return _finish(config, prepared, steps, events, output, journal)
+    with journal.phase("evaluate export"):
+        exported, spec = load_pretrained(output / "export", dtype=None)
+        from_disk = dataclasses.replace(prepared, params=exported, spec=spec)
+        journal.results["sparse expert" if events else "dense expert"] = measure(config, from_disk, exported)
+    summary = write_summary(
+        output, exported, journal.results, journal.seconds, steps, journal.tokens, events, config.seed
+    )
+    print_summary(summary, output)
+    return summary
 
 
 def _refuse_other_run(config: Config, output: Path) -> None:
@@ -149,11 +152,13 @@ def _train(
     layers = prepared.params["layers"]
     masks = {name: jax.ShapeDtypeStruct(layers[name].shape, jnp.bool_) for name in config.prune.targets}
     with checkpoint.open_checkpoints(output / "checkpoints", config.train.keep) as manager, _interruptible() as stop:
-        restored = checkpoint.restore(manager, state, masks)
+        base = checkpoint.checksum(prepared.params)
+        restored = checkpoint.restore(manager, state, masks, base)
         if restored is not None:
             state, base_moved, notes = restored
             journal.results.update(notes["results"])
             journal.seconds.update(notes["seconds"])
+            journal.tokens = notes["tokens"]
         else:
             with journal.phase("evaluate base"):
                 journal.results["base"] = measure(config, prepared, prepared.params)
@@ -162,7 +167,7 @@ def _train(
         with _progress(start, steps) as bar:
             while int(state.train.step) < steps and not stop.is_set():
                 with journal.phase("train"):
-                    state = _update(config, prepared, state, tx, steps, output, sinks, bar)
+                    state = _update(config, prepared, state, tx, steps, output, journal, sinks, bar)
                 event = by_step.get(int(state.train.step))
                 if event is not None:
                     if event.last and not state.masks:
@@ -171,13 +176,13 @@ def _train(
                                 config, prepared, state.params, state.train.adapters
                             )
                     with journal.phase("prune"):
-                        state = _prune(config, prepared, state, event)
+                        state = prune_run(config, prepared, state, event)
                     base_moved = base_moved or moves_base(config.prune)
                 every = config.train.checkpoint_every
                 due = every and int(state.train.step) % every == 0
                 if event is not None or due or stop.is_set() or int(state.train.step) == steps:
                     with journal.phase("checkpoint"):
-                        checkpoint.save(manager, state, base_moved, dataclasses.asdict(journal))
+                        checkpoint.save(manager, state, base_moved, base, dataclasses.asdict(journal))
     if int(state.train.step) < steps:
         print(
             f"interrupted after {int(state.train.step)} of {steps} steps; saved. The same command with "
@@ -207,6 +212,7 @@ def _update(
     tx: optax.GradientTransformation,
     steps: int,
     output: Path,
+    journal: _Journal,
     sinks: list[log.Sink],
     bar: tqdm,
 ) -> RunState:
@@ -230,14 +236,15 @@ def _update(
         raise InputError(
             f"step {number + 1}: the loss is not finite; lower train.learning_rate or set model.compute_dtype float32"
         )
+    journal.tokens += int(values["tokens"])
     row = {
         "step": number + 1,
-        "tokens": values["tokens"],
+        "tokens": journal.tokens,
         "loss": values["loss"],
         "entropy": values["entropy"],
         "learning_rate": float(learning_rate(train, steps)(number)),
         "grad_norm": values["grad_norm"],
-        "sparsity": _mask_sparsity(state.masks),
+        "sparsity": mask_sparsity(state.masks),
         "tokens_per_second": values["tokens"] / seconds,
     }
     if (number + 1) % train.log_every == 0:
@@ -251,113 +258,11 @@ def _update(
     return dataclasses.replace(state, train=new)
 
 
-def _prune(config: Config, prepared: Prepared, state: RunState, event: Event) -> RunState:
-    """One prune event on the run's calibration rows."""
-    prune = dataclasses.replace(config.prune, sparsity=event.sparsity)
-    if event.last and prune.plain_last_event:
-        prune = dataclasses.replace(prune, recovery="none", ema=1.0)
-    adapters, masks = state.train.adapters, state.masks or None
-    batches = calibration(config, prepared)
-    dtype = config.model.compute_dtype
-    if prune.sequential:
-        params, new_adapters, new_masks, prune_state = prune_event_sequential(
-            state.params, adapters, masks, batches, state.prune, prepared.spec, prune, compute_dtype=dtype
-        )
-    else:
-        stats = collect_statistics(
-            state.params,
-            batches,
-            prepared.spec,
-            adapters,
-            masks,
-            needs_gram(prune),
-            mask_forward=prune.mask_forward,
-            compute_dtype=dtype,
-        )
-        params, new_adapters, new_masks, prune_state = prune_event(
-            state.params, adapters, masks, stats, state.prune, prepared.spec, prune
-        )
-    assert new_adapters is not None
-    opt_state = state.train.opt_state
-    if prune.recovery == "admm":
-        opt_state = forget_moments(opt_state, prune.targets)
-    train = dataclasses.replace(state.train, adapters=new_adapters, opt_state=opt_state)
-    return RunState(train=train, params=params, masks=new_masks, prune=prune_state)
-
-
-def _mask_sparsity(masks: dict[str, jax.Array]) -> float:
-    """Share of pruned entries among the masked matrices."""
-    if not masks:
-        return 0.0
-    kept = sum(int(jnp.sum(mask, dtype=jnp.int32)) for mask in masks.values())
-    return 1.0 - kept / sum(mask.size for mask in masks.values())
-
-
 def _export(config: Config, state: RunState, prepared: Prepared, folder: Path) -> None:
     """Merges and writes the Hugging Face folder; one left by an earlier attempt is complete, and stays."""
     if not folder.exists():
         merged = merge(state.params, state.train.adapters, state.masks or None)
         save_pretrained(folder, merged, prepared.spec, source=config.model.path)
-
-
-def _finish(
-    config: Config,
-    prepared: Prepared,
-    steps: int,
-    events: tuple[Event, ...],
-    output: Path,
-    journal: _Journal,
-) -> dict[str, Any]:
-    """Reads the export back from disk, measures it, and writes and prints the summary."""
-    with journal.phase("evaluate export"):
-        params, spec = load_pretrained(output / "export", dtype=None)
-        expert = "sparse expert" if events else "dense expert"
-        journal.results[expert] = measure(config, dataclasses.replace(prepared, params=params, spec=spec), params)
-    summary = {
-        "results": journal.results,
-        "sparsity": matrix_sparsity(params),
-        "steps": steps,
-        "events": [dataclasses.asdict(event) for event in events],
-        "seconds": {name: round(seconds, 2) for name, seconds in journal.seconds.items()},
-        "peak_memory_mib": _peak_memory_mib(),
-        "device": jax.devices()[0].device_kind,
-        "versions": {"python": platform.python_version()} | _versions(),
-        "seed": config.seed,
-    }
-    atomic_write(output / "summary.json", json.dumps(summary, indent=1))
-    _print_summary(summary, output)
-    return summary
-
-
-def _print_summary(summary: dict[str, Any], output: Path) -> None:
-    print(result_table(summary["results"]))
-    constant = [found["task"] for found in summary["results"].values() if "task" in found]
-    if constant:
-        print(
-            f"\nbest constant answer: accuracy {100 * constant[0]['constant_accuracy']:.2f} %, "
-            f"macro-F1 {100 * constant[0]['constant_macro_f1']:.2f} % on {constant[0]['rows']} rows"
-        )
-    print("\n" + sparsity_table(summary["sparsity"]))
-    phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds"].items())
-    print(f"\nseconds: {phases}; peak memory {summary['peak_memory_mib']:.0f} MiB")
-    print(f"the expert: {output / 'export'}")
-
-
-def _peak_memory_mib() -> float:
-    """The device's peak where it reports one, else the process's largest resident set."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"] / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def _progress(start: int, steps: int) -> tqdm:

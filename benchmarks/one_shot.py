@@ -1,0 +1,138 @@
+"""Masks and recovery without training: the perplexity of a model pruned once, for every choice that matters.
+
+    python benchmarks/one_shot.py --data ori_pqal.json [--model quickstart] [--out docs/results/one_shot.json]
+
+`--data` is PubMedQA's `ori_pqal.json`, whose first half of abstracts (by PMID) calibrates and whose second half is
+measured, or any text file of one document a line. One JSON object per row; `ratio` is perplexity over the dense
+model's.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from efx_jax.config import PruneConfig
+from efx_jax.data.tokens import Tokenized, text_windows
+from efx_jax.evaluation.perplexity import perplexity
+from efx_jax.lora import init_lora, merge
+from efx_jax.pruning.event import prune_event
+from efx_jax.pruning.statistics import Statistics, collect_statistics
+from efx_jax.weights.hf import load_pretrained, load_tokenizer
+
+WANDA = PruneConfig(score="wanda", group="row")
+GATED = PruneConfig(
+    score="foresight_gated", group="bounded", bound=0.2, row_targets=("v_proj", "down_proj"), admm_steps=20
+)
+CASES: tuple[tuple[str, PruneConfig, int], ...] = (
+    ("magnitude, row", dataclasses.replace(WANDA, score="magnitude"), 8),
+    ("wanda, row", WANDA, 8),
+    ("foresight, row", dataclasses.replace(WANDA, score="foresight"), 8),
+    ("wanda, matrix", dataclasses.replace(WANDA, group="matrix"), 8),
+    ("foresight, matrix", dataclasses.replace(WANDA, score="foresight", group="matrix"), 8),
+    ("foresight_gated, bounded 0.2, v and down by row", GATED, 8),
+    ("foresight_gated, bounded 0.2, all", dataclasses.replace(GATED, row_targets=()), 8),
+    ("wanda, row + pbs r 8", dataclasses.replace(WANDA, recovery="pbs"), 8),
+    ("wanda, row + gram_pbs r 8", dataclasses.replace(WANDA, recovery="gram_pbs"), 8),
+    ("wanda, row + gram_pbs r 64", dataclasses.replace(WANDA, recovery="gram_pbs"), 64),
+    ("wanda, row + admm", dataclasses.replace(WANDA, recovery="admm", admm_steps=20), 8),
+    ("foresight_gated, bounded 0.2, v and down by row + admm", dataclasses.replace(GATED, recovery="admm"), 8),
+)
+
+
+def main() -> None:
+    arguments = parse()
+    tokenizer = load_tokenizer(arguments.model)
+    params, spec = load_pretrained(arguments.model)
+    calibration_text, test_text = documents(arguments.data)
+    calibration = text_windows(calibration_text, tokenizer, 512, 512 * arguments.calibration)
+    test = text_windows(test_text, tokenizer, 512, 512 * arguments.test)
+    sizes = {"calibration_tokens": count(calibration), "test_tokens": count(test), "window": 512}
+
+    def measure(model: dict[str, Any]) -> float:
+        return perplexity(model, test, spec, batch_size=4, compute_dtype=arguments.compute_dtype).value
+
+    batches = [{"tokens": jnp.asarray(window.tokens)[None]} for window in calibration]
+    stats = collect_statistics(params, batches, spec, gram=True, compute_dtype=arguments.compute_dtype)
+    dense = measure(params)
+    rows = [row("dense", 0.0, dense, dense, 0.0, sizes)]
+    for sparsity in arguments.sparsity:
+        for name, config, rank in CASES:
+            if arguments.only and arguments.only not in name:
+                continue
+            began = time.perf_counter()
+            pruned = prune_once(params, stats, spec, dataclasses.replace(config, sparsity=sparsity), rank)
+            seconds = time.perf_counter() - began
+            rows.append(row(name, sparsity, measure(pruned), dense, seconds, sizes))
+    if arguments.out:
+        record = {"command": "python " + " ".join([sys.argv[0], *hide_paths(sys.argv[1:])]), "rows": rows}
+        Path(arguments.out).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def prune_once(params: dict[str, Any], stats: Statistics, spec: Any, config: PruneConfig, rank: int) -> dict[str, Any]:
+    """One event on fresh adapters, merged."""
+    adapters = init_lora(jax.random.key(0), params, spec, rank=rank, alpha=2 * rank)
+    moved, changed, masks, _ = prune_event(params, adapters, None, stats, None, spec, config)
+    return jax.block_until_ready(merge(moved, changed, masks))
+
+
+def row(
+    name: str, sparsity: float, value: float, dense: float, seconds: float, sizes: dict[str, int]
+) -> dict[str, Any]:
+    """Builds and prints one result."""
+    found = {
+        "name": name,
+        "sparsity": sparsity,
+        "value": round(value, 3),
+        "unit": "perplexity",
+        "ratio": round(value / dense, 4),
+        "against": "dense",
+        "event_seconds": round(seconds, 1),
+        **sizes,
+    }
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def documents(path: str) -> tuple[list[str], list[str]]:
+    """Calibration and test documents, disjoint."""
+    text = Path(path).read_text()
+    if path.endswith(".json"):
+        rows = json.loads(text)
+        texts = [" ".join(rows[key]["CONTEXTS"]) for key in sorted(rows)]
+    else:
+        texts = [line for line in text.splitlines() if line.strip()]
+    half = len(texts) // 2
+    return texts[:half], texts[half:]
+
+
+def count(windows: list[Tokenized]) -> int:
+    return sum(len(window.tokens) for window in windows)
+
+
+def hide_paths(words: list[str]) -> list[str]:
+    """The command as another person would type it: file names without this machine's folders."""
+    return [Path(word).name if "/" in word and Path(word).exists() else word for word in words]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Perplexity after one prune event, without training.")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--model", default="quickstart")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--calibration", type=int, default=16, help="windows of 512 tokens")
+    parser.add_argument("--test", type=int, default=12, help="windows of 512 tokens")
+    parser.add_argument("--compute-dtype", default="bfloat16")
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--out", default="")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

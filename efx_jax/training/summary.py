@@ -1,0 +1,93 @@
+"""What is left to read when a run is over: summary.json and the printed tables."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from efx_jax.files import atomic_write
+from efx_jax.training.measure import matrix_sparsity, result_table, sparsity_table
+from efx_jax.training.schedule import Event
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "efx_jax")
+
+
+def write_summary(
+    output: Path,
+    exported: Mapping[str, Any],
+    results: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    steps: int,
+    tokens: int,
+    events: Sequence[Event],
+    seed: int,
+) -> dict[str, Any]:
+    """Writes `summary.json`.
+
+    Args:
+        output: the run's folder.
+        exported: parameter tree read back from the export.
+        results: measurements by model.
+        seconds: by phase.
+        steps: updates done.
+        tokens: real tokens trained on.
+        events: the prune events.
+        seed: the run's seed.
+
+    Returns:
+        What was written.
+    """
+    summary = {
+        "results": dict(results),
+        "sparsity": matrix_sparsity(exported),
+        "steps": steps,
+        "tokens": tokens,
+        "events": [dataclasses.asdict(event) for event in events],
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "peak_memory_mib": _peak_memory_mib(),
+        "device": jax.devices()[0].device_kind,
+        "versions": {"python": platform.python_version()} | _versions(),
+        "seed": seed,
+    }
+    atomic_write(output / "summary.json", json.dumps(summary, indent=1))
+    return summary
+
+
+def print_summary(summary: Mapping[str, Any], output: Path) -> None:
+    """The result table, the best constant answer, the sparsity of every kind of matrix, and the time spent."""
+    print(result_table(summary["results"]))
+    constant = [found["task"] for found in summary["results"].values() if "task" in found]
+    if constant:
+        print(
+            f"\nbest constant answer: accuracy {100 * constant[0]['constant_accuracy']:.2f} %, "
+            f"macro-F1 {100 * constant[0]['constant_macro_f1']:.2f} % on {constant[0]['rows']} rows"
+        )
+    print("\n" + sparsity_table(summary["sparsity"]))
+    phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds"].items())
+    print(f"\nseconds: {phases}; peak memory {summary['peak_memory_mib']:.0f} MiB")
+    print(f"the expert: {output / 'export'}")
+
+
+def _peak_memory_mib() -> float:
+    """The device's peak where it reports one, else the process's largest resident set."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
