@@ -126,8 +126,8 @@ class TrainConfig:
     remat: bool = True
     """Recompute each block in the backward pass: far less memory; a third more arithmetic, yet faster on a CPU."""
     log_every: int = 1
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0 means at every event and at the end."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints, beside those at every event and at the end; 0 means only those."""
     keep: int = 2
     """Number of checkpoints kept."""
 
