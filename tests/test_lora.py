@@ -116,16 +116,13 @@ def test_frozen_and_dense_gradients_equal_those_of_their_formulas(mode: MaskForw
         assert_near(one, other)
 
 
-@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dropping", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_no_copy_of_the_weight_waits_for_the_backward_pass(
-    mode: MaskForward, dropping: bool, compute_dtype: str
-) -> None:
+def test_no_copy_of_the_weight_waits_for_the_backward_pass(mode: MaskForward, dropping: bool) -> None:
     key = jax.random.key(0) if dropping else None
 
     def adapted(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        options: dict[str, Any] = {"mask_forward": mode, "compute_dtype": compute_dtype}
+        options: dict[str, Any] = {"mask_forward": mode, "compute_dtype": "bfloat16"}
         return linear(x, W, None, a, b, MASK, scale=SCALE, dropout_rate=0.1, dropout_key=key, **options)
 
     residuals = jax.tree.leaves(jax.vjp(adapted, X, A, B)[1])
@@ -144,7 +141,7 @@ def test_dropout_of_rate_zero_or_without_a_key_is_none(mode: MaskForward) -> Non
     np.testing.assert_array_equal(linear(X, W, None, A, B, MASK, mask_forward=mode, dropout_rate=0.5), plain)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["exact", "dense"])
 def test_dropout_keeps_the_expectation_and_drops_the_adapters_input_alone(mode: MaskForward) -> None:
     def dropped(key: jax.Array) -> jax.Array:
         return linear(X, W, None, A, B, MASK, scale=SCALE, mask_forward=mode, dropout_rate=0.25, dropout_key=key)
@@ -243,7 +240,7 @@ def test_scale_is_alpha_over_rank_or_its_root() -> None:
 
 
 def test_fresh_adapters_leave_the_model_as_it_is() -> None:
-    params = init_params(jax.random.key(0), SPEC)
+    params = jax.tree.map(lambda x: x + 1.0, zeros())
     adapters = init_lora(jax.random.key(1), params, SPEC, rank=3)
     assert set(adapters.lora_a) == set(adapters.lora_b) == set(LINEARS)
     for name in LINEARS:

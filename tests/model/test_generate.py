@@ -66,6 +66,7 @@ def test_padding_tokens_are_never_read(model: Any) -> None:
     np.testing.assert_array_equal(generate(params, other, LENGTHS, spec, NEW), expected)
 
 
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
 def test_a_row_ends_with_its_stop_token(model: Any) -> None:
     params, spec, expected = model
     stop = (int(expected[0, 2]), int(expected[1, 4]))
