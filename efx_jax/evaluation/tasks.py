@@ -13,7 +13,7 @@ from efx_jax.data.batches import bucket_length
 from efx_jax.data.prompts import Example
 from efx_jax.data.tokenizer import Tokenizer, encode_prompts
 from efx_jax.errors import InputError
-from efx_jax.evaluation.branches import Normalize, branch_batch, branch_scores, encode_labels, lay_out
+from efx_jax.evaluation.branches import Branches, Normalize, branch_batch, branch_scores, encode_labels, lay_out
 from efx_jax.evaluation.scores import accuracy, bootstrap, macro_f1
 from efx_jax.lora import Adapters
 from efx_jax.model.decoder import Params
@@ -86,10 +86,8 @@ def label_scores(
         InputError: an empty or over-long prompt (with its row), answers that tokenise to nothing or to the same, or
             scores that are not finite (an argmax over NaN would pass for an answer).
     """
-    prompts = encode_prompts([example.prompt for example in examples], tokenizer)
-    branches = lay_out(encode_labels(labels, tokenizer), normalize)
+    prompts, branches = _checked(spec, tokenizer, examples, labels, normalize)
     extra = len(branches.tokens)
-    _check_prompts(prompts, examples, spec.max_position_embeddings - int(branches.offsets.max(initial=-1)) - 1)
     scores = np.zeros((len(prompts), len(labels)), np.float32)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     longest = max(map(len, prompts), default=0) + extra
@@ -154,6 +152,24 @@ def reference_numbers(examples: Sequence[Example], labels: Sequence[str]) -> np.
                 f"{', '.join(map(repr, labels))}"
             )
     return np.asarray([numbers[example.response] for example in examples])
+
+
+def check_task(spec: ModelSpec, tokenizer: Tokenizer, examples: Sequence[Example], labels: Sequence[str]) -> None:
+    """Refuses what `label_scores` would refuse, before anything is computed.
+
+    Raises:
+        InputError: an empty or over-long prompt (with its row), or answers that tokenise to nothing or to the same.
+    """
+    _checked(spec, tokenizer, examples, labels, "sum")
+
+
+def _checked(
+    spec: ModelSpec, tokenizer: Tokenizer, examples: Sequence[Example], labels: Sequence[str], normalize: Normalize
+) -> tuple[list[list[int]], Branches]:
+    prompts = encode_prompts([example.prompt for example in examples], tokenizer)
+    branches = lay_out(encode_labels(labels, tokenizer), normalize)
+    _check_prompts(prompts, examples, spec.max_position_embeddings - int(branches.offsets.max(initial=-1)) - 1)
+    return prompts, branches
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], examples: Sequence[Example], most: int) -> None:

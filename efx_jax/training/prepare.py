@@ -10,6 +10,7 @@ from efx_jax.data.prompts import plain_text
 from efx_jax.data.tasks import Task, load_task, load_text
 from efx_jax.data.tokens import Tokenized, text_windows, tokenize
 from efx_jax.errors import InputError
+from efx_jax.evaluation.tasks import check_task
 from efx_jax.model.spec import ModelSpec
 from efx_jax.pruning.selection import selection_counts
 from efx_jax.weights.hf import load_pretrained, load_tokenizer
@@ -41,6 +42,7 @@ def prepare(config: Config) -> Prepared:
     pool = _calibration_pool(config, task, train, tokenizer)
     params, spec = load_pretrained(config.model.path, None if config.model.dtype == "keep" else config.model.dtype)
     _check_fit(config, spec, params)
+    _check_evaluation(config, spec, windows, task, tokenizer)
     return Prepared(params, spec, tokenizer, task, train, windows, pool)
 
 
@@ -79,3 +81,14 @@ def _check_fit(config: Config, spec: ModelSpec, params: dict[str, Any]) -> None:
     for name in prune.targets:
         shape = params["layers"][name].shape
         selection_counts(shape, prune.sparsity, prune.group if prune.sparsity else "row", prune.bound)
+
+
+def _check_evaluation(config: Config, spec: ModelSpec, windows: list[Tokenized], task: Task, tokenizer: Any) -> None:
+    longest = max((len(window.tokens) for window in windows), default=0)
+    if longest > spec.max_position_embeddings:
+        raise InputError(
+            f"eval.window: expected at most the model's context of {spec.max_position_embeddings} tokens, "
+            f"found {longest}; lower eval.window"
+        )
+    if task.test:
+        check_task(spec, tokenizer, task.test[: config.eval.rows or None], task.labels)
