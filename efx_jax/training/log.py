@@ -7,6 +7,7 @@ from typing import Any
 
 from efx_jax.config import Config
 from efx_jax.errors import InputError
+from efx_jax.files import atomic_write
 
 Row = dict[str, float]
 Sink = Callable[[Row], None]
@@ -24,7 +25,7 @@ def cut_metrics(path: Path, step: int) -> None:
             break
         if row["step"] <= step:
             kept.append(line + "\n")
-    path.write_text("".join(kept))
+    atomic_write(path, "".join(kept))
 
 
 def append_row(path: Path, row: Row) -> None:
