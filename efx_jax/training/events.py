@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from efx_jax.config import Config
 from efx_jax.pruning.event import needs_gram, prune_event
@@ -53,5 +54,6 @@ def mask_sparsity(masks: dict[str, jax.Array]) -> float:
     """Share of pruned entries among the masked matrices."""
     if not masks:
         return 0.0
-    kept = sum(int(jnp.sum(mask, dtype=jnp.int32)) for mask in masks.values())
+    # Counted by layer: all layers of a 70B model's matrix together overflow an int32.
+    kept = sum(int(n) for mask in masks.values() for n in np.asarray(jnp.sum(mask, axis=(1, 2), dtype=jnp.int32)))
     return 1.0 - kept / sum(mask.size for mask in masks.values())
