@@ -11,6 +11,8 @@ from efx_jax.config import Config
 from efx_jax.config_io import resolve
 from efx_jax.errors import InputError
 
+_INTERRUPTED = 130  # as shells report it, so that `train.py && ...` stops
+
 
 @dataclasses.dataclass(frozen=True)
 class _Flags:
@@ -28,7 +30,7 @@ class _Flags:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one training and returns the process's exit code: 2 for a user's mistake, told in one line."""
+    """Runs one training; returns the exit code: 2 for a user's mistake, told in one line, 130 after Ctrl-C."""
     try:
         resolved = resolve([argument for argument in argv if argument not in ("-h", "--help")])
         if "-h" in argv or "--help" in argv:
@@ -37,11 +39,11 @@ def main(argv: Sequence[str]) -> int:
         # Imported here: whoever mistypes a flag should not wait for jax.
         from efx_jax.training.run import run
 
-        run(resolved.config, resolved.output, resolved.dry_run)
+        summary = run(resolved.config, resolved.output, resolved.dry_run)
     except InputError as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
+    return 0 if summary or resolved.dry_run else _INTERRUPTED
 
 
 def _print_help(config: Config) -> None:
