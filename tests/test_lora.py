@@ -30,7 +30,9 @@ SPEC = spec_from_config(
 
 def zeros() -> dict[str, Any]:
     """A parameter tree for functions that read shapes alone."""
-    return jax.tree.map(np.zeros, param_shapes(SPEC), is_leaf=lambda shape: isinstance(shape, tuple))
+    return jax.tree.map(
+        lambda shape: np.zeros(shape, np.float32), param_shapes(SPEC), is_leaf=lambda shape: isinstance(shape, tuple)
+    )
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
