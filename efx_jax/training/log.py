@@ -1,5 +1,7 @@
 """Where metrics go: a line of JSON per logged step, always; TensorBoard and W&B on request."""
 
+import dataclasses
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -35,12 +37,25 @@ def append_row(path: Path, row: Row) -> None:
         stream.write(json.dumps(finite) + "\n")
 
 
-def open_sinks(config: Config, output: Path) -> list[Sink]:
-    """The extra destinations that the settings ask for.
+def check_sinks(config: Config) -> None:
+    """Refuses a destination whose package is not installed, before the run has a folder.
 
     Raises:
-        InputError: a destination whose package is not installed.
+        InputError: the package is missing.
     """
+    for wanted, setting, package in (
+        (config.log.tensorboard, "tensorboard", "tensorboardX"),
+        (config.log.wandb, "wandb", "wandb"),
+    ):
+        if wanted:
+            try:
+                importlib.import_module(package)
+            except ImportError as error:
+                raise InputError(f'log.{setting}: {package} is missing; pip install "efx_jax[{setting}]"') from error
+
+
+def open_sinks(config: Config, output: Path) -> list[Sink]:
+    """The extra destinations that the settings ask for; they write into the run's folder, which exists."""
     sinks: list[Sink] = []
     if config.log.tensorboard:
         sinks.append(_tensorboard(output))
@@ -50,10 +65,8 @@ def open_sinks(config: Config, output: Path) -> list[Sink]:
 
 
 def _tensorboard(output: Path) -> Sink:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise InputError('log.tensorboard: tensorboardX is missing; pip install "efx_jax[tensorboard]"') from error
+    from tensorboardX import SummaryWriter
+
     writer = SummaryWriter(str(output / "tensorboard"))
 
     def write(row: Row) -> None:
@@ -64,11 +77,7 @@ def _tensorboard(output: Path) -> Sink:
 
 
 def _wandb(config: Config, output: Path) -> Sink:
-    try:
-        import wandb
-    except ImportError as error:
-        raise InputError('log.wandb: wandb is missing; pip install "efx_jax[wandb]"') from error
-    import dataclasses
+    import wandb
 
     run: Any = wandb.init(project="efx_jax", name=output.name, dir=str(output), config=dataclasses.asdict(config))
 

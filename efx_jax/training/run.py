@@ -83,9 +83,9 @@ def run(config: Config, output: Path, dry_run: bool = False) -> dict[str, Any]:
     if dry_run:
         print(plan_text(config, prepared, steps, events))
         return {}
-    sinks = log.open_sinks(config, output)
-    output.mkdir(parents=True, exist_ok=True)
+    log.check_sinks(config)
     atomic_write(output / "config.yaml", to_yaml(config))
+    sinks = log.open_sinks(config, output)
     state = _train(config, prepared, steps, events, output, journal, sinks)
     if state is None:
         return {}
@@ -105,8 +105,8 @@ def run(config: Config, output: Path, dry_run: bool = False) -> dict[str, Any]:
 def _refuse_other_run(config: Config, output: Path) -> None:
     path = output / "config.yaml"
     if not path.exists():
-        if output.exists() and any(output.iterdir()):
-            raise InputError(f"{output}: is not empty and holds no run; choose another --output")
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise InputError(f"{output}: is not an empty folder and holds no run; choose another --output")
         return
     found = from_yaml(path.read_text(), str(path))
     differing = [
