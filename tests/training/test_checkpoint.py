@@ -1,0 +1,224 @@
+"""What is interrupted goes on to the same bytes; what is half written is ignored; another run's folder is refused."""
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+import efx_jax.training.run as run_module
+from efx_jax.config import TrainConfig
+from efx_jax.errors import InputError
+from efx_jax.lora import Adapters
+from efx_jax.pruning.average import PruneState
+from efx_jax.training import checkpoint, log
+from efx_jax.training.schedule import optimizer
+from efx_jax.training.state import RunState, init_train_state
+
+SHAPE = (2, 4, 3)
+MASKS = {"q_proj": jax.ShapeDtypeStruct(SHAPE, jnp.bool_)}
+
+
+@pytest.fixture
+def state() -> RunState:
+    """After 5 updates: arrays that no fresh state holds, a mask, and a key of its own."""
+    adapters = Adapters({"q_proj": jnp.full((2, 2, 3), 0.5)}, {"q_proj": jnp.full((2, 4, 2), -0.25)}, 2.0)
+    train = dataclasses.replace(init_train_state(adapters, optimizer(TrainConfig(), 9)), step=jnp.int32(5))
+    prune = PruneState(jnp.int32(1), {"reach/q_proj": jnp.ones((2, 3, 4))}, {}, jax.random.key(11))
+    layers = {"q_proj": jnp.arange(24, dtype=jnp.bfloat16).reshape(SHAPE), "input_layernorm": jnp.ones((2, 3))}
+    masks = {"q_proj": jnp.arange(24).reshape(SHAPE) % 2 == 0}
+    return RunState(train, {"embed_tokens": jnp.ones((7, 3)), "layers": layers}, masks, prune)
+
+
+def blank(state: RunState) -> RunState:
+    """The run's state at step 0: zeros, no masks, and another key."""
+    zeros = jax.tree.map(jnp.zeros_like, dataclasses.replace(state, prune=dataclasses.replace(state.prune, key=None)))
+    prune = dataclasses.replace(zeros.prune, key=jax.random.key(0))
+    return dataclasses.replace(zeros, masks={}, prune=prune)
+
+
+def comparable(state: RunState) -> Any:
+    prune = dataclasses.replace(state.prune, key=jax.random.key_data(state.prune.key))
+    return dataclasses.replace(state, prune=prune)
+
+
+def at_step(state: RunState, step: int) -> RunState:
+    return dataclasses.replace(state, train=dataclasses.replace(state.train, step=jnp.int32(step)))
+
+
+def save(folder: Path, states: list[RunState], base_moved: bool = False, keep: int = 2) -> None:
+    with checkpoint.open_checkpoints(folder, keep) as manager:
+        for state in states:
+            checkpoint.save(manager, state, base_moved, "ba5e", {"step": int(state.train.step), "text": "kept"})
+
+
+@pytest.mark.parametrize("base_moved", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_restoring_gives_back_every_array(tmp_path: Path, state: RunState, base_moved: bool, masked: bool) -> None:
+    state = state if masked else dataclasses.replace(state, masks={})
+    save(tmp_path / "c", [state], base_moved)
+    fresh = blank(state)
+    with checkpoint.open_checkpoints(tmp_path / "c", 2) as manager:
+        found = checkpoint.restore(manager, fresh, MASKS, "ba5e")
+    assert found is not None
+    restored, moved, notes = found
+    # The frozen base is not in the checkpoint: it is the run's own.
+    layers = state.params["layers"] if base_moved else fresh.params["layers"]
+    expected = dataclasses.replace(state, params={**fresh.params, "layers": layers})
+    chex.assert_trees_all_equal(comparable(restored), comparable(expected))
+    chex.assert_trees_all_equal_dtypes(comparable(restored), comparable(expected))
+    assert (moved, notes) == (base_moved, {"step": 5, "text": "kept"})
+    assert restored.train.adapters.scale == 2.0
+
+
+def test_the_newest_are_kept(tmp_path: Path, state: RunState) -> None:
+    save(tmp_path / "c", [at_step(state, step) for step in (1, 2, 3, 4)], keep=2)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["3", "4"]
+
+
+def test_a_step_is_saved_once(tmp_path: Path, state: RunState) -> None:
+    save(tmp_path / "c", [state, state])
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["5"]
+
+
+def test_a_half_written_checkpoint_is_ignored(tmp_path: Path, state: RunState) -> None:
+    save(tmp_path / "c", [state])
+    # What a process that was killed while saving step 6 leaves: Orbax renames only what is complete.
+    partial = tmp_path / "c" / "6.orbax-checkpoint-tmp"
+    (partial / "state.orbax-checkpoint-tmp").mkdir(parents=True)
+    (partial / "state.orbax-checkpoint-tmp" / "manifest.ocdbt").write_bytes(b"half")
+    with checkpoint.open_checkpoints(tmp_path / "c", 2) as manager:
+        found = checkpoint.restore(manager, blank(state), MASKS, "ba5e")
+        assert found is not None
+        assert int(found[0].train.step) == 5
+        checkpoint.save(manager, at_step(state, 6), False, "ba5e", {})
+    with checkpoint.open_checkpoints(tmp_path / "c", 2) as manager:
+        assert manager.latest_step() == 6
+
+
+def test_another_base_model_is_refused(tmp_path: Path, state: RunState) -> None:
+    save(tmp_path / "c", [state])
+    with (
+        checkpoint.open_checkpoints(tmp_path / "c", 2) as manager,
+        pytest.raises(InputError, match=r"another base model \(checksum ba5e, found beef\).*--output"),
+    ):
+        checkpoint.restore(manager, blank(state), MASKS, "beef")
+
+
+def test_the_checksum_sees_one_bit_and_swapped_entries(state: RunState) -> None:
+    weights = state.params["layers"]["q_proj"]
+    found = {
+        checkpoint.checksum({"layers": {"q_proj": leaf}})
+        for leaf in (weights, weights.at[1, 2, 0].multiply(-1), weights.at[0, 0].set(weights[0, 0, ::-1]), -weights)
+    }
+    assert len(found) == 4
+    assert checkpoint.checksum(state.params) == checkpoint.checksum(jax.tree.map(jnp.copy, state.params))
+
+
+def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path: Path, state: RunState) -> None:
+    with checkpoint.open_checkpoints(tmp_path / "c", 2) as manager:
+        assert checkpoint.restore(manager, blank(state), MASKS, "ba5e") is None
+
+
+def test_a_saved_state_may_be_consumed_at_once(tmp_path: Path, state: RunState) -> None:
+    """The next step takes over the buffers of the state that is still being written."""
+    next_state = jax.jit(lambda train: jax.tree.map(lambda leaf: leaf + 1, train), donate_argnums=0)
+    with checkpoint.open_checkpoints(tmp_path / "c", 2) as manager:
+        train = jax.tree.map(jnp.copy, state.train)
+        checkpoint.save(manager, dataclasses.replace(state, train=train), False, "ba5e", {})
+        for _ in range(3):
+            train = next_state(train)
+    with checkpoint.open_checkpoints(tmp_path / "c", 2) as manager:
+        found = checkpoint.restore(manager, blank(state), MASKS, "ba5e")
+    assert found is not None
+    chex.assert_trees_all_equal(found[0].train, state.train)
+
+
+def after_row(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
+    """Does something as soon as the line of a step is in metrics.jsonl."""
+    append = log.append_row
+
+    def wrapped(path: Path, row: log.Row) -> None:
+        append(path, row)
+        if row["step"] == step:
+            act()
+
+    monkeypatch.setattr(log, "append_row", wrapped)
+
+
+def same_run(found: Path, expected: Path, metrics_of, files_of) -> None:
+    """Same lines but for the speed, and an export of the same bytes."""
+    rows = [
+        [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics_of(r)] for r in (found, expected)
+    ]
+    assert rows[0] == rows[1]
+    assert files_of(found / "export") == files_of(expected / "export")
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(
+    launch, efx_run: Path, tmp_path: Path, monkeypatch, capsys, metrics_of, files_of
+) -> None:
+    """A base that ADMM has moved comes back from the checkpoint."""
+    run, flags = tmp_path / "run", ("--preset", "efx")
+    with monkeypatch.context() as patch:
+        after_row(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        launch(run, *flags, code=130)
+    said = capsys.readouterr().err
+    assert "interrupted after 3 of 6 steps; saved" in said
+    assert f"--output {run}" in said
+    assert not (run / "summary.json").exists() and not (run / "export").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    launch(run, *flags)
+    same_run(run, efx_run, metrics_of, files_of)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    launch, paper_run: Path, tmp_path: Path, monkeypatch, metrics_of, files_of
+) -> None:
+    """Frozen base, moving average rebuilt from snapshots: dies in step 4, before the event that follows it."""
+    run, flags = tmp_path / "run", ("--preset", "paper")
+
+    def die() -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        after_row(patch, 4, die)
+        with pytest.raises(MemoryError):
+            launch(run, *flags)
+    assert [row["step"] for row in metrics_of(run)] == [1, 2, 3, 4]
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 5, "lo')
+    launch(run, *flags)
+    same_run(run, paper_run, metrics_of, files_of)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_a_finished_run_prints_its_table_again_and_does_nothing(
+    launch, paper_run: Path, monkeypatch, capsys, files_of
+) -> None:
+    before = files_of(paper_run)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a finished run loads nothing")
+
+    monkeypatch.setattr(run_module, "prepare", refuse)
+    launch(paper_run, "--preset", "paper")
+    out = capsys.readouterr().out
+    assert "| sparse expert |" in out and "| q_proj | 50.00 | 50.00 | 50.00 |" in out
+    assert str(paper_run / "export") in out
+    assert files_of(paper_run) == before
+
+
+def test_other_settings_on_the_same_output_are_refused_by_name(launch, paper_run: Path, capsys, files_of) -> None:
+    before = files_of(paper_run)
+    launch(paper_run, "--preset", "paper", "--train.learning_rate", "0.5", "--seed", "3", code=2)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "(train.learning_rate, seed)" in said and str(paper_run) in said
+    assert files_of(paper_run) == before

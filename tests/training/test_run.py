@@ -1,0 +1,179 @@
+"""A run on the user's own model and rows: what it writes, and that the parts of it agree."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import efx_jax
+from efx_jax.config_io import from_yaml
+from efx_jax.model.spec import LINEARS, ModelSpec
+
+TOKENS = np.asarray([[0, 3, 4, 9, 1], [0, 7, 8, 11, 12]], np.int32)
+METRICS = {"step", "tokens", "loss", "entropy", "learning_rate", "grad_norm", "sparsity", "tokens_per_second"}
+MetricsOf = Callable[[Path], list[dict[str, Any]]]
+
+
+@pytest.fixture(params=["paper", "official", "efx"])
+def run(request: pytest.FixtureRequest) -> Path:
+    folder: Path = request.getfixturevalue(f"{request.param}_run")
+    return folder
+
+
+def load(path: Path) -> tuple[dict[str, Any], ModelSpec]:
+    params, spec = efx_jax.load_pretrained(path, dtype=None)
+    return params, spec
+
+
+def zeros(run: Path) -> dict[str, np.ndarray]:
+    """Name -> bool `[L,O,I]`, where the exported linears are exactly zero."""
+    layers = load(run / "export")[0]["layers"]
+    return {name: np.asarray(layers[name]) == 0 for name in LINEARS}
+
+
+def masked_model(run: Path, base: Path) -> tuple[dict[str, Any], efx_jax.Adapters, dict[str, Any], ModelSpec]:
+    """The last checkpoint as Orbax reads it without being told anything, over the base where it was not moved."""
+    config = from_yaml((run / "config.yaml").read_text())
+    steps = [int(path.name) for path in (run / "checkpoints").iterdir()]
+    tree = ocp.StandardCheckpointer().restore(run / "checkpoints" / str(max(steps)) / "state")
+    params, spec = load(base)
+    if "layers" in tree:
+        params = {**params, "layers": tree["layers"]}
+    saved = tree["train"]["adapters"]
+    adapters = efx_jax.Adapters(saved["lora_a"], saved["lora_b"], config.lora.alpha / config.lora.rank)
+    return params, adapters, tree["masks"], spec
+
+
+def test_it_leaves_the_promised_files(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "export", "summary.json"}
+    exported = {path.name for path in (run / "export").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= exported
+
+
+def test_metrics_have_a_line_per_step_with_the_promised_keys(run: Path, metrics_of: MetricsOf) -> None:
+    rows = metrics_of(run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(set(row) == METRICS for row in rows)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    # Linear decay over six steps; `tokens` counts from the start of the run.
+    np.testing.assert_allclose([row["learning_rate"] for row in rows], 1e-2 * (1 - np.arange(6) / 6), rtol=1e-6)
+    assert all(4 <= late["tokens"] - early["tokens"] <= 16 for early, late in itertools.pairwise(rows))
+
+
+def test_training_lowers_the_loss(run: Path, metrics_of: MetricsOf) -> None:
+    losses = [row["loss"] for row in metrics_of(run)]
+    assert np.mean(losses[-2:]) < np.mean(losses[:2]) - 0.01
+
+
+def test_sparsity_in_the_metrics_starts_with_the_first_event(
+    paper_run: Path, efx_run: Path, metrics_of: MetricsOf
+) -> None:
+    # A line describes its step, which an event follows: paper at 2, 4, 6, efx at 1.
+    assert [row["sparsity"] for row in metrics_of(paper_run)] == [0, 0, 0.5, 0.5, 0.5, 0.5]
+    found = [row["sparsity"] for row in metrics_of(efx_run)]
+    np.testing.assert_allclose(found, [0, 0.5, 0.5, 0.5, 0.5, 0.5], atol=1e-3)
+
+
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_every_row_of_the_export_has_exactly_its_zeros(preset: str, request: pytest.FixtureRequest) -> None:
+    for name, found in zeros(request.getfixturevalue(f"{preset}_run")).items():
+        assert (found.sum(axis=-1) == found.shape[-1] // 2).all(), name
+
+
+def test_bounded_groups_are_exact_in_total_and_bounded_by_row(efx_run: Path) -> None:
+    for name, found in zeros(efx_run).items():
+        width = found.shape[-1]
+        assert (found.sum(axis=(1, 2)) == found[0].size // 2).all(), name
+        assert (found.sum(axis=-1) >= math.floor(0.3 * width)).all(), name
+        assert (found.sum(axis=-1) <= math.ceil(0.7 * width)).all(), name
+    assert len(set(zeros(efx_run)["up_proj"].sum(axis=-1).ravel())) > 1
+
+
+def test_the_summary_tells_what_happened(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"base", "sparse expert"} <= set(summary["results"])
+    for found in summary["results"].values():
+        low, high = found["perplexity"]["interval"]
+        assert low <= found["perplexity"]["value"] <= high
+        assert 0 <= found["task"]["accuracy"] <= 1
+        assert found["task"]["rows"] == 3
+    for name, found in zeros(run).items():
+        np.testing.assert_allclose(summary["sparsity"][name], found.mean(axis=(1, 2)))
+    assert set(summary["sparsity"]) == set(LINEARS)
+    assert {"load", "evaluate base", "train", "prune", "checkpoint", "export", "evaluate export"} <= set(
+        summary["seconds"]
+    )
+    assert summary["peak_memory_mib"] > 50
+    assert {"python", "jax", "optax", "orbax-checkpoint"} <= set(summary["versions"])
+    assert (summary["seed"], summary["steps"]) == (0, 6)
+    assert summary["events"][-1]["last"] is True
+
+
+def test_the_dense_adapter_is_measured_before_a_single_event(efx_run: Path, paper_run: Path) -> None:
+    results = [json.loads((run / "summary.json").read_text())["results"] for run in (efx_run, paper_run)]
+    assert [[name for name in found if name.startswith("dense LoRA")] for found in results] == [
+        ["dense LoRA, step 1"],
+        [],
+    ]
+
+
+def test_the_resolved_settings_are_beside_the_results(paper_run: Path) -> None:
+    config = from_yaml((paper_run / "config.yaml").read_text())
+    assert (config.prune.recovery, config.prune.ema, config.lora.rank, config.train.steps) == ("pbs", 0.5, 2, 6)
+
+
+def test_the_export_is_the_masked_model_with_its_adapters(run: Path, tiny_folder: Path) -> None:
+    params, adapters, masks, spec = masked_model(run, tiny_folder)
+    expected = efx_jax.forward(params, jnp.asarray(TOKENS), spec, adapters, masks)
+    exported, exported_spec = load(run / "export")
+    assert exported_spec == spec
+    np.testing.assert_allclose(efx_jax.forward(exported, jnp.asarray(TOKENS), spec), expected, rtol=1e-4, atol=1e-6)
+    base = efx_jax.forward(load(tiny_folder)[0], jnp.asarray(TOKENS), spec)
+    assert float(jnp.max(jnp.abs(expected - base))) > 1e-2
+
+
+def test_transformers_opens_the_export_and_computes_the_same(run: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+    params, spec = load(run / "export")
+    found = efx_jax.forward(params, jnp.asarray(TOKENS), spec)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    assert transformers.AutoTokenizer.from_pretrained(run / "export")("fever lung")["input_ids"] == [3, 9]
+
+
+def test_gram_surgery_on_a_cubic_ramp_over_whole_matrices(launch, tmp_path: Path, metrics_of: MetricsOf) -> None:
+    flags = "--preset paper --prune.recovery gram_pbs --prune.schedule cubic --prune.events 3 --prune.ramp 0 1"
+    flags += " --prune.group matrix --prune.score foresight_gated --prune.mask_forward ste --data.packing"
+    run = launch(tmp_path / "run", *flags.split())
+    # 0.5 (1 - (1 - t)^3) after steps 2, 4 and 6.
+    found = [row["sparsity"] for row in metrics_of(run)]
+    np.testing.assert_allclose(found, [0, 0] + [0.5 * 19 / 27] * 2 + [0.5 * 26 / 27] * 2, atol=5e-3)
+    for name, gone in zeros(run).items():
+        assert (gone.sum(axis=(1, 2)) == gone[0].size // 2).all(), name
+
+
+def test_two_of_four_refitted_block_by_block_and_merged_at_each_event(launch, tmp_path: Path) -> None:
+    flags = "--preset paper --prune.group 2:4 --prune.recovery admm --prune.sequential --prune.merge_each_event"
+    run = launch(tmp_path / "run", *flags.split(), "--prune.schedule", "fractions", "--prune.fractions", "0.3", "0.7")
+    for name, gone in zeros(run).items():
+        assert (gone.reshape(*gone.shape[:2], -1, 4).sum(axis=-1) == 2).all(), name
+
+
+def test_without_sparsity_the_run_is_plain_lora(launch, tmp_path: Path, metrics_of: MetricsOf) -> None:
+    run = launch(tmp_path / "run", "--prune.sparsity", "0", "--data.holdout", "0", "--train.steps", "6")
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["results"]) == {"base", "dense expert"}
+    assert not any(found.any() for found in zeros(run).values())
+    assert {row["sparsity"] for row in metrics_of(run)} == {0}
+    assert (summary["events"], "perplexity" in summary["results"]["base"]) == ([], False)
