@@ -38,6 +38,7 @@ train:
   steps: 6
   batch_size: 2
   learning_rate: 1e-2
+  remat: false
 eval:
   window: 32
 """

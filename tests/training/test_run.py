@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -18,6 +19,7 @@ from efx_jax.model.spec import LINEARS, ModelSpec
 
 TOKENS = np.asarray([[0, 3, 4, 9, 1], [0, 7, 8, 11, 12]], np.int32)
 METRICS = {"step", "tokens", "loss", "entropy", "learning_rate", "grad_norm", "sparsity", "tokens_per_second"}
+logits = jax.jit(efx_jax.forward, static_argnames="spec")
 MetricsOf = Callable[[Path], list[dict[str, Any]]]
 
 
@@ -132,11 +134,11 @@ def test_the_resolved_settings_are_beside_the_results(paper_run: Path) -> None:
 
 def test_the_export_is_the_masked_model_with_its_adapters(run: Path, tiny_folder: Path) -> None:
     params, adapters, masks, spec = masked_model(run, tiny_folder)
-    expected = efx_jax.forward(params, jnp.asarray(TOKENS), spec, adapters, masks)
+    expected = logits(params, jnp.asarray(TOKENS), spec, adapters, masks)
     exported, exported_spec = load(run / "export")
     assert exported_spec == spec
-    np.testing.assert_allclose(efx_jax.forward(exported, jnp.asarray(TOKENS), spec), expected, rtol=1e-4, atol=1e-6)
-    base = efx_jax.forward(load(tiny_folder)[0], jnp.asarray(TOKENS), spec)
+    np.testing.assert_allclose(logits(exported, jnp.asarray(TOKENS), spec), expected, rtol=1e-4, atol=1e-6)
+    base = logits(load(tiny_folder)[0], jnp.asarray(TOKENS), spec)
     assert float(jnp.max(jnp.abs(expected - base))) > 1e-2
 
 
@@ -147,7 +149,7 @@ def test_transformers_opens_the_export_and_computes_the_same(run: Path) -> None:
     with torch.no_grad():
         expected = model(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
     params, spec = load(run / "export")
-    found = efx_jax.forward(params, jnp.asarray(TOKENS), spec)
+    found = logits(params, jnp.asarray(TOKENS), spec)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     assert transformers.AutoTokenizer.from_pretrained(run / "export")("fever lung")["input_ids"] == [3, 9]
 
