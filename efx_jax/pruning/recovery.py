@@ -5,6 +5,7 @@ caller divides by the scale once. Every solve is float32 at the highest matmul p
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,56 @@ _TRIES = 6
 _einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
 
 
-def damped_cholesky(matrix: Array, damping: Array) -> Array:
+@jax.custom_batching.sequential_vmap
+def matrix_cholesky(matrix: Array) -> Array:
+    """Lower Cholesky factor of a large `[n,n]`, NaN where it has none; one matrix at a time also under `vmap`.
+
+    LAPACK's batched kernels wait for ever in XLA's CPU backend when two of them run at once and hold all threads of
+    its pool (jax 0.10.2 on two cores, reproduced with two batches of 64 matrices of 64 x 64).
+    """
+    return jnp.linalg.cholesky(matrix)
+
+
+@jax.custom_batching.sequential_vmap
+def matrix_solve(lower: Array, rhs: Array) -> Array:
+    """X with L L^T X = rhs: `lower [n,n]`, `rhs [n,m]`; one system at a time, as `matrix_cholesky`."""
+    return jax.scipy.linalg.cho_solve((lower, True), rhs)
+
+
+def row_cholesky(matrix: Array) -> Array:
+    """Lower Cholesky factor of a small `[R,R]`, column by column; NaN where it has none.
+
+    Plain array operations, for thousands of rows at once under `vmap` (see `matrix_cholesky` for what else is wrong).
+    """
+    rows = jnp.arange(matrix.shape[0])
+
+    def column(k: Array, lower: Array) -> Array:
+        left = matrix[:, k] - _einsum("rs,s->r", lower, lower[k])
+        return lower.at[:, k].set(jnp.where(rows >= k, left / jnp.sqrt(left[k]), 0.0))
+
+    return jax.lax.fori_loop(0, matrix.shape[0], column, jnp.zeros_like(matrix))
+
+
+def row_solve(lower: Array, rhs: Array) -> Array:
+    """x with L L^T x = rhs: `lower [R,R]`, `rhs [R]`."""
+    size = lower.shape[0]
+
+    def forward(k: Array, y: Array) -> Array:
+        return y.at[k].set((rhs[k] - jnp.sum(lower[k] * y)) / lower[k, k])
+
+    def backward(step: Array, x: Array) -> Array:
+        k = size - 1 - step
+        return x.at[k].set((y[k] - jnp.sum(lower[:, k] * x)) / lower[k, k])
+
+    y = jax.lax.fori_loop(0, size, forward, jnp.zeros_like(rhs))
+    return jax.lax.fori_loop(0, size, backward, jnp.zeros_like(rhs))
+
+
+def damped(factorise: Callable[[Array], Array], matrix: Array, damping: Array) -> Array:
     """Lower Cholesky factor of `matrix + damping * I`, the damping raised tenfold until the factor is finite.
 
     Args:
+        factorise: `matrix_cholesky` or `row_cholesky`.
         matrix: symmetric `[n,n]`.
         damping: scalar >= 0.
 
@@ -30,7 +77,7 @@ def damped_cholesky(matrix: Array, damping: Array) -> Array:
     least = jnp.finfo(jnp.float32).eps * jnp.mean(jnp.diagonal(matrix)) + jnp.finfo(jnp.float32).tiny
 
     def factor(amount: Array) -> Array:
-        return jnp.linalg.cholesky(matrix + amount * identity)
+        return factorise(matrix + amount * identity)
 
     def failed(state: tuple[Array, Array, Array]) -> Array:
         tries, _, lower = state
@@ -43,10 +90,6 @@ def damped_cholesky(matrix: Array, damping: Array) -> Array:
 
     damping = jnp.asarray(damping, jnp.float32)
     return jax.lax.while_loop(failed, retry, (jnp.int32(0), damping, factor(damping)))[2]
-
-
-def _solve_factored(lower: Array, rhs: Array) -> Array:
-    return jax.scipy.linalg.cho_solve((lower, True), rhs)
 
 
 def partial_brain_surgeon(weight: Array, lora_a: Array, mask: Array, input_energy: Array, ridge: float = 1e-8) -> Array:
@@ -68,11 +111,11 @@ def partial_brain_surgeon(weight: Array, lora_a: Array, mask: Array, input_energ
     weight, lora_a = weight.astype(jnp.float32), lora_a.astype(jnp.float32)
     weighted_a = lora_a * input_energy
     # The r x r system is the same for every row: one Cholesky factor serves all.
-    lower = damped_cholesky(_einsum("ri,si->rs", weighted_a, lora_a), jnp.float32(ridge))
+    lower = damped(row_cholesky, _einsum("ri,si->rs", weighted_a, lora_a), jnp.float32(ridge))
 
     def row(weight_row: Array, mask_row: Array) -> Array:
         pruned = jnp.where(mask_row, 0.0, weight_row)
-        return -_solve_factored(lower, _einsum("ri,i->r", weighted_a, pruned))
+        return -row_solve(lower, _einsum("ri,i->r", weighted_a, pruned))
 
     return jax.vmap(row)(weight, mask)
 
@@ -114,9 +157,9 @@ def gram_brain_surgeon(
         system = _einsum("rj,sj->rs", a_gram, masked_a)
         rhs = _einsum("rj,j->r", a_gram, lost_row)
         mean = jnp.trace(system) / rank
-        lower = damped_cholesky(system, ridge * mean)
+        lower = damped(row_cholesky, system, ridge * mean)
         # A row that keeps nothing A can reach has a zero system and nothing to solve for.
-        return jnp.where(mean > 0, _solve_factored(lower, rhs), 0.0)
+        return jnp.where(mean > 0, row_solve(lower, rhs), 0.0)
 
     return jax.lax.map(row, (lost, mask), batch_size=min(chunk_rows or weight.shape[0], weight.shape[0]))
 
@@ -151,7 +194,7 @@ def admm_update(
     gram = gram / (scale[:, None] * scale[None, :]) + damping * identity
     goal = (weight if target is None else target).astype(jnp.float32) * scale
     rho = 1.0
-    inverse = _solve_factored(damped_cholesky(gram, jnp.float32(rho)), identity)
+    inverse = matrix_solve(damped(matrix_cholesky, gram, jnp.float32(rho)), identity)
     goal_gram = _einsum("oi,ij->oj", goal, gram)
 
     def step(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:

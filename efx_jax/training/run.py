@@ -172,9 +172,8 @@ def _train(
                 if event is not None:
                     if event.last and not state.masks:
                         with journal.phase("evaluate dense"):
-                            journal.results["dense LoRA"] = measure(
-                                config, prepared, state.params, state.train.adapters
-                            )
+                            name = f"dense LoRA, step {event.step}"
+                            journal.results[name] = measure(config, prepared, state.params, state.train.adapters)
                     with journal.phase("prune"):
                         state = prune_run(config, prepared, state, event)
                     base_moved = base_moved or moves_base(config.prune)

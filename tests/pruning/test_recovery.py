@@ -1,6 +1,7 @@
 """Closed forms and ADMM against float64 NumPy: each against its own definition and against what it must never do."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,14 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efx_jax.pruning.recovery import admm_update, damped_cholesky, gram_brain_surgeon, partial_brain_surgeon
+from efx_jax.pruning.recovery import (
+    admm_update,
+    damped,
+    gram_brain_surgeon,
+    matrix_cholesky,
+    partial_brain_surgeon,
+    row_cholesky,
+    row_solve,
+)
 
 OUT, IN, RANK, TOKENS = 12, 16, 3, 80
 
 pbs = jax.jit(partial_brain_surgeon)
 gram_pbs = jax.jit(gram_brain_surgeon, static_argnames="chunk_rows")
 admm = jax.jit(admm_update, static_argnames="steps")
-cholesky = jax.jit(damped_cholesky)
+cholesky = jax.jit(functools.partial(damped, matrix_cholesky))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,17 +253,16 @@ def test_a_matrix_with_nan_ends_in_nan_and_not_in_a_loop() -> None:
     assert np.isnan(cholesky(np.full((5, 5), np.nan, np.float32), 0.0)).any()
 
 
-def products(program: Any) -> Iterator[Any]:
-    """Every matrix product of a program, those inside loops and calls too."""
+def equations(program: Any) -> Iterator[Any]:
+    """Every operation of a program, those inside loops and calls too."""
     for equation in program.eqns:
-        if equation.primitive.name == "dot_general":
-            yield equation
+        yield equation
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
             if hasattr(inner, "eqns"):
-                yield from products(inner)
+                yield from equations(inner)
 
 
-@pytest.mark.parametrize(("recover", "count"), [("pbs", 2), ("gram_pbs", 3), ("admm", 2)])
+@pytest.mark.parametrize(("recover", "count"), [("pbs", 4), ("gram_pbs", 5), ("admm", 2)])
 def test_every_product_of_a_solve_asks_for_float32(layer: Problem, recover: str, count: int) -> None:
     weight, lora_a, mask, gram, energy = single(layer.weight, layer.lora_a, layer.mask, layer.gram, layer.energy)
     program = {
@@ -262,7 +270,29 @@ def test_every_product_of_a_solve_asks_for_float32(layer: Problem, recover: str,
         "gram_pbs": lambda: jax.make_jaxpr(gram_brain_surgeon)(weight, lora_a, mask, gram),
         "admm": lambda: jax.make_jaxpr(admm_update)(weight, mask, gram),
     }[recover]()
-    found = list(products(program.jaxpr))
+    found = [equation for equation in equations(program.jaxpr) if equation.primitive.name == "dot_general"]
     assert len(found) == count
     for product in found:
         assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+
+
+def test_row_cholesky_equals_lapack_and_marks_what_has_no_factor() -> None:
+    rng = np.random.default_rng(0)
+    roots = rng.normal(size=(20, 8, 12))
+    systems = (roots @ roots.transpose(0, 2, 1)).astype(np.float32)
+    rhs = rng.normal(size=(20, 8)).astype(np.float32)
+    lower = jax.jit(jax.vmap(row_cholesky))(systems)
+    np.testing.assert_allclose(lower, np.linalg.cholesky(systems), atol=1e-5 * np.abs(systems).max())
+    solved = jax.jit(jax.vmap(row_solve))(lower, rhs)
+    np.testing.assert_allclose(np.einsum("brs,bs->br", systems, solved), rhs, atol=1e-4)
+    assert not np.isfinite(row_cholesky(jnp.diag(jnp.asarray([1.0, -1.0, 1.0])))).all()
+
+
+def test_no_solve_calls_a_batched_lapack_kernel(layer: Problem) -> None:
+    """Two batched LAPACK kernels at once wait for each other for ever on XLA's CPU backend."""
+    arguments = [np.stack([array] * 2) for array in single(layer.weight, layer.mask, layer.gram)]
+    program = jax.make_jaxpr(jax.vmap(admm_update))(*arguments)
+    found = [equation for equation in equations(program.jaxpr) if equation.primitive.name == "cholesky"]
+    assert found and all(equation.invars[0].aval.ndim == 2 for equation in found)
+    rows = jax.make_jaxpr(gram_brain_surgeon)(*single(layer.weight, layer.lora_a, layer.mask, layer.gram))
+    assert not [equation for equation in equations(rows.jaxpr) if equation.primitive.name == "cholesky"]
