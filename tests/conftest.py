@@ -5,7 +5,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from efx_jax.model.spec import ModelSpec, RopeSpec, init_params
+from efx_jax.model.rope import RopeSpec
+from efx_jax.model.spec import ModelSpec, init_params
 from efx_jax.weights.hf import save_pretrained
 
 jax.config.update("jax_num_cpu_devices", 8)

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 import efx_jax
-from efx_jax.model.spec import ModelSpec, RopeSpec, init_params
+from efx_jax.model.rope import RopeSpec
+from efx_jax.model.spec import ModelSpec, init_params
 from efx_jax.weights.hf import save_pretrained
 
 README = Path(__file__).parents[1] / "README.md"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efx_jax.lora import contract
-from efx_jax.model.spec import RopeSpec, yarn_attention_factor
+from efx_jax.model.rope import RopeSpec, yarn_attention_factor
 
 Array = jax.Array
 

@@ -5,38 +5,19 @@ versions know only `rope_theta` and `rope_scaling`. Both schemas are read and bo
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from efx_jax.errors import InputError
+from efx_jax.model.rope import RopeSpec, rope_from_config, rope_to_config
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
-# The library defaults that a config.json leaves out (transformers' configuration classes).
+# What a config.json leaves out (transformers' configuration classes).
 _DEFAULT_EPS = 1e-6
-_DEFAULT_THETA = 10000.0
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeSpec:
-    """Rotary embedding. `original_max_position` is the context length before scaling, in tokens."""
-
-    rope_type: str = "default"
-    theta: float = _DEFAULT_THETA
-    factor: float = 1.0
-    original_max_position: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +87,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         rms_norm_eps=float(config.get("rms_norm_eps") or _DEFAULT_EPS),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_position_embeddings=max_positions,
-        rope=_rope_from_config(config, max_positions),
+        rope=rope_from_config(config, max_positions),
         biases=_biases(config, model_type),
         qk_norm=model_type == "qwen3",
         bos_token_id=config.get("bos_token_id"),
@@ -122,7 +103,7 @@ def config_from_spec(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         spec: the model.
         dtype: "float32", "bfloat16" or "float16": the dtype of the stored weights.
     """
-    rope_parameters = _rope_to_config(spec.rope)
+    rope_parameters = rope_to_config(spec.rope)
     eos = list(spec.eos_token_ids)
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[spec.model_type]],
@@ -260,73 +241,3 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
             "config.json: quantization_config found; quantised safetensors are not supported; use the unquantised "
             "checkpoint or a GGUF file"
         )
-
-
-_ROPE_FIELDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor",),
-}
-_YARN_OPTIONAL = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
-
-
-def _rope_from_config(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
-    # Where a config.json holds both, transformers takes the older key.
-    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    if rope_type not in _ROPE_FIELDS:
-        raise InputError(
-            f"config.json: rope_type {rope_type!r} is not supported; expected one of {', '.join(_ROPE_FIELDS)}"
-        )
-    partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial not in (None, 1, 1.0):
-        raise InputError(f"config.json: partial_rotary_factor {partial} is not supported; expected 1.0")
-    # An old reader's rope_theta stands at the top level, a new one's inside rope_parameters.
-    theta = parameters.get("rope_theta", config.get("rope_theta")) or _DEFAULT_THETA
-    missing = [name for name in _ROPE_FIELDS[rope_type] if name not in parameters]
-    if missing:
-        raise InputError(f"config.json: rope_type {rope_type!r} needs {', '.join(missing)} in rope_parameters")
-    original = parameters.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    factor = float(parameters.get("factor") or 1.0)
-    if rope_type == "yarn" and original:
-        # transformers takes the factor implied by the two context lengths unless it is given explicitly.
-        factor = float(parameters.get("factor") or max_positions / original)
-    fields = {name: parameters[name] for name in _YARN_OPTIONAL if parameters.get(name) is not None}
-    if rope_type == "llama3":
-        fields = {name: float(parameters[name]) for name in ("low_freq_factor", "high_freq_factor")}
-    return RopeSpec(
-        rope_type=rope_type,
-        theta=float(theta),
-        factor=factor,
-        original_max_position=int(original or max_positions),
-        **fields,
-    )
-
-
-def _rope_to_config(rope: RopeSpec) -> dict[str, Any]:
-    parameters: dict[str, Any] = {"rope_type": rope.rope_type}
-    if rope.rope_type == "default":
-        return parameters
-    parameters["factor"] = rope.factor
-    if rope.rope_type in ("llama3", "yarn"):
-        parameters["original_max_position_embeddings"] = rope.original_max_position
-    if rope.rope_type == "llama3":
-        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    if rope.rope_type == "yarn":
-        optional = {name: getattr(rope, name) for name in _YARN_OPTIONAL}
-        parameters |= {name: value for name, value in optional.items() if value is not None}
-    return parameters
-
-
-def yarn_attention_factor(rope: RopeSpec) -> float:
-    """The factor on cos and sin under YaRN (arXiv 2309.00071, section 3.4, and transformers' mscale variants)."""
-
-    def mscale(scale: float, weight: float = 1.0) -> float:
-        return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
-
-    if rope.attention_factor is not None:
-        return rope.attention_factor
-    if rope.mscale and rope.mscale_all_dim:
-        return mscale(rope.factor, rope.mscale) / mscale(rope.factor, rope.mscale_all_dim)
-    return mscale(rope.factor)

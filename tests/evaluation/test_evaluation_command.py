@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from efx_jax.evaluation.__main__ import main
-from efx_jax.model.spec import ModelSpec, RopeSpec, init_params
+from efx_jax.model.rope import RopeSpec
+from efx_jax.model.spec import ModelSpec, init_params
 from efx_jax.weights.hf import save_pretrained
 
 tokenizers = pytest.importorskip("tokenizers")

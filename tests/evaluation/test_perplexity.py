@@ -10,7 +10,8 @@ from efx_jax.evaluation import likelihood
 from efx_jax.evaluation.perplexity import perplexity, summarise
 from efx_jax.lora import init_lora
 from efx_jax.model.decoder import forward
-from efx_jax.model.spec import ModelSpec, RopeSpec, init_params
+from efx_jax.model.rope import RopeSpec
+from efx_jax.model.spec import ModelSpec, init_params
 
 SPEC = ModelSpec(
     model_type="llama",

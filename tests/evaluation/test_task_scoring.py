@@ -10,7 +10,8 @@ from efx_jax.evaluation.branches import encode_labels, lay_out
 from efx_jax.evaluation.tasks import evaluate_task, label_scores, summarise
 from efx_jax.lora import init_lora
 from efx_jax.model.decoder import forward
-from efx_jax.model.spec import ModelSpec, RopeSpec, init_params
+from efx_jax.model.rope import RopeSpec
+from efx_jax.model.spec import ModelSpec, init_params
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")

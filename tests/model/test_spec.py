@@ -9,16 +9,15 @@ import jax
 import pytest
 
 from efx_jax.errors import InputError
+from efx_jax.model.rope import RopeSpec, yarn_attention_factor
 from efx_jax.model.spec import (
     LINEARS,
     ModelSpec,
-    RopeSpec,
     config_from_spec,
     init_params,
     linear_shapes,
     param_shapes,
     spec_from_config,
-    yarn_attention_factor,
 )
 
 Config = dict[str, Any]
