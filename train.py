@@ -10,6 +10,7 @@ import tyro
 from efx_jax.config import Config
 from efx_jax.config_io import resolve
 from efx_jax.errors import InputError
+from efx_jax.files import is_disk_full
 
 _INTERRUPTED = 130  # as shells report it, so that `train.py && ...` stops
 
@@ -43,6 +44,16 @@ def main(argv: Sequence[str]) -> int:
     except InputError as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        print(
+            f"train.py: {error.filename or 'the output'}: the disk is full; make room, then run it again to go on",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     return 0 if summary or resolved.dry_run else _INTERRUPTED
 
 

@@ -87,7 +87,7 @@ def _user_errors(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if _is_disk_full(error):
+        if is_disk_full(error):
             raise InputError(
                 f"{path}: the disk is full; nothing was written; free some space or choose another disk"
             ) from error
@@ -97,7 +97,7 @@ def _user_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that the disk, or the user's quota on it, is full (also when a C++ library says it)."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True

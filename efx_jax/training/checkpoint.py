@@ -1,6 +1,8 @@
 """Checkpoints of a run: adapters, optimizer, masks and pruning state; the base only where an event has moved it."""
 
 import dataclasses
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import InputError
 from efx_jax.pruning.average import PruneState
 from efx_jax.training.state import RunState
@@ -21,26 +24,26 @@ def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
-def save(manager: ocp.CheckpointManager, state: RunState, base_moved: bool, base: str, notes: dict[str, Any]) -> None:
+def save(manager: ocp.CheckpointManager, state: RunState, base_moved: bool, origin: str, notes: dict[str, Any]) -> None:
     """Saves after `state.train.step` updates.
 
     Args:
         manager: from `open_checkpoints`.
         state: what is saved; its `params` only if `base_moved`.
         base_moved: whether an event has rewritten the base.
-        base: checksum of the base that the run started from.
+        origin: fingerprint of what the run started from.
         notes: JSON that comes back with the state.
     """
     step = int(state.train.step)
     if manager.latest_step() == step:
         return
-    meta = {"base_moved": base_moved, "masked": bool(state.masks), "base": base, "notes": notes}
+    meta = {"base_moved": base_moved, "masked": bool(state.masks), "origin": origin, "notes": notes}
     items = ocp.args.Composite(state=ocp.args.StandardSave(_to_tree(state, base_moved)), meta=ocp.args.JsonSave(meta))
     manager.save(step, args=items)
 
 
 def restore(
-    manager: ocp.CheckpointManager, fresh: RunState, mask_shapes: _Tree, base: str
+    manager: ocp.CheckpointManager, fresh: RunState, mask_shapes: _Tree, origin: str
 ) -> tuple[RunState, bool, dict[str, Any]] | None:
     """Reads the latest checkpoint.
 
@@ -48,22 +51,23 @@ def restore(
         manager: from `open_checkpoints`.
         fresh: the run's state at step 0, which gives shapes, dtypes and the base.
         mask_shapes: bool `ShapeDtypeStruct [L,O,I]` of every pruned linear.
-        base: checksum of the base at hand.
+        origin: fingerprint of what is at hand.
 
     Returns:
         (state, base_moved, notes), or None without a checkpoint.
 
     Raises:
-        InputError: the checkpoint belongs to another base.
+        InputError: the checkpoint belongs to another base or other training data.
     """
     step = manager.latest_step()
     if step is None:
         return None
     meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    if meta["base"] != base:
+    if meta["origin"] != origin:
         raise InputError(
-            f"{manager.directory}: was written on another base model (checksum {meta['base']}, found {base}); "
-            "restore that model at model.path, or choose another --output"
+            f"{manager.directory}: was written on another base model or other training data (fingerprint "
+            f"{meta['origin']}, found {origin}); bring back what model.path and data.train held, or choose another "
+            "--output"
         )
     template = _to_tree(dataclasses.replace(fresh, masks=mask_shapes if meta["masked"] else {}), meta["base_moved"])
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
@@ -74,9 +78,12 @@ def restore(
     return state, meta["base_moved"], meta["notes"]
 
 
-def checksum(params: _Tree) -> str:
-    """A 32-bit checksum of all weights, computed where they lie: enough to notice that a file was replaced."""
-    return f"{int(_checksum(params)):08x}"
+def fingerprint(params: _Tree, sequences: Sequence[Tokenized]) -> str:
+    """Checksums of all weights, computed where they lie, and of the training tokens: enough to notice another file."""
+    data = 0
+    for sequence in sequences:
+        data = zlib.crc32(sequence.loss.tobytes(), zlib.crc32(sequence.tokens.tobytes(), data))
+    return f"{int(_checksum(params)):08x}-{data:08x}"
 
 
 @jax.jit

@@ -12,7 +12,7 @@ from efx_jax.pruning.sequential import prune_event_sequential
 from efx_jax.pruning.statistics import collect_statistics
 from efx_jax.training.prepare import Prepared, calibration
 from efx_jax.training.schedule import Event
-from efx_jax.training.state import RunState, forget_moments
+from efx_jax.training.state import RunState, restart_adam
 
 
 def prune_run(config: Config, prepared: Prepared, state: RunState, event: Event) -> RunState:
@@ -44,7 +44,7 @@ def prune_run(config: Config, prepared: Prepared, state: RunState, event: Event)
     assert new_adapters is not None
     opt_state = state.train.opt_state
     if prune.recovery == "admm":
-        opt_state = forget_moments(opt_state, prune.targets)
+        opt_state = restart_adam(opt_state)
     train = dataclasses.replace(state.train, adapters=new_adapters, opt_state=opt_state)
     # Waited for here, so that the time of an event is not counted as that of whatever comes next.
     return jax.block_until_ready(RunState(train=train, params=params, masks=new_masks, prune=prune_state))

@@ -37,6 +37,8 @@ from efx_jax.training.step import StepOptions, train_step
 from efx_jax.training.summary import print_summary, write_summary
 from efx_jax.weights.hf import load_pretrained, save_pretrained
 
+Array = jax.Array
+
 
 @dataclasses.dataclass
 class _Journal:
@@ -54,6 +56,13 @@ class _Journal:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def take_up(self, notes: dict[str, Any]) -> None:
+        """Goes on from what an earlier session has saved; its seconds add up."""
+        self.results.update(notes["results"])
+        self.tokens = notes["tokens"]
+        for name, seconds in notes["seconds"].items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 def run(config: Config, output: Path, dry_run: bool = False) -> dict[str, Any]:
@@ -112,6 +121,7 @@ def _refuse_other_run(config: Config, output: Path) -> None:
     differing = [
         f"{section.name}.{field}"
         for section in dataclasses.fields(Config)
+        if section.name != "log"
         for field in _differing(getattr(found, section.name), getattr(config, section.name))
     ]
     if differing:
@@ -128,9 +138,14 @@ def _differing(first: Any, second: Any) -> list[str]:
     return [name for name in fields if getattr(first, name) != getattr(second, name)]
 
 
+def _keys(config: Config) -> Array:
+    """PRNG keys of the adapters' first values, of the events and of the dropout."""
+    return jax.random.split(jax.random.key(config.seed), 3)
+
+
 def _fresh_state(config: Config, prepared: Prepared, tx: optax.GradientTransformation, events: int) -> RunState:
     lora = config.lora
-    adapter_key, prune_key = jax.random.split(jax.random.key(config.seed))
+    adapter_key, prune_key, _ = _keys(config)
     adapters = init_lora(adapter_key, prepared.params, prepared.spec, lora.rank, lora.alpha, lora.targets, lora.rslora)
     prune = init_prune_state(prepared.params, adapters, config.prune, prune_key, max(1, events))
     return RunState(init_train_state(adapters, tx), prepared.params, {}, prune)
@@ -152,13 +167,11 @@ def _train(
     layers = prepared.params["layers"]
     masks = {name: jax.ShapeDtypeStruct(layers[name].shape, jnp.bool_) for name in config.prune.targets}
     with checkpoint.open_checkpoints(output / "checkpoints", config.train.keep) as manager, _interruptible() as stop:
-        base = checkpoint.checksum(prepared.params)
-        restored = checkpoint.restore(manager, state, masks, base)
+        origin = checkpoint.fingerprint(prepared.params, prepared.train)
+        restored = checkpoint.restore(manager, state, masks, origin)
         if restored is not None:
             state, base_moved, notes = restored
-            journal.results.update(notes["results"])
-            journal.seconds.update(notes["seconds"])
-            journal.tokens = notes["tokens"]
+            journal.take_up(notes)
         else:
             with journal.phase("evaluate base"):
                 journal.results["base"] = measure(config, prepared, prepared.params)
@@ -181,11 +194,13 @@ def _train(
                 due = every and int(state.train.step) % every == 0
                 if event is not None or due or stop.is_set() or int(state.train.step) == steps:
                     with journal.phase("checkpoint"):
-                        checkpoint.save(manager, state, base_moved, base, dataclasses.asdict(journal))
-    if int(state.train.step) < steps:
+                        checkpoint.save(manager, state, base_moved, origin, dataclasses.asdict(journal))
+    done = int(state.train.step)
+    if done < steps:
+        saved = "saved" if done else "nothing to save yet"
         print(
-            f"interrupted after {int(state.train.step)} of {steps} steps; saved. The same command with "
-            f"--output {output} goes on from there.",
+            f"interrupted after {done} of {steps} steps; {saved}. The same command with --output {output} goes on "
+            "from there.",
             file=sys.stderr,
         )
         return None
@@ -227,8 +242,10 @@ def _update(
         micro_batches=train.batch_size // (train.micro_batch or train.batch_size),
     )
     began = time.perf_counter()
-    key = jax.random.key(config.seed)
-    new, metrics = train_step(state.train, state.params, state.masks or None, batch, key, prepared.spec, tx, options)
+    dropout_key = _keys(config)[2]
+    new, metrics = train_step(
+        state.train, state.params, state.masks or None, batch, dropout_key, prepared.spec, tx, options
+    )
     values = {name: float(value) for name, value in metrics.items()}
     seconds = time.perf_counter() - began
     if not np.isfinite(values["loss"]):

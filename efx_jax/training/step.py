@@ -112,7 +112,7 @@ def train_step(
     metrics = {
         "loss": nll / count,
         "entropy": entropy / count,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "tokens": jnp.sum(batch["lengths"]).astype(jnp.float32),
     }
     adapters = dataclasses.replace(state.adapters, lora_a=arrays["lora_a"], lora_b=arrays["lora_b"])

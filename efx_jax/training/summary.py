@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import platform
 import resource
 import sys
@@ -57,8 +58,17 @@ def write_summary(
         "versions": {"python": platform.python_version()} | _versions(),
         "seed": seed,
     }
-    atomic_write(output / "summary.json", json.dumps(summary, indent=1))
+    atomic_write(output / "summary.json", json.dumps(_finite(summary), indent=1, allow_nan=False))
     return summary
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: such a number becomes null."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_summary(summary: Mapping[str, Any], output: Path) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import efx_jax.training.run as run_module
 from efx_jax.config import TrainConfig
+from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
 from efx_jax.pruning.average import PruneState
@@ -106,19 +108,27 @@ def test_another_base_model_is_refused(tmp_path: Path, state: RunState) -> None:
     save(tmp_path / "c", [state])
     with (
         checkpoint.open_checkpoints(tmp_path / "c", 2) as manager,
-        pytest.raises(InputError, match=r"another base model \(checksum ba5e, found beef\).*--output"),
+        pytest.raises(InputError, match=r"another base model .*\(fingerprint ba5e, found beef\).*--output"),
     ):
         checkpoint.restore(manager, blank(state), MASKS, "beef")
 
 
-def test_the_checksum_sees_one_bit_and_swapped_entries(state: RunState) -> None:
+def test_the_fingerprint_sees_one_bit_swapped_entries_and_another_token(state: RunState) -> None:
     weights = state.params["layers"]["q_proj"]
+    rows = [
+        Tokenized(np.arange(5, dtype=np.int32), np.arange(5) > 2),
+        Tokenized(np.zeros(3, np.int32), np.ones(3, bool)),
+    ]
     found = {
-        checkpoint.checksum({"layers": {"q_proj": leaf}})
+        checkpoint.fingerprint({"layers": {"q_proj": leaf}}, rows)
         for leaf in (weights, weights.at[1, 2, 0].multiply(-1), weights.at[0, 0].set(weights[0, 0, ::-1]), -weights)
     }
     assert len(found) == 4
-    assert checkpoint.checksum(state.params) == checkpoint.checksum(jax.tree.map(jnp.copy, state.params))
+    same = checkpoint.fingerprint(state.params, rows)
+    assert same == checkpoint.fingerprint(jax.tree.map(jnp.copy, state.params), list(rows))
+    other_loss = Tokenized(rows[0].tokens, ~rows[0].loss)
+    others = [rows[::-1], rows[:1], [other_loss, rows[1]]]
+    assert len({same, *(checkpoint.fingerprint(state.params, changed) for changed in others)}) == 4
 
 
 def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path: Path, state: RunState) -> None:
