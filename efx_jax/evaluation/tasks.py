@@ -22,35 +22,6 @@ from efx_jax.model.spec import ModelSpec
 Array = jax.Array
 
 
-def evaluate_task(
-    params: Params,
-    spec: ModelSpec,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    labels: Sequence[str],
-    adapters: Adapters | None = None,
-    masks: Mapping[str, Array] | None = None,
-    *,
-    batch_size: int = 16,
-    compute_dtype: Any = None,
-    normalize: Normalize = "sum",
-) -> dict[str, Any]:
-    """Scores every row and sums up: `summarise` of `label_scores`."""
-    scores = label_scores(
-        params,
-        spec,
-        tokenizer,
-        examples,
-        labels,
-        adapters,
-        masks,
-        batch_size=batch_size,
-        compute_dtype=compute_dtype,
-        normalize=normalize,
-    )
-    return summarise(scores.argmax(axis=1), examples, labels)
-
-
 def label_scores(
     params: Params,
     spec: ModelSpec,

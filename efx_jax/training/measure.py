@@ -8,7 +8,7 @@ import numpy as np
 
 from efx_jax.config import Config
 from efx_jax.evaluation.perplexity import perplexity
-from efx_jax.evaluation.tasks import evaluate_task
+from efx_jax.evaluation.tasks import label_scores, summarise
 from efx_jax.lora import Adapters
 from efx_jax.training.prepare import Prepared
 
@@ -34,7 +34,7 @@ def measure(
         results["perplexity"] = {"value": found.value, "interval": list(found.interval), "tokens": found.tokens}
     if prepared.task.test:
         rows = prepared.task.test[: config.eval.rows or None]
-        results["task"] = evaluate_task(
+        scores = label_scores(
             params,
             prepared.spec,
             prepared.tokenizer,
@@ -45,6 +45,7 @@ def measure(
             batch_size=config.eval.batch_size,
             compute_dtype=dtype,
         )
+        results["task"] = summarise(scores.argmax(axis=1), rows, prepared.task.labels)
     return results
 
 

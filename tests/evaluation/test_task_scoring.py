@@ -7,7 +7,7 @@ import pytest
 from efx_jax.data.prompts import Example
 from efx_jax.errors import InputError
 from efx_jax.evaluation.branches import encode_labels, lay_out
-from efx_jax.evaluation.tasks import evaluate_task, label_scores, summarise
+from efx_jax.evaluation.tasks import label_scores, summarise
 from efx_jax.lora import init_lora
 from efx_jax.model.decoder import forward
 from efx_jax.model.rope import RopeSpec
@@ -158,17 +158,6 @@ def test_a_response_that_is_no_answer_is_refused() -> None:
         summarise(np.zeros(2, int), [Example("p", " no"), Example("p", " perhaps", "x row 2")], (" yes", " no"))
     with pytest.raises(InputError, match="at least one"):
         summarise(np.zeros(0, int), [], (" yes",))
-
-
-def test_no_rows_are_refused(tokenizer) -> None:
-    with pytest.raises(InputError, match="at least one"):
-        evaluate_task(PARAMS, SPEC, tokenizer, [], LABELS)
-
-
-def test_evaluate_task_is_scoring_and_summing_up(tokenizer) -> None:
-    rows = examples(5, 9, 3, 30)
-    scores = label_scores(PARAMS, SPEC, tokenizer, rows, LABELS)
-    assert evaluate_task(PARAMS, SPEC, tokenizer, rows, LABELS) == summarise(scores.argmax(axis=1), rows, LABELS)
 
 
 def test_a_model_that_overflows_gets_no_score(tokenizer) -> None:
