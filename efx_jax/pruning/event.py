@@ -16,7 +16,15 @@ from efx_jax.config import PruneConfig
 from efx_jax.lora import Adapters, effective_weight, init_lora_matrices
 from efx_jax.model.decoder import Layer, stack_layers
 from efx_jax.model.spec import LINEARS, ModelSpec
-from efx_jax.pruning.average import Memory, PruneState, init_prune_state, memory_of, moving_average, prunable
+from efx_jax.pruning.average import (
+    Memory,
+    PruneState,
+    init_prune_state,
+    memory_of,
+    moves_base,
+    moving_average,
+    prunable,
+)
 from efx_jax.pruning.recovery import admm_update, gram_brain_surgeon, partial_brain_surgeon
 from efx_jax.pruning.scores import activation_reach, foresight_score, wanda_score, weight_reach
 from efx_jax.pruning.selection import Counts, drop_by_counts, selection_counts
@@ -242,6 +250,12 @@ def without_sparsity(config: PruneConfig) -> PruneConfig:
     return dataclasses.replace(config, sparsity=0.0)
 
 
+def without_frozen(layer: Layer, config: PruneConfig) -> Layer:
+    """Leaves out the weights that no event moves, so that the new model shares them instead of holding copies."""
+    weights = {name: layer.weights[name] for name in LINEARS} if moves_base(config) else {}
+    return dataclasses.replace(layer, weights=weights)
+
+
 def assemble(
     params: Mapping[str, Any],
     adapters: Adapters | None,
@@ -252,7 +266,7 @@ def assemble(
     new_state = dataclasses.replace(state, event=state.event + 1, snapshots=memory["snapshots"], score=memory["score"])
     if adapters is not None:
         adapters = dataclasses.replace(adapters, lora_a=layers.lora_a, lora_b=layers.lora_b)
-    return {**params, "layers": layers.weights}, adapters, layers.masks, new_state
+    return {**params, "layers": {**params["layers"], **layers.weights}}, adapters, layers.masks, new_state
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "config", "scale"))
@@ -269,7 +283,8 @@ def _prune_blocks(
 ) -> tuple[Layer, Memory]:
     def one(scanned: tuple[Any, ...]) -> tuple[Layer, Memory]:
         layer, block_stats, past, key = scanned
-        return prune_block(layer, block_stats, past, counts, key, event, spec, config, scale)
+        layer, past = prune_block(layer, block_stats, past, counts, key, event, spec, config, scale)
+        return without_frozen(layer, config), past
 
     tokens = jnp.broadcast_to(stats.tokens, (spec.num_layers,))
     return jax.lax.map(one, (layers, dataclasses.replace(stats, tokens=tokens), memory, keys))

@@ -14,7 +14,7 @@ from efx_jax.model.decoder import Layer, attend_within, block, embed, stack_laye
 from efx_jax.model.layers import rope_tables
 from efx_jax.model.spec import ModelSpec
 from efx_jax.pruning.average import PruneState, init_prune_state, memory_of, prunable
-from efx_jax.pruning.event import assemble, event_counts, needs_gram, prune_block, without_sparsity
+from efx_jax.pruning.event import assemble, event_counts, needs_gram, prune_block, without_frozen, without_sparsity
 from efx_jax.pruning.statistics import (
     Statistics,
     add_statistics,
@@ -68,8 +68,9 @@ def prune_event_sequential(
             )
             total = stats if total is None else add_statistics(total, stats)
         assert total is not None
-        done.append(_prune_block(layer, total, past, counts, keys[index], state.event, spec, static, scale))
-        hidden = [(_block_output(x, done[-1][0], spec, scale, compute_dtype), real) for x, real in hidden]
+        pruned, past = _prune_block(layer, total, past, counts, keys[index], state.event, spec, static, scale)
+        done.append((without_frozen(pruned, config), past))
+        hidden = [(_block_output(x, pruned, spec, scale, compute_dtype), real) for x, real in hidden]
     layers, memory = jax.tree.map(lambda *leaves: jnp.stack(leaves), *done)
     return assemble(params, adapters, layers, memory, state)
 

