@@ -174,8 +174,8 @@ def same_run(found: Path, expected: Path, metrics_of, files_of) -> None:
 def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(
     launch, efx_run: Path, tmp_path: Path, monkeypatch, capsys, metrics_of, files_of
 ) -> None:
-    handler = signal.getsignal(signal.SIGINT)  # ignored where a shell has put the tests into the background
     """A base that ADMM has moved comes back from the checkpoint."""
+    handler = signal.getsignal(signal.SIGINT)  # ignored where a shell has put the tests into the background
     run, flags = tmp_path / "run", ("--preset", "efx")
     with monkeypatch.context() as patch:
         after_row(patch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
