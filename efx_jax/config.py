@@ -98,7 +98,8 @@ class PruneConfig:
     """Calibration rows: "train", a file, or a name known to `data.text`."""
     calibration_rows: int = 128
     calibration_length: int = 2048
-    calibration_batch: int = 8
+    calibration_tokens: int = 4096
+    """Tokens per calibration batch, padding included: bounds the memory of an event."""
     sequential: bool = False
     """Prune block by block, each block seeing the pruned blocks before it."""
     chunk_mib: int = 512

@@ -97,7 +97,7 @@ def _calibration_rules(prune: PruneConfig) -> Iterable[Rule]:
         ("prune.calibration", prune.calibration, prune.calibration != "", "train, a file or a name"),
         ("prune.calibration_rows", prune.calibration_rows, prune.calibration_rows >= 1, "at least 1"),
         ("prune.calibration_length", prune.calibration_length, prune.calibration_length >= 1, "at least 1"),
-        ("prune.calibration_batch", prune.calibration_batch, prune.calibration_batch >= 1, "at least 1"),
+        ("prune.calibration_tokens", prune.calibration_tokens, prune.calibration_tokens >= 1, "at least 1"),
         ("prune.chunk_mib", prune.chunk_mib, prune.chunk_mib >= 1, "at least 1"),
     ]
 

@@ -87,7 +87,7 @@ def pad_batch(examples: Sequence[Tokenized], batch_size: int, length: int) -> Ba
 
 
 def calibration_batches(
-    examples: Sequence[Tokenized], seed: int, rows: int, length: int, batch_size: int
+    examples: Sequence[Tokenized], seed: int, rows: int, length: int, batch_tokens: int
 ) -> Iterator[Batch]:
     """The sequences whose activations are measured, drawn without replacement.
 
@@ -100,10 +100,11 @@ def calibration_batches(
         seed: the run's seed.
         rows: sequences drawn; the whole pool if it is smaller.
         length: most inputs per sequence.
-        batch_size: B, constant; the last batch is filled with rows of length 0.
+        batch_tokens: B x T at most, padding included, unless a single row is longer: what bounds the memory.
 
     Yields:
-        `tokens` int32 [B,T] and `lengths` int32 [B].
+        `tokens` int32 [B,T] and `lengths` int32 [B], longest rows first; every T has one B, so that few shapes
+        compile, and what a batch lacks is filled with rows of length 0.
 
     Raises:
         InputError: an empty pool.
@@ -111,12 +112,15 @@ def calibration_batches(
     if not examples:
         raise InputError("calibration data: expected at least one row, found none")
     order = np.random.default_rng([seed, len(examples)]).permutation(len(examples))[:rows]
-    inputs = sorted((examples[row].tokens[:-1][:length] for row in order), key=len)
-    for start in range(0, len(inputs), batch_size):
+    inputs = sorted((examples[row].tokens[:-1][:length] for row in order), key=len, reverse=True)
+    start = 0
+    while start < len(inputs):
+        width = bucket_length([len(inputs[start])], length)
+        batch_size = max(1, batch_tokens // width)
         chosen = inputs[start : start + batch_size]
-        width = bucket_length([len(ids) for ids in chosen], length)
         tokens = np.zeros((batch_size, width), np.int32)
         lengths = np.zeros(batch_size, np.int32)
         for row, ids in enumerate(chosen):
             tokens[row, : len(ids)], lengths[row] = ids, len(ids)
         yield {"tokens": tokens, "lengths": lengths}
+        start += batch_size

@@ -51,7 +51,7 @@ def calibration(config: Config, prepared: Prepared) -> list[Batch]:
     prune = config.prune
     length = min(prune.calibration_length, prepared.spec.max_position_embeddings)
     return list(
-        calibration_batches(prepared.pool, config.seed, prune.calibration_rows, length, prune.calibration_batch)
+        calibration_batches(prepared.pool, config.seed, prune.calibration_rows, length, prune.calibration_tokens)
     )
 
 

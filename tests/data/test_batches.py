@@ -73,24 +73,31 @@ def test_a_batch_takes_the_bucket_of_its_own_rows() -> None:
 
 
 def test_calibration_draws_whole_rows_without_replacement() -> None:
-    rows = sequences(*range(2, 42))
-    batches = list(calibration_batches(rows, seed=3, rows=21, length=30, batch_size=8))
-    assert [batch["tokens"].shape[0] for batch in batches] == [8, 8, 8]
+    rows = sequences(*range(2, 102))
+    batches = list(calibration_batches(rows, seed=3, rows=51, length=90, batch_tokens=256))
+    shapes = {batch["tokens"].shape for batch in batches}
+    assert shapes == {(2, 96), (4, 64), (8, 32)}
     drawn = collections.Counter()
     for batch in batches:
         for tokens, length in zip(batch["tokens"], batch["lengths"], strict=True):
             if length:
                 row = int(tokens[0]) // 100
                 drawn[row] += 1
-                np.testing.assert_array_equal(tokens[:length], rows[row].tokens[:-1][:30])
+                np.testing.assert_array_equal(tokens[:length], rows[row].tokens[:-1][:90])
                 assert not tokens[length:].any()
-    assert len(drawn) == 21
+    assert len(drawn) == 51
     assert set(drawn.values()) == {1}
 
 
+def test_a_calibration_row_longer_than_the_budget_stands_alone() -> None:
+    (batch,) = calibration_batches(sequences(100), seed=0, rows=1, length=64, batch_tokens=10)
+    assert batch["tokens"].shape == (1, 64)
+    assert batch["lengths"].tolist() == [64]
+
+
 def test_calibration_with_few_rows_takes_all_of_them() -> None:
-    (batch,) = calibration_batches(sequences(5, 3), seed=0, rows=128, length=2048, batch_size=4)
-    assert batch["lengths"].tolist() == [2, 4, 0, 0]
+    (batch,) = calibration_batches(sequences(5, 3), seed=0, rows=128, length=2048, batch_tokens=128)
+    assert batch["lengths"].tolist() == [4, 2, 0, 0]
     assert batch["tokens"].shape == (4, 32)
     with pytest.raises(InputError, match="calibration"):
         list(calibration_batches([], 0, 1, 8, 1))

@@ -33,7 +33,7 @@ lora:
   rank: 2
 prune:
   calibration: train
-  calibration_batch: 4
+  calibration_tokens: 128
 train:
   steps: 6
   batch_size: 2
