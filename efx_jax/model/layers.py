@@ -10,6 +10,7 @@ from efx_jax.lora import contract
 from efx_jax.model.rope import RopeSpec, yarn_attention_factor
 
 Array = jax.Array
+_QUERY_BLOCK = 256
 
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
@@ -86,7 +87,7 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def attention(q: Array, k: Array, v: Array, visible: Array) -> Array:
-    """Softmax attention with grouped queries.
+    """Softmax attention with grouped queries, a block of queries at a time where there are many.
 
     Args:
         q: `[B,T,N,H]`, in the dtype of the matmul operands.
@@ -97,6 +98,23 @@ def attention(q: Array, k: Array, v: Array, visible: Array) -> Array:
     Returns:
         `[B,T,N*H]`, float32.
     """
+    length = q.shape[1]
+    if length <= 2 * _QUERY_BLOCK:
+        return _attend(q, k, v, visible)
+    padding = -length % _QUERY_BLOCK
+    blocks = (length + padding) // _QUERY_BLOCK
+    q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    visible = jnp.pad(jnp.broadcast_to(visible, (visible.shape[0], length, k.shape[1])), ((0, 0), (0, padding), (0, 0)))
+    q_blocks = jnp.moveaxis(q.reshape(q.shape[0], blocks, _QUERY_BLOCK, *q.shape[2:]), 1, 0)
+    visible_blocks = jnp.moveaxis(visible.reshape(visible.shape[0], blocks, _QUERY_BLOCK, -1), 1, 0)
+    # One block of scores [B,N,block,S] exists at a time, in the backward pass too; all of them would be the largest
+    # array of the model, and on a CPU mostly page faults.
+    attend = jax.checkpoint(lambda block: _attend(block[0], k, v, block[1]))
+    mixed = jnp.moveaxis(jax.lax.map(attend, (q_blocks, visible_blocks)), 0, 1)
+    return mixed.reshape(q.shape[0], length + padding, -1)[:, :length]
+
+
+def _attend(q: Array, k: Array, v: Array, visible: Array) -> Array:
     batch, length, heads, width = q.shape
     grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
     scores = contract("btkgh,bskh->bkgts", grouped, k) / math.sqrt(width)

@@ -6,7 +6,6 @@ from typing import Any
 
 from efx_jax.config import Config
 from efx_jax.data.batches import Batch, calibration_batches
-from efx_jax.data.prompts import plain_text
 from efx_jax.data.tasks import Task, load_task, load_text
 from efx_jax.data.tokens import Tokenized, text_windows, tokenize
 from efx_jax.errors import InputError
@@ -39,7 +38,7 @@ def prepare(config: Config) -> Prepared:
     task = load_task(config.data, config.seed, tokenizer)
     train = tokenize(task.train, tokenizer, config.data.max_length, config.data.loss_on)
     windows = text_windows(task.text, tokenizer, config.eval.window, config.eval.text_tokens) if task.text else []
-    pool = _calibration_pool(config, task, train, tokenizer)
+    pool = _calibration_pool(config, train, tokenizer)
     params, spec = load_pretrained(config.model.path, None if config.model.dtype == "keep" else config.model.dtype)
     _check_fit(config, spec, params)
     _check_evaluation(config, spec, windows, task, tokenizer)
@@ -55,7 +54,7 @@ def calibration(config: Config, prepared: Prepared) -> list[Batch]:
     )
 
 
-def _calibration_pool(config: Config, task: Task, train: list[Tokenized], tokenizer: Any) -> list[Tokenized]:
+def _calibration_pool(config: Config, train: list[Tokenized], tokenizer: Any) -> list[Tokenized]:
     source = config.prune.calibration
     if source == "train" or config.prune.sparsity == 0:
         return train
@@ -66,7 +65,7 @@ def _calibration_pool(config: Config, task: Task, train: list[Tokenized], tokeni
         if source != "c4":
             raise
         warnings.warn(f"calibration on the training rows instead of C4: {error}", stacklevel=2)
-        texts = plain_text(task.train)
+        return train
     window = config.prune.calibration_length
     return text_windows(texts, tokenizer, window, config.prune.calibration_rows * window)
 

@@ -3,10 +3,12 @@
 import itertools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efx_jax.model import layers
 from efx_jax.model.layers import (
     apply_rope,
     attention,
@@ -124,3 +126,19 @@ def test_scaled_frequencies_keep_the_fast_ones_and_divide_the_slow_ones() -> Non
         assert (np.diff(ratio) > -1e-5).all() and ((ratio > 1.01) & (ratio < 7.99)).any()
     linear, _ = rope_frequencies(RopeSpec("linear", 5e5, 8.0), 128)
     np.testing.assert_array_equal(linear * 8, plain)
+
+
+def test_attention_in_blocks_of_queries_equals_attention_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 23, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    segments = jnp.asarray(np.repeat([[0] * 3 + [1] * 9 + [2] * 8 + [-1] * 3], 2, axis=0))
+    visible = layers.visible_keys(23, segments)
+
+    def summed(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(layers.attention(q, k, v, visible)))
+
+    whole, whole_gradients = layers.attention(q, k, v, visible), jax.grad(summed, (0, 1, 2))(q, k, v)
+    monkeypatch.setattr(layers, "_QUERY_BLOCK", 5)
+    np.testing.assert_allclose(layers.attention(q, k, v, visible), whole, atol=1e-6)
+    for blocked, reference in zip(jax.grad(summed, (0, 1, 2))(q, k, v), whole_gradients, strict=True):
+        np.testing.assert_allclose(blocked, reference, atol=1e-5)
