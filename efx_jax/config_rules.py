@@ -3,8 +3,19 @@
 import itertools
 import re
 from collections.abc import Iterable
+from typing import Any, get_args
 
-from efx_jax.config import Config, DataConfig, EvalConfig, LoraConfig, PruneConfig, TrainConfig
+from efx_jax.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    MaskForward,
+    PruneConfig,
+    Recovery,
+    Score,
+    TrainConfig,
+)
 from efx_jax.errors import InputError
 
 Rule = tuple[str, object, bool, str]
@@ -28,9 +39,34 @@ def validate(config: Config) -> None:
         *_eval_rules(config.eval),
         ("seed", config.seed, 0 <= config.seed < 2**32, "in [0, 2^32)"),
     ]
+    _refuse(rules)
+
+
+def _refuse(rules: Iterable[Rule]) -> None:
     for setting, found, is_right, expected in rules:
         if not is_right:
             raise InputError(f"{setting} must be {expected}, found {found!r}")
+
+
+def validate_prune(prune: PruneConfig) -> None:
+    """Refuses settings of an event that were made by hand and mean nothing: `Literal` is no check at run time.
+
+    Raises:
+        InputError: the first setting whose value is out of range or unknown.
+    """
+    _refuse([*_choice_rules(prune), *_prune_rules(prune)])
+
+
+def _choice_rules(prune: PruneConfig) -> Iterable[Rule]:
+    found: list[tuple[str, str, Any]] = [
+        ("score", prune.score, Score),
+        ("recovery", prune.recovery, Recovery),
+        ("mask_forward", prune.mask_forward, MaskForward),
+    ]
+    return [
+        (f"prune.{name}", value, value in get_args(kind), f"one of {', '.join(get_args(kind))}")
+        for name, value, kind in found
+    ]
 
 
 def n_of_m(group: str) -> tuple[int, int] | None:
@@ -84,7 +120,7 @@ def _prune_rules(prune: PruneConfig) -> Iterable[Rule]:
     if pattern:
         kept, block = pattern
         share = 1 - kept / block
-        is_share = prune.sparsity == 0 or abs(prune.sparsity - share) < 1e-9
+        is_share = prune.sparsity == 0 or abs(prune.sparsity - share) <= 1e-6
         expected = f"1 - {kept}/{block} = {share:g} with prune.group {prune.group}, or 0"
         rules.append(("prune.sparsity", prune.sparsity, is_share, expected))
         expected = "epochs or fractions with prune.group N:M, which has one sparsity only"

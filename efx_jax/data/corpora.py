@@ -5,6 +5,7 @@ import gzip
 import json
 import pathlib
 import re
+import zlib
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -16,6 +17,7 @@ _SUPPORTED = (*_JSON, *_TABLES, ".parquet")
 # Data sets known by a short name: where they lie on the Hub, and the one file of it that is read. Of C4 it is the
 # shard that Wanda and the authors' code calibrate on.
 _NAMED = {"c4": ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")}
+_LONGEST_FIELD = 2**31 - 1  # characters; the csv module refuses documents above 131,072 by default
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[^:]+){0,2}")
 
 
@@ -76,7 +78,7 @@ def _file_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     try:
         with _open_text(path) as stream:
             return list(_json_rows(stream, path) if kind in _JSON else _table_rows(stream, path, _TABLES[kind]))
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise InputError(f"{path}: not readable as UTF-8 text: {error}; save it as UTF-8") from error
 
 
@@ -119,6 +121,7 @@ def _require_object(row: Any, where: str) -> dict[str, Any]:
 
 
 def _table_rows(stream: TextIO, path: pathlib.Path, delimiter: str) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])

@@ -135,4 +135,9 @@ def _column(row: Mapping[str, Any], name: str, where: str) -> str:
     value = row[name]
     if value is None:
         raise InputError(f"{where}: column {name!r} is empty; expected text; remove or complete the row")
-    return str(value)
+    if isinstance(value, list | dict):
+        raise InputError(f"{where}: column {name!r} holds a {type(value).__name__}; expected text; flatten the column")
+    text = str(value)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"{where}: column {name!r} holds half of a surrogate pair; expected valid Unicode; repair it")
+    return text

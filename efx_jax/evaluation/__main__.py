@@ -87,6 +87,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     built_in = "" if arguments.text or arguments.test else "icd10"
     text_source, test_source = arguments.text or built_in, arguments.test or built_in
     config = DataConfig(template=arguments.template, format=arguments.format, root=arguments.root)
+    if (pathlib.Path(arguments.output) / "config.yaml").is_file() and arguments.output:
+        raise InputError(
+            f"{arguments.output}: is a run, whose summary.json would be overwritten; choose another --output"
+        )
     tokenizer = load_tokenizer(arguments.path)
     documents = load_text(text_source, config) if text_source else []
     examples, labels = load_test(test_source, config, tokenizer) if test_source else ([], ())
@@ -102,6 +106,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _measure_text(
     params: Params, spec: ModelSpec, tokenizer: Tokenizer, documents: list[str], arguments: argparse.Namespace
 ) -> Perplexity:
+    if arguments.window > spec.max_position_embeddings:
+        raise InputError(
+            f"--window: expected at most the model's context of {spec.max_position_embeddings} tokens, "
+            f"found {arguments.window}; lower --window"
+        )
     windows = text_windows(documents, tokenizer, arguments.window, arguments.text_tokens)
     return perplexity(
         params, windows, spec, batch_size=max(1, arguments.batch_size), compute_dtype=arguments.compute_dtype

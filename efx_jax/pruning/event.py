@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from efx_jax.config import PruneConfig
+from efx_jax.config_rules import validate_prune
 from efx_jax.lora import Adapters, effective_weight, init_lora_matrices
 from efx_jax.model.decoder import Layer, stack_layers
 from efx_jax.model.spec import LINEARS, ModelSpec
@@ -69,6 +70,7 @@ def prune_event(
     Raises:
         InputError: a sparsity or group that does not fit, statistics without Grams.
     """
+    validate_prune(config)
     names = prunable(params["layers"], config)
     if needs_gram(config):
         stats.input_gram(names[0])
