@@ -49,12 +49,12 @@ def _refuse(rules: Iterable[Rule]) -> None:
 
 
 def validate_prune(prune: PruneConfig) -> None:
-    """Refuses settings of an event that were made by hand and mean nothing: `Literal` is no check at run time.
+    """Refuses names in a hand-made `PruneConfig` that mean nothing: `Literal` is no check at run time.
 
     Raises:
-        InputError: the first setting whose value is out of range or unknown.
+        InputError: the first unknown score, recovery, mask mode or matrix.
     """
-    _refuse([*_choice_rules(prune), *_prune_rules(prune)])
+    _refuse([*_choice_rules(prune), _target_rule("prune.targets", prune.targets)])
 
 
 def _choice_rules(prune: PruneConfig) -> Iterable[Rule]:

@@ -7,7 +7,7 @@ Linears and adapters are stored as Hugging Face and PEFT store them: W `[O,I]`, 
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +176,12 @@ def linear(
 
     Returns:
         y `[...,O]`.
+
+    Raises:
+        InputError: an unknown `mask_forward`.
     """
+    if mask_forward not in get_args(MaskForward):
+        raise InputError(f"mask_forward must be one of {', '.join(get_args(MaskForward))}, found {mask_forward!r}")
     dtype = weight.dtype if compute_dtype is None else jnp.dtype(compute_dtype)
     inputs = x.astype(dtype)
     adapted = lora_a is not None and lora_b is not None

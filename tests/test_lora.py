@@ -304,3 +304,8 @@ def test_merge_without_adapters_or_masks_changes_nothing() -> None:
     params = init_params(jax.random.key(0), SPEC)
     merged = merge(params, None, None)
     assert all(one is other for one, other in zip(jax.tree.leaves(merged), jax.tree.leaves(params), strict=True))
+
+
+def test_an_unknown_mask_mode_is_refused() -> None:
+    with pytest.raises(InputError, match="mask_forward must be one of exact, ste, frozen, dense, found 'Exact'"):
+        linear(jnp.ones((1, 4)), jnp.ones((2, 4)), mask_forward="Exact")  # type: ignore[arg-type]

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from efx_jax.errors import InputError
+
 
 class Tokenizer(Protocol):
     """What is used of a Hugging Face tokenizer."""
@@ -14,6 +16,21 @@ class Tokenizer(Protocol):
     def __call__(self, text: Any, *, add_special_tokens: bool = True) -> Any: ...
     def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
     def convert_ids_to_tokens(self, ids: Any) -> Any: ...
+    def get_vocab(self) -> dict[str, int]: ...
+
+
+def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
+    """Refuses a tokenizer whose ids an embedding of `rows` rows does not cover: JAX would clamp them silently.
+
+    Raises:
+        InputError: an id of `rows` or more.
+    """
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise InputError(
+            f"the tokenizer has token id {largest}, but the embedding has {rows} rows; use the tokenizer that belongs "
+            "to this checkpoint"
+        )
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:

@@ -13,7 +13,7 @@ import numpy as np
 from efx_jax.config import DataConfig
 from efx_jax.data.prompts import Example
 from efx_jax.data.tasks import load_test, load_text
-from efx_jax.data.tokenizer import Tokenizer
+from efx_jax.data.tokenizer import Tokenizer, check_vocabulary
 from efx_jax.data.tokens import text_windows
 from efx_jax.errors import InputError
 from efx_jax.evaluation.perplexity import Perplexity, perplexity
@@ -96,6 +96,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     examples, labels = load_test(test_source, config, tokenizer) if test_source else ([], ())
     examples = examples[: arguments.rows or None]
     params, spec = load_pretrained(arguments.path, arguments.dtype)
+    check_vocabulary(tokenizer, spec.vocab_size)
     text = _measure_text(params, spec, tokenizer, documents, arguments) if text_source else None
     task, records = _measure_task(params, spec, tokenizer, examples, labels, arguments) if test_source else (None, [])
     print(results_table(text, task))

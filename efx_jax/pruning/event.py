@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from efx_jax.config import PruneConfig
 from efx_jax.config_rules import validate_prune
+from efx_jax.errors import InputError
 from efx_jax.lora import Adapters, effective_weight, init_lora_matrices
 from efx_jax.model.decoder import Layer, stack_layers
 from efx_jax.model.spec import LINEARS, ModelSpec
@@ -68,14 +69,13 @@ def prune_event(
         (params, adapters, masks, state). params changes only where an event moves the base (admm, merge_each_event).
 
     Raises:
-        InputError: a sparsity or group that does not fit, statistics without Grams.
+        InputError: settings that mean nothing, a sparsity or group that does not fit, statistics without Grams, a state
+            without the memory that `ema` needs, adapters to move where there are none.
     """
-    validate_prune(config)
     names = prunable(params["layers"], config)
+    state = check_event(params, adapters, state, config)
     if needs_gram(config):
         stats.input_gram(names[0])
-    if state is None:
-        state = init_prune_state(params, adapters, config, jax.random.key(0))
     counts = event_counts(params["layers"], names, config)
     layers = stack_layers(params, adapters, masks)
     scale = 1.0 if adapters is None else adapters.scale
@@ -84,6 +84,24 @@ def prune_event(
         layers, stats, memory_of(state), counts, keys, state.event, spec, without_sparsity(config), scale
     )
     return assemble(params, adapters, layers, memory, state)
+
+
+def check_event(
+    params: Mapping[str, Any], adapters: Adapters | None, state: PruneState | None, config: PruneConfig
+) -> PruneState:
+    """The state to start from, an empty one where there is none yet.
+
+    Raises:
+        InputError: as `prune_event`.
+    """
+    validate_prune(config)
+    if adapters is None and config.recovery in ("pbs", "gram_pbs"):
+        raise InputError(f"prune.recovery {config.recovery} moves adapters, found none; pass adapters, or take admm")
+    if state is None:
+        return init_prune_state(params, adapters, config, jax.random.key(0))
+    if config.ema < 1 and not (state.score or state.snapshots):
+        raise InputError(f"prune.ema {config.ema}: the state has no memory; make it by init_prune_state with this ema")
+    return state
 
 
 def event_counts(layers: Mapping[str, Array], names: tuple[str, ...], config: PruneConfig) -> dict[str, Counts]:

@@ -13,8 +13,16 @@ from efx_jax.lora import Adapters
 from efx_jax.model.decoder import Layer, attend_within, block, embed, stack_layers
 from efx_jax.model.layers import rope_tables
 from efx_jax.model.spec import ModelSpec
-from efx_jax.pruning.average import PruneState, init_prune_state, memory_of, prunable
-from efx_jax.pruning.event import assemble, event_counts, needs_gram, prune_block, without_frozen, without_sparsity
+from efx_jax.pruning.average import PruneState, memory_of, prunable
+from efx_jax.pruning.event import (
+    assemble,
+    check_event,
+    event_counts,
+    needs_gram,
+    prune_block,
+    without_frozen,
+    without_sparsity,
+)
 from efx_jax.pruning.statistics import (
     Statistics,
     add_statistics,
@@ -47,8 +55,7 @@ def prune_event_sequential(
 
     The other arguments, returns and errors are those of `prune_event`.
     """
-    if state is None:
-        state = init_prune_state(params, adapters, config, jax.random.key(0))
+    state = check_event(params, adapters, state, config)
     counts = event_counts(params["layers"], prunable(params["layers"], config), config)
     scale = 1.0 if adapters is None else adapters.scale
     static = without_sparsity(config)

@@ -7,6 +7,7 @@ from typing import Any
 from efx_jax.config import Config
 from efx_jax.data.batches import Batch, calibration_batches
 from efx_jax.data.tasks import Task, load_task, load_text
+from efx_jax.data.tokenizer import check_vocabulary
 from efx_jax.data.tokens import Tokenized, text_windows, tokenize
 from efx_jax.errors import InputError
 from efx_jax.evaluation.tasks import check_task
@@ -41,6 +42,7 @@ def prepare(config: Config) -> Prepared:
     pool = _calibration_pool(config, train, tokenizer)
     params, spec = load_pretrained(config.model.path, None if config.model.dtype == "keep" else config.model.dtype)
     _check_fit(config, spec, params)
+    check_vocabulary(tokenizer, spec.vocab_size)
     _check_evaluation(config, spec, windows, task, tokenizer)
     return Prepared(params, spec, tokenizer, task, train, windows, pool)
 
@@ -66,7 +68,8 @@ def _calibration_pool(config: Config, train: list[Tokenized], tokenizer: Any) ->
             raise
         warnings.warn(f"calibration on the training rows instead of C4: {error}", stacklevel=2)
         return train
-    window = config.prune.calibration_length
+    # The last token of a sequence is never an input.
+    window = config.prune.calibration_length + 1
     return text_windows(texts, tokenizer, window, config.prune.calibration_rows * window)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -177,6 +178,9 @@ def _train(
                 journal.results["base"] = measure(config, prepared, prepared.params)
         start, sparsity = int(state.train.step), mask_sparsity(state.masks)
         log.cut_metrics(output / "metrics.jsonl", start)
+        if start < steps:
+            # Whatever was exported before belongs to another training.
+            shutil.rmtree(output / "export", ignore_errors=True)
         with _progress(start, steps) as bar:
             while int(state.train.step) < steps and not stop.is_set():
                 with journal.phase("train"):

@@ -429,3 +429,28 @@ def test_block_by_block_without_a_real_token_is_refused_with_one_line(llama: Any
 
 def test_every_input_has_a_name() -> None:
     assert set(INPUT_OF) == set(LINEARS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": "sparsegpt"}, "prune.score must be one of magnitude"),
+        ({"recovery": "grampbs"}, "prune.recovery must be one of none"),
+        ({"mask_forward": "Exact"}, "prune.mask_forward must be one of exact"),
+        ({"targets": ("qproj",)}, "prune.targets"),
+        ({"targets": ()}, "prune.targets"),
+        ({"ema": 0.5}, "the state has no memory"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_by_name(
+    llama: Any, stats: Statistics, change: dict[str, Any], message: str
+) -> None:
+    config = dataclasses.replace(PruneConfig(targets=TWO), **change)
+    state = init_prune_state(llama.params, llama.adapters, PruneConfig(targets=TWO), jax.random.key(0))
+    with pytest.raises(InputError, match=message):
+        prune_event(llama.params, llama.adapters, None, stats, state, llama.spec, config)
+
+
+def test_a_recovery_that_moves_adapters_needs_them(llama: Any, stats: Statistics) -> None:
+    with pytest.raises(InputError, match="moves adapters, found none"):
+        prune_event(llama.params, None, None, stats, None, llama.spec, PruneConfig(recovery="gram_pbs"))
