@@ -11,23 +11,13 @@ A mistake in the input is one line on stderr and exit code 2.
 
 import argparse
 import sys
-from typing import NoReturn
 
-from efx_jax.errors import InputError
-
-
-class _OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one line; argparse itself prints the usage too."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
+from efx_jax.errors import InputError, OneLineParser
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = _OneLineParser(
-        "convert_weights.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    top = OneLineParser("convert_weights.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     read = commands.add_parser("import", help="Hugging Face folder or GGUF file -> Orbax folder")
     write = commands.add_parser("export", help="Orbax or run folder -> Hugging Face folder")

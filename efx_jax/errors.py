@@ -1,4 +1,7 @@
-"""The one exception that a user's mistake raises: the scripts print it as one line and exit with code 2."""
+"""How a user's mistake is told: one line on stderr and exit code 2."""
+
+import argparse
+from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -6,3 +9,10 @@ class InputError(ValueError):
 
     The message is one line that names what is wrong, where, what was expected, what was found, and the fix.
     """
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line; argparse itself prints the usage too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")

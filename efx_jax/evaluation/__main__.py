@@ -15,7 +15,7 @@ from efx_jax.data.prompts import Example
 from efx_jax.data.tasks import load_test, load_text
 from efx_jax.data.tokenizer import Tokenizer, check_vocabulary
 from efx_jax.data.tokens import text_windows
-from efx_jax.errors import InputError
+from efx_jax.errors import InputError, OneLineParser
 from efx_jax.evaluation.perplexity import Perplexity, perplexity
 from efx_jax.evaluation.tasks import label_scores, summarise
 from efx_jax.files import atomic_write
@@ -53,7 +53,7 @@ def _task_line(task: dict[str, Any], name: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m efx_jax.evaluation", description=__doc__)
+    parser = OneLineParser(prog="python -m efx_jax.evaluation", description=__doc__)
     parser.add_argument("path", help="Hugging Face folder, run folder, .gguf file, Hub name or quickstart")
     parser.add_argument("--text", default="", metavar="FILE", help="perplexity text: rows with text; or icd10")
     parser.add_argument("--test", default="", metavar="FILE", help="rows with prompt and response; or icd10")

@@ -100,3 +100,11 @@ def test_bad_input_is_one_line_and_code_2(folder, files, flags, part, capsys: py
 def test_a_missing_checkpoint_is_one_line_and_code_2(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nothing" / "here")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_unknown_flag_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["model", "--rowz", "3"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.count("\n") == 1 and "--rowz" in said
