@@ -74,7 +74,7 @@ class PruneConfig:
     """Matrices that compare within rows even if `group` is "matrix" or "bounded"."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     recovery: Recovery = "none"
-    """`pbs` and `gram_pbs` move adapters (a matrix without one is masked, no more), `admm` the base."""
+    """`pbs` and `gram_pbs` move the adapters, where there are any, `admm` the base."""
     mask_forward: MaskForward = "exact"
     """How the mask acts in training between events."""
     ema: float = 1.0
