@@ -131,15 +131,26 @@ def merge(params: Mapping[str, Any], adapters: Adapters | None, masks: Mapping[s
     Returns:
         A new parameter tree; pruned entries are exactly 0 and untouched leaves are the same arrays.
     """
-    layers = dict(params["layers"])
     lora_a = {} if adapters is None else adapters.lora_a
     lora_b = {} if adapters is None else adapters.lora_b
     scale = 0.0 if adapters is None else adapters.scale
-    for name in {*lora_a, *(masks or {})}:
-        mask = None if masks is None else masks.get(name)
-        merged = masked_weight(layers[name], lora_a.get(name), lora_b.get(name), mask, scale)
-        layers[name] = merged.astype(layers[name].dtype)
-    return {**params, "layers": layers}
+    return {**params, "layers": merge_linears(params["layers"], lora_a, lora_b, masks or {}, scale)}
+
+
+def merge_linears(
+    weights: Mapping[str, Array],
+    lora_a: Mapping[str, Array],
+    lora_b: Mapping[str, Array],
+    masks: Mapping[str, Array],
+    scale: float,
+) -> dict[str, Array]:
+    """`weights` with mask * U for every adapted or masked linear, rounded once to its own dtype; `[...,O,I]` each."""
+    merged = dict(weights)
+    for name in {*lora_a, *masks}:
+        weight = weights[name]
+        masked = masked_weight(weight, lora_a.get(name), lora_b.get(name), masks.get(name), scale)
+        merged[name] = masked.astype(weight.dtype)
+    return merged
 
 
 def linear(

@@ -141,8 +141,8 @@ def _table_rows(stream: TextIO, path: pathlib.Path, delimiter: str) -> Iterator[
 
 def _parquet_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     try:
-        import pyarrow  # type: ignore[import-untyped]
-        import pyarrow.parquet  # type: ignore[import-untyped]
+        import pyarrow
+        import pyarrow.parquet
     except ImportError as error:
         raise InputError(f"{path}: Parquet needs pyarrow; run: pip install pyarrow") from error
     try:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from efx_jax.config import PruneConfig
 from efx_jax.config_rules import validate_prune
 from efx_jax.errors import InputError
-from efx_jax.lora import Adapters, effective_weight, init_lora_matrices
+from efx_jax.lora import Adapters, effective_weight, init_lora_matrices, merge_linears
 from efx_jax.model.decoder import Layer, stack_layers
 from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.pruning.average import (
@@ -246,12 +246,7 @@ def _refit_base(
 
 def _merge_and_redraw(layer: Layer, key: Array, scale: float) -> Layer:
     """W = mask * U and fresh adapters, as the authors' code does at each event."""
-    weights = dict(layer.weights)
-    for name in {*layer.lora_a, *layer.masks}:
-        effective = effective_weight(weights[name], layer.lora_a.get(name), layer.lora_b.get(name), scale)
-        mask = layer.masks.get(name)
-        merged = effective if mask is None else jnp.where(mask, effective, 0.0)
-        weights[name] = merged.astype(weights[name].dtype)
+    weights = merge_linears(layer.weights, layer.lora_a, layer.lora_b, layer.masks, scale)
     if not layer.lora_a:
         return dataclasses.replace(layer, weights=weights)
     rank = next(iter(layer.lora_a.values())).shape[0]
