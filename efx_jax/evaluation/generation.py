@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from efx_jax.data.batches import bucket_length
@@ -30,10 +31,10 @@ def generate_texts(
     batch_size: int = 16,
     compute_dtype: str | None = None,
     sampling: Sampling | None = None,
-    seed: int = 0,
+    seeds: Sequence[int] = (0,),
     stop_tokens: Sequence[int] = (),
-) -> list[str]:
-    """The answer that the model writes to every prompt, greedy or sampled.
+) -> list[list[str]]:
+    """The answers that the model writes to every prompt: one, greedy, or one drawn with every seed.
 
     Adapters and masks are merged into a second copy of the linears first: U would be formed again for every token.
 
@@ -45,14 +46,15 @@ def generate_texts(
         max_new_tokens: most tokens of an answer.
         adapters: LoRA adapters, or None.
         masks: name -> mask `[L,O,I]`, True = kept, or None: what writes is the exported function.
-        batch_size: rows that are written together; rows are sorted by length.
+        batch_size: answers that are written together, but at least those to one prompt; rows are sorted by length.
         compute_dtype: dtype of the matmul operands and of the cache; None takes the weights'.
         sampling: how to draw tokens; None takes the most likely one.
-        seed: of the draws. A row's draws depend on it, on the row's number and on its prompt alone.
+        seeds: of the draws, one for every run, R. A row's draws depend on it, on the row's number and on its prompt
+            alone, and every prompt is read once for all of them. Greedy decoding has no seeds, and R = 1.
         stop_tokens: tokens that end an answer, beside the tokenizer's and the model's ends of sequence.
 
     Returns:
-        One text per example, in their order, without special tokens and without the stop token.
+        `[R][rows]` texts, in the examples' order, without special tokens and without the stop token.
 
     Raises:
         InputError: an empty prompt, or one that leaves no room for the answer in the context (with its row).
@@ -62,9 +64,10 @@ def generate_texts(
     if adapters is not None or masks is not None:
         params = merge(params, adapters, masks)
     stops = end_tokens(tokenizer, spec) | set(stop_tokens)
-    key = None if sampling is None else jax.random.key(seed)
-    texts = [""] * len(prompts)
-    for batch in _batches(prompts, batch_size):
+    keys = None if sampling is None else jnp.stack([jax.random.key(seed) for seed in seeds])
+    runs = 1 if keys is None else len(keys)
+    texts = [[""] * len(prompts) for _ in range(runs)]
+    for batch in _batches(prompts, max(1, batch_size // runs)):
         found = generate(
             params,
             batch["tokens"],
@@ -74,12 +77,13 @@ def generate_texts(
             stop_tokens=tuple(sorted(stops)),
             compute_dtype=compute_dtype,
             sampling=sampling,
-            key=key,
+            key=keys,
             rows=batch["rows"],
         )
-        for row, ids in zip(batch["rows"].tolist(), np.asarray(found).tolist(), strict=True):
-            written = [token for token in ids if token >= 0 and token not in stops]
-            texts[row] = tokenizer.decode(written, skip_special_tokens=True)
+        for answers, tokens in zip(texts, np.asarray(found).reshape(runs, len(batch["rows"]), -1), strict=True):
+            for row, ids in zip(batch["rows"].tolist(), tokens.tolist(), strict=True):
+                written = [token for token in ids if token >= 0 and token not in stops]
+                answers[row] = tokenizer.decode(written, skip_special_tokens=True)
     return texts
 
 

@@ -85,22 +85,19 @@ def evaluate_task(
         )
         found, records = _likeliest(task, scores)
     else:
-        texts = [
-            generate_texts(
-                params,
-                spec,
-                tokenizer,
-                task.test,
-                _new_tokens(task, tokenizer),
-                adapters,
-                masks,
-                batch_size=batch_size,
-                compute_dtype=compute_dtype,
-                sampling=_SAMPLING if protocol == "sampled" else None,
-                seed=run_seed,
-            )
-            for run_seed in _run_seeds(seed, runs if protocol == "sampled" else 1)
-        ]
+        texts = generate_texts(
+            params,
+            spec,
+            tokenizer,
+            task.test,
+            _new_tokens(task, tokenizer),
+            adapters,
+            masks,
+            batch_size=batch_size,
+            compute_dtype=compute_dtype,
+            sampling=_SAMPLING if protocol == "sampled" else None,
+            seeds=_run_seeds(seed, runs),
+        )
         found, records = _read(task, texts) if task.labels else _compared(task, texts)
     return describe_task(task, protocol, runs) | found, records
 

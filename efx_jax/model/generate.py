@@ -88,13 +88,13 @@ def generate(
         stop_tokens: a row ends with the first of these.
         compute_dtype: dtype of the matmul operands and of the cache; None takes the weights'.
         sampling: how to draw tokens, static; None takes the most likely one.
-        key: PRNG key of the draws; only with `sampling`.
+        key: PRNG key of the draws, or R of them: every prompt is read once and answered R times. Only with `sampling`.
         rows: int `[B]`, the number of each row's stream of draws; 0, 1, ... by default. A row with the same number,
             key and prompt gets the same tokens in whatever batch it is.
         padding: "right" or "left", static; the tokens chosen are the same.
 
     Returns:
-        int32 `[B,M]`: the new tokens, the stop token included, then -1.
+        int32 `[B,M]`, or `[R,B,M]` for R keys: the new tokens, the stop token included, then -1.
 
     Raises:
         InputError: `max_new_tokens` below 1; sampling without a key, or a key without sampling.
@@ -104,7 +104,8 @@ def generate(
     if (sampling is None) != (key is None):
         raise InputError("generate: expected sampling and key together, found one without the other")
     batch, prompt_length = tokens.shape
-    streams = jnp.arange(batch) if rows is None else rows
+    runs = 1 if key is None else key.size
+    draws = None if key is None else _row_keys(key, jnp.arange(batch) if rows is None else rows)
     tokens = _to_the_left(tokens, lengths) if padding == "left" else tokens
     slots = prompt_length + max_new_tokens
     layers = stack_layers(params, adapters, masks)
@@ -127,13 +128,13 @@ def generate(
 
     def choose(hidden: Array, count: Array) -> Array:
         logits = contract("bd,vd->bv", hidden.astype(head.dtype), head)
-        if sampling is None or key is None:
+        if sampling is None or draws is None:
             return most_likely(logits)
-        return draw(key, streams, count, logits, sampling)
+        return draw(draws, count, logits, sampling)
 
     def step(progress: _Progress) -> _Progress:
         # The last token chosen is the first whose keys are not in the cache yet.
-        positions = (lengths + progress.count - 1)[:, None]
+        positions = (ends + progress.count)[:, None]
         hidden, cache = advance(progress.cache, progress.last[:, None], positions, slots)
         chosen = choose(hidden[:, 0], progress.count)
         output = progress.output.at[:, progress.count].set(jnp.where(progress.stopped, -1, chosen))
@@ -142,15 +143,22 @@ def generate(
 
     positions = jnp.broadcast_to(jnp.arange(prompt_length), (batch, prompt_length))
     hidden, cache = advance(_empty_cache(params, batch, slots, spec, compute_dtype), tokens, positions, prompt_length)
-    first = choose(hidden[jnp.arange(batch), lengths - 1], jnp.int32(0))
+    ends = jnp.tile(lengths - 1, runs)
+    first = choose(jnp.tile(hidden[jnp.arange(batch), lengths - 1], (runs, 1)), jnp.int32(0))
     start = _Progress(
-        output=jnp.full((batch, max_new_tokens), -1, jnp.int32).at[:, 0].set(first),
+        output=jnp.full((runs * batch, max_new_tokens), -1, jnp.int32).at[:, 0].set(first),
         count=jnp.int32(1),
         last=first,
         stopped=jnp.isin(first, stops),
-        cache=cache,
+        cache=jax.tree.map(lambda slots: jnp.tile(slots, (1, runs, 1, 1, 1)), cache),
     )
-    return jax.lax.while_loop(lambda p: (p.count < max_new_tokens) & ~jnp.all(p.stopped), step, start).output
+    end = jax.lax.while_loop(lambda p: (p.count < max_new_tokens) & ~jnp.all(p.stopped), step, start)
+    return end.output.reshape(*(() if key is None else key.shape), batch, max_new_tokens)
+
+
+def _row_keys(key: Array, rows: Array) -> Array:
+    """The keys `[R*B]` of the streams of draws, run by run."""
+    return jax.vmap(lambda run: jax.vmap(lambda row: jax.random.fold_in(run, row))(rows))(key.ravel()).ravel()
 
 
 def _empty_cache(params: Params, batch: int, slots: int, spec: ModelSpec, compute_dtype: str | None) -> KVCache:

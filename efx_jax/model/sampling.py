@@ -38,12 +38,11 @@ def most_likely(logits: Array) -> Array:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def draw(key: Array, rows: Array, step: Array, logits: Array, sampling: Sampling) -> Array:
+def draw(keys: Array, step: Array, logits: Array, sampling: Sampling) -> Array:
     """A token for every row, from a stream of the row's own: what is drawn depends on no other row.
 
     Args:
-        key: PRNG key.
-        rows: int `[B]`, the number of each row's stream.
+        keys: PRNG key of every row `[B]`.
         step: int, number of the draw.
         logits: float32 `[B,V]`.
         sampling: how to draw, static.
@@ -53,10 +52,10 @@ def draw(key: Array, rows: Array, step: Array, logits: Array, sampling: Sampling
     """
     candidates, tokens = candidate_logits(logits, sampling)
 
-    def choose(row: Array, candidates: Array) -> Array:
-        return jax.random.categorical(jax.random.fold_in(jax.random.fold_in(key, row), step), candidates)
+    def choose(key: Array, candidates: Array) -> Array:
+        return jax.random.categorical(jax.random.fold_in(key, step), candidates)
 
-    chosen = jax.vmap(choose)(rows, candidates)
+    chosen = jax.vmap(choose)(keys, candidates)
     return jnp.take_along_axis(tokens, chosen[:, None], axis=1)[:, 0]
 
 

@@ -43,8 +43,9 @@ def rows(tmp_path: pathlib.Path) -> str:
 def says(monkeypatch: pytest.MonkeyPatch, *answers: str) -> None:
     """Every generated text is one of the answers in turn, whatever the model."""
 
-    def generate(params, spec, tokenizer, examples, max_new_tokens, adapters=None, masks=None, **options) -> list[str]:
-        return [answers[(row + options["seed"]) % len(answers)] for row in range(len(examples))]
+    def generate(params, spec, tokenizer, examples, max_new_tokens, adapters=None, masks=None, **options):
+        seeds = options["seeds"] if options["sampling"] else (0,)
+        return [[answers[(row + seed) % len(answers)] for row in range(len(examples))] for seed in seeds]
 
     monkeypatch.setattr(protocols, "generate_texts", generate)
 

@@ -32,14 +32,14 @@ def model(tiny_folder):
 
 
 class Says:
-    """Stands in for `generate_texts`: a list of texts for every call, and what it was called with."""
+    """Stands in for `generate_texts`: a list of texts for every run, and what it was called with."""
 
     def __init__(self, *texts: Sequence[str]) -> None:
         self.texts, self.calls = list(texts), []
 
     def __call__(self, params, spec, tokenizer, examples, max_new_tokens, adapters=None, masks=None, **options):
         self.calls.append({"rows": len(examples), "max_new_tokens": max_new_tokens} | options)
-        return self.texts[len(self.calls) - 1]
+        return self.texts
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_greedy_reads_the_generated_text_and_counts_what_it_cannot_read(evaluate
     result, records = evaluate_with(says, CHOICE, "greedy", batch_size=2, compute_dtype="float32")
     assert says.calls == [
         {"rows": 3, "max_new_tokens": 5, "batch_size": 2, "compute_dtype": "float32", "sampling": None}
-        | {"seed": says.calls[0]["seed"]}
+            | {"seeds": says.calls[0]["seeds"]}
     ]
     assert [record["prediction"] for record in records] == ["yes", None, "no"]
     assert [record["answer"] for record in records] == [" Yes.", "I do not know", "no"]
@@ -107,11 +107,11 @@ def test_sampled_reports_mean_and_deviation_over_runs_of_different_seeds(evaluat
     ]
     sampling = says.calls[0]["sampling"]
     assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.9, 50, 0.9)
-    seeds = [call["seed"] for call in says.calls]
+    [seeds] = [call["seeds"] for call in says.calls]
     assert len(set(seeds)) == 3
     again = Says(*says.texts)
     evaluate_with(again, CHOICE, "sampled", runs=3, seed=7)
-    assert [call["seed"] for call in again.calls] == seeds
+    assert [call["seeds"] for call in again.calls] == [seeds]
 
 
 @pytest.mark.parametrize("protocol", ["likelihood", "greedy"])
@@ -175,7 +175,7 @@ def test_what_can_be_evaluated_passes(model) -> None:
 
 def test_what_the_model_writes_is_read(model) -> None:
     _, greedy = evaluate_task(*model, CHOICE, "greedy")
-    assert [record["answer"] for record in greedy] == generate_texts(*model, ROWS, CHOICE.new_tokens)
+    assert [[record["answer"] for record in greedy]] == generate_texts(*model, ROWS, CHOICE.new_tokens)
 
     _, sampled = evaluate_task(*model, CHOICE, "sampled", runs=2)
     runs = [[record["answer"] for record in sampled if record["run"] == run] for run in (0, 1)]

@@ -154,6 +154,18 @@ def test_a_sampled_row_does_not_depend_on_its_batch_or_padding() -> None:
     assert (again != together).any(axis=1).all()
 
 
+def test_several_keys_answer_as_each_alone_does() -> None:
+    spec = tiny_spec("llama")
+    params, way = random_params(spec), Sampling(0.9, 30, 0.95)
+    keys = jax.random.split(jax.random.key(5), 3)
+    stop = (int(np.asarray(generate(params, prompts(spec), LENGTHS, spec, NEW, sampling=way, key=keys[0]))[1, 2]),)
+    how = {"sampling": way, "stop_tokens": stop}
+    together = np.asarray(generate(params, prompts(spec), LENGTHS, spec, NEW, key=keys, **how))
+    assert together.shape == (3, len(LENGTHS), NEW) and (together == -1).any()
+    for run, key in zip(together, keys, strict=True):
+        np.testing.assert_array_equal(run, generate(params, prompts(spec), LENGTHS, spec, NEW, key=key, **how))
+
+
 def test_sampling_one_candidate_is_greedy(model: Any) -> None:
     params, spec, expected = model
     for sampling in (Sampling(top_k=1), Sampling(top_p=1e-6), Sampling(temperature=1e-4)):

@@ -60,9 +60,9 @@ def test_the_token_that_crosses_the_sum_stays_and_the_next_one_goes() -> None:
 @pytest.mark.parametrize("sampling", WAYS[:4])
 def test_frequencies_are_the_probabilities(sampling: Sampling) -> None:
     logits, draws = random_logits(1, 30), 20_000
-    rows = jnp.arange(draws)
+    keys = jax.random.split(jax.random.key(3), draws)
     repeated = jnp.broadcast_to(jnp.asarray(logits), (draws, 30))
-    drawn = np.asarray(draw(jax.random.key(3), rows, jnp.int32(4), repeated, sampling))
+    drawn = np.asarray(draw(keys, jnp.int32(4), repeated, sampling))
     expected = oracle(logits[0], sampling)
     frequencies = np.bincount(drawn, minlength=30) / draws
     assert (frequencies[expected == 0] == 0).all()
@@ -71,10 +71,10 @@ def test_frequencies_are_the_probabilities(sampling: Sampling) -> None:
 
 def test_draws_differ_between_rows_steps_and_keys_and_repeat_themselves() -> None:
     logits = jnp.zeros((64, 1000))
-    rows = jnp.arange(64)
 
     def tokens(seed: int, step: int) -> list[int]:
-        return np.asarray(draw(jax.random.key(seed), rows, jnp.int32(step), logits, Sampling())).tolist()
+        keys = jax.random.split(jax.random.key(seed), 64)
+        return np.asarray(draw(keys, jnp.int32(step), logits, Sampling())).tolist()
 
     assert tokens(0, 0) == tokens(0, 0)
     assert len(set(tokens(0, 0))) > 50
