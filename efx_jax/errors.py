@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class MissingInputError(InputError):
+    """What is asked for is not on this machine and cannot be fetched; nothing is wrong with it."""
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with the arguments in one line; argparse itself prints the usage too."""
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 from efx_jax.data.hub import HubTable, read_hub
-from efx_jax.errors import InputError
+from efx_jax.errors import InputError, MissingInputError
 
 _JSON = (".jsonl", ".json", ".ndjson")
 _TABLES = {".csv": ",", ".tsv": "\t"}
@@ -91,7 +91,7 @@ def _find(source: str, root: str) -> pathlib.Path | None:
             return path
     if _kind(candidates[0]) in _SUPPORTED or not (source in CORPORA or _HUB_NAME.fullmatch(source)):
         where = f" (nor in {root})" if root else ""
-        raise InputError(
+        raise MissingInputError(
             f"{source}: no such file{where}; expected a file or a Hub name owner/name; check the path or set data.root"
         )
     return None

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from typing import Any
 
-from efx_jax.errors import InputError
+from efx_jax.errors import MissingInputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +29,13 @@ def read_hub(table: HubTable) -> list[dict[str, Any]]:
     """Reads every row of a split, or its first ones.
 
     Raises:
-        InputError: `datasets` is missing, or the data set cannot be read.
+        MissingInputError: `datasets` is missing, or the data set cannot be read.
     """
     title = table.file if table.name == "json" else table.name
     try:
         import datasets
     except ImportError as error:
-        raise InputError(
+        raise MissingInputError(
             f"{title}: no such file, and reading a Hub data set needs `datasets`; run: pip install datasets"
         ) from error
     file = f"{table.config}/{table.split}/*.parquet" if table.revision else table.file
@@ -50,7 +50,7 @@ def read_hub(table: HubTable) -> list[dict[str, Any]]:
         )
         return list(itertools.islice(rows, table.first) if table.first else rows)
     except Exception as error:  # the Hub clients raise from a dozen unrelated classes
-        raise InputError(
+        raise MissingInputError(
             f"{title}: no such file, and the Hub data set cannot be read ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}); check the name and the network, or download a JSONL, CSV or "
             "Parquet file"

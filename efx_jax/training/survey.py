@@ -10,7 +10,7 @@ from efx_jax.config_rules import n_of_m
 from efx_jax.data.batches import bucket_length
 from efx_jax.data.tasks import load_data
 from efx_jax.data.tokens import text_windows, tokenize
-from efx_jax.errors import InputError
+from efx_jax.errors import InputError, MissingInputError
 from efx_jax.model.spec import ModelSpec, linear_shapes
 from efx_jax.parallel.fit import Sizes, check_mesh
 from efx_jax.pruning.block import matrix_group
@@ -69,7 +69,7 @@ def count_data(config: Config, found: FoundSpec) -> DataCounts | str:
     """Counts what training would read, or says why it cannot be counted here.
 
     Raises:
-        InputError: as `check_validation`.
+        InputError: malformed data, or as `check_validation`.
     """
     if not found.on_disk:
         return f"not counted: the tokenizer of {config.model.path} is not on this disk"
@@ -79,7 +79,8 @@ def count_data(config: Config, found: FoundSpec) -> DataCounts | str:
         train = tokenize(data.train, tokenizer, config.data.max_length, config.data.loss_on)
         window, limit = config.eval.window, config.eval.text_tokens
         windows = text_windows(data.text, tokenizer, window, limit) if data.text else []
-    except InputError as error:
+    except MissingInputError as error:
+        # A run may be planned where its data is not.
         return f"not counted: {error}"
     check_validation(config, data)
     lengths = [len(example.tokens) - 1 for example in train]

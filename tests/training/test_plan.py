@@ -59,6 +59,13 @@ def test_a_plan_names_what_it_cannot_read_and_goes_on(config: Config, uncompiled
     assert "8 steps of 4 sequences" in plan_text(stepped) and "step 4 to 50%" in plan_text(stepped)
 
 
+def test_a_plan_refuses_malformed_data(config: Config, tmp_path: Path, uncompiled: None) -> None:
+    (tmp_path / "cut.jsonl").write_text('{"prompt": "old", "response": " rash"}\n{"prompt": "old", "resp')
+    cut = dataclasses.replace(config, data=dataclasses.replace(config.data, train=str(tmp_path / "cut.jsonl")))
+    with pytest.raises(InputError, match=r"cut.jsonl line 2: not JSON"):
+        plan_text(cut)
+
+
 def test_every_line_fits_a_terminal(config: Config) -> None:
     assert max(len(line) for line in plan_text(config).splitlines()) <= 80
 
