@@ -75,7 +75,7 @@ def test_greedy_reads_the_generated_text_and_counts_what_it_cannot_read(evaluate
     result, records = evaluate_with(says, CHOICE, "greedy", batch_size=2, compute_dtype="float32")
     assert says.calls == [
         {"rows": 3, "max_new_tokens": 5, "batch_size": 2, "compute_dtype": "float32", "sampling": None}
-            | {"seeds": says.calls[0]["seeds"]}
+        | {"seeds": says.calls[0]["seeds"]}
     ]
     assert [record["prediction"] for record in records] == ["yes", None, "no"]
     assert [record["answer"] for record in records] == [" Yes.", "I do not know", "no"]
