@@ -139,9 +139,9 @@ def scoring(folder: Path, spec: ModelSpec, tokenizer: Any, arguments: argparse.N
     rng = np.random.default_rng(0)
     sizes = rng.integers(arguments.length // 3, arguments.length, arguments.rows)
     plain = [Example(f"{sentence(rng, size)}\nQuestion: Is it so?\nAnswer:", "") for size in sizes]
-    documents = [sentence(rng, arguments.length) for _ in range(arguments.documents)]
+    document = sentence(rng, arguments.length)
     hypotheses = [sentence(rng, size) for size in rng.integers(10, 25, arguments.hypotheses)]
-    contracts = [Example(f"{text}\nHypothesis: {claim}\nAnswer:", "") for text in documents for claim in hypotheses]
+    contracts = [Example(f"{document}\nHypothesis: {claim}\nAnswer:", "") for claim in hypotheses]
     cases = {"rows": (plain, ONE_TOKEN), "contracts": (contracts, SEVERAL_TOKENS)}
     found = []
     for dtype in DTYPES:
@@ -291,8 +291,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rows", type=int, default=48, help="rows with nothing in common")
     parser.add_argument("--length", type=int, default=400, help="words of a document, and of the longest row")
-    parser.add_argument("--documents", type=int, default=1)
-    parser.add_argument("--hypotheses", type=int, default=17, help="hypotheses behind every document")
+    parser.add_argument("--hypotheses", type=int, default=17, help="hypotheses behind a document")
     parser.add_argument("--out", default="")
     return parser.parse_args()
 

@@ -9,7 +9,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+
+from efx_jax.model.rope import RopeSpec
+from efx_jax.model.spec import ModelSpec, init_params
+from efx_jax.weights.hf import save_pretrained
 
 pytestmark = pytest.mark.slow
 
@@ -121,3 +126,74 @@ def test_a_case_whose_process_dies_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     assert cases.run_case("no_such_script.py", {}, 30) == {"error": "its process ended with code 2"}
     assert cases.out_of_memory({"error": "its process ended with code -9"})
     assert not cases.out_of_memory({"error": "ValueError: no such shape"})
+
+
+@pytest.fixture
+def byte_folder(tmp_path: Path) -> Path:
+    """A Hugging Face folder of a random LLaMA that reads bytes."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bare = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    bare.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    folder = tmp_path / "bytes"
+    spec = ModelSpec(
+        model_type="llama",
+        vocab_size=256,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        rope=RopeSpec(),
+    )
+    save_pretrained(folder, init_params(jax.random.key(0), spec), spec)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bare).save_pretrained(folder)
+    return folder
+
+
+def test_evaluation_is_measured_beside_transformers(byte_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    sizes = ("--rows", "3", "--length", "12", "--hypotheses", "2", "--batch", "2", "--new-tokens", "3")
+    sizes += ("--prompts", "3", "--repeats", "1")
+    out = str(tmp_path / "rows.json")
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    run("evaluation", "--model", str(byte_folder), *sizes, "--out", out, environment=environment)
+    rows = kept(Path(out))
+    assert rows["greedy_same_tokens float32"]["value"] == 1
+    for name in ("score_rows", "score_contracts", "generate_greedy", "generate_sampled"):
+        found = rows[f"{name} bfloat16"]
+        assert found["against"] == f"{name} bfloat16 transformers" and found["ratio"] > 0
+    assert rows["score_contracts float32"]["most_nats_apart"] < 1e-4
+
+
+def test_the_table_of_tasks_computes_only_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    tasks = importlib.import_module("tasks")
+    asked: list[str] = []
+
+    def work(command: list[str], log: Path) -> None:
+        asked.append(" ".join(command))
+        log.with_suffix("").mkdir()
+        trained = {"sparsity": {}, "tokens": 7, "seconds": {"train": 2.0}, "peak_memory_mib": 3.0}
+        measured = {"seconds": {"hqs": 1.0}, "perplexity": None, "tasks": {"hqs": {}}, "relative": None}
+        summary = trained if command[0] == "train.py" else measured
+        (log.with_suffix("") / "summary.json").write_text(json.dumps(summary))
+
+    monkeypatch.setattr(tasks, "run", work)
+    words = ["--root", "data", "--work", str(tmp_path), "--only", "health", "--out", str(tmp_path / "rows.json")]
+    monkeypatch.setattr(sys, "argv", ["tasks.py", *words, "--train", "--lora.rank", "16"])
+    tasks.main()
+    assert len(asked) == 3 + 2 * 4
+    assert sum("--lora.rank 16" in line for line in asked) == 3
+    assert "--prune.sparsity 0" in asked[0] and "--preset paper" in asked[1]
+    assert "health_dense --tasks pubmedqa" in asked[3] and "--relative-to" not in asked[3]
+    assert sum("--relative-to" in line and "dense_likelihood" in line for line in asked) == 3
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert len(rows) == 8 and ("tokens" in rows[1]) == (rows[1]["name"] != "health base likelihood")
+    tasks.main()
+    assert len(asked) == 3 + 2 * 4
