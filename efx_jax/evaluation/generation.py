@@ -93,19 +93,19 @@ def end_tokens(tokenizer: Tokenizer, spec: ModelSpec) -> set[int]:
 
 
 def check_room(
-    prompts: Sequence[Sequence[int]], examples: Sequence[Example], spec: ModelSpec, max_new_tokens: int
+    prompts: Sequence[Sequence[int]], examples: Sequence[Example], spec: ModelSpec, answer_tokens: int
 ) -> None:
-    """Refuses tokenised prompts that are empty or leave fewer than `max_new_tokens` of the context.
+    """Refuses tokenised prompts that are empty or leave fewer than `answer_tokens` of the context.
 
     Raises:
         InputError: the first such row.
     """
-    most = spec.max_position_embeddings - max_new_tokens
+    most = spec.max_position_embeddings - answer_tokens
     for row, (ids, example) in enumerate(zip(prompts, examples, strict=True), start=1):
         if not 0 < len(ids) <= most:
             raise InputError(
                 f"{example.origin or f'test row {row}'}: the prompt has {len(ids)} tokens; expected 1 to {most}, the "
-                f"model's context without {max_new_tokens} new tokens; shorten the prompt or write less"
+                f"model's context without {answer_tokens} tokens of answer; shorten the prompt"
             )
 
 

@@ -14,6 +14,7 @@ from efx_jax.data.prompts import Example
 from efx_jax.data.tokenizer import Tokenizer, encode_prompts
 from efx_jax.errors import InputError
 from efx_jax.evaluation.branches import Tree, encode_labels, group_rows, grow_tree, tree_batch, tree_scores
+from efx_jax.evaluation.generation import check_room
 from efx_jax.lora import Adapters
 from efx_jax.model.decoder import Params
 from efx_jax.model.spec import ModelSpec
@@ -109,15 +110,6 @@ def _checked(
 ) -> tuple[list[list[int]], list[list[int]]]:
     prompts = encode_prompts([example.prompt for example in examples], tokenizer)
     answers = encode_labels(labels, tokenizer)
-    _check_prompts(prompts, examples, spec.max_position_embeddings - max(len(ids) - 1 for ids in answers))
+    # The last token of an answer is never an input.
+    check_room(prompts, examples, spec, max(len(ids) - 1 for ids in answers))
     return prompts, answers
-
-
-def _check_prompts(prompts: Sequence[Sequence[int]], examples: Sequence[Example], most: int) -> None:
-    for row, (ids, example) in enumerate(zip(prompts, examples, strict=True), start=1):
-        if not 0 < len(ids) <= most:
-            where = example.origin or f"test row {row}"
-            raise InputError(
-                f"{where}: the prompt has {len(ids)} tokens; expected 1 to {most}, the model's context without the "
-                "answers; shorten the prompt"
-            )
