@@ -89,10 +89,10 @@ class Split(NamedTuple):
     columns: tuple[str, ...] = ()
 
 
-_WHOLE = Split()
+WHOLE = Split()
 
 
-def lowest(bits: Array, count: Array | int, dims: int = 1, split: Split = _WHOLE) -> Array:
+def lowest(bits: Array, count: Array | int, dims: int = 1, split: Split = WHOLE) -> Array:
     """Marks the `count` smallest of the last axis, or of the last two together; of equal ones the lower index first.
 
     Args:
@@ -193,7 +193,7 @@ def drop_by_counts(score: Array, group: str, counts: Counts, axes: LinearAxes | 
         bool `[O,I]`, the same on any mesh.
     """
     if axes is None:
-        return _drop(score, counts, group, _WHOLE)
+        return _drop(score, counts, group, WHOLE)
     here = PartitionSpec(axes.rows, axes.columns or None)
     local = functools.partial(_drop, group=group, split=Split(axes.rows, axes.columns))
     counts = jax.tree.map(jnp.int32, counts)
