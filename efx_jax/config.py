@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-Score = Literal["magnitude", "wanda", "foresight", "foresight_gated"]
+Score = Literal["magnitude", "wanda", "ria", "foresight", "foresight_gated"]
 Recovery = Literal["none", "pbs", "gram_pbs", "admm"]
 MaskForward = Literal["exact", "ste", "frozen", "dense"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -72,6 +72,8 @@ class PruneConfig:
     sparsity: float = 0.5
     """Share of the entries of every pruned matrix that become zero, in [0, 1); 0 trains plain LoRA."""
     score: Score = "wanda"
+    ria_power: float = 0.5
+    """With score "ria": exponent of the input norms."""
     group: str = "row"
     """Entries that compete: "row", "matrix", "bounded" or "N:M"."""
     bound: float = 0.2

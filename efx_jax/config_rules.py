@@ -116,6 +116,7 @@ def _prune_rules(prune: PruneConfig) -> Iterable[Rule]:
         ("prune.sparsity", prune.sparsity, 0 <= prune.sparsity < 1, "in [0, 1)"),
         ("prune.group", prune.group, is_group, "row, matrix, bounded, or N:M with N < M such as 2:4"),
         ("prune.bound", prune.bound, 0 <= prune.bound <= 1, "in [0, 1]"),
+        ("prune.ria_power", prune.ria_power, prune.ria_power >= 0, "at least 0"),
         _target_rule("prune.targets", prune.targets),
         _target_rule("prune.row_targets", prune.row_targets, may_be_empty=True),
         ("prune.ema", prune.ema, 0 < prune.ema <= 1, "in (0, 1]"),

@@ -11,6 +11,7 @@ from efx_jax.config import PruneConfig
 from efx_jax.lora import Adapters, effective_weight
 from efx_jax.model.decoder import Layer
 from efx_jax.model.spec import LINEARS
+from efx_jax.pruning.scores import matrix_score
 from efx_jax.pruning.statistics import INPUT_OF, Statistics
 
 Array = jax.Array
@@ -100,10 +101,8 @@ def moving_average(
             effective = effective_weight(
                 layer.weights[name], _slot(past, f"lora_a/{name}", slot), _slot(past, f"lora_b/{name}", slot), scale
             )
-            score = jnp.abs(effective)
-            if config.score != "magnitude":
-                score = score * past[f"input_norm/{INPUT_OF[name]}"][slot]
-            score = score * past[f"reach/{name}"][slot][:, None]
+            norm, reach = past[f"input_norm/{INPUT_OF[name]}"][slot], past[f"reach/{name}"][slot]
+            score = matrix_score(effective, norm, reach, config)
             return jnp.where(slot == 0, score, config.ema * score + (1 - config.ema) * average)
 
         average = jax.lax.fori_loop(0, stored, older, jnp.zeros_like(new))

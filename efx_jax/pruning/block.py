@@ -17,7 +17,7 @@ from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import constrain_tree, linear_axes, split_rows
 from efx_jax.pruning.average import Memory, moves_base, moving_average, prunable
 from efx_jax.pruning.recovery import admm_update, gram_brain_surgeon, partial_brain_surgeon
-from efx_jax.pruning.scores import activation_reach, foresight_score, wanda_score, weight_reach
+from efx_jax.pruning.scores import activation_reach, matrix_score, weight_reach
 from efx_jax.pruning.selection import Counts, drop_by_counts
 from efx_jax.pruning.statistics import INPUT_OF, INPUTS, Statistics
 
@@ -35,16 +35,13 @@ def block_scores(
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Scores `[O,I]` and downstream reach nu `[O]` of the pruned matrices of one block."""
     names = prunable(layer.weights, config)
-    ones = {name: jnp.ones(effective[name].shape[0], jnp.float32) for name in names}
-    if config.score == "magnitude":
-        return {name: jnp.abs(effective[name]) for name in names}, ones
-    if config.score == "wanda":
-        return {name: wanda_score(effective[name], stats.input_norm(name)) for name in names}, ones
     if config.score == "foresight":
         reach = weight_reach(effective, spec)
-    else:
+    elif config.score == "foresight_gated":
         reach = activation_reach(effective, layer.weights, stats, spec)
-    return {name: foresight_score(effective[name], stats.input_norm(name), reach[name]) for name in names}, reach
+    else:
+        reach = {name: jnp.ones(effective[name].shape[0], jnp.float32) for name in names}
+    return {name: matrix_score(effective[name], stats.input_norm(name), reach[name], config) for name in names}, reach
 
 
 def prune_block(

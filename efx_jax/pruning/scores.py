@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from efx_jax.config import PruneConfig
 from efx_jax.model.spec import ModelSpec
 from efx_jax.pruning.statistics import Statistics
 
@@ -40,6 +41,35 @@ def foresight_score(weight: Array, input_norm: Array, downstream_norm: Array) ->
         float32 `[O,I]`.
     """
     return wanda_score(weight, input_norm) * downstream_norm[:, None]
+
+
+def ria_score(weight: Array, input_norm: Array, power: float = 0.5) -> Array:
+    """(|W_oi| / sum_o |W_oi| + |W_oi| / sum_i |W_oi|) * input_norm_i^power (RIA, Zhang et al., ICLR 2024).
+
+    An entry counts by its share of what its input unit sends and of what its output unit receives, so that neither a
+    weak input nor a weak output loses all its entries in a whole-matrix group.
+
+    Args:
+        weight: `[O,I]`, the effective weight U.
+        input_norm: `[I]`.
+        power: exponent of the norm.
+
+    Returns:
+        float32 `[O,I]`; the share of a row or column of zeros is 0.
+    """
+    magnitude = jnp.abs(weight.astype(jnp.float32))
+    by_input, by_output = jnp.sum(magnitude, axis=0, keepdims=True), jnp.sum(magnitude, axis=1, keepdims=True)
+    shares = [magnitude / jnp.where(total > 0, total, 1.0) for total in (by_input, by_output)]
+    return (shares[0] + shares[1]) * jnp.power(input_norm, power)
+
+
+def matrix_score(effective: Array, input_norm: Array, reach: Array, config: PruneConfig) -> Array:
+    """`config.score` of one matrix from U `[O,I]`, `input_norm [I]` and `reach` nu `[O]`: `[O,I]`, float32."""
+    if config.score == "magnitude":
+        return jnp.abs(effective)
+    if config.score == "ria":
+        return ria_score(effective, input_norm, config.ria_power)
+    return foresight_score(effective, input_norm, reach)
 
 
 def column_norms(weight: Array) -> Array:

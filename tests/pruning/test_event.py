@@ -28,7 +28,7 @@ from efx_jax.pruning.selection import select_mask
 from efx_jax.pruning.statistics import INPUT_OF, Statistics, collect_statistics
 
 Tree = dict[str, Any]
-SCORES = ("magnitude", "wanda", "foresight", "foresight_gated")
+SCORES = ("magnitude", "wanda", "foresight", "foresight_gated", "ria")
 GROUPS = ("row", "matrix", "bounded", "2:4")
 RECOVERIES = ("none", "pbs", "gram_pbs", "admm")
 SOME = ("q_proj", "k_proj", "down_proj")
@@ -199,7 +199,7 @@ def test_events_with_memory_keep_exact_counts_and_the_first_is_raw(llama: Any, s
     assert any(np.any(masks[1][name] != raw[1][name]) for name in TWO)
 
 
-@pytest.mark.parametrize("score", ["magnitude", "foresight_gated"])
+@pytest.mark.parametrize("score", ["magnitude", "ria", "foresight_gated"])
 def test_snapshots_rebuild_the_average_that_a_tensor_would_carry(llama: Any, stats: Statistics, score: Any) -> None:
     """To float32 rounding; with two slots the third event on forgets what lies before the last two."""
     eta, slots, events = 0.3, 2, 5

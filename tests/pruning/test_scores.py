@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from efx_jax.model.spec import LINEARS, ModelSpec
-from efx_jax.pruning.scores import activation_reach, foresight_score, wanda_score, weight_reach
+from efx_jax.pruning.scores import activation_reach, foresight_score, ria_score, wanda_score, weight_reach
 from efx_jax.pruning.selection import select_mask
 from efx_jax.pruning.statistics import Statistics
 
@@ -28,6 +28,24 @@ def drawn(*shape: int, seed: int = 0) -> np.ndarray:
 def test_wanda_is_size_times_input_norm() -> None:
     weight, norm = drawn(5, 7), np.abs(drawn(7))
     np.testing.assert_array_equal(wanda_score(weight, norm), np.abs(weight) * norm)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_ria_is_the_share_of_row_and_column_times_the_power_of_the_norm(power: float) -> None:
+    weight, norm = drawn(5, 7), np.abs(drawn(7))
+    weight[2], weight[:, 4], norm[1] = 0, 0, 0
+    wanted = np.zeros((5, 7))
+    for o, i in np.ndindex(5, 7):
+        size = abs(float(weight[o, i]))
+        if size:
+            column = sum(abs(float(weight[k, i])) for k in range(5))
+            row = sum(abs(float(weight[o, k])) for k in range(7))
+            wanted[o, i] = (size / column + size / row) * float(norm[i]) ** power
+    np.testing.assert_allclose(ria_score(weight, norm, power), wanted, rtol=1e-5)
+    stacked = jax.jit(jax.vmap(ria_score, in_axes=(0, None, None)))(np.stack([weight, 2 * weight]), norm, power)
+    np.testing.assert_allclose(stacked, [wanted, wanted], rtol=1e-5)
+    for group in ("row", "matrix"):
+        np.testing.assert_array_equal(select_mask(stacked[0], 0.5, group), select_mask(wanted, 0.5, group))
 
 
 def test_row_foresight_is_wanda_whatever_the_reach() -> None:
