@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Literal
 
-Score = Literal["magnitude", "wanda", "ria", "foresight", "foresight_gated"]
-Recovery = Literal["none", "pbs", "gram_pbs", "admm"]
+Score = Literal["magnitude", "wanda", "ria", "foresight", "foresight_gated", "sparsegpt"]
+Recovery = Literal["none", "pbs", "gram_pbs", "admm", "obs"]
 MaskForward = Literal["exact", "ste", "frozen", "dense"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "linears", "block"]
@@ -75,14 +75,15 @@ class PruneConfig:
     ria_power: float = 0.5
     """With score "ria": exponent of the input norms."""
     group: str = "row"
-    """Entries that compete: "row", "matrix", "bounded" or "N:M"."""
+    """Entries that compete: "row", "matrix", "bounded" or "N:M"; with score "sparsegpt" within 128 columns at a time,
+    and "bounded" not at all."""
     bound: float = 0.2
     """With group "bounded": how far a row's sparsity may be from the matrix's."""
     row_targets: tuple[str, ...] = ()
     """Matrices that compare within rows even if `group` is "matrix" or "bounded"."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     recovery: Recovery = "none"
-    """`pbs` and `gram_pbs` move the adapters, where there are any, `admm` the base."""
+    """`pbs` and `gram_pbs` move the adapters, where there are any, `admm` and `obs` (SparseGPT's update) the base."""
     mask_forward: MaskForward = "exact"
     """How the mask acts in training between events."""
     ema: float = 1.0

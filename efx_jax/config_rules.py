@@ -37,6 +37,7 @@ def validate(config: Config) -> None:
         *_data_rules(config.data),
         *_lora_rules(config.lora),
         *_prune_rules(config.prune),
+        *_pair_rules(config.prune),
         *_calibration_rules(config.prune),
         *_schedule_rules(config.prune),
         *_train_rules(config.train),
@@ -58,9 +59,9 @@ def validate_prune(prune: PruneConfig) -> None:
     """Refuses names in a hand-made `PruneConfig` that mean nothing: `Literal` is no check at run time.
 
     Raises:
-        InputError: the first unknown score, recovery, mask mode or matrix.
+        InputError: the first unknown score, recovery, mask mode or matrix, or a pair of settings that excludes itself.
     """
-    _refuse([*_choice_rules(prune), _target_rule("prune.targets", prune.targets)])
+    _refuse([*_choice_rules(prune), _target_rule("prune.targets", prune.targets), *_pair_rules(prune)])
 
 
 def _choice_rules(prune: PruneConfig) -> Iterable[Rule]:
@@ -72,6 +73,25 @@ def _choice_rules(prune: PruneConfig) -> Iterable[Rule]:
     return [
         (f"prune.{name}", value, value in get_args(kind), f"one of {', '.join(get_args(kind))}")
         for name, value, kind in found
+    ]
+
+
+def _pair_rules(prune: PruneConfig) -> Iterable[Rule]:
+    """What no event can do, whatever the model."""
+    sweeps = prune.score == "sparsegpt"
+    return [
+        (
+            "prune.ema",
+            prune.ema,
+            not sweeps or prune.ema == 1,
+            "1 with prune.score sparsegpt: an entry is scored after its row has moved, so that events do not compare",
+        ),
+        (
+            "prune.group",
+            prune.group,
+            not sweeps or prune.group != "bounded",
+            "row, matrix or N:M with prune.score sparsegpt: a slab of columns knows no share of whole rows",
+        ),
     ]
 
 

@@ -34,9 +34,14 @@ class PruneState:
     key: Array
 
 
+def refits_base(config: PruneConfig) -> bool:
+    """Whether the recovery writes new base weights, the adapters starting again at B = 0."""
+    return config.recovery in ("admm", "obs")
+
+
 def moves_base(config: PruneConfig) -> bool:
     """Whether an event rewrites the base weights."""
-    return config.merge_each_event or config.recovery == "admm"
+    return config.merge_each_event or refits_base(config)
 
 
 def init_prune_state(

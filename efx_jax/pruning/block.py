@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,11 @@ from efx_jax.model.decoder import Layer
 from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import constrain_tree, linear_axes, split_rows
-from efx_jax.pruning.average import Memory, moves_base, moving_average, prunable
+from efx_jax.pruning.average import Memory, moves_base, moving_average, prunable, refits_base
 from efx_jax.pruning.recovery import admm_update, gram_brain_surgeon, partial_brain_surgeon
 from efx_jax.pruning.scores import activation_reach, matrix_score, weight_reach
 from efx_jax.pruning.selection import Counts, drop_by_counts
+from efx_jax.pruning.sparsegpt import Inverse, Sweep, inverse_factor, obs_by_factor, sparsegpt_on_mesh
 from efx_jax.pruning.statistics import INPUT_OF, INPUTS, Statistics
 
 Array = jax.Array
@@ -75,20 +76,20 @@ def prune_block(
         name: effective_weight(layer.weights[name], layer.lora_a.get(name), layer.lora_b.get(name), scale)
         for name in LINEARS
     }
-    with jax.named_scope("foresight"):
-        scores, reach = block_scores(layer, effective, stats, spec, config)
-    if config.ema < 1:
-        scores, memory = moving_average(scores, reach, layer, stats, memory, event, config, scale)
-    mesh = active_mesh()
-    with jax.named_scope("select"):
-        masks = {
-            name: ~drop_by_counts(
-                scores[name], matrix_group(name, config), counts[name], None if mesh is None else linear_axes(name)
-            )
-            for name in scores
-        }
+    swept: dict[str, Sweep] = {}
+    if config.score == "sparsegpt":
+        with jax.named_scope("sparsegpt"):
+            swept = _sweep_block(layer, effective, counts, stats, config)
+        masks = {name: sweep.mask for name, sweep in swept.items()}
+    else:
+        with jax.named_scope("foresight"):
+            scores, reach = block_scores(layer, effective, stats, spec, config)
+        if config.ema < 1:
+            scores, memory = moving_average(scores, reach, layer, stats, memory, event, config, scale)
+        with jax.named_scope("select"):
+            masks = _select(scores, counts, config)
     with jax.named_scope("recover"):
-        layer = _recover(layer, effective, masks, stats, config, scale)
+        layer = _recover(layer, effective, masks, swept, stats, config, scale)
     layer = dataclasses.replace(layer, masks=layer.masks | {name: pack_mask(mask) for name, mask in masks.items()})
     if config.merge_each_event:
         layer = _merge_and_redraw(layer, key, scale)
@@ -96,19 +97,62 @@ def prune_block(
     return constrain_tree((dataclasses.replace(layer, weights=moved), memory))
 
 
+def _select(scores: dict[str, Array], counts: dict[str, Counts], config: PruneConfig) -> dict[str, Array]:
+    """Masks `[O,I]` of the highest scores."""
+    mesh = active_mesh()
+    return {
+        name: ~drop_by_counts(
+            score, matrix_group(name, config), counts[name], None if mesh is None else linear_axes(name)
+        )
+        for name, score in scores.items()
+    }
+
+
+def _sweep_block(
+    layer: Layer,
+    effective: dict[str, Array],
+    counts: dict[str, Counts],
+    stats: Statistics,
+    config: PruneConfig,
+) -> dict[str, Sweep]:
+    """SparseGPT's masks and weights. Where they are shipped, the sweep starts from the model before the event.
+
+    Where only the mask is taken, from U, as for every other score: entries that an old mask has dropped may come back.
+    """
+    inverses = _inverses(counts, stats)
+    ships = config.recovery == "obs"
+    return {
+        name: sparsegpt_on_mesh(
+            name,
+            weight_before(layer, effective[name], name, config) if ships else effective[name],
+            inverses[INPUT_OF[name]],
+            counts[name],
+            matrix_group(name, config),
+        )
+        for name in counts
+    }
+
+
+def _inverses(names: Iterable[str], stats: Statistics) -> dict[str, Inverse]:
+    """The factor of every input that some of the linears read, whole on every device."""
+    grams = constrain_tree({INPUT_OF[name]: stats.gram[INPUT_OF[name]] for name in names})
+    return {source: inverse_factor(gram) for source, gram in grams.items()}
+
+
 def _recover(
     layer: Layer,
     effective: dict[str, Array],
     masks: dict[str, Array],
+    swept: dict[str, Sweep],
     stats: Statistics,
     config: PruneConfig,
     scale: float,
 ) -> Layer:
-    """Moves B (pbs, gram_pbs) or the base (admm) to make up for what the new masks drop."""
+    """Moves B (pbs, gram_pbs) or the base (admm, obs) to make up for what the new masks drop."""
     if config.recovery == "none":
         return layer
-    if config.recovery == "admm":
-        return _refit_base(layer, effective, masks, stats, config)
+    if refits_base(config):
+        return _refit_base(layer, effective, masks, swept, stats, config)
     lora_b = dict(layer.lora_b)
     for name in set(masks) & set(lora_b):
         lora_a = layer.lora_a[name]
@@ -156,25 +200,53 @@ def weight_before(layer: Layer, effective: Array, name: str, config: PruneConfig
 
 
 def _refit_base(
-    layer: Layer, effective: dict[str, Array], masks: dict[str, Array], stats: Statistics, config: PruneConfig
+    layer: Layer,
+    effective: dict[str, Array],
+    masks: dict[str, Array],
+    swept: dict[str, Sweep],
+    stats: Statistics,
+    config: PruneConfig,
 ) -> Layer:
-    """ADMM on the kept weights; the base takes the result and the adapters start again at B = 0."""
-    weights, lora_b = dict(layer.weights), dict(layer.lora_b)
+    """New kept weights; the base takes them and the adapters start again at B = 0."""
+    targets = {name: weight_before(layer, effective[name], name, config) for name in masks}
+    with jax.named_scope(config.recovery):
+        if config.recovery == "admm":
+            refitted = _admm(targets, masks, stats, config)
+        elif swept:
+            refitted = {name: sweep.weight for name, sweep in swept.items()}
+        else:
+            refitted = _obs(targets, masks, stats)
+    weights = {name: new.astype(layer.weights[name].dtype) for name, new in refitted.items()}
+    lora_b = {name: jnp.zeros_like(b) if name in masks else b for name, b in layer.lora_b.items()}
+    return dataclasses.replace(layer, weights=layer.weights | weights, lora_b=lora_b)
+
+
+def _obs(targets: dict[str, Array], masks: dict[str, Array], stats: Statistics) -> dict[str, Array]:
+    """SparseGPT's update under masks that another score has drawn."""
+    inverses = _inverses(masks, stats)
+    return {
+        name: split_rows(obs_by_factor, name, (targets[name], mask), (inverses[INPUT_OF[name]],))
+        for name, mask in masks.items()
+    }
+
+
+def _admm(
+    targets: dict[str, Array], masks: dict[str, Array], stats: Statistics, config: PruneConfig
+) -> dict[str, Array]:
+    """ADMM on the kept weights."""
+    refitted: dict[str, Array] = {}
     for source in INPUTS:
         names = [name for name in masks if INPUT_OF[name] == source]
         if not names:
             continue
-        targets = [weight_before(layer, effective[name], name, config) for name in names]
-        with jax.named_scope("admm"):
-            refitted = split_rows(
-                functools.partial(_refit, steps=config.admm_steps, damping=config.admm_damping),
-                names[0],
-                (targets, [masks[name] for name in names]),
-                (stats.gram[source],),
-            )
-        weights |= {name: new.astype(weights[name].dtype) for name, new in zip(names, refitted, strict=True)}
-    lora_b = {name: jnp.zeros_like(b) if name in masks else b for name, b in lora_b.items()}
-    return dataclasses.replace(layer, weights=weights, lora_b=lora_b)
+        parts = split_rows(
+            functools.partial(_refit, steps=config.admm_steps, damping=config.admm_damping),
+            names[0],
+            ([targets[name] for name in names], [masks[name] for name in names]),
+            (stats.gram[source],),
+        )
+        refitted |= dict(zip(names, parts, strict=True))
+    return refitted
 
 
 def _refit(targets: list[Array], masks: list[Array], gram: Array, steps: int, damping: float) -> list[Array]:

@@ -23,16 +23,15 @@ from efx_jax.parallel.partition import constrain_tree, to_device, to_host
 from efx_jax.pruning.average import Memory, PruneState, init_prune_state, prunable
 from efx_jax.pruning.block import matrix_group, prune_block
 from efx_jax.pruning.selection import Counts, selection_counts
-from efx_jax.pruning.statistics import (
-    Statistics,
-)
+from efx_jax.pruning.sparsegpt import slab_counts
+from efx_jax.pruning.statistics import Statistics
 
 Array = jax.Array
 
 
 def needs_gram(config: PruneConfig) -> bool:
-    """Whether the recovery reads Gram matrices."""
-    return config.recovery in ("gram_pbs", "admm")
+    """Whether score or recovery reads Gram matrices."""
+    return config.score == "sparsegpt" or config.recovery in ("gram_pbs", "admm", "obs")
 
 
 def prune_event(
@@ -52,14 +51,14 @@ def prune_event(
         params: parameter tree, linears `[L,O,I]`.
         adapters: adapters, or None (then U = W).
         masks: masks in force, or None before the first event.
-        stats: `collect_statistics` of the model as it stands; with Grams for gram_pbs and admm.
+        stats: `collect_statistics` of the model as it stands; with Grams if `needs_gram`.
         state: the state of the earlier events, or None at the first.
         spec: the model.
         config: score, group, sparsity, recovery and moving average of this event.
         packed: return the masks as bits, see `efx_jax.masks`.
 
     Returns:
-        (params, adapters, masks, state). params changes only where an event moves the base (admm, merge_each_event).
+        (params, adapters, masks, state). params changes only where an event moves the base, see `moves_base`.
 
     Raises:
         InputError: settings that mean nothing, a sparsity or group that does not fit, statistics without Grams, a state
@@ -221,10 +220,14 @@ def check_event(
 
 def event_counts(layers: Mapping[str, Array], names: tuple[str, ...], config: PruneConfig) -> dict[str, Counts]:
     """Exact counts per matrix, computed on the host so that a new sparsity needs no new program."""
-    return {
-        name: selection_counts(layers[name].shape, config.sparsity, matrix_group(name, config), config.bound)
-        for name in names
-    }
+
+    def counts(name: str) -> Counts:
+        shape, group = layers[name].shape, matrix_group(name, config)
+        if config.score == "sparsegpt":
+            return slab_counts(shape, config.sparsity, group)
+        return selection_counts(shape, config.sparsity, group, config.bound)
+
+    return {name: counts(name) for name in names}
 
 
 _prune_block = functools.partial(jax.jit, static_argnames=("spec", "config", "scale"))(prune_block)

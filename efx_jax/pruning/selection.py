@@ -21,11 +21,15 @@ _NEVER = 0xFFFFFFFF  # above the bits of every float: such an entry is never amo
 
 
 class Counts(NamedTuple):
-    """How many entries go: `total` of the comparison group, between `row_low` and `row_high` of every row (bounded)."""
+    """How many entries go: `total` of the comparison group, between `row_low` and `row_high` of every row (bounded).
+
+    Where the groups are slabs of columns (`efx_jax.pruning.sparsegpt`), `rest` of each in a narrower last slab.
+    """
 
     total: int
     row_low: int = 0
     row_high: int = 0
+    rest: int = 0
 
 
 def parse_pattern(group: str) -> tuple[int, int] | None:

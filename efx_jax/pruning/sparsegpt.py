@@ -11,10 +11,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from efx_jax.errors import InputError
+from efx_jax.parallel.mesh import active_mesh
+from efx_jax.parallel.partition import linear_axes
 from efx_jax.pruning.recovery import damped, matrix_cholesky
-from efx_jax.pruning.selection import WHOLE, Split, drop_count, lowest, parse_pattern, score_bits, selection_counts
+from efx_jax.pruning.selection import (
+    WHOLE,
+    Counts,
+    Split,
+    drop_count,
+    lowest,
+    parse_pattern,
+    score_bits,
+    selection_counts,
+)
 
 Array = jax.Array
 Pick = Callable[[Array, Array], Array]
@@ -45,13 +57,6 @@ class Sweep(NamedTuple):
     importance: Array
 
 
-class SlabCounts(NamedTuple):
-    """Entries to drop of each comparison group in a full slab, and in the narrower last one."""
-
-    full: int
-    rest: int
-
-
 def slab_width(in_dim: int, group: str, slab: int = SLAB) -> int:
     """Columns of a slab: `slab`, all of a narrower matrix, and always whole blocks of an N:M pattern."""
     pattern = parse_pattern(group)
@@ -59,7 +64,7 @@ def slab_width(in_dim: int, group: str, slab: int = SLAB) -> int:
     return min(in_dim, max(unit, slab - slab % unit))
 
 
-def slab_counts(shape: tuple[int, ...], sparsity: float, group: str, slab: int = SLAB) -> SlabCounts:
+def slab_counts(shape: tuple[int, ...], sparsity: float, group: str, slab: int = SLAB) -> Counts:
     """The exact numbers of entries to drop: floor(sparsity * n + 1e-9) of the n entries of every group of a slab.
 
     Args:
@@ -76,9 +81,9 @@ def slab_counts(shape: tuple[int, ...], sparsity: float, group: str, slab: int =
         raise InputError("sparsegpt: expected row, matrix or N:M, found bounded; a slab knows no share of whole rows")
     whole = selection_counts(shape, sparsity, group)
     if parse_pattern(group) is not None:
-        return SlabCounts(whole.total, whole.total)
+        return whole
     width, rows = slab_width(in_dim, group, slab), out_dim if group == "matrix" else 1
-    return SlabCounts(drop_count(sparsity, rows * width), drop_count(sparsity, rows * (in_dim % width)))
+    return Counts(drop_count(sparsity, rows * width), rest=drop_count(sparsity, rows * (in_dim % width)))
 
 
 @jax.custom_batching.sequential_vmap
@@ -137,7 +142,7 @@ def sparsegpt(
 
 
 def sparsegpt_by_counts(
-    weight: Array, inverse: Inverse, counts: SlabCounts, group: str, slab: int = SLAB, split: Split = WHOLE
+    weight: Array, inverse: Inverse, counts: Counts, group: str, slab: int = SLAB, split: Split = WHOLE
 ) -> Sweep:
     """As `sparsegpt`, given counts from `slab_counts` (plain integers or traced scalars) and the factor.
 
@@ -148,10 +153,33 @@ def sparsegpt_by_counts(
     together = width if pattern is None else pattern[1]
 
     def pick(importance: Array, _: Array) -> Array:
-        count = counts.full if importance.shape[1] == together else counts.rest
+        count = counts.total if importance.shape[1] == together else counts.rest
         return ~lowest(score_bits(importance), count, 2 if group == "matrix" else 1, split)
 
     return _sweep(weight, inverse, pick, width, together)
+
+
+def sparsegpt_on_mesh(name: str, weight: Array, inverse: Inverse, counts: Counts, group: str) -> Sweep:
+    """As `sparsegpt_by_counts` for the matrix of linear `name`, the rows shared out over the devices of the mesh.
+
+    Only the counts of a slab's selection travel; copies of the model do the same work.
+    """
+    if active_mesh() is None:
+        return sparsegpt_by_counts(weight, inverse, counts, group)
+    axes = linear_axes(name)
+
+    def local(part: Array, inverse: Inverse, counts: Counts) -> Sweep:
+        if not axes.columns:
+            return sparsegpt_by_counts(part, inverse, counts, group, split=Split(axes.rows))
+        rows = jax.lax.all_to_all(part, axes.columns, split_axis=0, concat_axis=1, tiled=True)
+        swept = sparsegpt_by_counts(rows, inverse, counts, group, split=Split(axes.rows + axes.columns))
+        back = functools.partial(jax.lax.all_to_all, axis_name=axes.columns, split_axis=1, concat_axis=0, tiled=True)
+        return jax.tree.map(back, swept)
+
+    here, everywhere = PartitionSpec(axes.rows, axes.columns or None), PartitionSpec()
+    counts = jax.tree.map(jnp.int32, counts)
+    specs = (here, everywhere, everywhere)
+    return jax.shard_map(local, in_specs=specs, out_specs=here, check_vma=False)(weight, inverse, counts)
 
 
 def obs_update(

@@ -17,7 +17,7 @@ from efx_jax.model.attention import Implementation
 from efx_jax.model.decoder import Layer
 from efx_jax.model.spec import LINEARS
 from efx_jax.parallel.partition import constrain_tree, to_host
-from efx_jax.pruning.average import Memory, moves_base
+from efx_jax.pruning.average import Memory, moves_base, refits_base
 from efx_jax.pruning.blockwise import prune_blocks
 from efx_jax.pruning.event import (
     EventPlan,
@@ -80,7 +80,7 @@ def prune_run(
     params, new_adapters, new_masks, prune_state = outcome
     assert new_adapters is not None
     opt_state = state.train.opt_state
-    if prune.recovery == "admm":
+    if refits_base(prune):
         opt_state = restart_adam(opt_state)
     train = dataclasses.replace(state.train, adapters=new_adapters, opt_state=opt_state)
     # Waited for here, so that the time of an event is not counted as that of whatever comes next.

@@ -13,6 +13,7 @@ from efx_jax.model.spec import LINEARS, ModelSpec, linear_shapes, param_shapes
 from efx_jax.parallel.mesh import mesh_sizes
 from efx_jax.parallel.partition import BATCH, axes_size, linear_axes, partition
 from efx_jax.pruning.average import moves_base
+from efx_jax.pruning.event import needs_gram
 from efx_jax.pruning.statistics import INPUT_OF, INPUTS
 
 Bytes = dict[str, int]
@@ -108,7 +109,7 @@ def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
     batch = max(1, min(prune.calibration_rows, prune.calibration_tokens // length))
     shape = dataclasses.replace(layout, length=length)
     shards = axes_size(BATCH, along)
-    grams = prune.recovery in ("gram_pbs", "admm")
+    grams = needs_gram(prune)
     kept = prune.calibration_rows * length * spec.hidden_size * e // shards if grams or prune.sequential else 0
     block = sum(_shard(name, (out_dim, in_dim), along) for name, (out_dim, in_dim) in linear_shapes(spec).items())
     inputs = _input_widths(spec)
@@ -197,14 +198,15 @@ def _weight_copies(spec: ModelSpec, along: Mapping[str, int], e: int, c: int) ->
 
 
 def _recovery_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> int:
-    """The largest intermediate arrays of a surgeon."""
+    """The largest intermediate arrays of a surgeon, or of the sweep that chooses the mask."""
     prune = config.prune
+    sweep = _sweep_bytes(spec, config, along) if prune.score == "sparsegpt" or prune.recovery == "obs" else 0
     if prune.recovery == "gram_pbs":
-        return prune.chunk_mib * _MIB
+        return max(sweep, prune.chunk_mib * _MIB)
     if prune.recovery == "pbs":
-        return 2 * _FLOAT32 * config.lora.rank * max(_input_widths(spec).values())
-    if prune.recovery == "none":
-        return 0
+        return max(sweep, 2 * _FLOAT32 * config.lora.rank * max(_input_widths(spec).values()))
+    if prune.recovery != "admm":
+        return sweep
     shapes = linear_shapes(spec)
 
     def admm(source: str) -> int:
@@ -214,7 +216,15 @@ def _recovery_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -
         # factored from, its factor and the inverse.
         return entries * (5 * _FLOAT32 + 1) + 4 * _FLOAT32 * _input_widths(spec)[source] ** 2 * bool(names)
 
-    return max(admm(source) for source in INPUTS)
+    return max(sweep, *(admm(source) for source in INPUTS))
+
+
+def _sweep_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> int:
+    """A block's masks and new weights, the largest matrix's change and importance, and the factors of the Grams."""
+    shapes, names = linear_shapes(spec), config.prune.targets
+    entries = [_shard(name, shapes[name], along) for name in names]
+    widest = max(shapes[name][1] for name in names)
+    return sum(entries) * (_FLOAT32 + 1) + max(entries) * 3 * _FLOAT32 + 4 * _FLOAT32 * widest**2
 
 
 def mask_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> int:

@@ -447,12 +447,17 @@ def test_every_input_has_a_name() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"score": "sparsegpt"}, "prune.score must be one of magnitude"),
+        ({"score": "sparsegbt"}, "prune.score must be one of magnitude"),
         ({"recovery": "grampbs"}, "prune.recovery must be one of none"),
         ({"mask_forward": "Exact"}, "prune.mask_forward must be one of exact"),
         ({"targets": ("qproj",)}, "prune.targets"),
         ({"targets": ()}, "prune.targets"),
         ({"ema": 0.5}, "the state has no memory"),
+        ({"score": "sparsegpt", "ema": 0.5}, "prune.ema must be 1 with prune.score sparsegpt"),
+        (
+            {"score": "sparsegpt", "group": "bounded"},
+            "prune.group must be row, matrix or N:M with prune.score sparsegpt",
+        ),
     ],
 )
 def test_settings_that_mean_nothing_are_refused_by_name(

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from efx_jax.errors import InputError
+from efx_jax.pruning.selection import Counts
 from efx_jax.pruning.sparsegpt import (
-    SlabCounts,
     Sweep,
     inverse_factor,
     obs_update,
@@ -125,7 +125,7 @@ def test_every_slab_loses_its_exact_share(group: str, sparsity: float) -> None:
 def test_slabs_have_128_columns_and_whole_patterns() -> None:
     weight, gram = problem(130)
     assert_sweep(sparsegpt(weight, gram, 0.5), expected(weight, gram, 0.5, "matrix", 128))
-    assert slab_counts((OUT, 130), 0.5, "matrix") == (640, 10)
+    assert slab_counts((OUT, 130), 0.5, "matrix") == Counts(640, rest=10)
     weight, gram = problem(20)
     # Six do not divide 16: slabs of twelve.
     weight, gram = weight[:, :18], gram[:18, :18]
@@ -213,7 +213,7 @@ def test_layers_are_swept_together_under_vmap_and_counts_may_be_traced() -> None
     weights, grams = (np.stack(arrays) for arrays in zip(*(problem(40, seed) for seed in range(3)), strict=True))
     counts = slab_counts(weights.shape, 0.5, "matrix", 16)
 
-    def layer(weight: jax.Array, gram: jax.Array, counts: SlabCounts) -> Sweep:
+    def layer(weight: jax.Array, gram: jax.Array, counts: Counts) -> Sweep:
         return sparsegpt_by_counts(weight, inverse_factor(gram), counts, "matrix", 16)
 
     found = jax.jit(jax.vmap(layer, in_axes=(0, 0, None)))(weights, grams, counts)
