@@ -5,6 +5,7 @@ from typing import Literal
 
 Score = Literal["magnitude", "wanda", "ria", "foresight", "foresight_gated", "sparsegpt"]
 Recovery = Literal["none", "pbs", "gram_pbs", "admm", "obs"]
+Budget = Literal["uniform", "owl"]
 MaskForward = Literal["exact", "ste", "frozen", "dense"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "linears", "block"]
@@ -77,6 +78,12 @@ class PruneConfig:
     group: str = "row"
     """Entries that compete: "row", "matrix", "bounded" or "N:M"; with score "sparsegpt" within 128 columns at a time,
     and "bounded" not at all."""
+    budget: Budget = "uniform"
+    """The sparsity of every layer alike, or less for layers with more outliers among their Wanda scores (OWL)."""
+    owl_lambda: float = 0.08
+    """With budget "owl": half of the largest difference between the shares that two layers keep."""
+    owl_multiple: float = 5.0
+    """With budget "owl": an outlier is a score above this multiple of its layer's mean."""
     bound: float = 0.2
     """With group "bounded": how far a row's sparsity may be from the matrix's."""
     row_targets: tuple[str, ...] = ()

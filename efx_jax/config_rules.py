@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, get_args
 
 from efx_jax.config import (
+    Budget,
     Config,
     DataConfig,
     EvalConfig,
@@ -59,7 +60,7 @@ def validate_prune(prune: PruneConfig) -> None:
     """Refuses names in a hand-made `PruneConfig` that mean nothing: `Literal` is no check at run time.
 
     Raises:
-        InputError: the first unknown score, recovery, mask mode or matrix, or a pair of settings that excludes itself.
+        InputError: the first unknown name, or the first setting that another one excludes.
     """
     _refuse([*_choice_rules(prune), _target_rule("prune.targets", prune.targets), *_pair_rules(prune)])
 
@@ -68,6 +69,7 @@ def _choice_rules(prune: PruneConfig) -> Iterable[Rule]:
     found: list[tuple[str, str, Any]] = [
         ("score", prune.score, Score),
         ("recovery", prune.recovery, Recovery),
+        ("budget", prune.budget, Budget),
         ("mask_forward", prune.mask_forward, MaskForward),
     ]
     return [
@@ -91,6 +93,12 @@ def _pair_rules(prune: PruneConfig) -> Iterable[Rule]:
             prune.group,
             not sweeps or prune.group != "bounded",
             "row, matrix or N:M with prune.score sparsegpt: a slab of columns knows no share of whole rows",
+        ),
+        (
+            "prune.budget",
+            prune.budget,
+            prune.budget == "uniform" or n_of_m(prune.group) is None,
+            f"uniform with prune.group {prune.group}, which has one sparsity only",
         ),
     ]
 
@@ -136,6 +144,8 @@ def _prune_rules(prune: PruneConfig) -> Iterable[Rule]:
         ("prune.sparsity", prune.sparsity, 0 <= prune.sparsity < 1, "in [0, 1)"),
         ("prune.group", prune.group, is_group, "row, matrix, bounded, or N:M with N < M such as 2:4"),
         ("prune.bound", prune.bound, 0 <= prune.bound <= 1, "in [0, 1]"),
+        ("prune.owl_lambda", prune.owl_lambda, prune.owl_lambda >= 0, "at least 0"),
+        ("prune.owl_multiple", prune.owl_multiple, prune.owl_multiple > 0, "above 0"),
         ("prune.ria_power", prune.ria_power, prune.ria_power >= 0, "at least 0"),
         _target_rule("prune.targets", prune.targets),
         _target_rule("prune.row_targets", prune.row_targets, may_be_empty=True),

@@ -20,6 +20,7 @@ from efx_jax.model.decoder import Layer, attend_within, block, embed
 from efx_jax.model.layers import rope_tables
 from efx_jax.model.spec import ModelSpec
 from efx_jax.pruning.average import Memory, PruneState
+from efx_jax.pruning.budget import budget_statistics
 from efx_jax.pruning.event import (
     EventPlan,
     Result,
@@ -59,13 +60,16 @@ def prune_event_blockwise(
     """As `prune_event`, but calibrated block by block on `batches`.
 
     Args:
-        batches: as for `collect_statistics`; their hidden states are kept between blocks.
+        batches: as for `collect_statistics`; their hidden states are kept between blocks. Budgets by outliers take a
+            pass over the whole model before.
         compute_dtype: dtype of the matmul operands of the calibration passes.
         attention_path: see `efx_jax.model.attention.choose_attention`.
 
     The other arguments, returns and errors are those of `prune_event`.
     """
-    plan = plan_event(params, adapters, masks, state, spec, config)
+    batches = list(batches)
+    stats = budget_statistics(params, adapters, masks, batches, spec, config, compute_dtype, attention_path)
+    plan = plan_event(params, adapters, masks, state, spec, config, stats)
     result: Result | None = None
     for index, pruned in enumerate(prune_blocks(plan, params, batches, compute_dtype, attention_path)):
         result = put_block(result, pruned, index, spec.num_layers)

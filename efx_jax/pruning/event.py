@@ -22,6 +22,7 @@ from efx_jax.model.spec import ModelSpec
 from efx_jax.parallel.partition import constrain_tree, to_device, to_host
 from efx_jax.pruning.average import Memory, PruneState, init_prune_state, prunable
 from efx_jax.pruning.block import matrix_group, prune_block
+from efx_jax.pruning.budget import layer_budgets
 from efx_jax.pruning.selection import Counts, selection_counts
 from efx_jax.pruning.sparsegpt import slab_counts
 from efx_jax.pruning.statistics import Statistics
@@ -64,9 +65,9 @@ def prune_event(
         InputError: settings that mean nothing, a sparsity or group that does not fit, statistics without Grams, a state
             without the memory that `ema` needs, adapters to move where there are none.
     """
-    plan = plan_event(params, adapters, masks, state, spec, config)
+    plan = plan_event(params, adapters, masks, state, spec, config, stats)
     if needs_gram(config):
-        stats.input_gram(next(iter(plan.counts)))
+        stats.input_gram(next(iter(plan.counts[0])))
     tokens = jnp.broadcast_to(stats.tokens, (spec.num_layers,))
     stats = dataclasses.replace(stats, tokens=tokens)
     result = None
@@ -80,11 +81,11 @@ def prune_event(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EventPlan:
-    """An event's inputs, checked: the stacked model, the state to start from and the entries to drop by matrix."""
+    """An event's inputs, checked: the stacked model, the state to start from, what every layer drops by matrix."""
 
     stacked: Layer
     state: PruneState
-    counts: dict[str, Counts]
+    counts: tuple[dict[str, Counts], ...]
     keys: Array
     spec: ModelSpec
     config: PruneConfig
@@ -107,17 +108,22 @@ def plan_event(
     state: PruneState | None,
     spec: ModelSpec,
     config: PruneConfig,
+    stats: Statistics | None = None,
 ) -> EventPlan:
     """Checks an event before any work.
 
-    Raises:
-        InputError: as `prune_event`.
+    Args:
+        stats: statistics of the whole model, where `config.budget` needs them.
+
+    The other arguments and the errors are those of `prune_event`.
     """
     state = check_event(params, adapters, state, config)
+    budgets = layer_budgets(params, adapters, stats, spec, config)
+    names = prunable(params["layers"], config)
     return EventPlan(
         stacked=stack_layers(params, adapters, None if masks is None else _packed(masks)),
         state=state,
-        counts=event_counts(params["layers"], prunable(params["layers"], config), config),
+        counts=tuple(event_counts(params["layers"], names, config, sparsity) for sparsity in budgets),
         keys=jax.random.split(jax.random.fold_in(state.key, state.event), spec.num_layers),
         spec=spec,
         config=config,
@@ -141,7 +147,7 @@ def prune_one(plan: EventPlan, index: int, layer: Layer, stats: Statistics, memo
         layer,
         stats,
         memory,
-        plan.counts,
+        plan.counts[index],
         plan.keys[index],
         plan.state.event,
         plan.spec,
@@ -218,14 +224,16 @@ def check_event(
     return state
 
 
-def event_counts(layers: Mapping[str, Array], names: tuple[str, ...], config: PruneConfig) -> dict[str, Counts]:
-    """Exact counts per matrix, computed on the host so that a new sparsity needs no new program."""
+def event_counts(
+    layers: Mapping[str, Array], names: tuple[str, ...], config: PruneConfig, sparsity: float
+) -> dict[str, Counts]:
+    """Exact counts per matrix of a layer, computed on the host so that a new sparsity needs no new program."""
 
     def counts(name: str) -> Counts:
         shape, group = layers[name].shape, matrix_group(name, config)
         if config.score == "sparsegpt":
-            return slab_counts(shape, config.sparsity, group)
-        return selection_counts(shape, config.sparsity, group, config.bound)
+            return slab_counts(shape, sparsity, group)
+        return selection_counts(shape, sparsity, group, config.bound)
 
     return {name: counts(name) for name in names}
 

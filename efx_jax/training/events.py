@@ -19,6 +19,7 @@ from efx_jax.model.spec import LINEARS
 from efx_jax.parallel.partition import constrain_tree, to_host
 from efx_jax.pruning.average import Memory, moves_base, refits_base
 from efx_jax.pruning.blockwise import prune_blocks
+from efx_jax.pruning.budget import budget_statistics
 from efx_jax.pruning.event import (
     EventPlan,
     Result,
@@ -62,7 +63,9 @@ def prune_run(
     batches = calibration(config, prepared)
     dtype = config.model.compute_dtype
     if prune.sequential or needs_gram(prune) or state.prune.score:
-        plan = plan_event(state.params, adapters, masks, state.prune, prepared.spec, prune)
+        spec = prepared.spec
+        stats = budget_statistics(state.params, adapters, masks, batches, spec, prune, dtype, attention_path)
+        plan = plan_event(state.params, adapters, masks, state.prune, spec, prune, stats)
         result = _resumable(plan, state.params, batches, dtype, attention_path, folder)
         outcome = assemble(state.params, adapters, plan.state, result, packed=True)
     else:
@@ -136,7 +139,7 @@ def _template(plan: EventPlan) -> _Block:
     """Arrays of the shapes, dtypes and places of a finished block."""
     layer, memory = block_before(plan, 0)
     moved = {name: layer.weights[name] for name in LINEARS} if moves_base(plan.config) else {}
-    shapes = {name: packed_shape(layer.weights[name].shape) for name in plan.counts}
+    shapes = {name: packed_shape(layer.weights[name].shape) for name in plan.counts[0]}
     masks = layer.masks | {name: jnp.zeros(shape, jnp.uint8) for name, shape in shapes.items()}
     return jax.jit(constrain_tree)((dataclasses.replace(layer, weights=moved, masks=masks), memory))
 

@@ -124,6 +124,14 @@ def test_an_event_holds_the_grams_of_one_block() -> None:
     grams = event_bytes(spec, Config(prune=PruneConfig(recovery="admm")), LAYOUT)["Grams"]
     assert grams == 2 * 4 * (3 * 4096**2 + 11008**2)
     assert event_bytes(spec, Config(prune=PruneConfig(recovery="pbs")), LAYOUT)["Grams"] == 0
+    for prune in (PruneConfig(recovery="obs"), PruneConfig(score="sparsegpt", group="matrix")):
+        assert event_bytes(spec, Config(prune=prune), LAYOUT)["Grams"] == grams
+
+
+def test_a_sweep_holds_a_blocks_new_weights_and_four_matrices_as_wide_as_the_widest_input() -> None:
+    entries = [16 * 16, 8 * 16, 8 * 16, 16 * 16, 24 * 16, 24 * 16, 16 * 24]
+    found = event_bytes(SPEC, Config(prune=PruneConfig(recovery="obs")), LAYOUT)["recovery"]
+    assert found == sum(entries) * 5 + 24 * 16 * 12 + 4 * 4 * 24**2
 
 
 def test_the_peak_is_what_stays_and_the_larger_of_step_and_event() -> None:

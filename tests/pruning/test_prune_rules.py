@@ -1,0 +1,43 @@
+"""Settings of the scores, repairs and budgets that are refused before a run, with the reason."""
+
+from typing import Any
+
+import pytest
+
+from efx_jax.config import Config, PruneConfig
+from efx_jax.config_rules import validate
+from efx_jax.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"ria_power": -0.5}, "prune.ria_power must be at least 0, found -0.5"),
+        ({"owl_lambda": -0.1}, "prune.owl_lambda must be at least 0"),
+        ({"owl_multiple": 0.0}, "prune.owl_multiple must be above 0"),
+        ({"score": "sparsegpt", "ema": 0.5}, "prune.ema must be 1 with prune.score sparsegpt"),
+        (
+            {"score": "sparsegpt", "group": "bounded"},
+            "prune.group must be row, matrix or N:M with prune.score sparsegpt",
+        ),
+        ({"budget": "owl", "group": "2:4"}, "prune.budget must be uniform with prune.group 2:4"),
+    ],
+)
+def test_what_excludes_itself_is_refused_with_one_line(prune: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        validate(Config(prune=PruneConfig(**prune)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "prune",
+    [
+        {"score": "sparsegpt", "recovery": "obs", "group": "matrix"},
+        {"score": "sparsegpt", "recovery": "gram_pbs", "group": "4:8"},
+        {"score": "sparsegpt", "recovery": "obs", "group": "matrix", "budget": "owl", "schedule": "cubic"},
+        {"score": "foresight_gated", "recovery": "obs", "group": "bounded", "ema": 0.5},
+        {"score": "ria", "budget": "owl", "group": "row", "ema": 0.5},
+    ],
+)
+def test_scores_repairs_and_budgets_go_together(prune: dict[str, Any]) -> None:
+    validate(Config(prune=PruneConfig(**prune)))
