@@ -43,6 +43,7 @@ SPEC = ModelSpec(
     max_position_embeddings=32,
     rope=RopeSpec(),
 )
+SOME = ("k_proj", "down_proj")
 # Mesh and event. The average of ADMM is kept on the host, that of Gram surgery is rebuilt from snapshots.
 EVENTS = {
     "Gram surgery on pruned inputs": ((1, 1, 1), PruneConfig(recovery="gram_pbs", sequential=True)),
@@ -50,7 +51,7 @@ EVENTS = {
     "Gram surgery with memory": ((1, 1, 1), PruneConfig(recovery="gram_pbs", ema=0.5, score="foresight_gated")),
     "SparseGPT with layer budgets": (
         (1, 1, 1),
-        PruneConfig(score="sparsegpt", group="matrix", recovery="obs", budget="owl", owl_multiple=2.0),
+        PruneConfig(score="sparsegpt", group="matrix", recovery="obs", budget="owl", owl_multiple=2.0, targets=SOME),
     ),
     "ADMM with memory on a mesh": ((1, 2, 2), PruneConfig(recovery="admm", ema=0.5)),
 }
