@@ -40,7 +40,7 @@ def validate(config: Config) -> None:
         *_prune_rules(config.prune),
         *_pair_rules(config.prune),
         *_calibration_rules(config.prune),
-        *_schedule_rules(config.prune),
+        *_schedule_rules(config.prune, config.train),
         *_train_rules(config.train),
         *_eval_rules(config.eval),
         *_mesh_rules(config.mesh),
@@ -175,14 +175,29 @@ def _calibration_rules(prune: PruneConfig) -> Iterable[Rule]:
     ]
 
 
-def _schedule_rules(prune: PruneConfig) -> Iterable[Rule]:
+def _schedule_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
     times, (start, end) = prune.fractions, prune.ramp
     is_increasing = all(early < late for early, late in itertools.pairwise(times))
-    are_shares = len(times) > 0 and all(0 < time <= 1 for time in times)
+    are_shares = len(times) > 0 and all(0 <= time <= 1 for time in times)
+    by_schedule = {"epochs": max(1, round(train.epochs)), "fractions": len(times), "cubic": prune.events}
+    is_single = prune.sparsity > 0 and by_schedule[prune.schedule] == 1
+    prunes_first = is_single and prune.schedule == "fractions" and times == (0,)
     return [
-        ("prune.fractions", times, are_shares and is_increasing, "increasing shares in (0, 1]"),
+        ("prune.fractions", times, are_shares and is_increasing, "increasing shares in [0, 1]"),
         ("prune.events", prune.events, prune.events >= 1, "at least 1"),
         ("prune.ramp", prune.ramp, 0 <= start < end <= 1, "two increasing shares in [0, 1]"),
+        (
+            "prune.mask_forward",
+            prune.mask_forward,
+            not (prunes_first and prune.mask_forward == "dense"),
+            "exact, ste or frozen with the only event at 0: training would never see the mask that it starts from",
+        ),
+        (
+            "prune.plain_last_event",
+            prune.plain_last_event,
+            not (is_single and prune.plain_last_event and prune.recovery != "none"),
+            f"false with a single event, or prune.recovery {prune.recovery} would never run",
+        ),
     ]
 
 

@@ -34,7 +34,7 @@ def test_settings_cannot_be_changed_in_place():
         ("prune.ema", 0.0),
         ("prune.ema", 1.5),
         ("prune.fractions", ()),
-        ("prune.fractions", (0.0, 0.5)),
+        ("prune.fractions", (-0.1, 0.5)),
         ("prune.fractions", (0.5, 0.5)),
         ("prune.fractions", (0.5, 1.5)),
         ("prune.ramp", (0.5, 0.2)),
@@ -63,7 +63,7 @@ def test_value_out_of_range_is_refused_by_name(setting, value):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("settings", [{"prune.sparsity": 0.0}, {"prune.ema": 1.0}, {"prune.fractions": (0.2, 1.0)}])
+@pytest.mark.parametrize("settings", [{"prune.sparsity": 0.0}, {"prune.ema": 1.0}, {"prune.fractions": (0.0, 1.0)}])
 def test_values_at_the_edge_are_accepted(settings):
     validate(replace_values(Config(), settings))
 
@@ -80,6 +80,29 @@ def test_n_of_m_excludes_a_ramp_of_sparsities():
     settings = {"prune.group": "2:4", "prune.sparsity": 0.5, "prune.schedule": "cubic"}
     with pytest.raises(InputError, match="prune.schedule must be epochs or fractions"):
         validate(replace_values(Config(), settings))
+
+
+def test_a_mask_that_training_never_sees_is_no_pruning_first() -> None:
+    settings = {"prune.schedule": "fractions", "prune.mask_forward": "dense"}
+    validate(replace_values(Config(), settings | {"prune.fractions": (0.0, 0.5)}))
+    validate(replace_values(Config(), settings | {"prune.fractions": (0.0,), "prune.sparsity": 0.0}))
+    with pytest.raises(InputError, match="prune.mask_forward must be exact, ste or frozen with the only event at 0: "):
+        validate(replace_values(Config(), settings | {"prune.fractions": (0.0,)}))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"prune.schedule": "fractions", "prune.fractions": (0.5,)},
+        {"prune.schedule": "cubic", "prune.events": 1},
+        {"train.epochs": 1.2},
+    ],
+)
+def test_a_plain_last_event_leaves_a_recovery_to_earlier_ones(schedule: dict[str, object]) -> None:
+    settings = schedule | {"prune.plain_last_event": True}
+    validate(replace_values(Config(), settings))
+    with pytest.raises(InputError, match="prune.plain_last_event must be false with a single event, or .* pbs would"):
+        validate(replace_values(Config(), settings | {"prune.recovery": "pbs"}))
 
 
 def test_batch_must_be_a_multiple_of_the_micro_batch():

@@ -11,10 +11,10 @@ from types import FrameType
 from efx_jax.files import meet
 
 
-def say_interrupted(done: int, steps: int, output: Path) -> None:
-    saved = "saved" if done else "nothing to save yet"
+def say_interrupted(done: int, steps: int, is_saved: bool, output: Path) -> None:
+    outcome = "saved" if is_saved else "nothing to save yet"
     print(
-        f"interrupted after {done} of {steps} steps; {saved}. The same command with --output {output} goes on "
+        f"interrupted after {done} of {steps} steps; {outcome}. The same command with --output {output} goes on "
         "from there.",
         file=sys.stderr,
     )

@@ -122,7 +122,9 @@ def train(
             if save_best and journal.best and journal.best.step == start:
                 # A run may have been killed between the two.
                 save_best(state, base_moved, waiting=False)
-            event = by_step[start] if waiting else None
+            event = by_step.get(start) if waiting or restored is None else None
+            if event is not None and not waiting:
+                save(state, base_moved, waiting=True)
             sparsity = mask_sparsity(state.masks, state.params)
             batch = mesh_batch(config, prepared.train, start, mesh)
             stopped = asked(stop)
@@ -154,7 +156,7 @@ def train(
                     _forget_blocks(manager, output / "event")
                 event = None
         if int(state.train.step) < steps and not _enough(config, journal):
-            say_interrupted(int(state.train.step), steps, output)
+            say_interrupted(int(state.train.step), steps, manager.latest_step() is not None, output)
             return None
         if best_manager and journal.best and journal.best.step != int(state.train.step):
             best_manager.wait_until_finished()
@@ -171,7 +173,7 @@ def _tidy(output: Path, start: int, steps: int, waiting: bool) -> None:
     if start < steps:
         # Whatever was exported before belongs to another training.
         shutil.rmtree(output / "export", ignore_errors=True)
-    if start == 0:
+    if start == 0 and not waiting:
         shutil.rmtree(output / "event", ignore_errors=True)
 
 
@@ -224,8 +226,8 @@ def _update(loop: _Loop, state: RunState, batch: _Batch, sparsity: float) -> tup
 
 
 def _event(loop: _Loop, state: RunState, event: Event) -> RunState:
-    """The dense adapter measured where this is the only event, then the event."""
-    if event.last and not state.masks:
+    """The dense adapter, once it has learned, measured where this is the only event, then the event."""
+    if event.last and event.step and not state.masks:
         with loop.journal.phase("evaluate dense"):
             found = measure(loop.config, loop.prepared, state.params, state.train.adapters)
             loop.journal.results[f"dense LoRA, step {event.step}"] = found

@@ -10,7 +10,7 @@ from efx_jax.config import PruneConfig, TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """A prune event after update number `step`; `last` is the one whose mask ships."""
+    """A prune event after update number `step`, at 0 before the first; `last` is the one whose mask ships."""
 
     step: int
     sparsity: float
@@ -26,8 +26,8 @@ def prune_events(prune: PruneConfig, train: TrainConfig, steps: int) -> tuple[Ev
     """The events of a run, in order; none at sparsity 0.
 
     "epochs": one after every epoch, which with `train.steps` means at equal fractions, the last at the end.
-    "fractions": at these shares of the steps. "cubic": `events` of them across the ramp, the sparsity following
-    s (1 - (1 - t)^3) (Zhu & Gupta, arXiv 1710.01878).
+    "fractions": at these shares of the steps, 0 being before the first update. "cubic": `events` of them across the
+    ramp, the sparsity following s (1 - (1 - t)^3) (Zhu & Gupta, arXiv 1710.01878).
     """
     if prune.sparsity == 0:
         return ()
@@ -41,9 +41,14 @@ def prune_events(prune: PruneConfig, train: TrainConfig, steps: int) -> tuple[Ev
         progress = [(index + 1) / prune.events for index in range(prune.events)]
         planned = [(start + (end - start) * t, prune.sparsity * (1 - (1 - t) ** 3)) for t in progress]
     # Two events on the same step would prune twice without training between: the later one stands for both.
-    by_step = {min(steps, max(1, round(fraction * steps))): sparsity for fraction, sparsity in planned}
+    by_step = {_event_step(fraction, steps): sparsity for fraction, sparsity in planned}
     last = max(by_step)
     return tuple(Event(step, by_step[step], step == last) for step in sorted(by_step))
+
+
+def _event_step(fraction: float, steps: int) -> int:
+    """The update after which an event falls; only the share 0 itself comes before the first."""
+    return min(steps, max(1, round(fraction * steps))) if fraction else 0
 
 
 def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:

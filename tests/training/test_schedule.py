@@ -40,9 +40,11 @@ def test_fractions_are_shares_of_the_steps() -> None:
     assert prune_events(prune, TRAIN, 40) == (Event(4, 0.5, False), Event(20, 0.5, False), Event(40, 0.5, True))
 
 
-def test_an_event_never_comes_before_the_first_update() -> None:
-    prune = dataclasses.replace(PRUNE, schedule="fractions", fractions=(0.001,))
-    assert prune_events(prune, TRAIN, 40) == (Event(1, 0.5, True),)
+def test_only_the_share_zero_comes_before_the_first_update() -> None:
+    prune = dataclasses.replace(PRUNE, schedule="fractions", fractions=(0.0, 0.001))
+    assert prune_events(prune, TRAIN, 40) == (Event(0, 0.5, False), Event(1, 0.5, True))
+    ramp = dataclasses.replace(PRUNE, schedule="cubic", ramp=(0.0, 0.001), events=2)
+    assert [event.step for event in prune_events(ramp, TRAIN, 40)] == [1]
 
 
 def test_the_cubic_ramp_follows_zhu_and_gupta() -> None:
