@@ -1,7 +1,7 @@
 """Fills a `Config`: a preset, then a YAML file, then flags, each overriding the one before."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ def load_config(path: str | Path | None = None, preset: str | None = None) -> Co
         if preset not in PRESETS:
             raise InputError(f"preset {preset!r} is not known; expected one of {', '.join(PRESETS)}")
         preset_path = config_folder() / "presets" / f"{preset}.yaml"
-        base = replace_values(base, _parse_tree(read_yaml(preset_path), str(preset_path)))
-    return replace_values(base, _parse_tree(tree, str(path)))
+        base = replace_values(base, parse_settings(read_yaml(preset_path), str(preset_path)))
+    return replace_values(base, parse_settings(tree, str(path)))
 
 
 def from_yaml(text: str, source: str = "config.yaml") -> Config:
@@ -86,7 +86,7 @@ def from_yaml(text: str, source: str = "config.yaml") -> Config:
     Raises:
         InputError: broken YAML, an unknown key or a wrong type.
     """
-    return replace_values(Config(), _parse_tree(_parse_yaml(text, source), source))
+    return replace_values(Config(), parse_settings(_parse_yaml(text, source), source))
 
 
 def to_yaml(config: Config) -> str:
@@ -195,8 +195,16 @@ def _refuse_repeated(root: Any, source: str) -> None:
             seen.add(key.value)
 
 
-def _parse_tree(tree: dict[str, Any], source: str) -> dict[str, Any]:
-    """Values by dotted path."""
+def parse_settings(tree: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Some settings' values by dotted path, for `replace_values`.
+
+    Args:
+        tree: sections of fields whose leaves are texts or lists, as `read_yaml` gives them.
+        source: name of the tree in error messages.
+
+    Raises:
+        InputError: an unknown key or a wrong type.
+    """
     kinds = setting_types()
     values: dict[str, Any] = {}
     for name, node in tree.items():

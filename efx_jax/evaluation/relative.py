@@ -43,8 +43,17 @@ def relative(found: Results, records: Records, dense: Results, dense_records: Re
         resampled_dense[name] = _scores(name, dense[name], dense_records, counts)
     with np.errstate(divide="ignore", invalid="ignore"):
         values = _relative(resampled, resampled_dense)
-    value = _relative(found, {name: dense[name] for name in found})
-    return {"value": float(value), "interval": list(interval(values[np.isfinite(values)]))}
+    return {"value": relative_value(found, dense), "interval": list(interval(values[np.isfinite(values)]))}
+
+
+def relative_value(found: Results, dense: Results) -> float:
+    """Rel.% as in `relative`, without its interval.
+
+    Args:
+        found: results by task.
+        dense: the dense model's results, on the same rows under the same protocol (`check_pairs`), none of them 0.
+    """
+    return float(_relative(found, {name: dense[name] for name in found}))
 
 
 def check_pairs(found: Results, dense: Results, folder: Path) -> None:
@@ -87,14 +96,24 @@ def check_ratios(dense: Results, dense_records: Records, folder: Path) -> None:
     Raises:
         InputError: a score of 0, or predictions that are garbled or do not go with the results.
     """
+    check_zeros(dense, folder)
     for name, result in dense.items():
-        zero = next((metric for metric in TITLES if result.get(metric) == 0), None)
-        if zero is not None:
-            raise InputError(f"{folder}: the dense model's {zero} on {name} is 0, so there is no ratio; leave it out")
         try:
             _scores(name, result, dense_records, np.ones((1, result["rows"])))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder}: predictions of {name} are garbled ({error!r}); evaluate again") from error
+
+
+def check_zeros(dense: Results, folder: Path) -> None:
+    """Refuses a dense evaluation that no score can be divided by.
+
+    Raises:
+        InputError: a score of 0.
+    """
+    for name, result in dense.items():
+        zero = next((metric for metric in TITLES if result.get(metric) == 0), None)
+        if zero is not None:
+            raise InputError(f"{folder}: the dense model's {zero} on {name} is 0, so there is no ratio; leave it out")
 
 
 def read_evaluation(folder: Path) -> tuple[Results, Records]:

@@ -29,8 +29,8 @@ from efx_jax.training.state import RunState
 from efx_jax.training.summary import print_summary, write_summary
 from efx_jax.weights.hf import load_pretrained, save_pretrained
 
-# Settings that say where and how a run is computed, not what it is: they may change when it is resumed.
-_FREE_SECTIONS = ("mesh", "profile", "log")
+FREE_SECTIONS = ("mesh", "profile", "log")
+"""Settings that say where and how a run is computed, not what it is: they may change when it is resumed."""
 
 
 def run(config: Config, output: Path, dry_run: bool = False) -> dict[str, Any]:
@@ -52,14 +52,14 @@ def run(config: Config, output: Path, dry_run: bool = False) -> dict[str, Any]:
         ask_for_determinism()
     if dry_run:
         # Before anything touches a device: a plan may simulate more of them than there are.
-        _refuse_other_run(config, output)
+        refuse_other_run(config, output)
         print(plan_text(config))
         return {}
     start_hosts(config.mesh)
     is_first = jax.process_index() == 0
     with together():
         if is_first:
-            _refuse_other_run(config, output)
+            refuse_other_run(config, output)
     if (output / "summary.json").exists():
         summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
         if is_first:
@@ -91,7 +91,7 @@ def _own_folder(config: Config, output: Path) -> Iterator[None]:
             if jax.process_index() == 0:
                 stack.enter_context(claimed(output))
                 # Another run may have begun while this one was loading.
-                _refuse_other_run(config, output)
+                refuse_other_run(config, output)
                 atomic_write(output / "config.yaml", to_yaml(config))
         yield
 
@@ -120,7 +120,12 @@ def _work(
     return summary
 
 
-def _refuse_other_run(config: Config, output: Path) -> None:
+def refuse_other_run(config: Config, output: Path) -> None:
+    """Refuses a folder that holds anything but this run.
+
+    Raises:
+        InputError: other files, or a run with other settings.
+    """
     path = output / "config.yaml"
     if not path.exists():
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -130,7 +135,7 @@ def _refuse_other_run(config: Config, output: Path) -> None:
     differing = [
         f"{section.name}.{field}"
         for section in dataclasses.fields(Config)
-        if section.name not in _FREE_SECTIONS
+        if section.name not in FREE_SECTIONS
         for field in _differing(getattr(found, section.name), getattr(config, section.name))
     ]
     if differing:

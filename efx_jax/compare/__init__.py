@@ -1,0 +1,1 @@
+"""A grid of runs, trained and evaluated alike, in one table: `python -m efx_jax.compare --config FILE`."""

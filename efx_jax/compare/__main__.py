@@ -1,0 +1,78 @@
+"""`python -m efx_jax.compare --config FILE`: trains what is missing of a grid of runs, measures it, writes a table."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from efx_jax.compare.grid import Cell, choose_cells, list_cells
+from efx_jax.compare.plan import plan_lines
+from efx_jax.compare.records import read_record
+from efx_jax.compare.settings import Comparison, read_comparison
+from efx_jax.compare.table import write_tables
+from efx_jax.compare.work import finish
+from efx_jax.errors import InputError, OneLineParser
+from efx_jax.files import refuse_unwritable
+
+_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code: 1 if a run has failed, 2 for bad input, 130 after Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    try:
+        comparison = read_comparison(Path(arguments.config))
+        cells = list_cells(comparison)
+        chosen = choose_cells(cells, arguments.only)
+        output = Path(arguments.output)
+        if arguments.dry_run:
+            print("\n".join(plan_lines(comparison, chosen, output / "runs")))
+            return 0
+        refuse_unwritable(output)
+        return _work(comparison, cells, chosen, output)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from there", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _work(comparison: Comparison, cells: Sequence[Cell], chosen: Sequence[Cell], output: Path) -> int:
+    """Finishes the chosen cells one by one; the table, of all cells, is written after each."""
+    runs, folder = output / "runs", output / comparison.name
+    failures: dict[str, str] = {}
+    markdown = _write(comparison, cells, failures, output)
+    for cell in chosen:
+        if cell.refusal or cell.run in failures:
+            continue
+        reason = finish(comparison, cell, runs)
+        if reason:
+            failures[cell.run] = reason
+            print(f"{cell.title}: failed: {reason}", file=sys.stderr)
+        markdown = _write(comparison, cells, failures, output)
+    print(markdown, end="")
+    print(f"written to {folder}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _write(comparison: Comparison, cells: Sequence[Cell], failures: dict[str, str], output: Path) -> str:
+    records = [read_record(comparison, cell, output / "runs") for cell in cells]
+    return write_tables(comparison, records, failures, output / comparison.name)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="python -m efx_jax.compare", description=__doc__)
+    add = parser.add_argument
+    add(
+        "--config", required=True, metavar="FILE", help="YAML file of a comparison, such as configs/compare_health.yaml"
+    )
+    add("--output", default="runs/compare", metavar="DIR", help="runs in DIR/runs, tables in DIR/NAME of the file")
+    add("--dry-run", action="store_true", help="list the runs, what each would need, and what is refused")
+    add("--only", nargs="+", default=[], metavar="NAME", help="methods, schedules or METHOD/SCHEDULE; others wait")
+    parser.epilog = "The same command again goes on where it was; runs that lie finished below DIR are used again."
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,131 @@
+"""The cells of a comparison: methods on their schedules, for all values and seeds, each with the name of its run."""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from efx_jax.compare.settings import Comparison, Settings
+from efx_jax.config import Config, PruneConfig
+from efx_jax.config_rules import validate
+from efx_jax.config_values import nearest, replace_values, setting_types
+from efx_jax.errors import InputError
+from efx_jax.training.run import FREE_SECTIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes:
+        method: its name.
+        schedule: its name, "" for a method that prunes nothing.
+        axes: the values of the comparison's axes, in their order; None where a value has no say.
+        seed: of the run.
+        config: the settings.
+        run: the name of the run's folder, which equal settings share.
+        reference: the name of the folder of the run that Rel.% refers to, or "".
+        refusal: why the settings cannot be run, or "".
+    """
+
+    method: str
+    schedule: str
+    axes: tuple[Any, ...]
+    seed: int
+    config: Config
+    run: str
+    reference: str
+    refusal: str
+
+    @property
+    def title(self) -> str:
+        """The cell in one line."""
+        values = [axis_text(value) for value in self.axes if value is not None]
+        return ", ".join([f"{self.method}/{self.schedule}".rstrip("/"), *values, f"seed {self.seed}"])
+
+
+def list_cells(comparison: Comparison) -> list[Cell]:
+    """All cells, a whole grid for the first seed first; those that the values of an axis do not tell apart are one.
+
+    Raises:
+        InputError: every cell is refused.
+    """
+    cells: dict[tuple[Any, ...], Cell] = {}
+    for seed, values in itertools.product(comparison.seeds, itertools.product(*comparison.axes.values())):
+        varied = dict(zip(comparison.axes, values, strict=True))
+        for method, schedules in comparison.runs.items():
+            for schedule in schedules or ("",):
+                cell = _cell(comparison, method, schedule, varied, seed)
+                cells.setdefault((seed, cell.axes, method, schedule), cell)
+    found = list(cells.values())
+    if all(cell.refusal for cell in found):
+        raise InputError(f"{comparison.name}: no run is possible; {found[0].title}: {found[0].refusal}")
+    return found
+
+
+def choose_cells(cells: Sequence[Cell], names: Iterable[str]) -> list[Cell]:
+    """The cells of these methods, schedules or METHOD/SCHEDULE pairs; without names all of them.
+
+    Raises:
+        InputError: a name that no cell has.
+    """
+    chosen = set(names)
+    own = {cell: {cell.method, cell.schedule, f"{cell.method}/{cell.schedule}"} - {""} for cell in cells}
+    known = set().union(*own.values())
+    for name in sorted(chosen - known):
+        hint = f"the nearest is {nearest(name, sorted(known))}"
+        raise InputError(f"--only {name}: expected a method, a schedule or METHOD/SCHEDULE; {hint}")
+    return [cell for cell in cells if not chosen or chosen & own[cell]]
+
+
+def axis_text(value: Any) -> str:
+    """A setting's value for a table."""
+    if isinstance(value, tuple):
+        return " ".join(axis_text(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def run_name(config: Config) -> str:
+    """What a run is about, and eight hex digits of what its settings are.
+
+    Only settings that differ from their default count, so that a new one does not rename old runs, and none that say
+    where a run is computed.
+    """
+    default = Config()
+    values = {key: _value(config, key) for key in setting_types() if key.partition(".")[0] not in FREE_SECTIONS}
+    told = sorted((key, value) for key, value in values.items() if value != _value(default, key))
+    method = f"{config.prune.score}-{config.prune.sparsity:g}" if config.prune.sparsity else "dense"
+    return f"{PurePath(config.data.train).stem}-{method}-seed{config.seed}-{short_hash(told)}"
+
+
+def short_hash(value: Any) -> str:
+    """Eight hex digits of a value's text."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
+
+
+def _cell(comparison: Comparison, method: str, schedule: str, varied: Settings, seed: int) -> Cell:
+    config = _resolve(comparison, method, schedule, varied, seed)
+    # The reference learns from the same rows with the same adapters; only its method is another one.
+    reference = comparison.reference and run_name(_resolve(comparison, comparison.reference, "", varied, seed))
+    prunes = config.prune.sparsity > 0
+    shown = tuple(_value(config, key) if prunes or not key.startswith("prune.") else None for key in varied)
+    refusal = ""
+    try:
+        validate(config)
+    except InputError as error:
+        refusal = str(error)
+    return Cell(method, schedule, shown, seed, config, run_name(config), reference, refusal)
+
+
+def _resolve(comparison: Comparison, method: str, schedule: str, varied: Settings, seed: int) -> Config:
+    values = {**varied, **comparison.methods[method], **comparison.schedules.get(schedule, {}), "seed": seed}
+    config = replace_values(comparison.base, values)
+    # Where nothing is pruned no other setting of it has a say: all of them are the same run.
+    return config if config.prune.sparsity else dataclasses.replace(config, prune=PruneConfig(sparsity=0.0))
+
+
+def _value(config: Config, key: str) -> Any:
+    section, _, field = key.rpartition(".")
+    return getattr(getattr(config, section) if section else config, field)

@@ -1,0 +1,82 @@
+"""What a comparison would still do, without doing it: the report of `--dry-run`."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from efx_jax.compare.grid import Cell
+from efx_jax.compare.settings import Comparison
+from efx_jax.compare.work import is_finished, measurements
+from efx_jax.errors import InputError
+from efx_jax.training.run import refuse_other_run
+from efx_jax.training.schedule import total_steps
+from efx_jax.training.survey import DataCounts, check_shapes, count_data
+from efx_jax.weights.shapes import find_spec
+
+Counts = dict[Any, DataCounts | str]
+
+
+def plan_lines(comparison: Comparison, cells: Sequence[Cell], runs: Path) -> list[str]:
+    """A line per cell: done, measure, resume, train, shared or refused, with its steps and tokens; and their sum.
+
+    Args:
+        comparison: says what is measured.
+        cells: those to plan.
+        runs: the folder of all run folders.
+
+    Raises:
+        InputError: malformed data, or an unknown model.
+    """
+    counts: Counts = {}
+    states: dict[str, int] = {}
+    met: dict[str, str] = {}
+    lines = []
+    for cell in cells:
+        state, text = _plan(comparison, cell, runs, counts)
+        if cell.run in met and state in ("train", "resume", "measure"):
+            state, text = "shared", f"the run of {met[cell.run]}"
+        met.setdefault(cell.run, cell.title)
+        states[state] = states.get(state, 0) + 1
+        lines.append(f"{state:<8} {cell.title}: {text}")
+    return [*lines, f"{len(cells)} cells: {', '.join(f'{count} {state}' for state, count in states.items())}"]
+
+
+def _plan(comparison: Comparison, cell: Cell, runs: Path, counts: Counts) -> tuple[str, str]:
+    """The state of a cell and what is to be said of it."""
+    run = runs / cell.run
+    try:
+        if cell.refusal:
+            raise InputError(cell.refusal)
+        refuse_other_run(cell.config, run)
+        check_shapes(cell.config, find_spec(cell.config.model.path).spec)
+    except InputError as error:
+        return "refused", str(error)
+    missing = [asked.name for asked in measurements(comparison, cell) if not is_finished(asked.folder(run))]
+    if is_finished(run):
+        summary = json.loads((run / "summary.json").read_text())
+        done = f"{summary['steps']:,} steps, {summary['tokens']:,} tokens"
+        return ("measure", f"{done}; {', '.join(missing)}") if missing else ("done", done)
+    reached = _reached(run)
+    work = f"{_size(cell, counts)}; {', '.join(missing)}"
+    return ("train", work) if reached is None else ("resume", f"from step {reached:,} of {work}")
+
+
+def _reached(run: Path) -> int | None:
+    """The step of the latest checkpoint."""
+    steps = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
+    return max(steps, default=None)
+
+
+def _size(cell: Cell, counts: Counts) -> str:
+    """Steps and tokens of a run, as far as its data can be counted here; cells of equal data are counted once."""
+    config = cell.config
+    key = (config.model, config.data, config.eval, config.seed)
+    if key not in counts:
+        counts[key] = count_data(config, find_spec(config.model.path))
+    found = counts[key]
+    if isinstance(found, str):
+        return f"{config.train.steps or f'{config.train.epochs:g} epochs in'} steps, data {found}"
+    steps = total_steps(config.train, found.epoch_rows)
+    tokens = steps * config.train.batch_size * found.tokens / found.epoch_rows
+    return f"{steps:,} steps, about {tokens:,.0f} tokens"

@@ -1,0 +1,220 @@
+"""What is compared, read from a YAML file."""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from efx_jax.config import Config
+from efx_jax.config_io import load_config, parse_settings, read_yaml
+from efx_jax.config_values import describe, nearest, parse_value, replace_values, setting_types
+from efx_jax.errors import InputError
+from efx_jax.evaluation.protocols import ProtocolName
+
+Settings = Mapping[str, Any]
+"""Values by dotted path, as `replace_values` takes them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """What every run is measured on; the words of `python -m efx_jax.evaluation`."""
+
+    tasks: tuple[str, ...] = ()
+    """Names of tasks or mixes, or files of rows with `prompt` and `response`."""
+    rows: int = 0
+    """Test rows of every task; 0: all."""
+    protocols: tuple[ProtocolName, ...] = ("likelihood",)
+    """How answers are got; each has its own table."""
+    runs: int = 4
+    """Runs of the protocol "sampled"."""
+    text_tokens: int = 20000
+    """Tokens of every perplexity text; 0: all."""
+    window: int = 512
+    """Tokens per perplexity window."""
+    batch_size: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A grid of runs.
+
+    Attributes:
+        name: of the file.
+        base: the settings that all runs share.
+        seeds: of the runs.
+        methods: by name, what is over the base.
+        schedules: by name, what is over the method.
+        runs: the names of the schedules that each method runs on; () for a method that says `prune.sparsity` 0.
+        axes: values of settings, all combined; they are over the base and below the method.
+        evaluate: what is measured.
+        texts: perplexity texts by name.
+        reference: the method that Rel.% refers to, one that prunes nothing, or "".
+    """
+
+    name: str
+    base: Config
+    seeds: tuple[int, ...]
+    methods: Mapping[str, Settings]
+    schedules: Mapping[str, Settings]
+    runs: Mapping[str, tuple[str, ...]]
+    axes: Mapping[str, tuple[Any, ...]]
+    evaluate: Evaluate
+    texts: Mapping[str, str]
+    reference: str
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Reads a comparison; the keys are the attributes of `Comparison`, but `texts`, which stands below `evaluate`.
+
+    `base` is the path of a config, from the comparison's own folder, or settings, which may name a `config` and a
+    `preset` below them. Without `runs` every method runs on every schedule.
+
+    Raises:
+        InputError: an unreadable file, an unknown key or name, a wrong type, nothing to measure.
+    """
+    tree = read_yaml(path)
+    if path.stem == "runs":
+        raise InputError(f"{path}: its tables would stand in the folder of all runs; rename the file")
+    keys = [field.name for field in dataclasses.fields(Comparison) if field.name not in ("name", "texts")]
+    _refuse_unknown(tree, keys, f"{path}")
+    base = _read_base(tree.get("base", {}), path)
+    methods = _read_named(tree, "methods", path)
+    schedules = _read_named(tree, "schedules", path)
+    if not methods:
+        raise InputError(f"{path}: methods: expected at least one, found none; name it and what it changes")
+    evaluate, texts = _read_evaluate(_mapping(tree.get("evaluate", {}), f"{path}: evaluate"), path)
+    runs = _read_runs(tree.get("runs"), methods, schedules, path)
+    reference = _text(tree.get("reference", ""), f"{path}: reference")
+    if reference and runs.get(reference) != ():
+        dense = ", ".join(name for name, chosen in runs.items() if not chosen) or "none"
+        raise InputError(f"{path}: reference: expected a method that prunes nothing ({dense}), found {reference}")
+    return Comparison(
+        name=path.stem,
+        base=base,
+        seeds=_different(_parse(tree.get("seeds", "0"), tuple[int, ...], f"{path}: seeds"), path, "seeds"),
+        methods=methods,
+        schedules=schedules,
+        runs=runs,
+        axes=_read_axes(_mapping(tree.get("axes", {}), f"{path}: axes"), path),
+        evaluate=evaluate,
+        texts=texts,
+        reference=reference,
+    )
+
+
+def _read_base(node: Any, path: Path) -> Config:
+    where = f"{path}: base"
+    tree = {"config": node} if isinstance(node, str) and node else _mapping(node, where)
+    file = _text(tree.pop("config", ""), f"{where}: config")
+    preset = _text(tree.pop("preset", ""), f"{where}: preset")
+    base = load_config(path.parent / file if file else None, preset or None)
+    return replace_values(base, parse_settings(tree, where))
+
+
+def _read_named(tree: Mapping[str, Any], key: str, path: Path) -> dict[str, Settings]:
+    """Settings by name."""
+    found = _mapping(tree.get(key, {}), f"{path}: {key}")
+    _refuse_names(found, f"{path}: {key}")
+    return {
+        name: parse_settings(_mapping(node, f"{path}: {key}: {name}"), f"{path}: {key}: {name}")
+        for name, node in found.items()
+    }
+
+
+def _read_runs(
+    node: Any, methods: Mapping[str, Settings], schedules: Mapping[str, Settings], path: Path
+) -> dict[str, tuple[str, ...]]:
+    where = f"{path}: runs"
+    given = {method: list(schedules) for method in methods} if node is None else _mapping(node, where)
+    _refuse_unknown(given, methods, where)
+    runs = {}
+    for method, names in given.items():
+        is_dense = methods[method].get("prune.sparsity") == 0
+        chosen = [_text(name, f"{where}: {method}") for name in _list(names) if name]
+        _refuse_unknown(chosen, schedules, f"{where}: {method}")
+        if is_dense and chosen and node is not None:
+            raise InputError(f"{where}: {method} prunes nothing, so it has no schedule, found {', '.join(chosen)}")
+        if not is_dense and not chosen:
+            raise InputError(f"{where}: {method}: expected at least one schedule, found none; name one of schedules")
+        runs[method] = () if is_dense else _different(tuple(chosen), path, f"runs: {method}")
+    return runs
+
+
+def _read_axes(tree: Mapping[str, Any], path: Path) -> dict[str, tuple[Any, ...]]:
+    kinds = setting_types()
+    axes = {}
+    for key, values in tree.items():
+        where = f"{path}: axes: {key}"
+        if key not in kinds or key == "seed":
+            known = [name for name in kinds if name != "seed"]
+            raise InputError(f"{where} is not a setting to vary; the nearest is {nearest(key, known)}")
+        if not isinstance(values, list) or not values:
+            raise InputError(f"{where}: expected a list of values, found {values!r}")
+        parsed = tuple(_parse(value, kinds[key], where) for value in values)
+        axes[key] = _different(parsed, path, f"axes: {key}")
+    return axes
+
+
+def _read_evaluate(tree: dict[str, Any], path: Path) -> tuple[Evaluate, dict[str, str]]:
+    where = f"{path}: evaluate"
+    kinds = typing.get_type_hints(Evaluate)
+    found = _mapping(tree.pop("texts", {}), f"{where}: texts")
+    _refuse_names(found, f"{where}: texts")
+    texts = {name: _text(source, f"{where}: texts: {name}") for name, source in found.items()}
+    _refuse_unknown(tree, [*kinds, "texts"], where)
+    values = {name: _parse(node, kinds[name], f"{where}: {name}") for name, node in tree.items()}
+    evaluate = Evaluate(**values)
+    for name, least in (("rows", 0), ("runs", 1), ("text_tokens", 0), ("window", 2), ("batch_size", 1)):
+        if values.get(name, least) < least:
+            raise InputError(f"{where}: {name} must be at least {least}, found {values[name]}")
+    if not (evaluate.tasks and evaluate.protocols) and not texts:
+        raise InputError(f"{where}: expected tasks or texts to measure, found neither")
+    return dataclasses.replace(evaluate, protocols=_different(evaluate.protocols, path, "evaluate: protocols")), texts
+
+
+def _parse(node: Any, kind: Any, where: str) -> Any:
+    texts = _list(node)
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{where} must be {describe(kind)}, found {str(node)[:40]!r}")
+    return parse_value(where, texts, kind)
+
+
+def _refuse_names(names: Iterable[str], where: str) -> None:
+    """Refuses what can be no part of a file's name or of METHOD/SCHEDULE."""
+    for name in names:
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise InputError(f"{where}: expected names of letters, digits and _.+-, found {name!r}; rename it")
+
+
+def _refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            hint = f"; the nearest is {nearest(name, known)}" if known else ""
+            raise InputError(f"{where}: {name} is not known{hint}; expected one of {', '.join(known) or 'none'}")
+
+
+def _different(values: tuple[Any, ...], path: Path, key: str) -> tuple[Any, ...]:
+    if not values or len(set(values)) < len(values):
+        raise InputError(f"{path}: {key}: expected different values, found {', '.join(map(str, values)) or 'none'}")
+    return values
+
+
+def _mapping(node: Any, where: str) -> dict[str, Any]:
+    if node == "":
+        return {}
+    if not isinstance(node, dict):
+        raise InputError(f"{where}: expected keys with values below it, found {str(node)[:40]!r}")
+    return dict(node)
+
+
+def _list(node: Any) -> list[Any]:
+    return node if isinstance(node, list) else [node]
+
+
+def _text(node: Any, where: str) -> str:
+    if not isinstance(node, str):
+        raise InputError(f"{where}: expected one text, found {str(node)[:40]!r}")
+    return node

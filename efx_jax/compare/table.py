@@ -1,0 +1,250 @@
+"""One row per method, schedule and value of the axes: the mean over seeds, as Markdown, CSV and JSON."""
+
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from efx_jax.compare.grid import axis_text
+from efx_jax.compare.records import Record
+from efx_jax.compare.settings import Comparison
+from efx_jax.evaluation.results import TITLES
+from efx_jax.files import atomic_write
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A metric, what stands above it, what it is multiplied by and its decimals."""
+
+    key: str
+    title: str
+    factor: float = 1.0
+    decimals: int = 2
+
+
+_COSTS = (
+    Column("train_seconds", "training s", decimals=1),
+    Column("event_seconds", "events s", decimals=1),
+    Column("peak_memory_mib", "peak MiB", decimals=0),
+    Column("tokens", "tokens", decimals=0),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The seeds of a method on a schedule at one value of every axis; `asked` is the sparsity of the settings."""
+
+    method: str
+    schedule: str
+    axes: tuple[Any, ...]
+    asked: float
+    records: tuple[Record, ...]
+
+
+def write_tables(comparison: Comparison, records: Sequence[Record], failures: Mapping[str, str], folder: Path) -> str:
+    """Writes table.md, table.csv and table.json (means over seeds), runs.csv and runs.json (every seed).
+
+    Args:
+        comparison: names the columns.
+        records: of all cells.
+        failures: by run, why it or its evaluation has failed this time.
+        folder: where to; made if need be.
+
+    Returns:
+        The Markdown.
+
+    Raises:
+        InputError: the disk is full or the place is not writable.
+    """
+    rows = _group(records)
+    markdown = _markdown(comparison, rows, records, failures)
+    keys = _keys(records)
+    axes = list(comparison.axes)
+    atomic_write(folder / "runs.csv", _csv(_run_line(axes, record, failures, keys) for record in records))
+    atomic_write(folder / "runs.json", _json([_run_entry(axes, record, failures) for record in records]))
+    atomic_write(folder / "table.csv", _csv(_row_line(axes, row, keys) for row in rows))
+    atomic_write(folder / "table.json", _json([_row_entry(axes, row) for row in rows]))
+    atomic_write(folder / "table.md", markdown)
+    return markdown
+
+
+def spread(row: Row, key: str) -> dict[str, Any]:
+    """A metric over the seeds of a row that have it: values, mean and standard deviation (divided by n - 1).
+
+    The mean is None where a value is not finite, the deviation also where there is one value.
+    """
+    values = [record.metrics[key] for record in row.records if key in record.metrics]
+    numbers = [value for value in values if value is not None]
+    is_finite = len(numbers) == len(values) > 0
+    return {
+        "mean": statistics.fmean(numbers) if is_finite else None,
+        "std": statistics.stdev(numbers) if is_finite and len(numbers) > 1 else None,
+        "values": values,
+    }
+
+
+def _group(records: Iterable[Record]) -> list[Row]:
+    """Rows in the order of their first cells."""
+    groups: dict[tuple[str, str, tuple[Any, ...], float], list[Record]] = {}
+    for record in records:
+        cell = record.cell
+        groups.setdefault((cell.method, cell.schedule, cell.axes, cell.config.prune.sparsity), []).append(record)
+    return [
+        Row(method, schedule, axes, asked, tuple(found)) for (method, schedule, axes, asked), found in groups.items()
+    ]
+
+
+def _keys(records: Iterable[Record]) -> list[str]:
+    return list(dict.fromkeys(key for record in records for key in record.metrics))
+
+
+def _markdown(
+    comparison: Comparison, rows: Sequence[Row], records: Sequence[Record], failures: Mapping[str, str]
+) -> str:
+    texts = [Column(f"perplexity.{name}", f"{name} perplexity") for name in comparison.texts]
+    protocols = comparison.evaluate.protocols if comparison.evaluate.tasks else ()
+    tables: dict[str, list[Column]] = {name: [*texts, *_task_columns(records, name)] for name in protocols}
+    seen = [row for row in rows if any(record.metrics for record in row.records)]
+    parts = [f"# {comparison.name}", _legend(comparison)]
+    for title, columns in (tables or {"perplexity": texts}).items():
+        parts += [f"## {title}", _table(comparison, seen, [Column("sparsity", "zeros %", 100), *columns])]
+    parts += ["## Cost", _table(comparison, seen, _COSTS), *_missing(records, failures)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _legend(comparison: Comparison) -> str:
+    parts = []
+    if len(comparison.seeds) > 1:
+        seeds = ", ".join(map(str, comparison.seeds))
+        parts.append(f"Mean ± standard deviation over the seeds {seeds}; (n) where only n of them are there.")
+    if comparison.reference:
+        parts.append(f"Rel. % refers to {comparison.reference} of the same seed.")
+    parts.append("Seconds of training are those of its updates, compilation included; those of events come on top.")
+    return " ".join(parts)
+
+
+def _task_columns(records: Sequence[Record], protocol: str) -> list[Column]:
+    keys = [key for key in _keys(records) if key.startswith(f"{protocol}.")]
+    columns = [
+        Column(key, f"{task} {TITLES[metric]}", 100)
+        for key in keys
+        for task, _, metric in [key.removeprefix(f"{protocol}.").rpartition(".")]
+        if metric in TITLES
+    ]
+    return [*columns, Column(f"{protocol}.relative", "Rel. %")] if f"{protocol}.relative" in keys else columns
+
+
+def _table(comparison: Comparison, rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    # The sparsity has a column of its own.
+    places = [place for place, key in enumerate(comparison.axes) if key != "prune.sparsity"]
+    varied = [list(comparison.axes)[place] for place in places]
+    header = ["method", "schedule", *varied, "asked %", *(column.title for column in columns)]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        axes = ["" if row.axes[place] is None else axis_text(row.axes[place]) for place in places]
+        cells = [_cell(row, column, len(comparison.seeds)) for column in columns]
+        lines.append([row.method, row.schedule, *axes, f"{100 * row.asked:g}", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(row: Row, column: Column, seeds: int) -> str:
+    found = spread(row, column.key)
+    if not found["values"]:
+        return ""
+    count = f" ({len(found['values'])})" if len(found["values"]) < seeds else ""
+    if found["mean"] is None:
+        return f"not finite{count}"
+    text = f"{column.factor * found['mean']:,.{column.decimals}f}"
+    if found["std"] is not None:
+        text += f" ± {column.factor * found['std']:,.{column.decimals}f}"
+    return text + count
+
+
+def _missing(records: Sequence[Record], failures: Mapping[str, str]) -> list[str]:
+    """What is not in the tables, and why; the waiting ones are only counted."""
+    waiting = sum(_status(record, failures) == "missing" for record in records)
+    lines = [f"{waiting} of {len(records)} runs are not there, or not measured in full."] if waiting else []
+    lines += _told("failed", [(record, failures.get(record.cell.run, "")) for record in records])
+    lines += _told("impossible", [(record, record.cell.refusal) for record in records])
+    lines += _told("no Rel. %", [(record, record.note) for record in records])
+    return ["\n".join(f"- {line}" for line in lines)] if lines else []
+
+
+def _told(what: str, reasons: Iterable[tuple[Record, str]]) -> list[str]:
+    """A line per reason, with the first cell that it holds for: all seeds mostly say the same."""
+    titles: dict[str, str] = {}
+    for record, reason in reasons:
+        if reason:
+            titles.setdefault(reason, record.cell.title)
+    return [f"{what}: {title}: {reason}" for reason, title in titles.items()]
+
+
+def _status(record: Record, failures: Mapping[str, str]) -> str:
+    if record.cell.refusal:
+        return "refused"
+    if record.cell.run in failures:
+        return "failed"
+    return "done" if record.is_whole else "missing"
+
+
+def _reason(record: Record, failures: Mapping[str, str]) -> str:
+    return record.cell.refusal or failures.get(record.cell.run, "") or record.note
+
+
+def _run_entry(axes: Sequence[str], record: Record, failures: Mapping[str, str]) -> dict[str, Any]:
+    cell = record.cell
+    return {
+        "method": cell.method,
+        "schedule": cell.schedule,
+        "axes": dict(zip(axes, cell.axes, strict=True)),
+        "seed": cell.seed,
+        "asked_sparsity": cell.config.prune.sparsity,
+        "run": cell.run,
+        "status": _status(record, failures),
+        "reason": _reason(record, failures),
+        "metrics": record.metrics,
+    }
+
+
+def _row_entry(axes: Sequence[str], row: Row) -> dict[str, Any]:
+    return {
+        "method": row.method,
+        "schedule": row.schedule,
+        "axes": dict(zip(axes, row.axes, strict=True)),
+        "seeds": [record.cell.seed for record in row.records],
+        "asked_sparsity": row.asked,
+        "metrics": {key: spread(row, key) for key in _keys(row.records)},
+    }
+
+
+def _run_line(axes: Sequence[str], record: Record, failures: Mapping[str, str], keys: Sequence[str]) -> dict[str, Any]:
+    entry = _run_entry(axes, record, failures)
+    own = entry.pop("axes") | {key: entry["metrics"].get(key) for key in keys}
+    return {name: value for name, value in entry.items() if name != "metrics"} | own
+
+
+def _row_line(axes: Sequence[str], row: Row, keys: Sequence[str]) -> dict[str, Any]:
+    entry = _row_entry(axes, row)
+    line = {name: entry[name] for name in ("method", "schedule", "asked_sparsity")} | entry["axes"]
+    line["seeds"] = len(row.records)
+    for key, which in itertools.product(keys, ("mean", "std")):
+        line[key if which == "mean" else f"{key}_std"] = spread(row, key)[which]
+    return line
+
+
+def _csv(lines: Iterable[Mapping[str, Any]]) -> str:
+    rows = list(lines)
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"

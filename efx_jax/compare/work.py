@@ -1,0 +1,98 @@
+"""The work of one cell: a run, and what is measured on its export. What lies finished is not done again."""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+from efx_jax.compare.grid import Cell, short_hash
+from efx_jax.compare.process import call, last_words
+from efx_jax.compare.settings import Comparison
+from efx_jax.config_io import to_yaml
+from efx_jax.errors import InputError
+from efx_jax.files import atomic_write
+from efx_jax.training.run import refuse_other_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One call of `python -m efx_jax.evaluation`: `name` is a protocol, or that of the perplexity text."""
+
+    name: str
+    is_text: bool
+    flags: tuple[str, ...]
+
+    def folder(self, run: Path) -> Path:
+        """Where a run keeps the outcome of exactly these flags."""
+        return run / "evaluations" / f"{self.name}-{short_hash(self.flags)}"
+
+
+def measurements(comparison: Comparison, cell: Cell) -> list[Measurement]:
+    """What a cell is measured on: every text, and all tasks under every protocol."""
+    asked = comparison.evaluate
+    shared = ("--batch-size", str(asked.batch_size), "--compute-dtype", cell.config.model.compute_dtype)
+    found = []
+    for name, source in comparison.texts.items():
+        sizes = ("--text-tokens", str(asked.text_tokens), "--window", str(asked.window))
+        found.append(Measurement(name, True, ("--text", source, *sizes, *shared)))
+    for protocol in asked.protocols if asked.tasks else ():
+        answers = ("--protocol", protocol, *(("--runs", str(asked.runs)) if protocol == "sampled" else ()))
+        flags = ("--tasks", *asked.tasks, "--rows", str(asked.rows), *answers, *shared)
+        found.append(Measurement(protocol, False, flags))
+    return found
+
+
+def finish(comparison: Comparison, cell: Cell, runs: Path) -> str:
+    """Trains and measures what is missing of a cell, each in a process of its own.
+
+    Args:
+        comparison: says what is measured.
+        cell: one that is not refused.
+        runs: the folder of all run folders.
+
+    Returns:
+        Why something has failed, in one line, or "".
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, when the process at work has saved what it had.
+    """
+    run = runs / cell.run
+    try:
+        refuse_other_run(cell.config, run)
+    except InputError as error:
+        return str(error)
+    if not is_finished(run):
+        settings = runs / f"{cell.run}.yaml"
+        atomic_write(settings, to_yaml(cell.config))
+        _say(f"{cell.title}: training in {run}")
+        reason = _call("efx_jax.compare.train_one", [str(settings), str(run)], runs / f"{cell.run}.log")
+        if reason:
+            return reason
+    for asked in measurements(comparison, cell):
+        folder = asked.folder(run)
+        if not is_finished(folder):
+            _say(f"{cell.title}: measuring {asked.name}")
+            flags = [str(run), *asked.flags, "--output", str(folder)]
+            reason = _call("efx_jax.evaluation", flags, folder.with_name(f"{folder.name}.log"))
+            if reason:
+                return f"{asked.name}: {reason}"
+    return ""
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run or an evaluation has come to its end: the summary is the last that it writes."""
+    return (folder / "summary.json").is_file()
+
+
+def _call(module: str, arguments: list[str], log: Path) -> str:
+    """Why the process has failed, or ""."""
+    start = time.monotonic()
+    code = call(module, arguments, log)
+    if code:
+        return last_words(log, code)
+    _say(f"  done in {time.monotonic() - start:.0f} s")
+    return ""
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,170 @@
+"""What a comparison may say, which cells that makes, and what is refused with one line."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from efx_jax.compare.grid import choose_cells, list_cells, run_name
+from efx_jax.compare.settings import read_comparison
+from efx_jax.config import Config
+from efx_jax.config_io import config_folder, load_config
+from efx_jax.config_values import replace_values
+
+SMALL = """
+base: {prune: {score: magnitude}}
+methods: {dense: {prune: {sparsity: 0}}, wanda: {prune: {score: wanda}}, wide: {lora: {rank: 32}}}
+schedules: {post_hoc: {prune: {schedule: fractions, fractions: [1]}}, during: {prune: {schedule: epochs}}}
+evaluate: {texts: {general: wikitext}}
+reference: dense
+"""
+Write = Callable[[str], Path]
+SHIPPED = sorted([*config_folder().glob("compare_*.yaml"), *(config_folder() / "ablations").glob("*.yaml")])
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write_file(text: str) -> Path:
+        (tmp_path / "mine.yaml").write_text(text)
+        return tmp_path / "mine.yaml"
+
+    return write_file
+
+
+def test_every_method_meets_every_schedule_and_the_dense_one_none(write: Write) -> None:
+    cells = list_cells(read_comparison(write(SMALL)))
+    assert [(cell.method, cell.schedule) for cell in cells] == [
+        ("dense", ""),
+        ("wanda", "post_hoc"),
+        ("wanda", "during"),
+        ("wide", "post_hoc"),
+        ("wide", "during"),
+    ]
+    first, last = cells[1].config.prune, cells[-1].config
+    assert (first.score, first.schedule, first.fractions) == ("wanda", "fractions", (1.0,))
+    assert (last.prune.score, last.prune.schedule, last.lora.rank) == ("magnitude", "epochs", 32)
+    assert {cell.reference for cell in cells} == {cells[0].run}
+
+
+def test_runs_choose_pairs(write: Write) -> None:
+    comparison = read_comparison(write(SMALL + "runs: {dense: , wanda: during}"))
+    assert [cell.title for cell in list_cells(comparison)] == ["dense, seed 0", "wanda/during, seed 0"]
+
+
+def test_a_methods_own_setting_holds_against_an_axis_and_equal_cells_are_one(write: Write) -> None:
+    comparison = read_comparison(write(SMALL + "axes: {lora.rank: [8, 16], prune.sparsity: [0.3, 0.4]}\nseeds: [3, 4]"))
+    cells = list_cells(comparison)
+    post_hoc = [cell for cell in cells if cell.schedule != "during"]
+    of = {name: [cell for cell in post_hoc if cell.method == name] for name in ("dense", "wanda", "wide")}
+    assert [cell.axes for cell in of["dense"]] == [(8, None), (16, None)] * 2
+    assert [cell.axes for cell in of["wanda"]] == [(8, 0.3), (8, 0.4), (16, 0.3), (16, 0.4)] * 2
+    assert [cell.axes for cell in of["wide"]] == [(32, 0.3), (32, 0.4)] * 2
+    assert [cell.seed for cell in of["dense"]] == [3, 3, 4, 4]
+    # The reference has the same seed and, where it has a say, the same value.
+    dense = {(cell.seed, cell.axes[0]): cell.run for cell in of["dense"]}
+    assert all(cell.reference == dense[cell.seed, cell.axes[0]] for cell in of["wanda"])
+    assert len({cell.run for cell in cells}) == len(cells)
+
+
+def test_a_dense_run_is_the_same_whatever_would_be_pruned(write: Write) -> None:
+    runs = set()
+    for score in ("wanda", "foresight"):
+        for line in ("axes: {prune.ema: [0.1, 0.9]}", "axes: {prune.sparsity: [0.4]}", ""):
+            comparison = read_comparison(write(SMALL.replace("score: magnitude", f"score: {score}") + line))
+            runs |= {cell.run for cell in list_cells(comparison) if cell.method == "dense"}
+    assert len(runs) == 1
+
+
+def test_a_run_is_named_by_what_it_is_and_not_by_where_it_is_computed() -> None:
+    name = run_name(Config())
+    assert name.startswith("icd10-wanda-0.5-seed0-")
+    elsewhere = {"mesh.fsdp": 4, "log.wandb": True, "profile.steps": 3}
+    assert run_name(replace_values(Config(), elsewhere)) == name
+    others = {"seed": 1, "prune.ema": 0.5, "data.max_length": 513, "train.steps": 1, "eval.rows": 1}
+    assert len({run_name(replace_values(Config(), {key: value})) for key, value in others.items()} | {name}) == 6
+
+
+def test_the_base_is_a_config_of_its_own_under_the_same_rules(write: Write) -> None:
+    path = write(SMALL)
+    path.with_name("base.yaml").write_text("preset: paper\nlora: {rank: 4}")
+    paper = replace_values(load_config(preset="paper"), {"lora.rank": 4})
+    text = SMALL.replace("{prune: {score: magnitude}}", "base.yaml")
+    assert read_comparison(write(text)).base == paper
+    text = SMALL.replace("base: {", "base: {config: base.yaml, preset: official, ")
+    base = read_comparison(write(text)).base
+    assert (base.prune.score, base.prune.mask_forward, base.lora.rank) == ("magnitude", "dense", 4)
+
+
+def test_only_takes_methods_schedules_and_pairs(write: Write) -> None:
+    cells = list_cells(read_comparison(write(SMALL)))
+    for names, expected in (([], 5), (["wanda"], 2), (["during"], 2), (["wide/during", "dense"], 2)):
+        assert len(choose_cells(cells, names)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (SMALL + "method: {}", "method is not known; the nearest is methods"),
+        (SMALL.replace("score: wanda", "scroe: wanda"), "methods: wanda: prune.scroe is not a setting; the nearest is"),
+        (SMALL.replace("rank: 32", "rank: x"), "methods: wide: lora.rank must be an integer, found 'x'"),
+        (SMALL.replace("wikitext", "[wikitext]"), "evaluate: texts: general: expected one text"),
+        (SMALL.replace("texts: {general: wikitext}", "rows: 3"), "evaluate: expected tasks or texts to measure"),
+        (SMALL.replace("evaluate: {", "evaluate: {rows: -1, "), "evaluate: rows must be at least 0, found -1"),
+        (
+            SMALL.replace("evaluate: {", "evaluate: {protocols: [best], "),
+            "evaluate: protocols must be one of likelihood",
+        ),
+        (
+            SMALL.replace("reference: dense", "reference: wanda"),
+            "reference: expected a method that prunes nothing (dense)",
+        ),
+        (SMALL.replace("wide:", "a/b:"), "methods: expected names of letters, digits and _.+-, found 'a/b'"),
+        (SMALL + "seeds: [0, 0]", "seeds: expected different values, found 0, 0"),
+        (SMALL + "seeds: 1.5", "seeds must be an integer, found '1.5'"),
+        (SMALL + "axes: {sparsity: [0.3]}", "axes: sparsity is not a setting to vary; the nearest is prune.sparsity"),
+        (SMALL + "axes: {seed: [0]}", "axes: seed is not a setting to vary"),
+        (SMALL + "axes: {prune.sparsity: 0.3}", "axes: prune.sparsity: expected a list of values, found '0.3'"),
+        (SMALL + "runs: {wnada: [during]}", "runs: wnada is not known; the nearest is wanda"),
+        (SMALL + "runs: {wanda: [late]}", "runs: wanda: late is not known"),
+        (SMALL + "runs: {wanda: []}", "runs: wanda: expected at least one schedule, found none"),
+        (SMALL + "runs: {dense: [during]}", "runs: dense prunes nothing, so it has no schedule, found during"),
+        (SMALL.replace("{prune: {score: magnitude}}", "none.yaml"), "none.yaml cannot be read"),
+        (
+            SMALL + "axes: {train.learning_rate: [-1]}",
+            "mine: no run is possible; dense, -1, seed 0: train.learning_rate",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    write: Write, launch: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    assert launch(write(text), tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert said in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_name_is_answered_with_the_nearest(
+    write: Write, launch: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(write(SMALL), tmp_path / "out", "--only", "dens") == 2
+    assert (
+        "--only dens: expected a method, a schedule or METHOD/SCHEDULE; the nearest is dense" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_cell_of_the_shipped_comparisons_is_possible(path: Path) -> None:
+    cells = list_cells(read_comparison(path))
+    assert [cell.refusal for cell in cells if cell.refusal] == []
+    assert {cell.reference for cell in cells} == {cell.run for cell in cells if cell.method == "dense"}
+    # Same data and tokens for all, but for what an axis says.
+    assert len({dataclasses.replace(cell.config.train) for cell in cells}) == 1
+
+
+def test_the_ablations_share_their_runs_with_the_health_comparison() -> None:
+    runs = {path.stem: {cell.run for cell in list_cells(read_comparison(path))} for path in SHIPPED}
+    for name in ("sparsity", "rank", "ema", "domains"):
+        assert runs[name] & runs["compare_health"], name
