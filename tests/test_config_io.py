@@ -135,7 +135,7 @@ def test_unknown_section_names_a_setting_that_exists(write):
         (["--train.learning_rate", "fast"], "--train.learning_rate must be a finite number, found 'fast'"),
         (["--train.learning_rate", "nan"], "--train.learning_rate must be a finite number, found 'nan'"),
         (["--log.wandb", "maybe"], "--log.wandb must be true or false, found 'maybe'"),
-        (["--prune.score", "wand"], "one of magnitude, wanda, foresight, foresight_gated, found 'wand'"),
+        (["--prune.score", "wand"], "--prune.score must be one of magnitude, wanda, ria, foresight"),
         (["--prune.ramp", "0.1"], "--prune.ramp must be 2 values, each a finite number, found 1"),
         (["--prune.fractions", "a,b"], "--prune.fractions must be a finite number, found 'a'"),
         (["--seed", "1", "2"], "--seed must be an integer, found 2 values: 1 2"),
