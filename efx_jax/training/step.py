@@ -1,7 +1,7 @@
 """One update: loss over micro-batches, gradients of the adapters alone, AdamW."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -55,11 +55,26 @@ def summed_loss(
     options: StepOptions,
 ) -> tuple[Array, Array]:
     """Summed nll of one micro-batch, differentiable in `arrays` (see `trainable`), and its summed entropy."""
+    adapters = dataclasses.replace(adapters, lora_a=arrays["lora_a"], lora_b=arrays["lora_b"])
+    return model_loss(params, adapters, masks, batch, key, spec, options, frozen=True)
+
+
+def model_loss(
+    params: Mapping[str, Any],
+    adapters: Adapters | None,
+    masks: Mapping[str, Array] | None,
+    batch: Batch,
+    key: Array,
+    spec: ModelSpec,
+    options: StepOptions,
+    frozen: bool,
+) -> tuple[Array, Array]:
+    """Summed nll and entropy of one micro-batch; `frozen`: the base gets no gradient, which is faster on a CPU."""
     hidden = hidden_states(
         params,
         batch["tokens"],
         spec,
-        dataclasses.replace(adapters, lora_a=arrays["lora_a"], lora_b=arrays["lora_b"]),
+        adapters,
         masks,
         positions=batch.get("positions"),
         segments=batch.get("segments"),
@@ -69,9 +84,35 @@ def summed_loss(
         dropout_key=key if options.dropout_rate else None,
         remat=options.remat,
         attention_path=options.attention_path,
-        frozen=True,
+        frozen=frozen,
     )
     return cross_entropy(hidden, head_weight(params), batch["targets"], batch["weights"], options.compute_dtype)
+
+
+def accumulate_gradient(
+    loss: Callable[[Any, Batch, Array], tuple[Array, Array]], arrays: Any, batch: Batch, micro_batches: int
+) -> tuple[Any, Array, Array]:
+    """The gradient of a summed loss, in as many passes as the memory asks for.
+
+    Args:
+        loss: (arrays, micro-batch, its number) -> (nll, entropy), both summed over tokens.
+        arrays: what the gradient is by.
+        batch: arrays `[B,...]`.
+        micro_batches: number of passes; must divide B.
+
+    Returns:
+        (gradient like `arrays` in float32, nll, entropy), sums over the whole batch.
+    """
+    micro = jax.tree.map(lambda x: _micro_batches(x, micro_batches), dict(batch))
+
+    def accumulate(carry: tuple[Any, Array, Array], scanned: tuple[Batch, Array]) -> tuple[Any, None]:
+        grads, nll, entropy = carry
+        (part_nll, part_entropy), part_grads = jax.value_and_grad(loss, has_aux=True)(arrays, *scanned)
+        return (jax.tree.map(jnp.add, grads, part_grads), nll + part_nll, entropy + part_entropy), None
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), arrays)
+    start = (zeros, jnp.float32(0), jnp.float32(0))
+    return jax.lax.scan(accumulate, start, (micro, jnp.arange(micro_batches)))[0]
 
 
 def _step(
@@ -105,20 +146,13 @@ def _step(
         clipping, `tokens` (real ones).
     """
     arrays = trainable(state.adapters)
-    micro = jax.tree.map(lambda x: _micro_batches(x, options.micro_batches), dict(batch))
     step_key = jax.random.fold_in(key, state.step)
 
-    def accumulate(carry: tuple[Any, Array, Array], scanned: tuple[Batch, Array]) -> tuple[Any, None]:
-        grads, nll, entropy = carry
-        part, index = scanned
+    def loss(arrays: Any, part: Batch, index: Array) -> tuple[Array, Array]:
         part_key = jax.random.fold_in(step_key, index)
-        (part_nll, part_entropy), part_grads = jax.value_and_grad(summed_loss, has_aux=True)(
-            arrays, state.adapters, params, masks, part, part_key, spec, options
-        )
-        return (jax.tree.map(jnp.add, grads, part_grads), nll + part_nll, entropy + part_entropy), None
+        return summed_loss(arrays, state.adapters, params, masks, part, part_key, spec, options)
 
-    zeros = (jax.tree.map(jnp.zeros_like, arrays), jnp.float32(0), jnp.float32(0))
-    (grads, nll, entropy), _ = jax.lax.scan(accumulate, zeros, (micro, jnp.arange(options.micro_batches)))
+    grads, nll, entropy = accumulate_gradient(loss, arrays, batch, options.micro_batches)
     count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = tx.update(grads, state.opt_state, arrays)
