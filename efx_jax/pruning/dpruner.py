@@ -12,13 +12,15 @@ _EXAMPLES = 1000
 """Number of training examples that the released code divides its sums over examples by, whatever the data."""
 
 
-def regularised_gradient(gradient: Array, general: Array, learning_rate: Array | float, weight: float = 0.1) -> Array:
+def regularised_gradient(
+    gradient: Array, general: Array, learning_rate: Array | float, weight: Array | float = 0.1
+) -> Array:
     """g + weight * 2 lr^2 G g^2 / 1000, which holds back what matters for general text.
 
     Meant is the gradient of weight * sum G (W' - W)^2 with W' - W = -lr g for the next step and a Hessian by Fisher.
 
     Args:
-        gradient: g `[...,O,I]` of the mean loss on the domain.
+        gradient: g `[...,O,I]` of the mean loss on the domain, scaled or not.
         general: G `[...,O,I]`, what SparseGPT says of the entry on general text: w^2 / d^2 with d the diagonal of the
             upper Cholesky factor of the inverse Hessian 2 X^T X / sequences (`efx_jax.pruning.sparsegpt`).
         learning_rate: that of the step.
@@ -34,11 +36,12 @@ def regularised_gradient(gradient: Array, general: Array, learning_rate: Array |
 def three_term_importance(weight: Array, gradient: Array) -> Array:
     """|g w + (g w)^2 / 2000 + w^3|: Taylor's first term, half a Fisher term over 1,000 examples, and the remainder.
 
-    The paper writes the remainder as of order w^3 and the code takes w^3 itself.
+    The paper writes the remainder as of order w^3 and the code takes w^3 itself. Beside it the first term vanishes
+    unless the loss is scaled up, as it is in the authors' half-precision pass (docs/method.md).
 
     Args:
         weight: w `[...,O,I]` before the step.
-        gradient: g `[...,O,I]`, regularised and not clipped.
+        gradient: g `[...,O,I]`, regularised and not clipped; of the scaled loss.
 
     Returns:
         float32 `[...,O,I]`, to be summed over the steps.

@@ -82,6 +82,7 @@ def domain_importance(
     options_of: OptionsOf,
     names: Iterable[str] = LINEARS,
     general_weight: float = 0.1,
+    loss_scale: float = 2.0**16,
 ) -> dict[str, Array]:
     """D-Pruner's importance: the terms of `three_term_importance` summed along a pass of plain SGD.
 
@@ -98,6 +99,7 @@ def domain_importance(
         options_of: how a batch is computed.
         names: linears whose importance is wanted.
         general_weight: lambda.
+        loss_scale: what the loss is multiplied by for regulariser and importance; the moves are not scaled.
 
     Returns:
         name -> float32 `[L,O,I]`.
@@ -112,7 +114,7 @@ def domain_importance(
     losses = []
     for batch, rate in zip(batches, learning_rates, strict=True):
         weights, importance, loss = domain_step(
-            weights, importance, rest, general, batch, rate, spec, options_of(batch), general_weight
+            weights, importance, rest, general, batch, rate, spec, options_of(batch), general_weight, loss_scale
         )
         losses.append(loss)
     if not np.all(np.isfinite(jax.device_get(losses))):
@@ -120,11 +122,7 @@ def domain_importance(
     return importance
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("spec", "options", "general_weight"),
-    donate_argnames=("weights", "importance"),
-)
+@functools.partial(jax.jit, static_argnames=("spec", "options"), donate_argnames=("weights", "importance"))
 def domain_step(
     weights: dict[str, Array],
     importance: dict[str, Array],
@@ -134,7 +132,8 @@ def domain_step(
     learning_rate: Array | float,
     spec: ModelSpec,
     options: StepOptions,
-    general_weight: float,
+    general_weight: Array | float,
+    loss_scale: Array | float,
 ) -> tuple[dict[str, Array], dict[str, Array], Array]:
     """One step of D-Pruner's domain pass: regularise, add to the importance, clip, move.
 
@@ -148,6 +147,7 @@ def domain_step(
         spec: the model.
         options: how the batch is computed.
         general_weight: lambda.
+        loss_scale: as in `domain_importance`.
 
     Returns:
         (weights, importance, mean loss before the step).
@@ -160,12 +160,13 @@ def domain_step(
 
     grads, nll, _ = accumulate_gradient(loss, weights, batch, options.micro_batches)
     count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
-    grads = {name: grad / count for name, grad in grads.items()}
+    grads = {name: grad * (loss_scale / count) for name, grad in grads.items()}
     if general is not None:
         grads |= {
             name: regularised_gradient(grads[name], general[name], learning_rate, general_weight) for name in general
         }
     importance = {name: total + three_term_importance(weights[name], grads[name]) for name, total in importance.items()}
+    grads = {name: grad / loss_scale for name, grad in grads.items()}
     move = learning_rate * clip_factor(optax.tree.norm(grads), _CLIP)
     weights = {name: (weight - move * grads[name]).astype(weight.dtype) for name, weight in weights.items()}
     return *constrain_tree((weights, importance)), nll / count

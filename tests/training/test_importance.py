@@ -1,6 +1,7 @@
 """Importance from gradients of training batches, against jax.grad of a plain loss and NumPy for the rest."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -66,10 +67,6 @@ def batches() -> list[Batch]:
     return [pad_batch(two, 2, 32) for two in rows]
 
 
-def one_pass(_: Batch) -> StepOptions:
-    return StepOptions()
-
-
 def two_passes(_: Batch) -> StepOptions:
     return StepOptions(micro_batches=2, remat="block")
 
@@ -101,8 +98,10 @@ def test_the_adapter_gradient_is_that_of_the_mean_loss_over_all_batches(params, 
             np.testing.assert_allclose(found[kind][name], expected[kind][name], rtol=1e-4, atol=1e-6)
 
 
-def replay(params: Tree, general: Tree, batches: list[Batch], rates: tuple[float, ...]) -> tuple[Tree, Tree, list]:
-    """D-Pruner's pass in NumPy, float64, on gradients by jax.grad: (importance, weights, gradient norms)."""
+def replay(
+    params: Tree, general: Tree, batches: list[Batch], rates: tuple[float, ...], loss_scale: float
+) -> tuple[Tree, list[float]]:
+    """D-Pruner's pass in NumPy, float64, on gradients by jax.grad: (importance, gradient norms)."""
 
     @jax.jit
     @jax.grad
@@ -114,53 +113,60 @@ def replay(params: Tree, general: Tree, batches: list[Batch], rates: tuple[float
     norms = []
     for batch, rate in zip(batches, rates, strict=True):
         now = {name: jnp.asarray(weight, jnp.float32) for name, weight in weights.items()}
-        grads = {name: np.asarray(g, np.float64) for name, g in gradient(now, batch, real(batch)).items()}
+        grads = {name: loss_scale * np.asarray(g, np.float64) for name, g in gradient(now, batch, real(batch)).items()}
         grads = {name: g + LAMBDA * 2 * rate**2 * general[name] * g**2 / 1000 for name, g in grads.items()}
         for name, g in grads.items():
             first = g * weights[name]
             importance[name] += np.abs(first + first**2 / 2000 + weights[name] ** 3)
+        grads = {name: g / loss_scale for name, g in grads.items()}
         norms.append(np.sqrt(sum(np.sum(g**2) for g in grads.values())))
         factor = min(1.0, 1.0 / norms[-1])
         weights = {name: weight - rate * factor * grads[name] for name, weight in weights.items()}
-    return importance, weights, norms
+    return importance, norms
 
 
 @pytest.fixture(scope="module")
 def general(params: Tree) -> Tree:
     """Large enough that the regulariser shows."""
     rng = np.random.default_rng(9)
-    return {name: rng.uniform(0, 1e7, params["layers"][name].shape).astype(np.float32) for name in LINEARS}
+    return {name: rng.uniform(0, 1e4, params["layers"][name].shape).astype(np.float32) for name in LINEARS}
 
 
-def test_three_steps_of_the_domain_pass_equal_their_replay(params, general, batches) -> None:
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_three_steps_of_the_domain_pass_equal_their_replay(params, general, batches, loss_scale) -> None:
     before = jax.tree.map(np.array, params)
-    found = domain_importance(params, general, batches, RATES, SPEC, two_passes, general_weight=LAMBDA)
-    expected, _, norms = replay(params, general, batches, RATES)
+    general = {name: 1024 / loss_scale * values for name, values in general.items()}
+    found = domain_importance(
+        params, general, batches, RATES, SPEC, two_passes, general_weight=LAMBDA, loss_scale=loss_scale
+    )
+    expected, norms = replay(params, general, batches, RATES, loss_scale)
     assert max(norms) > 1 > min(norms)
     for name in LINEARS:
-        np.testing.assert_allclose(found[name], expected[name], rtol=2e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(found[name], expected[name], rtol=2e-4, atol=1e-6 * loss_scale, err_msg=name)
         np.testing.assert_array_equal(params["layers"][name], before["layers"][name])
 
 
 def test_every_part_of_the_domain_pass_counts(params, general, batches) -> None:
-    """The regulariser, the moves of the weights, and the tokens of the prompt."""
-    whole = domain_importance(params, general, batches, RATES, SPEC, one_pass, ("k_proj",))["k_proj"]
+    """The regulariser, the moves of the weights, the scale of the loss, and the tokens of the prompt."""
+    run = functools.partial(domain_importance, params, spec=SPEC, options_of=two_passes)
+    whole = run(general, batches, RATES, loss_scale=1024.0)["k_proj"]
+    still = (0.0,) * len(RATES)
     others = {
-        "no regulariser": domain_importance(params, None, batches, RATES, SPEC, one_pass, ("k_proj",)),
-        "no moves": domain_importance(params, general, batches, (0.0,) * 3, SPEC, one_pass, ("k_proj",)),
+        "no regulariser": run(None, batches, RATES, loss_scale=1024.0),
+        "no moves": run(None, batches, still, loss_scale=1024.0),
+        "no scale": run(general, batches, RATES, loss_scale=1.0),
     }
     for label, importance in others.items():
-        assert set(importance) == {"k_proj"}
         assert float(jnp.max(jnp.abs(importance["k_proj"] / whole - 1))) > 1e-2, label
+    assert np.any(np.asarray(others["no moves"]["k_proj"]) != others["no regulariser"]["k_proj"])
     silent = [{**batch, "weights": np.zeros_like(batch["weights"])} for batch in batches]
-    same = domain_importance(params, general, silent, RATES, SPEC, one_pass, ("k_proj",))
-    np.testing.assert_array_equal(same["k_proj"], whole)
+    np.testing.assert_array_equal(run(general, silent, RATES, loss_scale=1024.0)["k_proj"], whole)
 
 
 def test_a_pass_that_diverges_is_refused_with_one_line(params, batches) -> None:
     bad = {**params, "norm": params["norm"] * jnp.nan}
     with pytest.raises(InputError, match="has diverged; lower prune.domain_learning_rate") as caught:
-        domain_importance(bad, None, batches, RATES, SPEC, one_pass, ("k_proj",))
+        domain_importance(bad, None, batches, RATES, SPEC, two_passes)
     assert "\n" not in str(caught.value)
 
 
