@@ -3,10 +3,12 @@
 import dataclasses
 from typing import Literal
 
-Score = Literal["magnitude", "wanda", "ria", "foresight", "foresight_gated", "sparsegpt"]
+Score = Literal["magnitude", "wanda", "ria", "foresight", "foresight_gated", "sparsegpt", "lora_gradient", "dpruner"]
 Recovery = Literal["none", "pbs", "gram_pbs", "admm", "obs"]
 Budget = Literal["uniform", "owl"]
 MaskForward = Literal["exact", "ste", "frozen", "dense"]
+# Scores that read an importance computed from gradients of training batches.
+GRADIENT_SCORES: tuple[Score, ...] = ("lora_gradient", "dpruner")
 Dtype = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "linears", "block"]
 
@@ -111,6 +113,18 @@ class PruneConfig:
     """Damping of `pbs`, absolute; `gram_pbs` takes 1e-3 of the mean diagonal."""
     admm_steps: int = 30
     admm_damping: float = 1e-2
+    gradient_batches: int = 16
+    """With score "lora_gradient": training batches of whose mean loss the adapters' gradient is taken at an event."""
+    domain_steps: int = 0
+    """With score "dpruner": SGD steps of the domain pass at an event; 0 means five passes over the rows. They come on
+    top of `train.steps`."""
+    domain_learning_rate: float = 0.03
+    """The highest one of the domain pass, after a warm-up over a tenth of it; then it falls to 0."""
+    domain_loss_scale: float = 65536.0
+    """What the domain pass multiplies the loss by before importance is summed: the authors' start value in half
+    precision. 1 makes the score that of magnitudes (docs/method.md)."""
+    general_weight: float = 0.1
+    """Weight of the general importance, measured on `calibration`, in the domain pass; 0 leaves it out."""
     calibration: str = "train"
     """Calibration rows: "train", a file, or a name known to `data.text`."""
     calibration_rows: int = 128

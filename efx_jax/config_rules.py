@@ -37,6 +37,7 @@ def validate(config: Config) -> None:
         ("model.path", config.model.path, config.model.path != "", 'a path, a Hub name or "quickstart"'),
         *_data_rules(config.data),
         *_lora_rules(config.lora),
+        _adapted_rule(config),
         *_prune_rules(config.prune),
         *_pair_rules(config.prune),
         *_calibration_rules(config.prune),
@@ -129,6 +130,13 @@ def _lora_rules(lora: LoraConfig) -> Iterable[Rule]:
     ]
 
 
+def _adapted_rule(config: Config) -> Rule:
+    prune, adapted = config.prune, config.lora.targets
+    is_right = prune.score != "lora_gradient" or set(prune.targets) <= set(adapted)
+    expected = f"among lora.targets ({', '.join(adapted)}) with prune.score lora_gradient, which reads their gradients"
+    return "prune.targets", " ".join(prune.targets), is_right, expected
+
+
 def _target_rule(setting: str, targets: tuple[str, ...], may_be_empty: bool = False) -> Rule:
     # The defaults are all seven linears of a block.
     known = PruneConfig().targets
@@ -171,6 +179,11 @@ def _calibration_rules(prune: PruneConfig) -> Iterable[Rule]:
         ("prune.calibration_rows", prune.calibration_rows, prune.calibration_rows >= 1, "at least 1"),
         ("prune.calibration_length", prune.calibration_length, prune.calibration_length >= 1, "at least 1"),
         ("prune.calibration_tokens", prune.calibration_tokens, prune.calibration_tokens >= 1, "at least 1"),
+        ("prune.gradient_batches", prune.gradient_batches, prune.gradient_batches >= 1, "at least 1"),
+        ("prune.domain_steps", prune.domain_steps, prune.domain_steps >= 0, "at least 0"),
+        ("prune.domain_learning_rate", prune.domain_learning_rate, prune.domain_learning_rate > 0, "above 0"),
+        ("prune.domain_loss_scale", prune.domain_loss_scale, prune.domain_loss_scale > 0, "above 0"),
+        ("prune.general_weight", prune.general_weight, prune.general_weight >= 0, "at least 0"),
         ("prune.chunk_mib", prune.chunk_mib, prune.chunk_mib >= 1, "at least 1"),
     ]
 

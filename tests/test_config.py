@@ -41,6 +41,11 @@ def test_settings_cannot_be_changed_in_place():
         ("prune.events", 0),
         ("prune.ridge", -1e-8),
         ("prune.admm_steps", 0),
+        ("prune.gradient_batches", 0),
+        ("prune.domain_steps", -1),
+        ("prune.domain_learning_rate", 0.0),
+        ("prune.domain_loss_scale", 0.0),
+        ("prune.general_weight", -0.1),
         ("prune.calibration_rows", 0),
         ("lora.rank", 0),
         ("lora.alpha", 0.0),
@@ -103,6 +108,14 @@ def test_a_plain_last_event_leaves_a_recovery_to_earlier_ones(schedule: dict[str
     validate(replace_values(Config(), settings))
     with pytest.raises(InputError, match="prune.plain_last_event must be false with a single event, or .* pbs would"):
         validate(replace_values(Config(), settings | {"prune.recovery": "pbs"}))
+
+
+def test_a_score_of_adapter_gradients_needs_an_adapter_on_all_that_it_prunes():
+    settings = {"lora.targets": ("q_proj", "v_proj"), "prune.score": "lora_gradient"}
+    with pytest.raises(InputError, match=r"prune.targets must be among lora.targets \(q_proj, v_proj\)"):
+        validate(replace_values(Config(), settings))
+    validate(replace_values(Config(), {**settings, "prune.targets": ("v_proj",)}))
+    validate(replace_values(Config(), {**settings, "prune.score": "wanda"}))
 
 
 def test_batch_must_be_a_multiple_of_the_micro_batch():

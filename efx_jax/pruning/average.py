@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from efx_jax.config import PruneConfig
+from efx_jax.config import GRADIENT_SCORES, PruneConfig
 from efx_jax.lora import Adapters, effective_weight
 from efx_jax.model.decoder import Layer
 from efx_jax.model.spec import LINEARS
@@ -24,8 +24,8 @@ class PruneState:
 
     `event`: number of events done. While the base is frozen, the earlier scores are rebuilt exactly from `snapshots` of
     the last E events: `lora_a/<name> [L,E,R,I]`, `lora_b/<name> [L,E,O,R]`, `input_norm/<input> [L,E,I]`,
-    `reach/<name> [L,E,O]` (about 1 % of the weights). Where events move the base, `score` holds the average itself,
-    name -> L arrays `[O,I]` in the host's memory, () before the first event. Both are {} when `ema` is 1.
+    `reach/<name> [L,E,O]` (about 1 % of the weights). Where `keeps_scores`, `score` holds the average itself, name -> L
+    arrays `[O,I]` in the host's memory, () before the first event. Both are {} when `ema` is 1.
     """
 
     event: Array
@@ -44,6 +44,11 @@ def moves_base(config: PruneConfig) -> bool:
     return config.merge_each_event or refits_base(config)
 
 
+def keeps_scores(config: PruneConfig) -> bool:
+    """Whether a moving average is kept as it is: no snapshot brings back a base that has moved, or a gradient."""
+    return moves_base(config) or config.score in GRADIENT_SCORES
+
+
 def init_prune_state(
     params: Mapping[str, Any], adapters: Adapters | None, config: PruneConfig, key: Array, events: int = 8
 ) -> PruneState:
@@ -60,7 +65,7 @@ def init_prune_state(
     names = prunable(layers, config)
     snapshots: dict[str, Array] = {}
     score: dict[str, tuple[Array, ...]] = {}
-    if config.ema < 1 and moves_base(config):
+    if config.ema < 1 and keeps_scores(config):
         score = dict.fromkeys(names, ())
     elif config.ema < 1:
         for name in names:
@@ -90,7 +95,7 @@ def moving_average(
     scale: float,
 ) -> tuple[dict[str, Array], Memory]:
     """S_t = eta * new + (1 - eta) * S_(t-1), the first event's score being raw (paper, Algorithm 1)."""
-    if moves_base(config):
+    if keeps_scores(config):
         averaged = {
             name: jnp.where(event == 0, new, config.ema * new + (1 - config.ema) * memory["score"][name])
             for name, new in scores.items()

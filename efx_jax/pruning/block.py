@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import jax
 import jax.numpy as jnp
 
-from efx_jax.config import PruneConfig
+from efx_jax.config import GRADIENT_SCORES, PruneConfig
 from efx_jax.lora import effective_weight, init_lora_matrices, merge_linears
 from efx_jax.masks import pack_mask, unpack_mask
 from efx_jax.model.decoder import Layer
@@ -32,7 +32,12 @@ def matrix_group(name: str, config: PruneConfig) -> str:
 
 
 def block_scores(
-    layer: Layer, effective: Mapping[str, Array], stats: Statistics, spec: ModelSpec, config: PruneConfig
+    layer: Layer,
+    effective: Mapping[str, Array],
+    stats: Statistics,
+    importance: Mapping[str, Array],
+    spec: ModelSpec,
+    config: PruneConfig,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Scores `[O,I]` and downstream reach nu `[O]` of the pruned matrices of one block."""
     names = prunable(layer.weights, config)
@@ -42,12 +47,15 @@ def block_scores(
         reach = activation_reach(effective, layer.weights, stats, spec)
     else:
         reach = {name: jnp.ones(effective[name].shape[0], jnp.float32) for name in names}
+    if config.score in GRADIENT_SCORES:
+        return {name: importance[name] for name in names}, reach
     return {name: matrix_score(effective[name], stats.input_norm(name), reach[name], config) for name in names}, reach
 
 
 def prune_block(
     layer: Layer,
     stats: Statistics,
+    importance: Mapping[str, Array],
     memory: Memory,
     counts: dict[str, Counts],
     key: Array,
@@ -61,6 +69,7 @@ def prune_block(
     Args:
         layer: the block's arrays, without L.
         stats: its statistics.
+        importance: its `[O,I]` from gradients, for the scores that read it; {} for the others.
         memory: its part of the moving average, see `PruneState`.
         counts: entries to drop, by matrix.
         key: PRNG key for adapters drawn anew.
@@ -83,7 +92,7 @@ def prune_block(
         masks = {name: sweep.mask for name, sweep in swept.items()}
     else:
         with jax.named_scope("foresight"):
-            scores, reach = block_scores(layer, effective, stats, spec, config)
+            scores, reach = block_scores(layer, effective, stats, importance, spec, config)
         if config.ema < 1:
             scores, memory = moving_average(scores, reach, layer, stats, memory, event, config, scale)
         with jax.named_scope("select"):

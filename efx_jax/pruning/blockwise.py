@@ -55,6 +55,7 @@ def prune_event_blockwise(
     *,
     compute_dtype: Any = None,
     attention_path: Implementation = "xla",
+    importance: Mapping[str, Array] | None = None,
     packed: bool = False,
 ) -> tuple[dict[str, Any], Adapters | None, dict[str, Array], PruneState]:
     """As `prune_event`, but calibrated block by block on `batches`.
@@ -69,7 +70,7 @@ def prune_event_blockwise(
     """
     batches = list(batches)
     stats = budget_statistics(params, adapters, masks, batches, spec, config, compute_dtype, attention_path)
-    plan = plan_event(params, adapters, masks, state, spec, config, stats)
+    plan = plan_event(params, adapters, masks, state, spec, config, stats, importance)
     result: Result | None = None
     for index, pruned in enumerate(prune_blocks(plan, params, batches, compute_dtype, attention_path)):
         result = put_block(result, pruned, index, spec.num_layers)
@@ -107,7 +108,7 @@ def prune_blocks(
     ]
     require_tokens(sum(jnp.sum(real) for _, real in hidden))
     observe = functools.partial(
-        _observe,
+        observe_block,
         spec=spec,
         gram=needs_gram(config),
         scale=plan.scale,
@@ -116,7 +117,7 @@ def prune_blocks(
         attention_path=attention_path,
     )
     output = functools.partial(
-        _output, spec=spec, scale=plan.scale, compute_dtype=compute_dtype, attention_path=attention_path
+        block_output, spec=spec, scale=plan.scale, compute_dtype=compute_dtype, attention_path=attention_path
     )
     for index in range(spec.num_layers):
         layer, memory = block_before(plan, index)
@@ -145,7 +146,7 @@ def prune_blocks(
 @functools.partial(
     jax.jit, static_argnames=("spec", "gram", "scale", "mask_forward", "compute_dtype", "attention_path")
 )
-def _observe(
+def observe_block(
     x: Array,
     real: Array,
     layer: Layer,
@@ -163,7 +164,7 @@ def _observe(
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "scale", "mask_forward", "compute_dtype", "attention_path"))
-def _output(
+def block_output(
     x: Array,
     layer: Layer,
     spec: ModelSpec,

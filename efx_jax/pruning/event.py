@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from efx_jax.config import PruneConfig
+from efx_jax.config import GRADIENT_SCORES, PruneConfig
 from efx_jax.config_rules import validate_prune
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
@@ -44,6 +44,7 @@ def prune_event(
     spec: ModelSpec,
     config: PruneConfig,
     *,
+    importance: Mapping[str, Array] | None = None,
     packed: bool = False,
 ) -> tuple[dict[str, Any], Adapters | None, dict[str, Array], PruneState]:
     """Draws new masks and repairs the model (paper, Algorithm 1, the body of its epoch loop after training).
@@ -56,6 +57,7 @@ def prune_event(
         state: the state of the earlier events, or None at the first.
         spec: the model.
         config: score, group, sparsity, recovery and moving average of this event.
+        importance: name -> float32 `[L,O,I]` for the scores that read gradients; see `efx_jax.training.importance`.
         packed: return the masks as bits, see `efx_jax.masks`.
 
     Returns:
@@ -63,9 +65,9 @@ def prune_event(
 
     Raises:
         InputError: settings that mean nothing, a sparsity or group that does not fit, statistics without Grams, a state
-            without the memory that `ema` needs, adapters to move where there are none.
+            without the memory that `ema` needs, adapters to move where there are none, no importance to score by.
     """
-    plan = plan_event(params, adapters, masks, state, spec, config, stats)
+    plan = plan_event(params, adapters, masks, state, spec, config, stats, importance)
     if needs_gram(config):
         stats.input_gram(next(iter(plan.counts[0])))
     tokens = jnp.broadcast_to(stats.tokens, (spec.num_layers,))
@@ -81,9 +83,13 @@ def prune_event(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EventPlan:
-    """An event's inputs, checked: the stacked model, the state to start from, what every layer drops by matrix."""
+    """An event's inputs, checked: the stacked model, the state to start from, what every layer drops by matrix.
+
+    `importance` is that of the pruned linears, stacked, where the score reads it; {} elsewhere.
+    """
 
     stacked: Layer
+    importance: dict[str, Array]
     state: PruneState
     counts: tuple[dict[str, Counts], ...]
     keys: Array
@@ -109,6 +115,7 @@ def plan_event(
     spec: ModelSpec,
     config: PruneConfig,
     stats: Statistics | None = None,
+    importance: Mapping[str, Array] | None = None,
 ) -> EventPlan:
     """Checks an event before any work.
 
@@ -122,6 +129,7 @@ def plan_event(
     names = prunable(params["layers"], config)
     return EventPlan(
         stacked=stack_layers(params, adapters, None if masks is None else _packed(masks)),
+        importance=_read_importance(importance or {}, params["layers"], names, config),
         state=state,
         counts=tuple(event_counts(params["layers"], names, config, sparsity) for sparsity in budgets),
         keys=jax.random.split(jax.random.fold_in(state.key, state.event), spec.num_layers),
@@ -146,6 +154,7 @@ def prune_one(plan: EventPlan, index: int, layer: Layer, stats: Statistics, memo
     layer, memory = _prune_block(
         layer,
         stats,
+        take_block(plan.importance, index),
         memory,
         plan.counts[index],
         plan.keys[index],
@@ -222,6 +231,21 @@ def check_event(
     if config.ema < 1 and not (state.score or state.snapshots):
         raise InputError(f"prune.ema {config.ema}: the state has no memory; make it by init_prune_state with this ema")
     return state
+
+
+def _read_importance(
+    importance: Mapping[str, Array], layers: Mapping[str, Array], names: tuple[str, ...], config: PruneConfig
+) -> dict[str, Array]:
+    """What the score reads of the importance."""
+    if config.score not in GRADIENT_SCORES:
+        return {}
+    wrong = [name for name in names if name not in importance or importance[name].shape != layers[name].shape]
+    if wrong:
+        raise InputError(
+            f"prune.score {config.score} reads gradients: expected an importance of the weight's shape for each of "
+            f"prune.targets, found none for {', '.join(wrong)}; pass it to prune_event"
+        )
+    return {name: importance[name] for name in names}
 
 
 def event_counts(

@@ -1,7 +1,6 @@
 """LoRAPrune's criterion: what the loss says about a weight, read from the gradients of its adapter alone.
 
-Source: LoRAPrune (arXiv 2305.18403, section 3; aim-uofa/LoRAPrune), which sums it over heads and channels. Here every
-entry keeps its own.
+Source: arXiv 2305.18403 and aim-uofa/LoRAPrune, which sum it over heads and channels. Here every entry keeps its own.
 """
 
 from collections.abc import Iterable, Mapping

@@ -31,6 +31,7 @@ from efx_jax.pruning.event import (
     put_block,
 )
 from efx_jax.pruning.statistics import collect_statistics
+from efx_jax.training.importance import run_importance
 from efx_jax.training.prepare import Prepared, calibration
 from efx_jax.training.schedule import Event
 from efx_jax.training.state import RunState, restart_adam
@@ -60,12 +61,13 @@ def prune_run(
     if event.last and prune.plain_last_event:
         prune = dataclasses.replace(prune, recovery="none", ema=1.0)
     adapters, masks = state.train.adapters, state.masks or None
+    importance = run_importance(config, prepared, state, event, attention_path)
     batches = calibration(config, prepared)
     dtype = config.model.compute_dtype
     if prune.sequential or needs_gram(prune) or state.prune.score:
         spec = prepared.spec
         stats = budget_statistics(state.params, adapters, masks, batches, spec, prune, dtype, attention_path)
-        plan = plan_event(state.params, adapters, masks, state.prune, spec, prune, stats)
+        plan = plan_event(state.params, adapters, masks, state.prune, spec, prune, stats, importance)
         result = _resumable(plan, state.params, batches, dtype, attention_path, folder)
         outcome = assemble(state.params, adapters, plan.state, result, packed=True)
     else:
@@ -79,7 +81,17 @@ def prune_run(
             compute_dtype=dtype,
             attention_path=attention_path,
         )
-        outcome = prune_event(state.params, adapters, masks, stats, state.prune, prepared.spec, prune, packed=True)
+        outcome = prune_event(
+            state.params,
+            adapters,
+            masks,
+            stats,
+            state.prune,
+            prepared.spec,
+            prune,
+            importance=importance,
+            packed=True,
+        )
     params, new_adapters, new_masks, prune_state = outcome
     assert new_adapters is not None
     opt_state = state.train.opt_state

@@ -1,179 +1,104 @@
-"""Importance of every weight from gradients of the run's own training batches: what some scores read at an event."""
+"""Importance of every weight from the run's own training batches: what some scores read at an event."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 
-from efx_jax.config import MaskForward
-from efx_jax.errors import InputError
-from efx_jax.lora import Adapters, merge
-from efx_jax.model.spec import LINEARS, ModelSpec
+from efx_jax.config import GRADIENT_SCORES, Config
+from efx_jax.lora import Adapters
+from efx_jax.model.attention import Implementation
+from efx_jax.parallel.mesh import make_mesh
 from efx_jax.parallel.partition import constrain_tree
-from efx_jax.pruning.dpruner import clip_factor, regularised_gradient, three_term_importance
-from efx_jax.pruning.statistics import real_tokens
-from efx_jax.training.state import trainable
-from efx_jax.training.step import Batch, StepOptions, accumulate_gradient, model_loss, summed_loss
+from efx_jax.pruning.general import general_importance
+from efx_jax.pruning.lora_gradient import lora_gradient_importance
+from efx_jax.training.feed import epoch_rows, mesh_batch, rows_per_pass
+from efx_jax.training.gradients import OptionsOf, Tree, as_it_stands, domain_importance, mean_adapter_gradient
+from efx_jax.training.prepare import Prepared, calibration
+from efx_jax.training.schedule import Event, learning_rate, total_steps
+from efx_jax.training.state import RunState
+from efx_jax.training.step import Batch, StepOptions, step_options
 
 Array = jax.Array
-Tree = dict[str, Any]
-OptionsOf = Callable[[Batch], StepOptions]
-_CLIP = 1.0
+# Of D-Pruner's domain pass (arXiv 2405.06275 and its scripts).
+_DOMAIN_EPOCHS = 5.0
+_DOMAIN_WARMUP = 0.1
 
 
-def mean_adapter_gradient(
-    params: Mapping[str, Any],
-    adapters: Adapters,
-    masks: Mapping[str, Array] | None,
-    batches: Iterable[Batch],
-    spec: ModelSpec,
-    options_of: OptionsOf,
-) -> Tree:
-    """Gradient by the adapters of the mean loss over all loss-carrying tokens of some batches, under the masks.
+def run_importance(
+    config: Config, prepared: Prepared, state: RunState, event: Event, attention_path: Implementation
+) -> dict[str, Array] | None:
+    """The importance that the run's score reads at an event, name -> float32 `[L,O,I]`; None if it reads none.
 
-    Args:
-        params: the base.
-        adapters: the adapters.
-        masks: masks in force, or None.
-        batches: training batches, see `efx_jax.training.step`.
-        spec: the model.
-        options_of: how a batch is computed; the dropout must be 0.
-
-    Returns:
-        `lora_a` and `lora_b`, name -> float32 like the adapters.
+    The batches are those that training would take next, a pure function of the seed and the event's step.
     """
-    total, tokens = None, jnp.float32(0)
-    for batch in batches:
-        grads, count = _adapter_gradient(adapters, params, masks, batch, spec, options_of(batch))
-        total = grads if total is None else jax.tree.map(jnp.add, total, grads)
-        tokens = tokens + count
-    assert total is not None
-    return jax.tree.map(lambda leaf: leaf / jnp.maximum(tokens, 1.0), total)
+    if config.prune.score not in GRADIENT_SCORES:
+        return None
+    mesh, rows = make_mesh(config.mesh), prepared.train
+
+    def batches(count: int) -> Iterator[Batch]:
+        return (mesh_batch(config, rows, event.step + number, mesh) for number in range(count))
+
+    def options_of(batch: Batch) -> StepOptions:
+        options = step_options(config, rows_per_pass(config, batch["tokens"].shape[1]), attention_path)
+        return dataclasses.replace(options, dropout_rate=0.0)
+
+    if config.prune.score == "dpruner":
+        return _run_domain_pass(config, prepared, state, batches, options_of, attention_path)
+    adapters, masks, spec = state.train.adapters, state.masks or None, prepared.spec
+    taken = batches(config.prune.gradient_batches)
+    gradients = mean_adapter_gradient(state.params, adapters, masks, taken, spec, options_of)
+    return _score_adapters(state.params["layers"], adapters, gradients, config.prune.targets)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "options"))
-def _adapter_gradient(
-    adapters: Adapters,
-    params: Mapping[str, Any],
-    masks: Mapping[str, Array] | None,
-    batch: Batch,
-    spec: ModelSpec,
-    options: StepOptions,
-) -> tuple[Tree, Array]:
-    """The summed gradient of one batch and its number of loss-carrying tokens."""
-
-    def loss(arrays: Tree, part: Batch, _: Array) -> tuple[Array, Array]:
-        return summed_loss(arrays, adapters, params, masks, part, jax.random.key(0), spec, options)
-
-    grads, _, _ = accumulate_gradient(loss, trainable(adapters), batch, options.micro_batches)
-    return constrain_tree(grads), jnp.sum(batch["weights"])
-
-
-def domain_importance(
-    params: Mapping[str, Any],
-    general: Mapping[str, Array] | None,
-    batches: Iterable[Batch],
-    learning_rates: Iterable[float],
-    spec: ModelSpec,
-    options_of: OptionsOf,
-    names: Iterable[str] = LINEARS,
-    general_weight: float = 0.1,
-    loss_scale: float = 2.0**16,
+@functools.partial(jax.jit, static_argnames="names")
+def _score_adapters(
+    layers: Mapping[str, Array], adapters: Adapters, gradients: Tree, names: tuple[str, ...]
 ) -> dict[str, Array]:
-    """D-Pruner's importance: the terms of `three_term_importance` summed along a pass of plain SGD.
+    return constrain_tree(lora_gradient_importance(layers, adapters, gradients, names))
 
-    The pass moves copies of the seven linears of every block, in the dtype that they have: in bfloat16 most moves are
-    below half a unit in the last place and are rounded away. It holds these copies, their gradient in float32 and the
-    importance beside `params` and `general`.
 
-    Args:
-        params: the model as it stands, adapters and masks merged; not changed.
-        general: general importance, name -> float32 `[L,O,I]`; None: no regulariser.
-        batches: training batches; all their real tokens carry loss here, as many as there are learning rates.
-        learning_rates: of each step.
-        spec: the model.
-        options_of: how a batch is computed.
-        names: linears whose importance is wanted.
-        general_weight: lambda.
-        loss_scale: what the loss is multiplied by for regulariser and importance; the moves are not scaled.
-
-    Returns:
-        name -> float32 `[L,O,I]`.
-
-    Raises:
-        InputError: the pass has diverged.
-    """
-    layers = params["layers"]
-    rest = {**params, "layers": {name: leaf for name, leaf in layers.items() if name not in LINEARS}}
-    weights = {name: jnp.copy(layers[name]) for name in LINEARS}
-    importance = {name: jnp.zeros_like(layers[name], jnp.float32) for name in names}
-    losses = []
-    for batch, rate in zip(batches, learning_rates, strict=True):
-        weights, importance, loss = domain_step(
-            weights, importance, rest, general, batch, rate, spec, options_of(batch), general_weight, loss_scale
+def _run_domain_pass(
+    config: Config,
+    prepared: Prepared,
+    state: RunState,
+    batches: Callable[[int], Iterator[Batch]],
+    options_of: OptionsOf,
+    attention_path: Implementation,
+) -> dict[str, Array]:
+    """D-Pruner on the model as it stands, calibration standing for general text."""
+    prune, spec = config.prune, prepared.spec
+    weights, rest = as_it_stands(state.params, state.train.adapters, state.masks or None, prune.mask_forward)
+    general = None
+    if prune.general_weight:
+        general = general_importance(
+            {**rest, "layers": rest["layers"] | weights},
+            calibration(config, prepared),
+            spec,
+            prune.targets,
+            compute_dtype=config.model.compute_dtype,
+            attention_path=attention_path,
         )
-        losses.append(loss)
-    if not np.all(np.isfinite(jax.device_get(losses))):
-        raise InputError("prune.score dpruner: the domain pass has diverged; lower prune.domain_learning_rate")
-    return importance
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "options"), donate_argnames=("weights", "importance"))
-def domain_step(
-    weights: dict[str, Array],
-    importance: dict[str, Array],
-    rest: Mapping[str, Any],
-    general: Mapping[str, Array] | None,
-    batch: Batch,
-    learning_rate: Array | float,
-    spec: ModelSpec,
-    options: StepOptions,
-    general_weight: Array | float,
-    loss_scale: Array | float,
-) -> tuple[dict[str, Array], dict[str, Array], Array]:
-    """One step of D-Pruner's domain pass: regularise, add to the importance, clip, move.
-
-    Args:
-        weights: the linears, name -> `[L,O,I]`; consumed.
-        importance: the sums so far, name -> float32 `[L,O,I]`; consumed.
-        rest: the parameter tree without the linears.
-        general: as in `domain_importance`.
-        batch: as in `domain_importance`.
-        learning_rate: of this step.
-        spec: the model.
-        options: how the batch is computed.
-        general_weight: lambda.
-        loss_scale: as in `domain_importance`.
-
-    Returns:
-        (weights, importance, mean loss before the step).
-    """
-    batch = {**batch, "weights": real_tokens(batch["tokens"], batch["lengths"])}
-
-    def loss(weights: dict[str, Array], part: Batch, _: Array) -> tuple[Array, Array]:
-        params = {**rest, "layers": rest["layers"] | weights}
-        return model_loss(params, None, None, part, jax.random.key(0), spec, options, frozen=False)
-
-    grads, nll, _ = accumulate_gradient(loss, weights, batch, options.micro_batches)
-    count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
-    grads = {name: grad * (loss_scale / count) for name, grad in grads.items()}
-    if general is not None:
-        grads |= {
-            name: regularised_gradient(grads[name], general[name], learning_rate, general_weight) for name in general
-        }
-    importance = {name: total + three_term_importance(weights[name], grads[name]) for name, total in importance.items()}
-    grads = {name: grad / loss_scale for name, grad in grads.items()}
-    move = learning_rate * clip_factor(optax.tree.norm(grads), _CLIP)
-    weights = {name: (weight - move * grads[name]).astype(weight.dtype) for name, weight in weights.items()}
-    return *constrain_tree((weights, importance)), nll / count
-
-
-def as_it_stands(
-    params: Mapping[str, Any], adapters: Adapters | None, masks: Mapping[str, Array] | None, mask_forward: MaskForward
-) -> Tree:
-    """The model before an event as one parameter tree: masked, unless training goes on without the masks ("dense")."""
-    return merge(params, adapters, None if mask_forward == "dense" else masks)
+    passes = dataclasses.replace(
+        config.train,
+        epochs=_DOMAIN_EPOCHS,
+        steps=prune.domain_steps,
+        learning_rate=prune.domain_learning_rate,
+        schedule="linear",
+        warmup=_DOMAIN_WARMUP,
+    )
+    steps = total_steps(passes, epoch_rows(config, prepared.train))
+    rate = learning_rate(passes, steps)
+    return domain_importance(
+        weights,
+        rest,
+        general,
+        batches(steps),
+        (float(rate(number)) for number in range(steps)),
+        spec,
+        options_of,
+        prune.targets,
+        prune.general_weight,
+        prune.domain_loss_scale,
+    )

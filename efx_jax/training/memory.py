@@ -12,9 +12,10 @@ from efx_jax.config import Config
 from efx_jax.model.spec import LINEARS, ModelSpec, linear_shapes, param_shapes
 from efx_jax.parallel.mesh import mesh_sizes
 from efx_jax.parallel.partition import BATCH, axes_size, linear_axes, partition
-from efx_jax.pruning.average import moves_base
+from efx_jax.pruning.average import keeps_scores, moves_base
 from efx_jax.pruning.event import needs_gram
 from efx_jax.pruning.statistics import INPUT_OF, INPUTS
+from efx_jax.training.gradients import importance_bytes
 
 Bytes = dict[str, int]
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -111,7 +112,8 @@ def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
     shards = axes_size(BATCH, along)
     grams = needs_gram(prune)
     kept = prune.calibration_rows * length * spec.hidden_size * e // shards if grams or prune.sequential else 0
-    block = sum(_shard(name, (out_dim, in_dim), along) for name, (out_dim, in_dim) in linear_shapes(spec).items())
+    entries = {name: spec.num_layers * _shard(name, shape, along) for name, shape in linear_shapes(spec).items()}
+    block = sum(entries.values()) // spec.num_layers
     inputs = _input_widths(spec)
     return {
         "calibration rows": kept,
@@ -119,6 +121,7 @@ def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
         "Grams": 2 * _FLOAT32 * sum(width**2 for width in inputs.values()) if grams else 0,
         # U and scores in float32, the bits that selection compares, and the mask.
         "scores": block * (3 * _FLOAT32 + 1),
+        "importance": importance_bytes(config, entries, e),
         "recovery": _recovery_bytes(spec, config, along),
         "new masks": mask_bytes(spec, config, along),
         "new base": e * spec.num_layers * block if moves_base(prune) else 0,
@@ -254,8 +257,8 @@ def _average_entries(spec: ModelSpec, config: Config, along: Mapping[str, int], 
     """Numbers that the moving average keeps; see `efx_jax.pruning.average.PruneState`."""
     shapes, prune = linear_shapes(spec), config.prune
     names = [name for name in LINEARS if name in prune.targets]
-    # Where events move the base, the average is a tensor, and stays with the host.
-    if not events or prune.ema == 1 or moves_base(prune):
+    # An average that is kept as it is stays with the host.
+    if not events or prune.ema == 1 or keeps_scores(prune):
         return 0
     reach = sum(_entries(("reach", name), (shapes[name][0],), along) for name in names)
     norms = sum(_input_widths(spec)[source] for source in {INPUT_OF[name] for name in names})

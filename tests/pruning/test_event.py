@@ -214,7 +214,7 @@ def test_snapshots_rebuild_the_average_that_a_tensor_would_carry(llama: Any, sta
         weight = {
             name: effective_weight(layer.weights[name], layer.lora_a[name], layer.lora_b[name], 2.0) for name in LINEARS
         }
-        scores, reach = block_scores(layer, weight, seen, llama.spec, config)
+        scores, reach = block_scores(layer, weight, seen, {}, llama.spec, config)
         rebuilt, snapshots = moving_average(scores, reach, layer, seen, memories[0], number, config, 2.0)
         carried, tensor = moving_average(scores, reach, layer, seen, memories[1], number, moving, 2.0)
         return scores, rebuilt, carried, (snapshots, tensor)

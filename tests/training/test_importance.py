@@ -1,178 +1,123 @@
-"""Importance from gradients of training batches, against jax.grad of a plain loss and NumPy for the rest."""
+"""A run's own importance at an event: which batches it reads, and the masks that come of it."""
 
 import dataclasses
-import functools
+from math import floor
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from efx_jax.data.batches import Batch, pad_batch
+from efx_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, PruneConfig, TrainConfig
 from efx_jax.data.tokens import Tokenized
-from efx_jax.errors import InputError
-from efx_jax.lora import Adapters, init_lora, merge
-from efx_jax.model.decoder import forward
+from efx_jax.lora import init_lora
+from efx_jax.masks import unpack_mask
 from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import LINEARS, ModelSpec, init_params
-from efx_jax.training.importance import as_it_stands, domain_importance, mean_adapter_gradient
-from efx_jax.training.step import StepOptions
+from efx_jax.model.spec import ModelSpec, init_params
+from efx_jax.parallel.mesh import make_mesh
+from efx_jax.parallel.partition import tree_shardings
+from efx_jax.pruning.average import init_prune_state
+from efx_jax.pruning.selection import select_mask
+from efx_jax.training.events import prune_run
+from efx_jax.training.importance import run_importance
+from efx_jax.training.prepare import Prepared
+from efx_jax.training.schedule import Event, optimizer
+from efx_jax.training.state import RunState, init_train_state
 
 SPEC = ModelSpec(
     model_type="llama",
-    vocab_size=31,
+    vocab_size=32,
     hidden_size=16,
-    intermediate_size=24,
+    intermediate_size=32,
     num_layers=2,
     num_heads=4,
     num_kv_heads=2,
     head_dim=4,
-    rms_norm_eps=1e-5,
+    rms_norm_eps=1e-6,
     tie_word_embeddings=True,
-    max_position_embeddings=64,
+    max_position_embeddings=32,
     rope=RopeSpec(),
 )
-RATES = (0.05, 0.1, 0.02)
-LAMBDA = 0.1
-Tree = dict[str, Any]
+SCORES: Any = ("lora_gradient", "dpruner")
 
 
-@pytest.fixture(scope="module")
-def params() -> Tree:
-    # Twice the usual initial weights: some gradients are clipped, others are not.
-    return jax.tree.map(lambda leaf: leaf if leaf.ndim == 1 else 2 * leaf, init_params(jax.random.key(0), SPEC))
-
-
-@pytest.fixture(scope="module")
-def adapters(params: Tree) -> Adapters:
-    fresh = init_lora(jax.random.key(1), params, SPEC, 3)
-    rng = np.random.default_rng(5)
-    lora_b = {name: jnp.asarray(0.1 * rng.standard_normal(b.shape), jnp.float32) for name, b in fresh.lora_b.items()}
-    return dataclasses.replace(fresh, lora_b=lora_b)
-
-
-@pytest.fixture(scope="module")
-def masks(params: Tree) -> Tree:
-    rng = np.random.default_rng(2)
-    return {name: jnp.asarray(rng.random(params["layers"][name].shape) < 0.5) for name in LINEARS}
-
-
-@pytest.fixture(scope="module")
-def batches() -> list[Batch]:
-    """Three batches of two rows, of very different numbers of loss-carrying tokens."""
-    rng = np.random.default_rng(4)
-    sizes = (((30, 3), (22, 20)), ((4, 3), (6, 4)), ((12, 1), (9, 8)))
-    rows = [[Tokenized(rng.integers(0, 31, n).astype(np.int32), np.arange(n) >= k) for n, k in two] for two in sizes]
-    return [pad_batch(two, 2, 32) for two in rows]
-
-
-def two_passes(_: Batch) -> StepOptions:
-    return StepOptions(micro_batches=2, remat="block")
-
-
-def plain_loss(params: Tree, adapters: Adapters | None, masks: Any, batch: Batch, weights: Any) -> jax.Array:
-    """Mean negative log-likelihood of the weighted targets."""
-    log_probs = jax.nn.log_softmax(forward(params, batch["tokens"], SPEC, adapters, masks))
-    nll = -jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1)[..., 0]
-    return jnp.sum(nll * weights) / jnp.sum(weights)
-
-
-def real(batch: Batch) -> np.ndarray:
-    return (np.arange(batch["tokens"].shape[1]) < batch["lengths"][:, None]).astype(np.float32)
-
-
-def test_the_adapter_gradient_is_that_of_the_mean_loss_over_all_batches(params, adapters, masks, batches) -> None:
-    found = mean_adapter_gradient(params, adapters, masks, batches, SPEC, two_passes)
-    together = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-
-    @jax.jit
-    @jax.grad
-    def gradient(arrays: Tree) -> jax.Array:
-        moved = dataclasses.replace(adapters, **arrays)
-        return plain_loss(params, moved, masks, together, together["weights"])
-
-    expected = gradient({"lora_a": adapters.lora_a, "lora_b": adapters.lora_b})
-    for kind in ("lora_a", "lora_b"):
-        for name in LINEARS:
-            np.testing.assert_allclose(found[kind][name], expected[kind][name], rtol=1e-4, atol=1e-6)
-
-
-def replay(
-    params: Tree, general: Tree, batches: list[Batch], rates: tuple[float, ...], loss_scale: float
-) -> tuple[Tree, list[float]]:
-    """D-Pruner's pass in NumPy, float64, on gradients by jax.grad: (importance, gradient norms)."""
-
-    @jax.jit
-    @jax.grad
-    def gradient(weights: Tree, batch: Batch, targets: Any) -> jax.Array:
-        return plain_loss({**params, "layers": params["layers"] | weights}, None, None, batch, targets)
-
-    weights = {name: np.asarray(params["layers"][name], np.float64) for name in LINEARS}
-    importance = {name: np.zeros_like(weight) for name, weight in weights.items()}
-    norms = []
-    for batch, rate in zip(batches, rates, strict=True):
-        now = {name: jnp.asarray(weight, jnp.float32) for name, weight in weights.items()}
-        grads = {name: loss_scale * np.asarray(g, np.float64) for name, g in gradient(now, batch, real(batch)).items()}
-        grads = {name: g + LAMBDA * 2 * rate**2 * general[name] * g**2 / 1000 for name, g in grads.items()}
-        for name, g in grads.items():
-            first = g * weights[name]
-            importance[name] += np.abs(first + first**2 / 2000 + weights[name] ** 3)
-        grads = {name: g / loss_scale for name, g in grads.items()}
-        norms.append(np.sqrt(sum(np.sum(g**2) for g in grads.values())))
-        factor = min(1.0, 1.0 / norms[-1])
-        weights = {name: weight - rate * factor * grads[name] for name, weight in weights.items()}
-    return importance, norms
-
-
-@pytest.fixture(scope="module")
-def general(params: Tree) -> Tree:
-    """Large enough that the regulariser shows."""
-    rng = np.random.default_rng(9)
-    return {name: rng.uniform(0, 1e4, params["layers"][name].shape).astype(np.float32) for name in LINEARS}
-
-
-@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
-def test_three_steps_of_the_domain_pass_equal_their_replay(params, general, batches, loss_scale) -> None:
-    before = jax.tree.map(np.array, params)
-    general = {name: 1024 / loss_scale * values for name, values in general.items()}
-    found = domain_importance(
-        params, general, batches, RATES, SPEC, two_passes, general_weight=LAMBDA, loss_scale=loss_scale
+def settings(score: Any, shape: tuple[int, int, int] = (1, 1, 1)) -> Config:
+    return Config(
+        model=ModelConfig(compute_dtype="float32"),
+        lora=LoraConfig(rank=2, dropout=0.5),
+        prune=PruneConfig(
+            score=score,
+            group="matrix",
+            gradient_batches=2,
+            domain_steps=2,
+            calibration_rows=8,
+            calibration_length=16,
+            calibration_tokens=64,
+        ),
+        train=TrainConfig(batch_size=4),
+        mesh=MeshConfig(*shape),
     )
-    expected, norms = replay(params, general, batches, RATES, loss_scale)
-    assert max(norms) > 1 > min(norms)
-    for name in LINEARS:
-        np.testing.assert_allclose(found[name], expected[name], rtol=2e-4, atol=1e-6 * loss_scale, err_msg=name)
-        np.testing.assert_array_equal(params["layers"][name], before["layers"][name])
 
 
-def test_every_part_of_the_domain_pass_counts(params, general, batches) -> None:
-    """The regulariser, the moves of the weights, the scale of the loss, and the tokens of the prompt."""
-    run = functools.partial(domain_importance, params, spec=SPEC, options_of=two_passes)
-    whole = run(general, batches, RATES, loss_scale=1024.0)["k_proj"]
-    still = (0.0,) * len(RATES)
-    others = {
-        "no regulariser": run(None, batches, RATES, loss_scale=1024.0),
-        "no moves": run(None, batches, still, loss_scale=1024.0),
-        "no scale": run(general, batches, RATES, loss_scale=1.0),
-    }
-    for label, importance in others.items():
-        assert float(jnp.max(jnp.abs(importance["k_proj"] / whole - 1))) > 1e-2, label
-    assert np.any(np.asarray(others["no moves"]["k_proj"]) != others["no regulariser"]["k_proj"])
-    silent = [{**batch, "weights": np.zeros_like(batch["weights"])} for batch in batches]
-    np.testing.assert_array_equal(run(general, silent, RATES, loss_scale=1024.0)["k_proj"], whole)
+def start(config: Config) -> tuple[Prepared, RunState]:
+    """A run before an event: adapters that training has moved, and rows to train on."""
+    rng = np.random.default_rng(1)
+    rows = [Tokenized(rng.integers(0, 32, 17).astype(np.int32), np.ones(17, bool)) for _ in range(8)]
+    params = init_params(jax.random.key(0), SPEC)
+    adapters = init_lora(jax.random.key(1), params, SPEC, config.lora.rank)
+    lora_b = {name: b + 0.02 * rng.standard_normal(b.shape).astype(np.float32) for name, b in adapters.lora_b.items()}
+    adapters = dataclasses.replace(adapters, lora_b=lora_b)
+    prune = init_prune_state(params, adapters, config.prune, jax.random.key(2), 2)
+    tree = {"train": init_train_state(adapters, optimizer(config.train, 4)), "params": params, "prune": prune}
+    tree = jax.device_put(tree, tree_shardings(make_mesh(config.mesh), tree))
+    prepared = Prepared(tree["params"], SPEC, None, None, rows, [], rows)  # type: ignore[arg-type]
+    return prepared, RunState(tree["train"], tree["params"], {}, tree["prune"])
 
 
-def test_a_pass_that_diverges_is_refused_with_one_line(params, batches) -> None:
-    bad = {**params, "norm": params["norm"] * jnp.nan}
-    with pytest.raises(InputError, match="has diverged; lower prune.domain_learning_rate") as caught:
-        domain_importance(bad, None, batches, RATES, SPEC, two_passes)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("score", SCORES)
+def test_an_event_of_a_run_prunes_by_its_own_importance(score: Any, tmp_path: Path) -> None:
+    config = settings(score)
+    prepared, state = start(config)
+    before = jax.tree.map(np.array, state.params)
+    event = Event(3, 0.5, True)
+    importance = run_importance(config, prepared, state, event, "xla")
+    assert importance is not None
+    after = prune_run(config, prepared, state, event, tmp_path, "xla")
+    for name, mask in after.masks.items():
+        for layer, kept in enumerate(np.asarray(unpack_mask(mask, state.params["layers"][name].shape[-1]))):
+            np.testing.assert_array_equal(kept, select_mask(importance[name][layer], 0.5, "matrix"))
+            assert (~kept).sum() == floor(0.5 * kept.size)
+    # The pass has moved copies: the mask is for the model as it was.
+    jax.tree.map(np.testing.assert_array_equal, after.params, before)
 
 
-def test_the_pass_starts_from_the_model_as_it_computes(params, adapters, masks) -> None:
-    masked = as_it_stands(params, adapters, masks, "exact")
-    dense = as_it_stands(params, adapters, masks, "dense")
-    for name in LINEARS:
-        np.testing.assert_array_equal(masked["layers"][name] == 0, ~np.asarray(masks[name]))
-        np.testing.assert_array_equal(dense["layers"][name], merge(params, adapters, None)["layers"][name])
+def test_the_importance_is_that_of_the_batches_to_come() -> None:
+    """Eight rows are two batches: the third step's batches are those of the first, in the next epoch's order."""
+    config = settings("lora_gradient")
+    prepared, state = start(config)
+    found = [run_importance(config, prepared, state, Event(step, 0.5, True), "xla") for step in (2, 2, 3)]
+    np.testing.assert_array_equal(found[0]["k_proj"], found[1]["k_proj"])
+    assert np.any(np.asarray(found[0]["k_proj"]) != found[2]["k_proj"])
+
+
+def test_other_scores_read_no_importance() -> None:
+    config = settings("wanda")
+    prepared, state = start(config)
+    assert run_importance(config, prepared, state, Event(1, 0.5, True), "xla") is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", SCORES)
+def test_on_a_mesh_the_importance_is_the_same_and_lies_as_the_weights(score: Any) -> None:
+    event, shape = Event(2, 0.5, True), (1, 2, 2)
+    config = settings(score)
+    alone = run_importance(config, *start(config), event, "xla")
+    config = settings(score, shape)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        prepared, state = start(config)
+        found = run_importance(config, prepared, state, event, "xla")
+    for name, values in found.items():
+        np.testing.assert_allclose(values, alone[name], rtol=1e-3, atol=1e-3 * float(np.max(alone[name])))
+        weight = state.params["layers"][name]
+        assert values.sharding.is_equivalent_to(weight.sharding, weight.ndim)
