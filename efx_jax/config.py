@@ -78,8 +78,8 @@ class PruneConfig:
     ria_power: float = 0.5
     """With score "ria": exponent of the input norms."""
     group: str = "row"
-    """Entries that compete: "row", "matrix", "bounded" or "N:M"; with score "sparsegpt" within 128 columns at a time,
-    and "bounded" not at all."""
+    """Entries that compete: "row", "matrix", "slab" (all rows of 128 inputs), "bounded" or "N:M"; with the score
+    "sparsegpt" row and matrix within 128 inputs at a time."""
     budget: Budget = "uniform"
     """The sparsity of every layer alike, or less for layers with more outliers among their Wanda scores (OWL)."""
     owl_lambda: float = 0.08
@@ -89,7 +89,7 @@ class PruneConfig:
     bound: float = 0.2
     """With group "bounded": how far a row's sparsity may be from the matrix's."""
     row_targets: tuple[str, ...] = ()
-    """Matrices that compare within rows even if `group` is "matrix" or "bounded"."""
+    """Matrices that compare within rows even if `group` is "matrix", "slab" or "bounded"."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     recovery: Recovery = "none"
     """`pbs` and `gram_pbs` move the adapters, where there are any, `admm` and `obs` (SparseGPT's update) the base."""

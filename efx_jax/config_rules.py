@@ -92,8 +92,8 @@ def _pair_rules(prune: PruneConfig) -> Iterable[Rule]:
         (
             "prune.group",
             prune.group,
-            not sweeps or prune.group != "bounded",
-            "row, matrix or N:M with prune.score sparsegpt: a slab of columns knows no share of whole rows",
+            not sweeps or prune.group not in ("slab", "bounded"),
+            "row, matrix or N:M with prune.score sparsegpt, which takes them within slabs of columns",
         ),
         (
             "prune.budget",
@@ -147,10 +147,10 @@ def _target_rule(setting: str, targets: tuple[str, ...], may_be_empty: bool = Fa
 
 def _prune_rules(prune: PruneConfig) -> Iterable[Rule]:
     pattern = n_of_m(prune.group)
-    is_group = prune.group in ("row", "matrix", "bounded") or pattern is not None
+    is_group = prune.group in ("row", "matrix", "slab", "bounded") or pattern is not None
     rules: list[Rule] = [
         ("prune.sparsity", prune.sparsity, 0 <= prune.sparsity < 1, "in [0, 1)"),
-        ("prune.group", prune.group, is_group, "row, matrix, bounded, or N:M with N < M such as 2:4"),
+        ("prune.group", prune.group, is_group, "row, matrix, slab, bounded, or N:M with N < M such as 2:4"),
         ("prune.bound", prune.bound, 0 <= prune.bound <= 1, "in [0, 1]"),
         ("prune.owl_lambda", prune.owl_lambda, prune.owl_lambda >= 0, "at least 0"),
         ("prune.owl_multiple", prune.owl_multiple, prune.owl_multiple > 0, "above 0"),

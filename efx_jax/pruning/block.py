@@ -28,7 +28,7 @@ _GRAM_RIDGE = 1e-3
 
 def matrix_group(name: str, config: PruneConfig) -> str:
     """The comparison group of one matrix."""
-    return "row" if name in config.row_targets and config.group in ("matrix", "bounded") else config.group
+    return "row" if name in config.row_targets and config.group in ("matrix", "slab", "bounded") else config.group
 
 
 def block_scores(

@@ -62,9 +62,6 @@ def general_importance(
     sequences = sum(jnp.sum(lengths > 0) for _, lengths in cut)
     hidden = [(embed(params, tokens), real_tokens(tokens, lengths)) for tokens, lengths in cut]
     require_tokens(sum(jnp.sum(real) for _, real in hidden))
-    how = {"scale": 1.0, "mask_forward": "exact", "compute_dtype": compute_dtype, "attention_path": attention_path}
-    observe = functools.partial(observe_block, spec=spec, gram=True, **how)
-    output = functools.partial(block_output, spec=spec, **how)
     stacked = stack_layers(params, None, None)
     counts = {name: slab_counts(stacked.weights[name].shape, sparsity, "matrix") for name in names}
     found: list[dict[str, Array]] = []
@@ -72,14 +69,16 @@ def general_importance(
         layer = take_block(stacked, index)
         total: Statistics | None = None
         for x, real in hidden:
-            _, stats = observe(x, real, layer)
+            _, stats = observe_block(x, real, layer, spec, True, 1.0, "exact", compute_dtype, attention_path)
             total = stats if total is None else add_statistics(total, stats)
         assert total is not None
         weights = {name: layer.weights[name] for name in names}
         swept, importance = _sweep_block(weights, total.gram, counts, sequences)
         found.append(importance)
         layer = dataclasses.replace(layer, weights=layer.weights | swept)
-        hidden = [(output(x, layer), real) for x, real in hidden]
+        hidden = [
+            (block_output(x, layer, spec, 1.0, "exact", compute_dtype, attention_path), real) for x, real in hidden
+        ]
     return {name: _stack([block[name] for block in found], name) for name in names}
 
 

@@ -1,4 +1,4 @@
-"""Which entries go: exact counts with a defined order among ties, per row, matrix, bounded matrix or N:M.
+"""Which entries go: exact counts with a defined order among ties, per row, matrix, slab, bounded matrix or N:M.
 
 The k-th smallest score is found by bisection on its float32 bit pattern, which orders non-negative floats as integers:
 exact with ties and subnormals, the same under `jit`, `vmap` and on sharded arrays, and no sort.
@@ -17,13 +17,14 @@ from efx_jax.errors import InputError
 from efx_jax.parallel.partition import LinearAxes
 
 Array = jax.Array
+SLAB = 128  # input columns that are decided together, by SparseGPT and D-Pruner
 _NEVER = 0xFFFFFFFF  # above the bits of every float: such an entry is never among the lowest
 
 
 class Counts(NamedTuple):
     """How many entries go: `total` of the comparison group, between `row_low` and `row_high` of every row (bounded).
 
-    Where the groups are slabs of columns (`efx_jax.pruning.sparsegpt`), `rest` of each in a narrower last slab.
+    Where the groups are slabs of columns, `rest` of a narrower last one.
     """
 
     total: int
@@ -38,11 +39,13 @@ def parse_pattern(group: str) -> tuple[int, int] | None:
     Raises:
         InputError: neither a named group nor N:M with 0 < N < M.
     """
-    if group in ("row", "matrix", "bounded"):
+    if group in ("row", "matrix", "slab", "bounded"):
         return None
     pattern = n_of_m(group)
     if pattern is None:
-        raise InputError(f"group: expected row, matrix, bounded or N:M with 0 < N < M such as 2:4, found {group!r}")
+        raise InputError(
+            f"group: expected row, matrix, slab, bounded or N:M with 0 < N < M such as 2:4, found {group!r}"
+        )
     return pattern
 
 
@@ -57,7 +60,7 @@ def selection_counts(shape: tuple[int, ...], sparsity: float, group: str, bound:
     Args:
         shape: (..., O, I) of the scores.
         sparsity: share to drop, in [0, 1).
-        group: "row", "matrix", "bounded" or "N:M".
+        group: "row", "matrix", "slab", "bounded" or "N:M".
         bound: largest distance of a row's sparsity from `sparsity` ("bounded").
 
     Raises:
@@ -79,6 +82,9 @@ def selection_counts(shape: tuple[int, ...], sparsity: float, group: str, bound:
     total = drop_count(sparsity, out_dim * in_dim)
     if group == "matrix":
         return Counts(total)
+    if group == "slab":
+        width = min(SLAB, in_dim)
+        return Counts(drop_count(sparsity, out_dim * width), rest=drop_count(sparsity, out_dim * (in_dim % width)))
     if bound is None or bound < 0:
         raise InputError(f"group bounded: expected a bound of at least 0, found {bound}; set prune.bound")
     low = max(0, drop_count(sparsity - bound, in_dim))
@@ -215,11 +221,29 @@ def _drop(score: Array, counts: Counts, group: str, split: Split) -> Array:
         return lowest(bits, counts.total, 1, split)
     if group == "matrix":
         return lowest(bits, counts.total, 2, split)
+    if group == "slab":
+        return _lowest_of_slabs(bits, counts, split)
     certain = lowest(bits, counts.row_low, 1, split)
     possible = lowest(bits, counts.row_high, 1, split) & ~certain
     open_bits = jnp.where(possible, bits, jnp.uint32(_NEVER))
     certain_total = _sum_over(jnp.sum(certain, dtype=jnp.int32), split.rows + split.columns)
     return certain | lowest(open_bits, counts.total - certain_total, 2, split)
+
+
+def _lowest_of_slabs(bits: Array, counts: Counts, split: Split) -> Array:
+    out_dim, in_dim = bits.shape
+    if split.columns and in_dim % SLAB:
+        raise InputError(
+            f"prune.group slab: expected whole slabs of {SLAB} inputs on every device, found {in_dim} inputs on each; "
+            "lower mesh.tensor"
+        )
+    width = min(SLAB, in_dim)
+    end = in_dim - in_dim % width
+    slabs = jnp.swapaxes(bits[:, :end].reshape(out_dim, -1, width), 0, 1)
+    marked = jnp.swapaxes(lowest(slabs, counts.total, 2, Split(split.rows)), 0, 1).reshape(out_dim, end)
+    if end == in_dim:
+        return marked
+    return jnp.concatenate([marked, lowest(bits[:, end:], counts.rest, 2, Split(split.rows))], axis=1)
 
 
 def select_mask(score: Array, sparsity: float, group: str = "row", bound: float | None = None) -> Array:
@@ -230,8 +254,9 @@ def select_mask(score: Array, sparsity: float, group: str = "row", bound: float 
     Args:
         score: non-negative `[O,I]`.
         sparsity: share to drop, in [0, 1); static.
-        group: which entries compete: "row" (Wanda), "matrix", "bounded" (the matrix, but every row's sparsity within
-            `bound` of `sparsity`), or "N:M" (keep N of M consecutive inputs; sparsity must be 1 - N/M); static.
+        group: which entries compete: "row" (Wanda), "matrix", "slab" (all rows of 128 consecutive inputs), "bounded"
+            (the matrix, but every row's sparsity within `bound` of `sparsity`), or "N:M" (keep N of M consecutive
+            inputs; sparsity must be 1 - N/M); static.
         bound: see "bounded".
 
     Returns:

@@ -18,6 +18,7 @@ from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import linear_axes
 from efx_jax.pruning.recovery import damped, matrix_cholesky
 from efx_jax.pruning.selection import (
+    SLAB,
     WHOLE,
     Counts,
     Split,
@@ -32,7 +33,6 @@ Array = jax.Array
 Pick = Callable[[Array, Array], Array]
 """Maps the importance `[O,n]` of n columns that are decided together, and the first one's index, to what stays."""
 
-SLAB = 128
 DAMPING = 0.01
 
 _einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
@@ -74,11 +74,11 @@ def slab_counts(shape: tuple[int, ...], sparsity: float, group: str, slab: int =
         slab: columns decided together.
 
     Raises:
-        InputError: as `selection_counts`, and group "bounded".
+        InputError: as `selection_counts`, and groups "slab" and "bounded".
     """
     out_dim, in_dim = shape[-2:]
-    if group == "bounded":
-        raise InputError("sparsegpt: expected row, matrix or N:M, found bounded; a slab knows no share of whole rows")
+    if group in ("slab", "bounded"):
+        raise InputError(f"sparsegpt: expected row, matrix or N:M, found {group}; all of them act within slabs")
     whole = selection_counts(shape, sparsity, group)
     if parse_pattern(group) is not None:
         return whole

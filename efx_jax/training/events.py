@@ -63,9 +63,8 @@ def prune_run(
     adapters, masks = state.train.adapters, state.masks or None
     importance = run_importance(config, prepared, state, event, attention_path)
     batches = calibration(config, prepared)
-    dtype = config.model.compute_dtype
+    spec, dtype = prepared.spec, config.model.compute_dtype
     if prune.sequential or needs_gram(prune) or state.prune.score:
-        spec = prepared.spec
         stats = budget_statistics(state.params, adapters, masks, batches, spec, prune, dtype, attention_path)
         plan = plan_event(state.params, adapters, masks, state.prune, spec, prune, stats, importance)
         result = _resumable(plan, state.params, batches, dtype, attention_path, folder)
@@ -74,7 +73,7 @@ def prune_run(
         stats = collect_statistics(
             state.params,
             batches,
-            prepared.spec,
+            spec,
             adapters,
             masks,
             mask_forward=prune.mask_forward,
@@ -82,15 +81,7 @@ def prune_run(
             attention_path=attention_path,
         )
         outcome = prune_event(
-            state.params,
-            adapters,
-            masks,
-            stats,
-            state.prune,
-            prepared.spec,
-            prune,
-            importance=importance,
-            packed=True,
+            state.params, adapters, masks, stats, state.prune, spec, prune, importance=importance, packed=True
         )
     params, new_adapters, new_masks, prune_state = outcome
     assert new_adapters is not None

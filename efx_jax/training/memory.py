@@ -107,18 +107,16 @@ def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
     e = _WIDTH[layout.dtype]
     longest = config.data.max_length if prune.calibration == "train" else prune.calibration_length
     length = min(prune.calibration_length, longest, spec.max_position_embeddings)
-    batch = max(1, min(prune.calibration_rows, prune.calibration_tokens // length))
-    shape = dataclasses.replace(layout, length=length)
     shards = axes_size(BATCH, along)
+    rows = -(-max(1, min(prune.calibration_rows, prune.calibration_tokens // length)) // shards)
     grams = needs_gram(prune)
     kept = prune.calibration_rows * length * spec.hidden_size * e // shards if grams or prune.sequential else 0
     entries = {name: spec.num_layers * _shard(name, shape, along) for name, shape in linear_shapes(spec).items()}
     block = sum(entries.values()) // spec.num_layers
-    inputs = _input_widths(spec)
     return {
         "calibration rows": kept,
-        "calibration batch": block_forward_set(spec, config, shape, -(-batch // shards)),
-        "Grams": 2 * _FLOAT32 * sum(width**2 for width in inputs.values()) if grams else 0,
+        "calibration batch": block_forward_set(spec, config, dataclasses.replace(layout, length=length), rows),
+        "Grams": 2 * _FLOAT32 * sum(width**2 for width in _input_widths(spec).values()) if grams else 0,
         # U and scores in float32, the bits that selection compares, and the mask.
         "scores": block * (3 * _FLOAT32 + 1),
         "importance": importance_bytes(config, entries, e),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from efx_jax.config import MeshConfig
+from efx_jax.errors import InputError
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.parallel.partition import linear_axes, tree_shardings
 from efx_jax.pruning.selection import Counts, drop_by_counts, select_mask, selection_counts
@@ -98,6 +99,20 @@ def test_masks_on_a_mesh_are_those_of_one_device(shape: tuple[int, int, int], na
             found = np.asarray(found)
             np.testing.assert_array_equal(found, on_one_device(scores, group, sparsity), err_msg=f"{scores} {sparsity}")
             assert_counts(found, group, sparsity)
+
+
+def test_slabs_on_a_mesh_are_those_of_one_device() -> None:
+    """Split by rows; by columns only where every device has whole slabs."""
+    scores = np.random.default_rng(3).integers(0, 9, (48, 300)).astype(np.float32)
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    counts = Counts(*jax.tree.map(jnp.int32, selection_counts(scores.shape, 0.3, "slab")))
+    with jax.set_mesh(mesh):
+        for name, values in (("q_proj", scores), ("down_proj", scores[:, :256])):
+            placed = jax.device_put(values, tree_shardings(mesh, {name: values})[name])
+            found = compiled(name, "slab")(placed, counts)
+            np.testing.assert_array_equal(found, select_mask(jnp.asarray(values), 0.3, "slab"), err_msg=name)
+        with pytest.raises(InputError, match="expected whole slabs of 128 inputs on every device, found 150"):
+            compiled("down_proj", "slab")(jax.device_put(scores), counts)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 4, 2)])

@@ -419,7 +419,7 @@ def test_a_new_sparsity_needs_no_new_program(
         ({"sparsity": 1.0}, "sparsity: expected a value in \\[0, 1\\)"),
         ({"group": "2:4", "sparsity": 0.4}, "group 2:4: expected sparsity 0.5, found 0.4"),
         ({"group": "3:5", "sparsity": 0.4}, "divisible by 5, found 16"),
-        ({"group": "column"}, "expected row, matrix, bounded or N:M"),
+        ({"group": "column"}, "expected row, matrix, slab, bounded or N:M"),
     ],
 )
 def test_an_event_that_cannot_be_is_refused_with_one_line(

@@ -91,6 +91,18 @@ def test_a_pattern_equals_a_stable_sort_of_every_block(keep: int, of: int) -> No
     assert (kept.reshape(blocks.shape).sum(-1) == keep).all()
 
 
+@pytest.mark.parametrize("columns", [128, 256, 300])
+def test_a_slab_of_128_inputs_equals_a_stable_sort_of_its_rows(columns: int) -> None:
+    scores = np.stack(list(score_families(3, columns).values()))
+    kept = np.asarray(select_all(scores, 0.3, "slab", None))
+    for first in range(0, columns, 128):
+        slab = slice(first, first + 128)
+        flat = np.abs(scores[..., slab]).reshape(len(scores), -1)
+        expected = ~lowest_by_sort(flat, floor(Fraction("0.3") * flat.shape[1])).reshape(scores[..., slab].shape)
+        for name, got, wanted in zip(FAMILIES, kept[..., slab], expected, strict=True):
+            np.testing.assert_array_equal(got, wanted, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("sparsity", "bound"), [("0", "0.2"), ("0.3", "0.1"), ("0.5", "0.2"), ("0.5", "0"), ("0.5", "1"), ("0.999", "0.3")]
 )
@@ -146,9 +158,9 @@ def test_without_jit_the_mask_is_the_same() -> None:
         (float("nan"), "row", None, "sparsity: expected a value in \\[0, 1\\)"),
         (0.4, "2:4", None, "group 2:4: expected sparsity 0.5, found 0.4"),
         (0.4, "3:5", None, "divisible by 5, found 16"),
-        (0.5, "column", None, "expected row, matrix, bounded or N:M"),
-        (0.5, "4:2", None, "expected row, matrix, bounded or N:M"),
-        (0.5, "0:4", None, "expected row, matrix, bounded or N:M"),
+        (0.5, "column", None, "expected row, matrix, slab, bounded or N:M"),
+        (0.5, "4:2", None, "expected row, matrix, slab, bounded or N:M"),
+        (0.5, "0:4", None, "expected row, matrix, slab, bounded or N:M"),
         (0.5, "bounded", None, "expected a bound of at least 0, found None"),
         (0.5, "bounded", -0.1, "expected a bound of at least 0, found -0.1"),
     ],
