@@ -1,0 +1,169 @@
+"""One step of ATP (arXiv 2412.14426): the generator learns which units go, the adapters learn to do without them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from efx_jax.lora import Adapters
+from efx_jax.model.decoder import head_weight, hidden_states
+from efx_jax.model.spec import ModelSpec
+from efx_jax.structural.generator import Generator, Weights, draw_soft, straight_through
+from efx_jax.structural.losses import generator_loss, lasso_strength, proximal_step
+from efx_jax.structural.units import Space, kept_fraction, soften, weight_masks, without_pruned_biases
+from efx_jax.training.loss import cross_entropy
+from efx_jax.training.state import TrainState
+from efx_jax.training.step import Batch, StepOptions, train_step
+
+Array = jax.Array
+
+
+@struct.dataclass
+class GeneratorState:
+    """The generator and its optimizer state after `step` updates."""
+
+    step: Array
+    generator: Generator
+    opt_state: optax.OptState
+
+
+def generator_optimizer(learning_rate: float = 5e-5, clip: float = 1.0) -> optax.GradientTransformation:
+    """AdamW (0.9, 0.999) at a constant rate behind global-norm clipping."""
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(learning_rate, weight_decay=0.01))
+
+
+def init_generator_state(generator: Generator, tx: optax.GradientTransformation) -> GeneratorState:
+    """Step 0: fresh moments for the weights; the embeddings have none."""
+    return GeneratorState(step=jnp.int32(0), generator=generator, opt_state=tx.init(generator.weights))
+
+
+def _generator_step(
+    state: GeneratorState,
+    params: Mapping[str, Any],
+    adapters: Adapters,
+    batch: Batch,
+    key: Array,
+    ratio: float,
+    spec: ModelSpec,
+    space: Space,
+    tx: optax.GradientTransformation,
+    options: StepOptions,
+) -> tuple[GeneratorState, dict[str, Array]]:
+    """One update of the generator: the model, its adapters included, under soft masks, as it is without dropout.
+
+    Args:
+        state: the generator's state; its buffers are consumed.
+        params: the base.
+        adapters: the adapters as they stand.
+        batch: one forward pass of rows that the adapters do not learn from: `tokens`, `targets`, `weights` `[B,T]`, of
+            packed rows also `positions` and `segments`.
+        key: the run's PRNG key of the noise; the step number is folded in.
+        ratio: share of the weights of the seven linears to remove.
+        spec: the model.
+        space: which units.
+        tx: the generator's optimizer.
+        options: dtype, remat and attention of the forward pass.
+
+    Returns:
+        The new state and float32 scalars: `loss`, its parts `nll` (nats per loss-carrying token) and `kept` (p, the
+        kept fraction under this draw's hard masks), and `grad_norm` before clipping.
+    """
+    noise_key = jax.random.fold_in(key, state.step)
+
+    def objective(weights: Weights) -> tuple[Array, dict[str, Array]]:
+        soft = draw_soft(dataclasses.replace(state.generator, weights=weights), noise_key)
+        kept = kept_fraction({kind: straight_through(mask) for kind, mask in soft.items()}, spec, space)
+        nll = _soft_nll(params, adapters, soft, batch, spec, space, options)
+        loss = generator_loss(nll, kept, ratio)
+        return loss, {"loss": loss, "nll": nll, "kept": kept}
+
+    weights = state.generator.weights
+    grads, metrics = jax.grad(objective, has_aux=True)(weights)
+    updates, opt_state = tx.update(grads, state.opt_state, weights)
+    generator = dataclasses.replace(state.generator, weights=optax.apply_updates(weights, updates))
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    return GeneratorState(step=state.step + 1, generator=generator, opt_state=opt_state), metrics
+
+
+def _soft_nll(
+    params: Mapping[str, Any],
+    adapters: Adapters,
+    soft: Mapping[str, Array],
+    batch: Batch,
+    spec: ModelSpec,
+    space: Space,
+    options: StepOptions,
+) -> Array:
+    """Mean nll of a batch under soft masks, nats per loss-carrying token; differentiable in the masks."""
+    masked, masked_adapters = soften(params, adapters, soft, spec, space)
+    hidden = hidden_states(
+        masked,
+        batch["tokens"],
+        spec,
+        masked_adapters,
+        positions=batch.get("positions"),
+        segments=batch.get("segments"),
+        compute_dtype=options.compute_dtype,
+        remat=options.remat,
+        attention_path=options.attention_path,
+    )
+    summed, _ = cross_entropy(hidden, head_weight(params), batch["targets"], batch["weights"], options.compute_dtype)
+    return summed / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+
+
+def _adapter_step(
+    state: TrainState,
+    params: Mapping[str, Any],
+    unit_masks: Mapping[str, Array],
+    batch: Batch,
+    key: Array,
+    total_steps: int,
+    spec: ModelSpec,
+    space: Space,
+    tx: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    options: StepOptions,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update of the adapters under masks of units, then the group lasso's proximal step on what is pruned.
+
+    The forward is ATP's: the masked frozen weights and the whole adapters, y = x (mask * W)^T + scale (x A^T) B^T.
+
+    Args:
+        state: adapters and moments; its buffers are consumed.
+        params: the frozen base.
+        unit_masks: kind -> bool `[L,n]`, in force in this step.
+        batch: see `efx_jax.training.step`.
+        key: the run's PRNG key of dropout.
+        total_steps: updates of the whole run, for `lasso_strength`.
+        spec: the model.
+        space: whose kinds the masks are.
+        tx: the adapters' optimizer.
+        learning_rate: its schedule, for the size of the proximal step.
+        options: see `StepOptions`; its `mask_forward` is not read.
+
+    Returns:
+        The new state and the metrics of `train_step`.
+    """
+    new, metrics = train_step(
+        state,
+        without_pruned_biases(params, unit_masks, spec, space),
+        weight_masks(unit_masks, spec, space),
+        batch,
+        key,
+        spec,
+        tx,
+        dataclasses.replace(options, mask_forward="frozen"),
+    )
+    strength = lasso_strength(state.step, total_steps)
+    adapters = proximal_step(new.adapters, unit_masks, spec, space, strength, learning_rate(state.step))
+    return dataclasses.replace(new, adapters=adapters), metrics
+
+
+generator_step = jax.jit(_generator_step, static_argnames=("spec", "space", "tx", "options"), donate_argnames="state")
+adapter_step = jax.jit(
+    _adapter_step, static_argnames=("spec", "space", "tx", "learning_rate", "options"), donate_argnames="state"
+)
