@@ -100,7 +100,8 @@ class PruneConfig:
     schedule: Literal["epochs", "fractions", "cubic"] = "epochs"
     """An event after every epoch, at `fractions` of training, or `events` events on a cubic ramp."""
     fractions: tuple[float, ...] = (0.1,)
-    """Event times as shares of the training steps (schedule "fractions"); all at the full sparsity."""
+    """Event times as shares of the training steps (schedule "fractions"), 0 before the first; all at the full
+    sparsity."""
     events: int = 10
     """Number of events of the cubic ramp."""
     ramp: tuple[float, float] = (0.0, 0.5)

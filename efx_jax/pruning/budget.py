@@ -35,11 +35,11 @@ def owl_sparsities(outliers: Sequence[float], sparsity: float, owl_lambda: float
         owl_lambda: at least 0.
     """
     shares = np.asarray(outliers, np.float64)
-    spread = shares.max() - shares.min()
-    kept = 2 * owl_lambda * (shares - shares.min()) / (spread if spread > 0 else 1.0)
-    change = kept.mean() - kept
+    spread = float(np.ptp(shares))
+    kept = 2 * owl_lambda * (shares - np.min(shares)) / (spread if spread > 0 else 1.0)
+    change = np.mean(kept) - kept
     room = {"below": sparsity, "above": (1 - _LEAST_KEPT) * (1 - sparsity)}
-    wanted = {"below": -change.min(), "above": change.max()}
+    wanted = {"below": -np.min(change), "above": np.max(change)}
     factor = min([1.0, *(room[side] / wanted[side] for side in room if wanted[side] > room[side])])
     # Rounding must not leave the range.
     return tuple(max(0.0, float(sparsity + factor * difference)) for difference in change)
