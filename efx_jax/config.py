@@ -176,7 +176,7 @@ class EvalConfig:
     """Evaluation before and after training."""
 
     rows: int = 0
-    """Number of test rows scored of every task; 0 means all."""
+    """Number of test rows scored of every task, a fixed sample whatever the seed; 0 means all."""
     protocol: Literal["likelihood", "greedy", "sampled"] = "likelihood"
     """The likeliest answer, or the answer read from generated text; free text is always generated."""
     runs: int = 4

@@ -1,4 +1,4 @@
-"""Rows that training and test share: found by their texts, whatever their case, punctuation and blanks."""
+"""Rows that share what identifies them: found by their texts, whatever their case, punctuation and blanks."""
 
 import hashlib
 import re
@@ -23,3 +23,26 @@ def without_shared(train: Sequence[Example], test: Iterable[Example]) -> tuple[l
     for example in train:
         (kept if known.isdisjoint(example.keys) else shared).append(example)
     return kept, shared
+
+
+def group_numbers(examples: Sequence[Example]) -> list[int]:
+    """The number of each row's group, from 0 in the order of their first rows.
+
+    Rows that share a key, such as the questions on one contract, are of one group, and so are those that a third row
+    joins; a row without keys is a group of its own.
+    """
+    above = list(range(len(examples)))
+    firsts: dict[str, int] = {}
+    for row, example in enumerate(examples):
+        for key in example.keys:
+            ends = _top(above, firsts.setdefault(key, row)), _top(above, row)
+            above[max(ends)] = min(ends)
+    tops = [_top(above, row) for row in range(len(examples))]
+    numbers = {top: number for number, top in enumerate(dict.fromkeys(tops))}
+    return [numbers[top] for top in tops]
+
+
+def _top(above: Sequence[int], row: int) -> int:
+    while above[row] != row:
+        row = above[row]
+    return row

@@ -1,12 +1,15 @@
-"""Rows drawn from a task: so many of every label, each row once while they last."""
+"""Rows drawn from a task: to learn so many of every label, each once while they last; to score a fixed sample."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from efx_jax.data.overlap import group_numbers
 from efx_jax.data.prompts import Example
 from efx_jax.errors import InputError
+
+_SAMPLE_SEED = 1234  # never that of a run: all models of a comparison are scored on the same rows
 
 
 def draw(
@@ -45,6 +48,26 @@ def draw(
 def equal_quotas(rows: int, labels: Sequence[str]) -> dict[str, int]:
     """So many rows in equal shares; the first labels get one more where they do not divide."""
     return {label: rows // len(labels) + (place < rows % len(labels)) for place, label in enumerate(labels)}
+
+
+def sample_rows(examples: Sequence[Example], rows: int) -> list[Example]:
+    """A fixed sample of test rows, in their order; a smaller one is part of a larger one.
+
+    Files are often sorted, so their first rows are no sample. Rows that share a key (`group_numbers`) are drawn
+    together: whole groups until there are enough rows, of which the last group gives only its first.
+
+    Args:
+        examples: the rows.
+        rows: how many; 0 takes all.
+    """
+    if not rows or rows >= len(examples):
+        return list(examples)
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(group_numbers(examples)):
+        members.setdefault(group, []).append(row)
+    order = np.random.default_rng(_SAMPLE_SEED).permutation(len(members))
+    drawn = [row for group in order for row in members[int(group)]][:rows]
+    return [examples[row] for row in sorted(drawn)]
 
 
 def _choose(count: int, asked: int, upsample: bool, generator: np.random.Generator) -> list[int]:

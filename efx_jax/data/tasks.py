@@ -14,6 +14,7 @@ from efx_jax.data.icd10 import icd10_task
 from efx_jax.data.mixes import Mix, Part, find_mix
 from efx_jax.data.official import load_official
 from efx_jax.data.prompts import Example, apply_format, examples_from_rows, plain_text
+from efx_jax.data.sampling import sample_rows
 from efx_jax.data.shortening import shorten, shorten_training
 from efx_jax.data.sources import (
     MOST_LABELS,
@@ -72,7 +73,8 @@ def load_data(config: DataConfig, seed: int, tokenizer: Tokenizer | None = None,
         config: the section.
         seed: the run's seed: chooses held-out training rows and the built-in task's training rows.
         tokenizer: needed for `format: chat`, and to shorten rows.
-        rows: most test rows of a task, its first ones; 0 takes all. No training row is any test row, taken or not.
+        rows: most test rows of a task, a fixed sample (`sample_rows`); 0 takes all. No training row is any test row,
+            taken or not.
 
     Returns:
         The data. Without `data.text`, a share `data.holdout` of the training rows becomes the perplexity text; the
@@ -149,7 +151,7 @@ def load_tasks(
         names: the paper's tasks, mixes (all of their tasks), files, Hub names, or "icd10".
         config: gives `root`, `template`, `context`, `format` and `max_length`.
         tokenizer: needed for `format: chat`, and to shorten prompts so that the answer fits too.
-        rows: most rows of a task, its first ones; 0 takes all.
+        rows: most rows of a task, a fixed sample (`sample_rows`); 0 takes all.
 
     Returns:
         A task per name, a file's being called by its name without suffix. The answers to a user's own are the distinct
@@ -214,8 +216,8 @@ def _own_task(name: str, source: str, config: DataConfig, new_tokens: int) -> Ta
 
 
 def _finish(task: Task, config: DataConfig, tokenizer: Tokenizer | None, rows: int) -> Task:
-    """The first rows of a task in the configured format, short enough for the longest answer."""
-    chosen = task.test[: rows or None]
+    """A sample of a task's rows in the configured format, short enough for the longest answer."""
+    chosen = sample_rows(task.test, rows)
     labelled = [Example("?", label) for label in task.labels]
     framed = apply_format([*chosen, *labelled], config.format, tokenizer)
     test, labels = framed[: len(chosen)], tuple(example.response for example in framed[len(chosen) :])

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tasks", nargs="+", default=[], metavar="TASK", help="names, mixes, or files of prompt and response rows")
     add("--protocol", choices=("likelihood", "greedy", "sampled"), default="likelihood", help="how answers are got")
     add("--runs", type=_positive, default=4, help="runs of the protocol sampled")
-    add("--rows", type=_count, default=0, help="test rows of every task; 0: all")
+    add("--rows", type=_count, default=0, help="test rows of every task, a fixed sample; 0: all")
     add("--text", default="", metavar="TEXT", help="perplexity text: a file of rows with text, or a name")
     add("--text-tokens", type=_count, default=20000, help="tokens of text scored; 0: all")
     add("--window", type=_count, default=512, help="tokens per perplexity window")

@@ -1,6 +1,6 @@
 """What makes two rows the same."""
 
-from efx_jax.data.overlap import fingerprint, without_shared
+from efx_jax.data.overlap import fingerprint, group_numbers, without_shared
 from efx_jax.data.prompts import Example
 
 
@@ -23,3 +23,8 @@ def test_any_key_in_common_is_shared() -> None:
         [("text a", "summary a"), ()],
         [("text b", "summary b")],
     )
+
+
+def test_rows_that_share_a_key_or_a_third_row_are_one_group() -> None:
+    keys = [("a",), ("b", "1"), (), ("a",), ("c", "1"), (), ("c",), ("d", "a")]
+    assert group_numbers([Example("p", "r", keys=key) for key in keys]) == [0, 1, 2, 0, 1, 3, 1, 0]

@@ -84,3 +84,11 @@ def test_icd10_mixes_questions_and_code_lines() -> None:
     assert all(example.response in task.labels for example in task.test)
     assert len(data.text) > 100
     assert load_text("icd10", DataConfig()) == data.text
+
+
+def test_fewer_test_rows_are_a_fixed_sample_whatever_the_seed(train: str, tmp_path: pathlib.Path) -> None:
+    rows = [{"q": f"{row}", "a": "no" if row < 50 else "yes"} for row in range(100)]
+    config = DataConfig(train=train, test=(write(tmp_path / "sorted.jsonl", rows),), template=TEMPLATE)
+    (task,) = load_tasks(config.test, config, rows=20)
+    assert len(task.test) == 20 and {row.response for row in task.test} == {" no", " yes"}
+    assert [load_data(config, seed, rows=20).tasks for seed in (0, 1)] == [(task,), (task,)]
