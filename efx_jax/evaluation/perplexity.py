@@ -13,7 +13,7 @@ from efx_jax.data.batches import bucket_length, pad_batch
 from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import InputError
 from efx_jax.evaluation.likelihood import target_log_probabilities
-from efx_jax.evaluation.scores import interval, resample_counts
+from efx_jax.evaluation.scores import Interval, interval, resample_counts
 from efx_jax.lora import Adapters
 from efx_jax.model.decoder import Params, head_weight, hidden_states
 from efx_jax.model.spec import ModelSpec
@@ -26,13 +26,14 @@ _RESAMPLES = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """`value` = exp(nll_sum / tokens) with its 95 % bootstrap `interval` over windows; nats and predicted tokens.
+    """`value` = exp(nll_sum / tokens) with its 95 % bootstrap `interval` over windows (None of a single one); nats and
+    predicted tokens.
 
     `window_nll` float64 [n] and `window_tokens` int64 [n] are in the order of the windows given.
     """
 
     value: float
-    interval: tuple[float, float]
+    interval: Interval | None
     nll_sum: float
     tokens: int
     window_nll: np.ndarray
@@ -86,12 +87,13 @@ def summarise(window_nll: np.ndarray, window_tokens: np.ndarray, seed: int = 0) 
         window_tokens: predicted tokens int64 [n].
         seed: of the resampling.
     """
-    counts = np.concatenate(list(resample_counts(len(window_nll), _RESAMPLES, seed)))
+    counts = np.concatenate(list(resample_counts(np.arange(len(window_nll)), _RESAMPLES, seed)))
     # A resample of windows that predict nothing has no perplexity.
     tokens = counts @ window_tokens
     resampled = np.exp((counts @ window_nll)[tokens > 0] / tokens[tokens > 0])
     nll_sum, total = float(window_nll.sum()), int(window_tokens.sum())
-    return Perplexity(float(np.exp(nll_sum / total)), interval(resampled), nll_sum, total, window_nll, window_tokens)
+    ends = interval(resampled) if np.count_nonzero(window_tokens) > 1 else None
+    return Perplexity(float(np.exp(nll_sum / total)), ends, nll_sum, total, window_nll, window_tokens)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "compute_dtype"))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from efx_jax.data.overlap import group_numbers
 from efx_jax.data.tasks import Task
 from efx_jax.data.tokenizer import Tokenizer, encode_continuations, encode_prompts
 from efx_jax.errors import InputError
@@ -64,8 +65,8 @@ def evaluate_task(
 
     Returns:
         The result (`describe_task` and `summarise` or `summarise_texts`), and a record for every run and row: task,
-        run and row (from 0), origin, prompt, gold, answer, and by kind of task prediction (None: unreadable), scores
-        (nats by label) or rouge1, rouge2, rougeL.
+        run, row and group of rows that share a text (all from 0), origin, prompt, gold, answer, and by kind of task
+        prediction (None: unreadable), scores (nats by label) or rouge1, rouge2, rougeL.
 
     Raises:
         InputError: what `check_protocol` refuses, or scores that are not finite.
@@ -99,6 +100,8 @@ def evaluate_task(
             seeds=_run_seeds(seed, runs),
         )
         found, records = _read(task, texts) if task.labels else _compared(task, texts)
+    groups = group_numbers(task.test)
+    records = [record | {"group": groups[record["row"]]} for record in records]
     return describe_task(task, protocol, runs) | found, records
 
 
@@ -177,7 +180,7 @@ def _compared(task: Task, texts: Sequence[Sequence[str]]) -> tuple[dict[str, Any
         for run, answers in enumerate(texts)
         for row, text in enumerate(answers)
     ]
-    return summarise_texts(scores), records
+    return summarise_texts(scores, task.test), records
 
 
 def _record(task: Task, run: int, row: int, answer: str) -> Record:

@@ -31,19 +31,24 @@ def relative(found: Results, records: Records, dense: Results, dense_records: Re
         dense_records: their predictions.
 
     Returns:
-        "value", and "interval" (95 %, percentile bootstrap: both models see the same resample of every task's rows).
+        "value", and "interval" (95 %, percentile bootstrap: both models see the same resample of every task's groups of
+        rows; None where no task has two of them).
 
     Raises:
         InputError: predictions that do not go with the results.
     """
+    value = relative_value(found, dense)
+    groups = {name: _groups(name, records) for name in found}
+    if not any(numbers.any() for numbers in groups.values()):
+        return {"value": value, "interval": None}
     resampled, resampled_dense = {}, {}
     for seed, name in enumerate(found):
-        counts = np.concatenate(list(resample_counts(found[name]["rows"], RESAMPLES, seed)))
+        counts = np.concatenate(list(resample_counts(groups[name], RESAMPLES, seed)))
         resampled[name] = _scores(name, found[name], records, counts)
         resampled_dense[name] = _scores(name, dense[name], dense_records, counts)
     with np.errstate(divide="ignore", invalid="ignore"):
         values = _relative(resampled, resampled_dense)
-    return {"value": relative_value(found, dense), "interval": list(interval(values[np.isfinite(values)]))}
+    return {"value": value, "interval": list(interval(values[np.isfinite(values)]))}
 
 
 def relative_value(found: Results, dense: Results) -> float:
@@ -147,6 +152,12 @@ def _relative(found: Mapping[str, Mapping[str, Any]], dense: Mapping[str, Mappin
     return 100 * sum(terms) / len(terms)
 
 
+def _groups(task: str, records: Records) -> np.ndarray:
+    """Group numbers int [rows] of a task's rows."""
+    numbers = {record["row"]: record["group"] for record in records if record["task"] == task}
+    return np.asarray([numbers[row] for row in range(len(numbers))])
+
+
 def _scores(task: str, result: Mapping[str, Any], records: Records, counts: np.ndarray) -> dict[str, np.ndarray]:
     """Every metric's mean over runs [R] in resamples that draw row n `counts[r, n]` times."""
     runs, rows = result["runs"], result["rows"]
@@ -156,7 +167,7 @@ def _scores(task: str, result: Mapping[str, Any], records: Records, counts: np.n
     ordered = [own[run, row] for run in range(runs) for row in range(rows)]
     if "classes" not in result:
         values = {name: np.asarray([record[name] for record in ordered]).reshape(runs, rows) for name in ROUGE}
-        return {name: counts @ value.mean(axis=0) / rows for name, value in values.items()}
+        return {name: counts @ value.mean(axis=0) / counts.sum(axis=1) for name, value in values.items()}
     numbers: dict[str | None, int] = {None: -1} | {label: number for number, label in enumerate(result["classes"])}
     reference = np.asarray([numbers[record["gold"]] for record in ordered[:rows]])
     predicted = np.asarray([numbers[record["prediction"]] for record in ordered]).reshape(runs, rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from efx_jax.evaluation.perplexity import Perplexity
-from efx_jax.evaluation.results import TITLES, metric_cell
+from efx_jax.evaluation.results import TITLES, interval_cell, metric_cell
 from efx_jax.files import atomic_write
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -28,8 +28,8 @@ def results_tables(text: Perplexity | None, results: Results, relative: Mapping[
     if results:
         parts.append(_legend(results))
     if relative is not None:
-        low, high = relative["interval"]
-        parts.append(f"Rel. {relative['value']:.2f} % [{low:.2f}, {high:.2f}] of {relative['to']}")
+        ends = interval_cell(relative["interval"], 2)
+        parts.append(f"Rel. {relative['value']:.2f} %{ends} of {relative['to']}")
     parts += [f"{name}: {result['note']}" for name, result in results.items() if result["note"]]
     return "\n\n".join(parts)
 
@@ -71,8 +71,7 @@ def write_evaluation(
 
 
 def _perplexity_table(text: Perplexity) -> str:
-    low, high = text.interval
-    cells = [f"{text.value:.3f} [{low:.3f}, {high:.3f}]", str(text.tokens), str(len(text.window_nll))]
+    cells = [f"{text.value:.3f}{interval_cell(text.interval, 3)}", str(text.tokens), str(len(text.window_nll))]
     return _table(["perplexity", "tokens", "windows"], [cells])
 
 
@@ -98,16 +97,19 @@ def _legend(results: Results) -> str:
     protocols = {(result["protocol"], result["runs"]) for result in results.values()}
     named = ", ".join(sorted(f"{name} ({runs} runs)" if runs > 1 else name for name, runs in protocols))
     value = "mean ± standard deviation over runs" if any(runs > 1 for _, runs in protocols) else "value"
-    return f"Protocol {named}: {value} [95 % bootstrap interval over rows]."
+    shared = [name for name, result in results.items() if result["groups"] < result["rows"]]
+    together = f"; of {', '.join(shared)} over groups of rows that share a text" if shared else ""
+    return f"Protocol {named}: {value} [95 % bootstrap interval over rows{together}]."
 
 
 def _perplexity_fields(text: Perplexity) -> dict[str, Any]:
     # JSON knows no infinity, which a ruined model's perplexity may be.
-    value, low, high = (number if math.isfinite(number) else None for number in (text.value, *text.interval))
-    nll = text.nll_sum if math.isfinite(text.nll_sum) else None
+    value, nll, *ends = (
+        number if math.isfinite(number) else None for number in (text.value, text.nll_sum, *(text.interval or ()))
+    )
     return {
         "value": value,
-        "interval": [low, high],
+        "interval": ends or None,
         "nll_sum": nll,
         "tokens": text.tokens,
         "windows": len(text.window_nll),

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from efx_jax.data.overlap import group_numbers
 from efx_jax.data.prompts import Example
 from efx_jax.errors import InputError
 from efx_jax.evaluation.rouge import ROUGE
-from efx_jax.evaluation.scores import accuracy, bootstrap, bootstrap_mean, macro_f1
+from efx_jax.evaluation.scores import Interval, accuracy, bootstrap, bootstrap_mean, macro_f1
 
 TITLES = {
     "accuracy": "accuracy %",
@@ -29,8 +30,9 @@ def summarise(predicted: np.ndarray, examples: Sequence[Example], labels: Sequen
         labels: the C answers.
 
     Returns:
-        A dictionary that JSON can hold. Of several runs: the mean of every metric with `_std` (over runs, divided by
-        their number less one) and `_runs`; what the classes count is added up.
+        A dictionary that JSON can hold. `groups` is the number of groups of rows (`group_numbers`), over which the
+        intervals are; of a single one they are None. Of several runs: the mean of every metric with `_std` (over runs,
+        divided by their number less one) and `_runs`; what the classes count is added up.
 
     Raises:
         InputError: a response that is not among the answers.
@@ -38,11 +40,13 @@ def summarise(predicted: np.ndarray, examples: Sequence[Example], labels: Sequen
     reference = reference_numbers(examples, labels)
     runs = np.atleast_2d(predicted)
     constant = np.full_like(reference, np.argmax(np.bincount(reference, minlength=len(labels))))
-    intervals = bootstrap(runs, reference, len(labels))
+    groups = np.asarray(group_numbers(examples))
+    intervals = bootstrap(runs, reference, len(labels), groups)
     accuracies = np.asarray([accuracy(run, reference)[0] for run in runs])
     f1s = np.asarray([macro_f1(run, reference, len(labels))[0] for run in runs])
     return {
         "rows": len(reference),
+        "groups": int(groups.max()) + 1,
         **_metric("accuracy", accuracies, intervals["accuracy"]),
         **_metric("macro_f1", f1s, intervals["macro_f1"]),
         "unparseable": float((runs == -1).mean()),
@@ -60,32 +64,40 @@ def summarise(predicted: np.ndarray, examples: Sequence[Example], labels: Sequen
     }
 
 
-def summarise_texts(scores: np.ndarray) -> dict[str, Any]:
+def summarise_texts(scores: np.ndarray, examples: Sequence[Example]) -> dict[str, Any]:
     """Mean ROUGE with 95 % bootstrap intervals.
 
     Args:
         scores: F-measures float [rows,3], or of several runs [runs,rows,3]; columns as `ROUGE`.
+        examples: the rows.
 
     Returns:
         A dictionary that JSON can hold; of several runs as `summarise`.
     """
     runs = scores.reshape(-1, *scores.shape[-2:])
-    result: dict[str, Any] = {"rows": runs.shape[1]}
+    groups = np.asarray(group_numbers(examples))
+    result: dict[str, Any] = {"rows": runs.shape[1], "groups": int(groups.max()) + 1}
     for column, name in enumerate(ROUGE):
         values = runs[:, :, column]
-        result |= _metric(name, values.mean(axis=1), bootstrap_mean(values.mean(axis=0)))
+        result |= _metric(name, values.mean(axis=1), bootstrap_mean(values.mean(axis=0), groups))
     return result
 
 
 def metric_cell(result: Mapping[str, Any], metric: str) -> str:
-    """A metric in percent for a table: value [95 % interval], of several runs value ± standard deviation [interval]."""
+    """A metric in percent for a table: value [95 % interval], of several runs value ± standard deviation [interval];
+    without brackets where there is no interval."""
     spread = f" ± {100 * result[f'{metric}_std']:.2f}" if f"{metric}_std" in result else ""
-    low, high = result[f"{metric}_interval"]
-    return f"{100 * result[metric]:.2f}{spread} [{100 * low:.2f}, {100 * high:.2f}]"
+    ends = result[f"{metric}_interval"]
+    return f"{100 * result[metric]:.2f}{spread}" + interval_cell([100 * end for end in ends] if ends else None, 2)
 
 
-def _metric(name: str, runs: np.ndarray, interval: tuple[float, float]) -> dict[str, Any]:
-    found = {name: float(runs.mean()), f"{name}_interval": list(interval)}
+def interval_cell(ends: Sequence[float] | None, digits: int) -> str:
+    """ " [low, high]" for a table, or "" where there is no interval."""
+    return f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
+
+
+def _metric(name: str, runs: np.ndarray, interval: Interval | None) -> dict[str, Any]:
+    found = {name: float(runs.mean()), f"{name}_interval": list(interval) if interval else None}
     if len(runs) > 1:
         found |= {f"{name}_std": float(runs.std(ddof=1)), f"{name}_runs": runs.tolist()}
     return found

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+Interval = tuple[float, float]
+
 RESAMPLES = 2000
 _BLOCK = 4_000_000  # counts held at once while resampling
 
@@ -53,47 +55,69 @@ def macro_f1(
 
 
 def bootstrap(
-    predicted: np.ndarray, reference: np.ndarray, classes: int, resamples: int = RESAMPLES, seed: int = 0
-) -> dict[str, tuple[float, float]]:
-    """95 % percentile intervals of accuracy and macro-F1 over resampled rows (same resamples for both).
+    predicted: np.ndarray,
+    reference: np.ndarray,
+    classes: int,
+    groups: np.ndarray,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Interval | None]:
+    """95 % percentile intervals of accuracy and macro-F1 over resampled groups of rows (same resamples for both).
 
-    Of several runs over the same rows the interval is that of the mean over runs: every run sees the same resample.
+    Answers to several questions on one text are not independent, so the texts are drawn, each with all its rows. Of
+    several runs over the same rows the interval is that of the mean over runs: every run sees the same resample.
 
     Args:
         predicted: class numbers int [n] or [runs,n], -1 for none.
         reference: class numbers int [n].
         classes: number of classes.
+        groups: group numbers int [n], from 0.
         resamples: number of resamples, at least 1,000 for stable ends.
         seed: fixed, so that a table is reproducible.
 
     Returns:
-        "accuracy" and "macro_f1" -> (low, high).
+        "accuracy" and "macro_f1" -> (low, high); None of a single group, which says nothing of others.
     """
+    if not groups.any():
+        return {"accuracy": None, "macro_f1": None}
     runs = np.atleast_2d(predicted)
     accuracies, f1s = [], []
-    for counts in resample_counts(len(reference), resamples, seed):
+    for counts in resample_counts(groups, resamples, seed):
         accuracies.append(np.mean([accuracy(run, reference, counts) for run in runs], axis=0))
         f1s.append(np.mean([macro_f1(run, reference, classes, counts) for run in runs], axis=0))
     return {"accuracy": interval(np.concatenate(accuracies)), "macro_f1": interval(np.concatenate(f1s))}
 
 
-def bootstrap_mean(values: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of values float [n] over resampled rows."""
-    counts = resample_counts(len(values), resamples, seed)
-    return interval(np.concatenate([block @ values / len(values) for block in counts]))
+def bootstrap_mean(
+    values: np.ndarray, groups: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval | None:
+    """95 % percentile interval of the mean of values float [n] over resampled groups int [n]; None of one group."""
+    if not groups.any():
+        return None
+    counts = resample_counts(groups, resamples, seed)
+    return interval(np.concatenate([block @ values / block.sum(axis=1) for block in counts]))
 
 
-def resample_counts(rows: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each of `rows` rows is drawn in resamples with replacement: blocks int64 [r,rows] with all r adding up
-    to `resamples`."""
+def resample_counts(groups: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each row is drawn where whole groups are drawn with replacement, as many as there are.
+
+    Args:
+        groups: group numbers int [n], from 0; a number for each row resamples rows.
+        resamples: number of resamples.
+        seed: of the draws.
+
+    Returns:
+        Blocks int64 [r,n], all r adding up to `resamples`; equal within a group.
+    """
     generator = np.random.default_rng(seed)
-    share = np.full(rows, 1 / rows)
-    block = max(1, _BLOCK // rows)
+    number = int(groups.max()) + 1
+    share = np.full(number, 1 / number)
+    block = max(1, _BLOCK // len(groups))
     for start in range(0, resamples, block):
-        yield generator.multinomial(rows, share, size=min(block, resamples - start))
+        yield generator.multinomial(number, share, size=min(block, resamples - start))[:, groups]
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
+def interval(values: np.ndarray) -> Interval:
     """The 2.5th and 97.5th percentile."""
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

@@ -10,7 +10,7 @@ import numpy as np
 from efx_jax.config import Config
 from efx_jax.evaluation.perplexity import perplexity
 from efx_jax.evaluation.protocols import evaluate_task
-from efx_jax.evaluation.results import TITLES, metric_cell
+from efx_jax.evaluation.results import TITLES, interval_cell, metric_cell
 from efx_jax.lora import Adapters
 from efx_jax.parallel.partition import constrain
 from efx_jax.training.prepare import Prepared
@@ -44,7 +44,8 @@ def measure(
         found = perplexity(
             params, prepared.windows, prepared.spec, adapters, masks, batch_size=batch, compute_dtype=dtype
         )
-        results["perplexity"] = {"value": found.value, "interval": list(found.interval), "tokens": found.tokens}
+        ends = list(found.interval) if found.interval else None
+        results["perplexity"] = {"value": found.value, "interval": ends, "tokens": found.tokens}
     for task in (task for task in prepared.data.tasks if not names or task.name in names):
         results.setdefault("tasks", {})[task.name], _ = evaluate_task(
             params,
@@ -123,5 +124,4 @@ def sparsity_table(sparsity: Mapping[str, list[float]]) -> str:
 
 
 def _perplexity_cell(text: Mapping[str, Any]) -> str:
-    low, high = text["interval"]
-    return f"{text['value']:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{text['value']:.2f}{interval_cell(text['interval'], 2)}"

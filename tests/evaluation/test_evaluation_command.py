@@ -81,6 +81,23 @@ def test_perplexity_of_a_text(folder, text, tmp_path, capsys: pytest.CaptureFixt
     assert f"| {summary['perplexity']['value']:.3f} [" in capsys.readouterr().out
 
 
+def test_one_window_of_text_has_a_perplexity_without_an_interval(folder, text, tmp_path, capsys) -> None:
+    flags = ["--window", "32", "--text-tokens", "20", "--output", str(tmp_path / "out")]
+    assert main([folder, "--text", text, *flags]) == 0
+    found = read(tmp_path / "out")[0]["perplexity"]
+    assert (found["windows"], found["interval"]) == (1, None)
+    assert f"| {found['value']:.3f} | 19 | 1 |" in capsys.readouterr().out
+
+
+def test_questions_on_one_text_are_one_group_in_the_files_and_the_legend(folder, tmp_path, capsys) -> None:
+    twice = [{"q": q, "a": a} for q, a in (("old", "yes"), ("skin", "no"), ("old", "no"))]
+    flags = ["--tasks", write(tmp_path / "twice.jsonl", twice), *TEMPLATE, "--output", str(tmp_path / "out")]
+    assert main([folder, *flags]) == 0
+    summary, records = read(tmp_path / "out")
+    assert (summary["tasks"]["twice"]["groups"], [record["group"] for record in records]) == (2, [0, 1, 0])
+    assert "over rows; of twice over groups of rows that share a text]" in capsys.readouterr().out
+
+
 def test_rows_limits_the_rows_of_every_task(folder, rows, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     other = shutil.copy(rows, tmp_path / "again.jsonl")
     assert main([folder, "--tasks", rows, str(other), *TEMPLATE, "--rows", "2"]) == 0

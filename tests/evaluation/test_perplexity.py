@@ -116,6 +116,11 @@ def test_the_interval_resamples_windows() -> None:
     assert summarise(nll, tokens).interval == result.interval
 
 
+def test_a_single_window_has_no_interval() -> None:
+    assert summarise(np.asarray([90.0]), np.asarray([50])).interval is None
+    assert summarise(np.asarray([90.0, 0.0]), np.asarray([50, 0])).interval is None
+
+
 def test_nothing_to_predict_is_refused() -> None:
     with pytest.raises(InputError, match="at least one token"):
         perplexity(PARAMS, [Tokenized(np.zeros(4, np.int32), np.zeros(4, bool))], SPEC)

@@ -11,11 +11,12 @@ from efx_jax.errors import InputError
 from efx_jax.evaluation.relative import check_pairs, check_ratios, read_evaluation, relative
 from efx_jax.evaluation.results import summarise, summarise_texts
 from efx_jax.evaluation.rouge import ROUGE
+from efx_jax.evaluation.scores import macro_f1
 
 LABELS = (" a", " b", " c")
 
 
-def choice(seed: int, skill: float, rows: int = 120, runs: int = 1) -> tuple[dict, list[dict]]:
+def choice(seed: int, skill: float, rows: int = 120, runs: int = 1, group: int = 1) -> tuple[dict, list[dict]]:
     """A task whose rows do not depend on the seed, answered right with a probability."""
     reference = np.random.default_rng(99).integers(0, 3, rows)
     generator = np.random.default_rng(seed)
@@ -27,6 +28,7 @@ def choice(seed: int, skill: float, rows: int = 120, runs: int = 1) -> tuple[dic
             "task": "choice",
             "run": run,
             "row": row,
+            "group": row // group,
             "gold": names[reference[row]],
             "prediction": names[predicted[run, row]],
         }
@@ -40,9 +42,14 @@ def choice(seed: int, skill: float, rows: int = 120, runs: int = 1) -> tuple[dic
 def text(name: str, seed: int, factor: float, rows: int = 50) -> tuple[dict, list[dict]]:
     scores = factor * np.random.default_rng(seed).uniform(0.2, 0.8, (1, rows, 3))
     records = [
-        {"task": name, "run": 0, "row": row} | dict(zip(ROUGE, scores[0, row], strict=True)) for row in range(rows)
+        {"task": name, "run": 0, "row": row, "group": row} | dict(zip(ROUGE, scores[0, row], strict=True))
+        for row in range(rows)
     ]
-    return summarise_texts(scores) | {"runs": 1, "protocol": "greedy", "rows_sha256": "same"}, records
+    return summarise_texts(scores, [Example("p", " r")] * rows) | {
+        "runs": 1,
+        "protocol": "greedy",
+        "rows_sha256": "same",
+    }, records
 
 
 def joined(**tasks: tuple[dict, list[dict]]) -> tuple[dict, list[dict]]:
@@ -63,16 +70,17 @@ def test_the_formula_on_two_tasks_with_labels_and_one_of_free_text() -> None:
     rest = {"rows": 1, "runs": 1}
     classes = {"classes": {"a": {}, "b": {}}}
     records = [
-        *({"task": task, "run": 0, "row": 0, "gold": "a", "prediction": "a"} for task in ("one", "two")),
-        {"task": "three", "run": 0, "row": 0, "rouge1": 0.4, "rouge2": 0.1, "rougeL": 0.3},
+        *({"task": task, "run": 0, "row": 0, "group": 0, "gold": "a", "prediction": "a"} for task in ("one", "two")),
+        {"task": "three", "run": 0, "row": 0, "group": 0, "rouge1": 0.4, "rouge2": 0.1, "rougeL": 0.3},
     ]
     with_rows = [
         {name: result | rest | (classes if "accuracy" in result else {}) for name, result in scores.items()}
         for scores in (found, dense)
     ]
-    value = relative(with_rows[0], records, with_rows[1], records)["value"]
+    found_relative = relative(with_rows[0], records, with_rows[1], records)
     # accuracies 0.75 + 0.75, F1 1 + 0.5, ROUGE mean of 0.8, 0.5, 1; two tasks: 2 n + 1 = 5.
-    assert value == pytest.approx(100 * (1.5 + 1.5 + 2.3 / 3) / 5)
+    assert found_relative["value"] == pytest.approx(100 * (1.5 + 1.5 + 2.3 / 3) / 5)
+    assert found_relative["interval"] is None  # of a single row
 
 
 def test_a_model_is_all_of_itself() -> None:
@@ -106,6 +114,23 @@ def test_runs_may_differ_in_number() -> None:
     found, dense = joined(choice=choice(1, 0.5, runs=4)), joined(choice=choice(2, 0.9, runs=2))
     low, high = relative(*found, *dense)["interval"]
     assert low < relative(*found, *dense)["value"] < high
+
+
+def test_the_interval_draws_the_same_groups_for_both_models() -> None:
+    found, dense = joined(choice=choice(1, 0.5, group=10)), joined(choice=choice(2, 0.9, group=10))
+    numbers = {None: -1} | {label.strip(): number for number, label in enumerate(LABELS)}
+    reference = np.asarray([numbers[record["gold"]] for record in found[1]])
+    answers = [np.asarray([numbers[record["prediction"]] for record in records]) for _, records in (found, dense)]
+    ratios = []
+    for draw in range(4000):
+        contracts = np.random.default_rng([3, draw]).integers(0, 12, 12)
+        rows = (10 * contracts[:, None] + np.arange(10)).ravel()
+        right = [np.mean(own[rows] == reference[rows]) for own in answers]
+        f1 = [macro_f1(own[rows], reference[rows], 3)[0] for own in answers]
+        ratios.append(50 * (right[0] / right[1] + f1[0] / f1[1]))
+    assert relative(*found, *dense)["interval"] == pytest.approx(np.quantile(ratios, [0.025, 0.975]), abs=0.5)
+    by_row = relative(*joined(choice=choice(1, 0.5)), *dense)["interval"]
+    assert by_row != pytest.approx(np.quantile(ratios, [0.025, 0.975]), abs=1)
 
 
 def test_a_score_of_zero_has_no_ratio() -> None:

@@ -39,17 +39,17 @@ def test_the_interval_of_several_runs_is_that_of_their_mean() -> None:
     generator = np.random.default_rng(1)
     reference = generator.integers(0, 3, 60)
     runs = generator.integers(0, 3, (4, 60))
-    found = bootstrap(runs, reference, 3, resamples=50)
-    counts = np.concatenate(list(resample_counts(60, 50, seed=0)))
+    found = bootstrap(runs, reference, 3, np.arange(60), resamples=50)
+    counts = np.concatenate(list(resample_counts(np.arange(60), 50, seed=0)))
     means = np.mean([macro_f1(run, reference, 3, counts) for run in runs], axis=0)
     assert found["macro_f1"] == pytest.approx(interval(means))
-    same, alone = bootstrap(np.stack([runs[0]] * 4), reference, 3), bootstrap(runs[0], reference, 3)
+    same, alone = (bootstrap(found, reference, 3, np.arange(60)) for found in (np.stack([runs[0]] * 4), runs[0]))
     assert same["accuracy"] == pytest.approx(alone["accuracy"])
 
 
 def test_the_interval_of_a_mean_is_about_that_of_a_normal() -> None:
     values = np.random.default_rng(0).normal(5.0, 2.0, 400)
-    low, high = bootstrap_mean(values)
+    low, high = bootstrap_mean(values, np.arange(400))
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.1)
     assert low < values.mean() < high
 
@@ -63,7 +63,7 @@ def test_a_class_that_never_occurs_does_not_count() -> None:
 def test_weighted_scores_equal_the_scores_of_the_drawn_rows() -> None:
     generator = np.random.default_rng(0)
     reference, predicted = generator.integers(0, 4, (2, 30))
-    counts = np.concatenate(list(resample_counts(30, 5, seed=1)))
+    counts = np.concatenate(list(resample_counts(np.arange(30), 5, seed=1)))
     for drawn, f1, share in zip(
         counts, macro_f1(predicted, reference, 4, counts), accuracy(predicted, reference, counts), strict=True
     ):
@@ -73,7 +73,7 @@ def test_weighted_scores_equal_the_scores_of_the_drawn_rows() -> None:
 
 
 def test_resamples_come_in_blocks_that_add_up() -> None:
-    blocks = list(resample_counts(rows=1_500_000, resamples=5, seed=0))
+    blocks = list(resample_counts(np.arange(1_500_000), resamples=5, seed=0))
     assert [len(block) for block in blocks] == [2, 2, 1]
     assert all((block.sum(axis=1) == 1_500_000).all() for block in blocks)
 
@@ -82,8 +82,8 @@ def test_the_interval_covers_the_score_and_is_reproducible() -> None:
     generator = np.random.default_rng(0)
     reference = generator.integers(0, 3, 400)
     predicted = np.where(generator.random(400) < 0.7, reference, generator.integers(0, 3, 400))
-    result = bootstrap(predicted, reference, 3)
-    assert result == bootstrap(predicted, reference, 3)
+    result = bootstrap(predicted, reference, 3, np.arange(400))
+    assert result == bootstrap(predicted, reference, 3, np.arange(400))
     low, high = result["accuracy"]
     share = accuracy(predicted, reference)[0]
     assert low < share < high
@@ -95,3 +95,27 @@ def test_the_interval_covers_the_score_and_is_reproducible() -> None:
 
 def test_the_interval_is_the_central_95_percent() -> None:
     assert interval(np.arange(1001.0)) == (25.0, 975.0)
+
+
+def test_rows_of_a_group_are_drawn_together_by_an_independent_bootstrap() -> None:
+    generator = np.random.default_rng(5)
+    groups = np.repeat(np.arange(25), generator.integers(1, 18, 25))
+    # A model that knows some contracts and not the others: rows of one group are right or wrong together.
+    reference = generator.integers(0, 3, len(groups))
+    predicted = np.where((generator.random(25) < 0.6)[groups], reference, (reference + 1) % 3)
+    draws = [np.random.default_rng([9, draw]).integers(0, 25, 25) for draw in range(4000)]
+    rows = [np.concatenate([np.flatnonzero(groups == group) for group in draw]) for draw in draws]
+    shares = np.quantile([(predicted[own] == reference[own]).mean() for own in rows], [0.025, 0.975])
+    f1s = np.quantile([macro_f1(predicted[own], reference[own], 3)[0] for own in rows], [0.025, 0.975])
+    found = bootstrap(predicted, reference, 3, groups)
+    assert found["accuracy"] == pytest.approx(shares, abs=0.015)
+    assert found["macro_f1"] == pytest.approx(f1s, abs=0.015)
+    assert bootstrap_mean((predicted == reference).astype(float), groups) == pytest.approx(found["accuracy"])
+    low, high = bootstrap(predicted, reference, 3, np.arange(len(groups)))["accuracy"]
+    assert shares[1] - shares[0] > 2 * (high - low)
+
+
+def test_a_single_group_has_no_interval() -> None:
+    one = np.zeros(9, int)
+    assert bootstrap(one, one, 2, one) == {"accuracy": None, "macro_f1": None}
+    assert bootstrap_mean(np.ones(9), one) is None

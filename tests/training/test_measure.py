@@ -21,6 +21,14 @@ def test_the_table_shows_values_with_intervals_and_dashes_for_what_was_not_measu
     ]
 
 
+def test_the_table_shows_no_interval_where_there_is_none() -> None:
+    results = {
+        "perplexity": {"value": 19.0, "interval": None},
+        "tasks": {"mine": {"rougeL": 1, "rougeL_interval": None}},
+    }
+    assert result_table({"base": results}).splitlines()[2:] == ["| base | 19.00 | 100.00 |"]
+
+
 def test_the_sparsity_table_has_mean_and_range_over_layers() -> None:
     lines = sparsity_table({"q_proj": [0.5, 0.25], "up_proj": [0.0, 0.0]}).splitlines()
     assert lines[2:] == ["| q_proj | 37.50 | 25.00 | 50.00 |", "| up_proj | 0.00 | 0.00 | 0.00 |"]

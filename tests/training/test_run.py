@@ -104,8 +104,7 @@ def test_the_summary_tells_what_happened(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert {"base", "sparse expert"} <= set(summary["results"])
     for found in summary["results"].values():
-        low, high = found["perplexity"]["interval"]
-        assert low <= found["perplexity"]["value"] <= high
+        assert found["perplexity"]["value"] > 1 and found["perplexity"]["interval"] is None  # of a single window
         assert 0 <= found["tasks"]["test"]["accuracy"] <= 1
         assert found["tasks"]["test"]["rows"] == 3
     for name, found in zeros(run).items():
