@@ -126,6 +126,7 @@ _CASEHOLD = Official(
     ),
     fields=(("Excerpt", "citing_prompt"), *((label, f"holding_{label}") for label in legal.CASEHOLD_LABELS)),
     context="Excerpt",
+    cut="beginning",  # the mark <HOLDING>, where the holding was cited, stands among the excerpt's last words
     identity=(("citing_prompt",),),
     splits={
         split: Split(

@@ -7,7 +7,7 @@ from typing import Any
 
 from efx_jax.data.hub import HubTable, read_hub
 from efx_jax.data.overlap import fingerprint
-from efx_jax.data.prompts import Example, write_fields
+from efx_jax.data.prompts import Example, Side, write_fields
 from efx_jax.data.records import Record
 from efx_jax.errors import InputError
 
@@ -33,7 +33,8 @@ class Official:
     """One of the paper's tasks.
 
     `folders`: names that its folder under the root may have. `labels`: the answers to choose from, () for free text.
-    `fields`: (heading, field of the record) in the order of the prompt; `context` is the heading that may be shortened.
+    `fields`: (heading, field of the record) in the order of the prompt; `context` is the heading that may be shortened,
+    at the side `cut`.
     `identity`: groups of fields, each of which identifies a row alone ("answer" is the answer). `source`: where the
     files come from.
     """
@@ -48,6 +49,7 @@ class Official:
     splits: Mapping[str, Split]
     source: str
     new_tokens: int = _LABEL_TOKENS
+    cut: Side = "end"
     note: str = ""
 
 
@@ -100,4 +102,4 @@ def _example(task: Official, record: Record) -> Example:
     keys = [fingerprint(*(texts[name] for name in group)) for group in task.identity]
     if record.number:
         keys.append(f"{task.name} {record.number}")
-    return Example(prompt, f" {record.answer}", record.origin, context, task.instruction, tuple(keys))
+    return Example(prompt, f" {record.answer}", record.origin, context, task.cut, task.instruction, tuple(keys))

@@ -10,6 +10,7 @@ from efx_jax.errors import InputError
 
 Format = Literal["plain", "alpaca", "chat"]
 Span = tuple[int, int]
+Side = Literal["beginning", "end"]
 
 _ARROW = "=>"
 # The public wording of the two Alpaca instruction frames (paper, appendix H), up to the instruction.
@@ -30,16 +31,17 @@ class Example:
     """One training or evaluation row.
 
     `prompt` may be empty (plain text); `response` includes the space or line break that separates it from the prompt.
-    `context` is the span of the prompt, in characters, that may be shortened; (0, 0) where nothing may. `instruction`
-    is what a task of ours asks, while the prompt is only its input: `apply_format` joins the two. `origin` says where
-    the row came from ("train.jsonl row 17") for error messages, and `keys` are fingerprints of what no training row
-    may share with a test row; neither takes part in comparisons.
+    `context` is the span of the prompt, in characters, that may be shortened, at the side `cut`; (0, 0) where nothing
+    may. `instruction` is what a task of ours asks, while the prompt is only its input: `apply_format` joins the two.
+    `origin` says where the row came from ("train.jsonl row 17") for error messages, and `keys` are fingerprints of what
+    no training row may share with a test row; neither takes part in comparisons.
     """
 
     prompt: str
     response: str
     origin: str = dataclasses.field(default="", compare=False)
     context: Span = (0, 0)
+    cut: Side = "end"
     instruction: str = ""
     keys: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 

@@ -1,4 +1,4 @@
-"""Rows that are too long lose the end of their context, and nothing else."""
+"""Rows that are too long lose the end of their context, or its beginning, and nothing else."""
 
 import bisect
 import dataclasses
@@ -18,10 +18,13 @@ _GUESSES = 6  # tries by proportion before halving
 
 @dataclasses.dataclass(frozen=True)
 class _Search:
-    """The most words of a context that fit: `fits` of them do, `exceeds` of them do not; `tried` is looked at next."""
+    """The most words of a context that fit: `fits` of them do, `exceeds` of them do not; `tried` is looked at next.
+
+    `lengths` are the characters of so many words, counted from the side that stays.
+    """
 
     example: Example
-    ends: list[int]
+    lengths: list[int]
     budget: int
     fits: int
     exceeds: int
@@ -61,7 +64,7 @@ def shorten_training(examples: Sequence[Example], tokenizer: Tokenizer, max_leng
 def shorten(
     examples: Sequence[Example], tokenizer: Tokenizer, max_length: int, reserve: int | Sequence[int]
 ) -> tuple[list[Example], int]:
-    """Cuts words from the end of the contexts of prompts that leave too little room, and as few of them as possible.
+    """Cuts words from one side of the contexts of prompts that leave too little room, and as few of them as possible.
 
     The prompts are tokenised whole, so the result is exact for any tokenizer. Examples without a context stay as they
     are.
@@ -92,8 +95,8 @@ def shorten(
                     f"even without its context; expected room for {reserves[row]} more within data.max_length "
                     f"{max_length}; shorten the prompt or raise data.max_length"
                 )
-            if search.fits < len(search.ends) - 1:
-                shortened[row] = _cut(search.example, search.ends[search.fits])
+            if search.fits < len(search.lengths) - 1:
+                shortened[row] = _cut(search.example, search.lengths[search.fits])
                 count += 1
     return shortened, count
 
@@ -104,19 +107,23 @@ def _has_context(example: Example) -> bool:
 
 def _begin(example: Example, budget: int) -> _Search:
     start, stop = example.context
-    # The last cut is the whole context, blanks at its end included.
-    ends = [0, *(word.end() for word in _WORD.finditer(example.prompt[start:stop]))]
-    ends[-1] = stop - start
-    beside = len(example.prompt) - ends[-1]
-    likely = bisect.bisect_right(ends, _MOST_CHARACTERS_PER_TOKEN * budget - beside) - 1
-    return _Search(example, ends, budget, fits=-1, exceeds=len(ends), tried=max(likely, 0))
+    words = list(_WORD.finditer(example.prompt[start:stop]))
+    if example.cut == "end":
+        lengths = [0, *(word.end() for word in words)]
+    else:
+        lengths = [0, *(stop - start - word.start() for word in reversed(words))]
+    # The last cut is the whole context, blanks around it included.
+    lengths[-1] = stop - start
+    beside = len(example.prompt) - lengths[-1]
+    likely = bisect.bisect_right(lengths, _MOST_CHARACTERS_PER_TOKEN * budget - beside) - 1
+    return _Search(example, lengths, budget, fits=-1, exceeds=len(lengths), tried=max(likely, 0))
 
 
 def _finish(searches: Sequence[_Search], tokenizer: Tokenizer) -> list[_Search]:
     found = list(searches)
     unsure = list(range(len(found)))
     while unsure:
-        prompts = [_cut(found[row].example, found[row].ends[found[row].tried]).prompt for row in unsure]
+        prompts = [_cut(found[row].example, found[row].lengths[found[row].tried]).prompt for row in unsure]
         for row, tokens in zip(unsure, encode_prompts(prompts, tokenizer), strict=True):
             found[row] = _narrow(found[row], len(tokens))
         unsure = [row for row in unsure if found[row].exceeds - found[row].fits > 1]
@@ -137,13 +144,14 @@ def _narrow(search: _Search, tokens: int) -> _Search:
 
 def _guess(search: _Search, tokens: int) -> int:
     """The number of words that the characters per token of the last try make likely."""
-    kept = search.ends[search.tried]
+    kept = search.lengths[search.tried]
     per_token = len(_cut(search.example, kept).prompt) / max(tokens, 1)
-    return bisect.bisect_right(search.ends, kept + (search.budget - tokens) * per_token) - 1
+    return bisect.bisect_right(search.lengths, kept + (search.budget - tokens) * per_token) - 1
 
 
 def _cut(example: Example, length: int) -> Example:
-    """The example with the first `length` characters of its context."""
+    """The example with so many characters of its context."""
     start, stop = example.context
-    prompt = example.prompt[: start + length] + example.prompt[stop:]
+    kept = (start, start + length) if example.cut == "end" else (stop - length, stop)
+    prompt = example.prompt[:start] + example.prompt[slice(*kept)] + example.prompt[stop:]
     return dataclasses.replace(example, prompt=prompt, context=(start, start + length))

@@ -1,5 +1,6 @@
 """A row that is too long loses words at the end of its context, as few as possible, and nothing else."""
 
+import dataclasses
 import json
 import random
 import re
@@ -71,6 +72,34 @@ def test_what_is_kept_fits_and_one_word_more_would_not(style: str, bos: bool) ->
             assert word
             more = old.prompt[: kept + word.end()] + old.prompt[stop:]
             assert len(encode_prompts([more], tokenizer)[0]) > budget
+
+
+def test_a_context_may_lose_its_beginning_instead_of_its_end() -> None:
+    tokenizer = byte_tokenizer()
+    before = [dataclasses.replace(row, cut="beginning") for row in rows(seed=4, count=60, longest=60)]
+    after, count = shorten(before, tokenizer, 67, 7)
+    assert 10 < count < 55
+    for old, new in zip(before, after, strict=True):
+        assert len(encode_prompts([new.prompt], tokenizer)[0]) <= 60
+        (start, stop), kept = old.context, new.context[1] - new.context[0]
+        assert new.prompt == old.prompt[:start] + old.prompt[stop - kept :]
+        assert new.prompt[slice(*new.context)] == old.prompt[stop - kept : stop]
+        if new != old:
+            word = re.search(r"(^\s*)?\S+\s*$", old.prompt[start : stop - kept])
+            assert word
+            more = old.prompt[:start] + old.prompt[start + word.start() :]
+            assert len(encode_prompts([more], tokenizer)[0]) > 60
+
+
+def test_casehold_keeps_the_mark_of_the_left_out_holding(tmp_path: Path) -> None:
+    long = " ".join(WORDS * 30) + " the court (<HOLDING>) , and so on"
+    row = {"citing_prompt": long, "label": "1"} | {f"holding_{number}": f"that {number}" for number in range(5)}
+    (tmp_path / "casehold").mkdir()
+    (tmp_path / "casehold" / "test.jsonl").write_text(json.dumps(row))
+    config = DataConfig(root=str(tmp_path), max_length=600, format="alpaca")
+    ((row,),) = (task.test for task in load_tasks(["casehold"], config, byte_tokenizer()))
+    kept = row.prompt[slice(*row.context)]
+    assert kept != long and long.endswith(kept) and "<HOLDING>" in kept
 
 
 def test_the_question_and_the_answer_stay_whole_in_training() -> None:
