@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from efx_jax.config import DataConfig
+from efx_jax.config import Config, DataConfig
 from efx_jax.config_io import load_config
 from efx_jax.data.tasks import Task, held_out_sources, load_tasks, load_text
 from efx_jax.data.tokenizer import Tokenizer, check_vocabulary
@@ -25,6 +25,8 @@ from efx_jax.weights.hf import load_pretrained, load_tokenizer, open_checkpoint
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _DATA_FLAGS = ("template", "context", "format", "root", "max_length")
+_EVAL_FLAGS = ("window", "text_tokens")
+_MOST_LENGTH = 2048  # unless asked for: a bill and its summary fit into no 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class _Work:
 
     spec: ModelSpec
     tokenizer: Tokenizer
-    data: DataConfig
+    config: Config
     windows: list[Tokenized]
     tasks: tuple[Task, ...]
     dense: tuple[Results, Records] | None
@@ -62,14 +64,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--runs", type=_positive, default=4, help="runs of the protocol sampled")
     add("--rows", type=_count, default=0, help="test rows of every task, a fixed sample; 0: all")
     add("--text", default="", metavar="TEXT", help="perplexity text: a file of rows with text, or a name")
-    add("--text-tokens", type=_count, default=20000, help="tokens of text scored; 0: all")
-    add("--window", type=_count, default=512, help="tokens per perplexity window")
+    add("--text-tokens", type=_count, help="tokens of text scored; 0: all; default: 20000")
+    add("--window", type=_count, help="tokens per perplexity window; default: 512")
     add("--batch-size", type=_positive, default=16, help="rows per forward pass")
     add("--template", help='such as "Question: {question}\\nAnswer: => {answer}"')
     add("--context", help="column of the template that is shortened where a row is too long")
     add("--format", choices=("plain", "alpaca", "chat"), help="frame of the prompts; default: plain")
     add("--root", help="folder of the data files (or EFX_DATA)")
-    add("--max-length", type=_positive, help="tokens per row; a longer one is shortened in its context; default: 512")
+    add(
+        "--max-length",
+        type=_positive,
+        help="tokens per row; a longer one is shortened in its context; default: 2048, or the model's context if less",
+    )
     add("--normalize", choices=("sum", "mean"), default="sum", help="likelihood: over the tokens of an answer")
     add("--seed", type=_count, default=0, help="of the protocol sampled")
     add("--dtype", choices=_DTYPES, default="float32", help="of the weights")
@@ -77,8 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--relative-to", default="", metavar="DIR", help="the dense model's --output: also prints Rel.%% to it")
     add("--output", default="", metavar="DIR", help="writes summary.json, results.md and predictions.jsonl there")
     parser.epilog = (
-        "A run folder's own template, context, format, root and max_length hold unless given, and without --tasks and "
-        "--text its tasks and its text. Without any: icd10."
+        "A run folder's own template, context, format, root, max_length, window and text_tokens hold unless given, and "
+        "without --tasks and --text its tasks and its text. Without any: icd10."
     )
     return parser
 
@@ -102,19 +108,20 @@ def _prepare(arguments: argparse.Namespace) -> _Work:
     if arguments.output:
         _check_output(Path(arguments.output), arguments.relative_to)
     dense = read_evaluation(Path(arguments.relative_to)) if arguments.relative_to else None
-    data, names, text = _sources(arguments)
     spec = spec_from_config(open_checkpoint(arguments.path).config)
+    config = _settings(arguments, spec)
+    names, text = _sources(arguments, config.data)
     tokenizer = load_tokenizer(arguments.path)
     check_vocabulary(tokenizer, spec.vocab_size)
-    tasks = load_tasks(names, data, tokenizer, arguments.rows)
+    tasks = load_tasks(names, config.data, tokenizer, arguments.rows)
     for task in tasks:
         check_protocol(spec, tokenizer, task, arguments.protocol)
     if dense is not None:
         described = {task.name: describe_task(task, arguments.protocol, arguments.runs) for task in tasks}
         check_pairs(described, dense[0], Path(arguments.relative_to))
         check_ratios(*dense, Path(arguments.relative_to))
-    windows = _windows(text, data, spec, tokenizer, arguments) if text else []
-    return _Work(spec, tokenizer, data, windows, tasks, dense)
+    windows = _windows(text, config, spec, tokenizer) if text else []
+    return _Work(spec, tokenizer, config, windows, tasks, dense)
 
 
 def _check_output(folder: Path, dense: str) -> None:
@@ -125,30 +132,47 @@ def _check_output(folder: Path, dense: str) -> None:
     refuse_unwritable(folder)
 
 
-def _sources(arguments: argparse.Namespace) -> tuple[DataConfig, list[str], str]:
-    """Settings of the data (flags over those of a run), tasks, and perplexity text: the run's or icd10 unless given."""
-    folder = Path(arguments.path)
-    is_run = (folder / "config.yaml").is_file() and (folder / "export").is_dir()
-    base = load_config(folder / "config.yaml").data if is_run else DataConfig()
-    given = {name: getattr(arguments, name) for name in _DATA_FLAGS if getattr(arguments, name) is not None}
-    data = dataclasses.replace(base, **given)
+def _settings(arguments: argparse.Namespace, spec: ModelSpec) -> Config:
+    """The sections data and eval: flags over those of a run, which has its own, or over the defaults."""
+    if (arguments.max_length or 0) > spec.max_position_embeddings:
+        raise InputError(
+            f"--max-length: expected at most the model's context of {spec.max_position_embeddings} tokens, "
+            f"found {arguments.max_length}; lower --max-length"
+        )
+    run = Path(arguments.path) / "config.yaml"
+    if run.is_file() and (run.parent / "export").is_dir():
+        base = load_config(run)
+    else:
+        length = min(spec.max_position_embeddings, _MOST_LENGTH)
+        base = Config(data=DataConfig(max_length=length))
+    data = dataclasses.replace(base.data, **_given(arguments, _DATA_FLAGS))
+    measured = dataclasses.replace(base.eval, **_given(arguments, _EVAL_FLAGS))
+    return dataclasses.replace(base, data=data, eval=measured)
+
+
+def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    values = vars(arguments)
+    return {name: values[name] for name in names if values[name] is not None}
+
+
+def _sources(arguments: argparse.Namespace, data: DataConfig) -> tuple[Sequence[str], str]:
+    """Tasks and perplexity text: those given, else the run's, else icd10."""
     if arguments.tasks or arguments.text:
-        return data, arguments.tasks, arguments.text
+        return arguments.tasks, arguments.text
     names, text = held_out_sources(data)
     if not names and not text:
-        raise InputError(f"{folder}: a run that names neither data.test nor data.text; give --tasks or --text")
-    return data, list(names), text
+        raise InputError(f"{arguments.path}: a run that names neither data.test nor data.text; give --tasks or --text")
+    return names, text
 
 
-def _windows(
-    text: str, data: DataConfig, spec: ModelSpec, tokenizer: Tokenizer, arguments: argparse.Namespace
-) -> list[Tokenized]:
-    if arguments.window > spec.max_position_embeddings:
+def _windows(text: str, config: Config, spec: ModelSpec, tokenizer: Tokenizer) -> list[Tokenized]:
+    window = config.eval.window
+    if window > spec.max_position_embeddings:
         raise InputError(
             f"--window: expected at most the model's context of {spec.max_position_embeddings} tokens, "
-            f"found {arguments.window}; lower --window"
+            f"found {window}; lower --window"
         )
-    return text_windows(load_text(text, data), tokenizer, arguments.window, arguments.text_tokens)
+    return text_windows(load_text(text, config.data), tokenizer, window, config.eval.text_tokens)
 
 
 def _evaluate(arguments: argparse.Namespace, work: _Work) -> None:
@@ -168,9 +192,9 @@ def _evaluate(arguments: argparse.Namespace, work: _Work) -> None:
         compared = {"to": arguments.relative_to} | relative(results, records, *work.dense)
     print(results_tables(text, results, compared))
     if arguments.output:
-        asked = vars(arguments) | {
-            name: value for name, value in dataclasses.asdict(work.data).items() if name in _DATA_FLAGS
-        }
+        data, measured = dataclasses.asdict(work.config.data), dataclasses.asdict(work.config.eval)
+        asked = vars(arguments) | {name: data[name] for name in _DATA_FLAGS}
+        asked |= {name: measured[name] for name in _EVAL_FLAGS}
         write_evaluation(Path(arguments.output), asked, text, results, compared, seconds, records)
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from efx_jax.config import Config, DataConfig
+from efx_jax.config import Config, DataConfig, EvalConfig
 from efx_jax.config_io import to_yaml
 from efx_jax.evaluation import protocols
 from efx_jax.evaluation.__main__ import main
@@ -152,6 +152,24 @@ def test_a_run_gives_its_tasks_and_data_settings_and_flags_override_them(run, tm
     assert (summary["arguments"]["template"], summary["arguments"]["format"]) == ("{q} . => {a}", "plain")
 
 
+def test_a_run_gives_its_windows_and_flags_override_them(run, text, tmp_path) -> None:
+    settings = EvalConfig(window=8, text_tokens=20)
+    data = DataConfig("own.jsonl", text=text, max_length=48)
+    (run / "config.yaml").write_text(to_yaml(Config(data=data, eval=settings)))
+    assert main([str(run), "--output", str(tmp_path / "out")]) == 0
+    summary, _ = read(tmp_path / "out")
+    assert (summary["perplexity"]["tokens"], summary["perplexity"]["windows"]) == (17, 3)
+    asked = summary["arguments"]
+    assert (asked["window"], asked["text_tokens"], asked["max_length"]) == (8, 20, 48)
+    assert main([str(run), "--window", "16", "--text-tokens", "32", "--output", str(tmp_path / "other")]) == 0
+    assert read(tmp_path / "other")[0]["perplexity"]["windows"] == 2
+
+
+def test_without_a_run_rows_may_be_as_long_as_the_model_reads(folder, rows, tmp_path) -> None:
+    assert main([folder, "--tasks", rows, *TEMPLATE, "--output", str(tmp_path / "out")]) == 0
+    assert read(tmp_path / "out")[0]["arguments"]["max_length"] == 64
+
+
 def test_a_run_on_a_mix_gives_its_tasks_whatever_its_text(run, rows, text, tmp_path) -> None:
     part = f"{{train: {rows}, test: {rows}, template: '{TEMPLATE[1]}'}}"
     (tmp_path / "mix.yaml").write_text(f"tasks:\n  own: {part}\n")
@@ -199,6 +217,7 @@ def test_a_run_without_tasks_of_its_own_asks_for_some(run, capsys: pytest.Captur
         (["--tasks", "ROWS"], "no column 'text'"),
         (["--text", "TEXT", "--window", "1"], "eval.window"),
         (["--text", "TEXT", "--window", "65"], "--window: expected at most"),
+        (["--tasks", "ROWS", "--max-length", "65"], "--max-length: expected at most the model's context of 64 tokens"),
         (["--tasks", "ROWS", *TEMPLATE, "--relative-to", "nothing"], "nothing/summary.json: no such file"),
         (["--tasks", "ROWS", *TEMPLATE, "--output", "TEXT"], "text.jsonl: is not a folder"),
         (["--tasks", "ROWS", "ROWS", *TEMPLATE], "triage twice"),
