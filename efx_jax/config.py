@@ -37,7 +37,8 @@ class DataConfig:
     test: tuple[str, ...] = ()
     """Tasks to score: names, or files of rows with `prompt` and `response`; none: those that `train` names."""
     template: str = ""
-    """Prompt template with {column} fields and the response after "=>"; "" takes prompt/response or text."""
+    """Prompt template with {column} fields and the response after "=>"; \\n is a line break and \\t a tab; "" takes
+    prompt/response or text."""
     context: str = ""
     """Column of the template that is shortened where a row is too long; "" shortens nothing."""
     format: Literal["plain", "alpaca", "chat"] = "plain"

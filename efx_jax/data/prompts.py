@@ -53,7 +53,8 @@ def examples_from_rows(
 
     With a template such as "Question: {question}\\nAnswer: => {answer}" the part after "=>" is the response; one space
     just before the arrow is dropped, so that the response carries the separator (here " {answer}"), which is where
-    tokenizers split. Without a template, rows have columns `prompt` and `response`, or `text` (prompt "").
+    tokenizers split. A backslash and n or t, as shells pass them, are a line break or a tab. Without a template, rows
+    have columns `prompt` and `response`, or `text` (prompt "").
 
     Args:
         rows: dictionaries of one data set.
@@ -175,6 +176,7 @@ def plain_text(examples: Sequence[Example]) -> list[str]:
 
 
 def _parse_template(template: str) -> tuple[str, str]:
+    template = template.replace("\\n", "\n").replace("\\t", "\t")
     prompt, arrow, response = template.partition(_ARROW)
     if not arrow or not response.strip():
         raise InputError(

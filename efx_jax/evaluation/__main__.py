@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--text-tokens", type=_count, help="tokens of text scored; 0: all; default: 20000")
     add("--window", type=_count, help="tokens per perplexity window; default: 512")
     add("--batch-size", type=_positive, default=16, help="rows per forward pass")
-    add("--template", help='such as "Question: {question}\\nAnswer: => {answer}"')
+    add("--template", help='such as "Question: {question}\\nAnswer: => {answer}"; \\n: a line break')
     add("--context", help="column of the template that is shortened where a row is too long")
     add("--format", choices=("plain", "alpaca", "chat"), help="frame of the prompts; default: plain")
     add("--root", help="folder of the data files (or EFX_DATA)")

@@ -77,3 +77,8 @@ def test_chat_uses_the_tokenizers_template() -> None:
 
 def test_plain_text_joins_prompt_and_response() -> None:
     assert plain_text([Example("a:", " b"), Example("", "c")]) == ["a: b", "c"]
+
+
+def test_a_written_out_line_break_or_tab_of_a_template_is_one() -> None:
+    (row,) = examples_from_rows([{"q": r"C:\new", "a": "b"}], "rows", r"Path:\t{q}\nWhat? =>\n{a}")
+    assert (row.prompt, row.response) == ("Path:\tC:\\new\nWhat?", "\nb")
