@@ -129,6 +129,11 @@ def test_a_row_without_a_response_is_named(rows: Path, refusal: Say) -> None:
     assert f"{rows} row 6: the response is empty" in refusal()
 
 
+def test_a_root_that_is_no_folder_is_named_in_a_dry_run_too(refusal: Say) -> None:
+    for more in ([], ["--dry-run"]):
+        assert "data.root: no folder /no/such/place" in refusal("--data.root", "/no/such/place", *more)
+
+
 def test_an_empty_data_set_is_refused(rows: Path, refusal: Say) -> None:
     rows.write_text("")
     assert f"{rows}: no rows found" in refusal()

@@ -32,8 +32,16 @@ _ICD10_TEXTS = 350
 
 
 def data_root(config: DataConfig) -> str:
-    """The folder of the data files: `data.root`, else the environment variable EFX_DATA, else ""."""
-    return config.root or os.environ.get("EFX_DATA", "")
+    """The folder of the data files: `data.root`, else the environment variable EFX_DATA, else "".
+
+    Raises:
+        InputError: what they name is no folder, so that nothing is asked from the Hub because of a mistyped path.
+    """
+    root = config.root or os.environ.get("EFX_DATA", "")
+    if root and not pathlib.Path(root).expanduser().is_dir():
+        setting = "data.root" if config.root else "EFX_DATA"
+        raise InputError(f"{setting}: no folder {root}; expected the folder of the data files; correct the path")
+    return root
 
 
 def own_examples(source: str, config: DataConfig) -> list[Example]:

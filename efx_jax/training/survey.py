@@ -8,6 +8,7 @@ from typing import Any
 from efx_jax.config import Config
 from efx_jax.config_rules import n_of_m
 from efx_jax.data.batches import bucket_length
+from efx_jax.data.sources import data_root
 from efx_jax.data.tasks import load_data
 from efx_jax.data.tokens import text_windows, tokenize
 from efx_jax.errors import InputError, MissingInputError
@@ -71,6 +72,7 @@ def count_data(config: Config, found: FoundSpec) -> DataCounts | str:
     Raises:
         InputError: malformed data, or as `check_validation`.
     """
+    data_root(config.data)
     if not found.on_disk:
         return f"not counted: the tokenizer of {config.model.path} is not on this disk"
     try:

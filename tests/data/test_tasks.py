@@ -92,3 +92,12 @@ def test_fewer_test_rows_are_a_fixed_sample_whatever_the_seed(train: str, tmp_pa
     (task,) = load_tasks(config.test, config, rows=20)
     assert len(task.test) == 20 and {row.response for row in task.test} == {" no", " yes"}
     assert [load_data(config, seed, rows=20).tasks for seed in (0, 1)] == [(task,), (task,)]
+
+
+@pytest.mark.parametrize("source", ["pubmedqa", "rows.jsonl", "owner/name"])
+def test_a_root_that_is_no_folder_is_refused_by_its_name(source: str, tmp_path: pathlib.Path, monkeypatch) -> None:
+    with pytest.raises(InputError, match=r"^data.root: no folder /no/such/place;"):
+        load_data(DataConfig(train=source, root="/no/such/place"), seed=0)
+    monkeypatch.setenv("EFX_DATA", str(tmp_path / "typo"))
+    with pytest.raises(InputError, match=r"^EFX_DATA: no folder .*typo;"):
+        load_tasks([source], DataConfig())

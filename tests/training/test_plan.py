@@ -66,6 +66,13 @@ def test_a_plan_refuses_malformed_data(config: Config, tmp_path: Path, uncompile
         plan_text(cut)
 
 
+def test_a_plan_refuses_a_root_that_is_no_folder_even_without_the_tokenizer(config: Config, uncompiled: None) -> None:
+    data = dataclasses.replace(config.data, train="health", root="/no/such/place")
+    for path in (config.model.path, "meta-llama/Llama-3.2-1B"):
+        with pytest.raises(InputError, match="^data.root: no folder /no/such/place"):
+            plan_text(dataclasses.replace(config, data=data, model=ModelConfig(path=path)))
+
+
 def test_every_line_fits_a_terminal(config: Config) -> None:
     assert max(len(line) for line in plan_text(config).splitlines()) <= 80
 
