@@ -39,7 +39,8 @@ class Task:
     """Held-out questions in the configured format.
 
     Each response is one of `labels`, the answers to choose from; without labels it is free text. `new_tokens` is the
-    most that a generated answer may have. `note` says what a reader of its scores has to know.
+    most that a generated answer may have. `note` says what a reader of its scores has to know. `shortened` rows were
+    too long; `context_kept` is the share of the characters of all contexts that is left.
     """
 
     name: str
@@ -47,6 +48,8 @@ class Task:
     labels: tuple[str, ...]
     new_tokens: int = _SHORT_ANSWER
     note: str = ""
+    shortened: int = 0
+    context_kept: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +99,15 @@ def load_data(config: DataConfig, seed: int, tokenizer: Tokenizer | None = None,
     shortened = 0
     if tokenizer is not None:
         train, shortened = shorten_training(train, tokenizer, config.max_length)
-    tested = {task.name: {"rows": len(task.test)} | _label_counts(task) for task in bare}
+    tasks = tuple(_finish(task, config, tokenizer, rows) for task in bare)
+    tested = {
+        task.name: {"rows": len(task.test), "scored": len(scored.test), "shortened": scored.shortened}
+        | _label_counts(task)
+        for task, scored in zip(bare, tasks, strict=True)
+    }
     return Data(
         train=train,
-        tasks=tuple(_finish(task, config, tokenizer, rows) for task in bare),
+        tasks=tasks,
         text=text,
         report={"train": {"rows": len(train), "shortened": shortened, **counts}, "test": tested},
     )
@@ -221,10 +229,17 @@ def _finish(task: Task, config: DataConfig, tokenizer: Tokenizer | None, rows: i
     labelled = [Example("?", label) for label in task.labels]
     framed = apply_format([*chosen, *labelled], config.format, tokenizer)
     test, labels = framed[: len(chosen)], tuple(example.response for example in framed[len(chosen) :])
-    if tokenizer is not None:
-        answers = [len(ids) + 1 for ids in encode_continuations(labels, tokenizer)]
-        test, _ = shorten(test, tokenizer, config.max_length, max([task.new_tokens, *answers]))
-    return dataclasses.replace(task, test=test, labels=labels)
+    if tokenizer is None:
+        return dataclasses.replace(task, test=test, labels=labels)
+    answers = [len(ids) + 1 for ids in encode_continuations(labels, tokenizer)]
+    whole = _context_length(test)
+    test, shortened = shorten(test, tokenizer, config.max_length, max([task.new_tokens, *answers]))
+    kept = _context_length(test) / whole if whole else 1.0
+    return dataclasses.replace(task, test=test, labels=labels, shortened=shortened, context_kept=kept)
+
+
+def _context_length(examples: Sequence[Example]) -> int:
+    return sum(example.context[1] - example.context[0] for example in examples)
 
 
 def _read_training(

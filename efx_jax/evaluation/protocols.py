@@ -107,13 +107,16 @@ def evaluate_task(
 
 def describe_task(task: Task, protocol: ProtocolName, runs: int) -> dict[str, Any]:
     """What is known of a result before the model has answered: protocol (the one that acts), number of runs, number of
-    rows, a hash of their prompts and responses, and the task's note."""
+    rows, how many of them were shortened and the share of their contexts that is left, a hash of their prompts and
+    responses, and the task's note."""
     acting = "greedy" if protocol == "likelihood" and not task.labels else protocol
     rows = json.dumps([[example.prompt, example.response] for example in task.test])
     return {
         "protocol": acting,
         "runs": runs if protocol == "sampled" else 1,
         "rows": len(task.test),
+        "shortened": task.shortened,
+        "context_kept": task.context_kept,
         "rows_sha256": hashlib.sha256(rows.encode()).hexdigest(),
         "note": task.note,
     }

@@ -14,7 +14,8 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def results_tables(text: Perplexity | None, results: Results, relative: Mapping[str, Any] | None) -> str:
-    """The results as Markdown: perplexity, tasks with answers to choose from, tasks of free text, Rel.% and notes.
+    """The results as Markdown: perplexity, tasks with answers to choose from, tasks of free text, Rel.%, rows
+    that were shortened, and notes.
 
     Args:
         text: perplexity, if measured.
@@ -30,6 +31,12 @@ def results_tables(text: Perplexity | None, results: Results, relative: Mapping[
     if relative is not None:
         ends = interval_cell(relative["interval"], 2)
         parts.append(f"Rel. {relative['value']:.2f} %{ends} of {relative['to']}")
+    parts += [
+        f"{name}: {result['shortened']} of {result['rows']} rows shortened to fit; "
+        f"{100 * result['context_kept']:.1f} % of the task's context is left"
+        for name, result in results.items()
+        if result["shortened"]
+    ]
     parts += [f"{name}: {result['note']}" for name, result in results.items() if result["note"]]
     return "\n\n".join(parts)
 

@@ -101,17 +101,21 @@ def _line(cells: Sequence[str]) -> str:
 def rows_table(report: Mapping[str, Any]) -> str:
     """A Markdown table of the rows that every task has to learn from and to be scored on, from `Data.report`.
 
-    `shared` training rows are test rows too, and left out; `repeated` ones come again because a label has too few.
+    `shared` training rows are test rows too, and left out; `repeated` ones come again because a label has too few. Of
+    the test rows so many are `scored`, of which those that were too long are `shortened`. A line below counts the
+    training rows that were shortened.
     """
-    columns = ("asked", "found", "shared", "drawn", "repeated")
-    lines = [_line(["task", *columns, "learned by label", "test rows"]), "|" + "---|" * (len(columns) + 3)]
-    learned, scored = report["train"].get("tasks", {}), report["test"]
-    for name in learned | scored:
-        counts = learned.get(name, {})
+    columns, counted = ("asked", "found", "shared", "drawn", "repeated"), ("rows", "scored", "shortened")
+    header = ["task", *columns, "learned by label", "test rows", *counted[1:]]
+    lines = [_line(header), "|" + "---|" * len(header)]
+    learned, tested = report["train"].get("tasks", {}), report["test"]
+    for name in learned | tested:
+        counts, test = learned.get(name, {}), tested.get(name, {})
         labels = ", ".join(f"{label} {found['drawn']}" for label, found in counts.get("labels", {}).items())
         cells = [str(counts.get(column, "")) for column in columns]
-        lines.append(_line([name, *cells, labels, str(scored.get(name, {}).get("rows", ""))]))
-    return "\n".join(lines)
+        lines.append(_line([name, *cells, labels, *(str(test.get(column, "")) for column in counted)]))
+    train = report["train"]
+    return "\n".join([*lines, f"\n{train['shortened']:,} of {train['rows']:,} training rows are shortened to fit."])
 
 
 def sparsity_table(sparsity: Mapping[str, list[float]]) -> str:

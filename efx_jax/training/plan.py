@@ -77,7 +77,7 @@ def _data_lines(data: DataCounts | str) -> list[str]:
         _paragraph(
             "data",
             f"{data.sequences:,} sequences, {data.tokens:,} tokens, the longest {data.longest:,}; "
-            f"{data.test_rows:,} test rows, {data.windows:,} perplexity windows",
+            f"{data.test_rows:,} test rows scored, {data.windows:,} perplexity windows",
         )
         + table
     )

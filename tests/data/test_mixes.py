@@ -69,7 +69,9 @@ def test_a_mix_of_the_users_own_is_learned_and_scored(tmp_path: Path) -> None:
     (task,) = data.tasks
     assert (task.name, task.labels, len(task.test)) == ("verdicts", (" fair", " free"), 3)
     assert load_tasks([str(tmp_path / "mine.yaml")], DataConfig()) == data.tasks
-    assert data.report["test"] == {"verdicts": {"rows": 3, "labels": {"fair": 2, "free": 1}}}
+    assert data.report["test"] == {
+        "verdicts": {"rows": 3, "scored": 3, "shortened": 0, "labels": {"fair": 2, "free": 1}}
+    }
 
 
 def test_a_row_that_is_also_a_test_row_is_not_learned(tmp_path: Path) -> None:

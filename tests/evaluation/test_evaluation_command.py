@@ -98,6 +98,16 @@ def test_questions_on_one_text_are_one_group_in_the_files_and_the_legend(folder,
     assert "over rows; of twice over groups of rows that share a text]" in capsys.readouterr().out
 
 
+def test_shortened_rows_are_counted_in_the_files_and_below_the_table(folder, tmp_path, capsys) -> None:
+    long = [{"q": " ".join(["old", *["fever"] * words]), "a": a} for words, a in ((29, "yes"), (3, "no"))]
+    flags = ["--tasks", write(tmp_path / "long.jsonl", long), *TEMPLATE, "--context", "q", "--max-length", "20"]
+    assert main([folder, *flags, "--output", str(tmp_path / "out")]) == 0
+    found = read(tmp_path / "out")[0]["tasks"]["long"]
+    kept = sum(len(record["prompt"]) - len(" ?") for record in read(tmp_path / "out")[1])
+    assert (found["shortened"], found["context_kept"]) == (1, kept / sum(len(row["q"]) for row in long))
+    assert f"long: 1 of 2 rows shortened to fit; {100 * found['context_kept']:.1f} %" in capsys.readouterr().out
+
+
 def test_rows_limits_the_rows_of_every_task(folder, rows, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     other = shutil.copy(rows, tmp_path / "again.jsonl")
     assert main([folder, "--tasks", rows, str(other), *TEMPLATE, "--rows", "2"]) == 0

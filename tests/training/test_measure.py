@@ -37,8 +37,11 @@ def test_the_sparsity_table_has_mean_and_range_over_layers() -> None:
 def test_the_rows_of_a_mix_are_counted_by_task_and_label() -> None:
     pubmedqa = {"asked": 4, "found": 9, "shared": 1, "drawn": 4, "repeated": 2, "labels": {"yes": {"drawn": 1}}}
     pubmedqa["labels"]["no"] = {"drawn": 3}
-    report = {"train": {"tasks": {"pubmedqa": pubmedqa}}, "test": {"pubmedqa": {"rows": 5}, "other": {"rows": 6}}}
-    assert rows_table(report).splitlines()[2:] == [
-        "| pubmedqa | 4 | 9 | 1 | 4 | 2 | yes 1, no 3 | 5 |",
-        "| other |  |  |  |  |  |  | 6 |",
+    train = {"rows": 4, "shortened": 3, "tasks": {"pubmedqa": pubmedqa}}
+    test = {"pubmedqa": {"rows": 500, "scored": 5, "shortened": 2}, "other": {"rows": 6, "scored": 6, "shortened": 0}}
+    assert rows_table({"train": train, "test": test}).splitlines()[2:] == [
+        "| pubmedqa | 4 | 9 | 1 | 4 | 2 | yes 1, no 3 | 500 | 5 | 2 |",
+        "| other |  |  |  |  |  |  | 6 | 6 | 0 |",
+        "",
+        "3 of 4 training rows are shortened to fit.",
     ]

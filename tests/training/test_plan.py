@@ -45,7 +45,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_plan_with_data_counts_rows_tokens_and_steps(config: Config) -> None:
     text = " ".join(plan_text(config).split())
     # Prompt, response and EOS, which is no input: 19 rows of 3 and one of 4.
-    assert "20 sequences, 61 tokens, the longest 4; 0 test rows, 0 perplexity windows" in text
+    assert "20 sequences, 61 tokens, the longest 4; 0 test rows scored, 0 perplexity windows" in text
     assert "10 steps of 4 sequences" in text and "step 5 to 50%" in text
 
 
