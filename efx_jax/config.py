@@ -41,6 +41,8 @@ class DataConfig:
     prompt/response or text."""
     context: str = ""
     """Column of the template that is shortened where a row is too long; "" shortens nothing."""
+    new_tokens: int = 0
+    """Most tokens of a generated answer to your own test rows where the answers are free text; 0: they are labels."""
     format: Literal["plain", "alpaca", "chat"] = "plain"
     """How prompt and response are joined: as they are, in the Alpaca frame, or by the tokenizer's chat template."""
     root: str = ""

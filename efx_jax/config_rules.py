@@ -117,6 +117,7 @@ def _data_rules(data: DataConfig) -> Iterable[Rule]:
     return [
         ("data.train", data.train, data.train != "", "a file, a Hub name or a built-in task"),
         ("data.max_length", data.max_length, data.max_length >= 2, "at least 2"),
+        ("data.new_tokens", data.new_tokens, data.new_tokens >= 0, "at least 0"),
         ("data.holdout", data.holdout, 0 <= data.holdout < 1, "in [0, 1)"),
     ]
 

@@ -52,6 +52,7 @@ def test_settings_cannot_be_changed_in_place():
         ("lora.dropout", 1.0),
         ("lora.targets", ("q_proj", "q_proj")),
         ("data.max_length", 1),
+        ("data.new_tokens", -1),
         ("data.holdout", 1.0),
         ("train.learning_rate", 0.0),
         ("train.batch_size", 0),

@@ -69,8 +69,8 @@ def _check_word(source: str, root: str) -> None:
 
 
 def part_config(part: Part, config: DataConfig) -> DataConfig:
-    """The `data` section with the template of a part of a mix."""
-    return dataclasses.replace(config, template=part.template, context=part.context)
+    """The `data` section with the template and the length of answers of a part of a mix."""
+    return dataclasses.replace(config, template=part.template, context=part.context, new_tokens=part.new_tokens)
 
 
 def icd10_training(seed: int) -> list[Example]:

@@ -32,6 +32,9 @@ from efx_jax.errors import InputError
 # For each of the 21 chapters 40 test questions: what the smallest chapter has, with some questions to spare.
 _ICD10_TEST_ROWS = 840
 _SHORT_ANSWER = 10
+# Of more than a handful of responses, so many different ones are free text.
+_FEW_LABELS = 10
+_ALL_DIFFERENT = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +160,7 @@ def load_tasks(
 
     Args:
         names: the paper's tasks, mixes (all of their tasks), files, Hub names, or "icd10".
-        config: gives `root`, `template`, `context`, `format` and `max_length`.
+        config: gives `root`, `template`, `context`, `new_tokens`, `format` and `max_length`.
         tokenizer: needed for `format: chat`, and to shorten prompts so that the answer fits too.
         rows: most rows of a task, a fixed sample (`sample_rows`); 0 takes all.
 
@@ -166,8 +169,8 @@ def load_tasks(
         responses, sorted (of "icd10": all chapters).
 
     Raises:
-        InputError: what the readers refuse, rows without a prompt, more than 100 distinct responses, two tasks of one
-            name, or a prompt that is too long even with an empty context.
+        InputError: what the readers refuse, rows without a prompt, too many distinct responses without
+            `new_tokens`, two tasks of one name, or a prompt that is too long even with an empty context.
     """
     return tuple(_finish(task, config, tokenizer, rows) for task in _read_tasks(names, config))
 
@@ -188,25 +191,25 @@ def _read_task(source: str, config: DataConfig) -> list[Task]:
         return [Task("icd10", data.test, data.labels)]
     mix = find_mix(source)
     if mix is None:
-        return [_own_task(PurePath(source).name.split(".")[0], source, config, 0)]
+        return [_own_task(PurePath(source).name.split(".")[0], source, config)]
     return [_part_task(part, config) for part in mix.parts if part.test or not part.train]
 
 
 def _part_task(part: Part, config: DataConfig) -> Task:
     if part.test:
-        return _own_task(part.name, part.test, part_config(part, config), part.new_tokens)
+        return _own_task(part.name, part.test, part_config(part, config))
     task = OFFICIAL[part.name]
     labels = tuple(f" {label}" for label in task.labels)
     return Task(part.name, load_official(task, "test", data_root(config)), labels, task.new_tokens, task.note)
 
 
-def _own_task(name: str, source: str, config: DataConfig, new_tokens: int) -> Task:
+def _own_task(name: str, source: str, config: DataConfig) -> Task:
     test = own_examples(source, config)
     without = next((example for example in test if not example.prompt), None)
     if without is not None:
         raise InputError(f"{without.origin}: a test row needs a prompt and a response; set data.template, or data.text")
-    if new_tokens:
-        return Task(name, test, (), new_tokens)
+    if config.new_tokens:
+        return Task(name, test, (), config.new_tokens)
     labels = tuple(sorted({example.response for example in test}))
     spellings = {label.strip(): label for label in labels}
     twice = next((label for label in labels if spellings[label.strip()] != label), None)
@@ -215,10 +218,10 @@ def _own_task(name: str, source: str, config: DataConfig, new_tokens: int) -> Ta
             f"{source}: responses {twice!r} and {spellings[twice.strip()]!r} differ in blanks alone; expected one "
             "spelling of every answer; repair the rows"
         )
-    if len(labels) > MOST_LABELS:
+    if len(labels) > MOST_LABELS or (len(labels) > _FEW_LABELS and len(labels) > _ALL_DIFFERENT * len(test)):
         raise InputError(
-            f"{source}: {len(labels)} distinct responses; expected at most {MOST_LABELS} answers to choose from; "
-            "give free text its new_tokens in a mix, or measure it with data.text"
+            f"{source}: {len(labels)} distinct responses in {len(test)} rows; expected at most {MOST_LABELS} "
+            "answers to choose from, most of them more than once; for free text set data.new_tokens (a mix: new_tokens)"
         )
     return Task(name, test, labels)
 

@@ -24,7 +24,7 @@ from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.weights.hf import load_pretrained, load_tokenizer, open_checkpoint
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_DATA_FLAGS = ("template", "context", "format", "root", "max_length")
+_DATA_FLAGS = ("template", "context", "new_tokens", "format", "root", "max_length")
 _EVAL_FLAGS = ("window", "text_tokens")
 _MOST_LENGTH = 2048  # unless asked for: a bill and its summary fit into no 512
 
@@ -69,6 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=_positive, default=16, help="rows per forward pass")
     add("--template", help='such as "Question: {question}\\nAnswer: => {answer}"; \\n: a line break')
     add("--context", help="column of the template that is shortened where a row is too long")
+    add(
+        "--new-tokens",
+        type=_positive,
+        help="tokens of an answer, where those of your own rows are free text, no labels",
+    )
     add("--format", choices=("plain", "alpaca", "chat"), help="frame of the prompts; default: plain")
     add("--root", help="folder of the data files (or EFX_DATA)")
     add(
@@ -83,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--relative-to", default="", metavar="DIR", help="the dense model's --output: also prints Rel.%% to it")
     add("--output", default="", metavar="DIR", help="writes summary.json, results.md and predictions.jsonl there")
     parser.epilog = (
-        "A run folder's own template, context, format, root, max_length, window and text_tokens hold unless given, and "
-        "without --tasks and --text its tasks and its text. Without any: icd10."
+        "A run folder's own template, context, new_tokens, format, root, max_length, window and text_tokens hold "
+        "unless given, and without --tasks and --text its tasks and its text. Without any: icd10."
     )
     return parser
 

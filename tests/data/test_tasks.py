@@ -1,5 +1,6 @@
 """A task is built from files or built in, and held-out rows stay held out."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -101,3 +102,15 @@ def test_a_root_that_is_no_folder_is_refused_by_its_name(source: str, tmp_path: 
     monkeypatch.setenv("EFX_DATA", str(tmp_path / "typo"))
     with pytest.raises(InputError, match=r"^EFX_DATA: no folder .*typo;"):
         load_tasks([source], DataConfig())
+
+
+def test_a_small_file_of_free_text_is_not_taken_for_labels(train: str, tmp_path: pathlib.Path) -> None:
+    letters = write(tmp_path / "letters.jsonl", [{"q": f"note {i}", "a": f"Dear {i % 12},"} for i in range(14)])
+    config = DataConfig(template=TEMPLATE)
+    with pytest.raises(InputError, match=r"12 distinct responses in 14 rows; .* set data.new_tokens \(a mix"):
+        load_tasks([letters], config)
+    (task,) = load_tasks([letters], dataclasses.replace(config, new_tokens=64))
+    assert (task.labels, task.new_tokens, len(task.test)) == ((), 64, 14)
+    few = write(tmp_path / "few.jsonl", [{"q": f"note {i}", "a": f"{i}"} for i in range(10)])
+    many = write(tmp_path / "many.jsonl", [{"q": f"note {i}", "a": f"{i % 21}"} for i in range(42)])
+    assert [len(task.labels) for task in load_tasks([few, many], config)] == [10, 21]
