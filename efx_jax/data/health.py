@@ -30,6 +30,7 @@ _FINDINGS = {
     "significantly decreased": "contradiction",
     "no significant difference": "no difference",
 }
+_TRUTH = {"True": "yes", "False": ""}
 _OFFICIAL_TEST = pathlib.Path(__file__).with_name("pubmedqa_test_ids.txt")
 
 
@@ -142,7 +143,8 @@ def meqsum_table(rows: Sequence[Mapping[str, Any]], source: str) -> list[Record]
 def evidence_inference(paths: Sequence[pathlib.Path]) -> list[Record]:
     """Evidence Inference 2.0 as inference: annotations, prompts and the article ids of a split.
 
-    The premise is the first annotated passage of a prompt whose label was found valid; the hypothesis says that the
+    The premise is the first annotated passage of a prompt whose label was found valid, of those whose reasoning was too
+    if there is one; the hypothesis says that the
     intervention significantly increased the outcome. Prompts whose valid annotations disagree are left out.
 
     Raises:
@@ -153,8 +155,9 @@ def evidence_inference(paths: Sequence[pathlib.Path]) -> list[Record]:
     asked = {row.get("PromptID"): (where, row) for where, row in _numbered(load_rows(str(prompts)), str(prompts))}
     labels: dict[str, set[str]] = {}
     firsts: dict[str, tuple[str, str]] = {}
+    reasoned: dict[str, tuple[str, str]] = {}
     for where, row in _numbered(load_rows(str(annotations)), str(annotations)):
-        if take_label(row, "Valid Label", where, {"True": "", "False": "no"}):
+        if not take_label(row, "Valid Label", where, _TRUTH):
             continue
         prompt = take_text(row, "PromptID", where)
         if take_text(row, "PMCID", where) not in wanted:
@@ -162,15 +165,14 @@ def evidence_inference(paths: Sequence[pathlib.Path]) -> list[Record]:
         if prompt not in asked:
             raise InputError(f"{where}: no PromptID {prompt} in {prompts.name}; expected both files of one release")
         labels.setdefault(prompt, set()).add(take_label(row, "Label", where, _FINDINGS))
-        firsts.setdefault(prompt, (take_text(row, "Annotations", where), where))
-    agreed = (prompt for prompt in firsts if len(labels[prompt]) == 1)
+        passage = (take_text(row, "Annotations", where), where)
+        firsts.setdefault(prompt, passage)
+        if take_label(row, "Valid Reasoning", where, _TRUTH):
+            reasoned.setdefault(prompt, passage)
     return [
-        Record(
-            {"premise": firsts[prompt][0], "hypothesis": _hypothesis(*asked[prompt])},
-            next(iter(labels[prompt])),
-            firsts[prompt][1],
-        )
-        for prompt in agreed
+        Record({"premise": premise, "hypothesis": _hypothesis(*asked[prompt])}, next(iter(labels[prompt])), where)
+        for prompt, (premise, where) in (firsts | reasoned).items()
+        if len(labels[prompt]) == 1
     ]
 
 

@@ -231,15 +231,16 @@ def test_billsum_reads_both_layouts(tmp_path: Path) -> None:
 
 def test_evidence_inference_takes_prompts_whose_valid_labels_agree(tmp_path: Path) -> None:
     folder = tmp_path / "evidence_inference"
-    header = ["UserID", "PromptID", "PMCID", "Valid Label", "Label", "Annotations"]
+    header = ["UserID", "PromptID", "PMCID", "Valid Label", "Valid Reasoning", "Label", "Annotations"]
     rows = [
-        ["0", "1", "100", "False", "significantly decreased", "Wrong."],
-        ["0", "1", "100", "True", "significantly increase", "Rose."],
-        ["1", "1", "100", "True", "significantly increased", "Rose too."],
-        ["0", "2", "100", "True", "no significant difference", "Same."],
-        ["1", "2", "100", "True", "significantly decreased", "Fell."],
-        ["0", "3", "200", "True", "significantly decreased", "Fell."],
-        ["0", "4", "100", "True", "no significant difference", "Same."],
+        ["0", "1", "100", "False", "False", "significantly decreased", "Wrong."],
+        ["0", "1", "100", "True", "False", "significantly increase", "Rose, of something else."],
+        ["0", "1", "100", "True", "True", "significantly increase", "Rose."],
+        ["1", "1", "100", "True", "True", "significantly increased", "Rose too."],
+        ["0", "2", "100", "True", "True", "no significant difference", "Same."],
+        ["1", "2", "100", "True", "True", "significantly decreased", "Fell."],
+        ["0", "3", "200", "True", "True", "significantly decreased", "Fell."],
+        ["0", "4", "100", "True", "False", "no significant difference", "Same."],
     ]
     write_csv(folder / "v2_annotations.csv", [header, *rows])
     prompts = [[str(number), "100", "pain", "aspirin", "placebo"] for number in range(1, 5)]
@@ -252,9 +253,11 @@ def test_evidence_inference_takes_prompts_whose_valid_labels_agree(tmp_path: Pat
     assert examples[0].prompt == (
         "Premise: Rose.\nHypothesis: aspirin significantly increased pain compared with placebo."
     )
-    write_csv(folder / "v2_annotations.csv", [header, *rows, ["0", "4", "100", "True", "rose", "Rose."]])
-    refused("evidence_inference", "test", tmp_path, "v2_annotations.csv row 8", "'rose'")
-    write_csv(folder / "v2_annotations.csv", [header, ["0", "9", "100", "True", "significantly increased", "Rose."]])
+    write_csv(folder / "v2_annotations.csv", [header, *rows, ["0", "4", "100", "True", "True", "rose", "Rose."]])
+    refused("evidence_inference", "test", tmp_path, "v2_annotations.csv row 9", "'rose'")
+    write_csv(
+        folder / "v2_annotations.csv", [header, ["0", "9", "100", "True", "True", "significantly increased", "Rose."]]
+    )
     refused("evidence_inference", "test", tmp_path, "v2_annotations.csv row 1", "no PromptID 9")
     write_csv(folder / "v2_annotations.csv", [header, *rows])
     # A byte order mark is no part of the first number.
