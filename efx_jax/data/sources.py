@@ -102,10 +102,6 @@ def draw_mix(mix: Mix, config: DataConfig, tested: Sequence[Example]) -> tuple[l
     for place, part in enumerate(learned):
         examples = _read_part(part, config)
         kept, shared = leave_out_shared(examples, tested, part.name)
-        if not kept:
-            raise InputError(
-                f"{part.name}: every training row is a test row too; expected others; check train and test"
-            )
         drawn, counted = draw(kept, _quotas(part, kept), part.upsample, mix.seed + place, part.name)
         train += drawn
         counts[part.name] = counted | {"found": len(examples), "shared": shared}
@@ -130,8 +126,14 @@ def _quotas(part: Part, examples: Sequence[Example]) -> dict[str, int]:
 
 
 def leave_out_shared(train: Sequence[Example], tested: Sequence[Example], name: str) -> tuple[list[Example], int]:
-    """The training rows that no test row shares, and the number of the others, which are warned of in one line."""
+    """The training rows that no test row shares, and the number of the others, which are warned of in one line.
+
+    Raises:
+        InputError: every training row is a test row.
+    """
     kept, shared = without_shared(train, tested)
+    if train and not kept:
+        raise InputError(f"{name}: every training row is a test row too; expected others; check train and test")
     if shared:
         warnings.warn(
             f"{name}: {len(shared)} training rows are test rows too and are left out, the first is {shared[0].origin}",

@@ -86,6 +86,8 @@ def test_a_row_that_is_also_a_test_row_is_not_learned(tmp_path: Path) -> None:
         data = load_data(DataConfig(train=str(train), test=(str(test),), holdout=0), seed=0)
     assert [example.prompt for example in data.train] == ["Or not?"]
     assert data.report["train"] == {"rows": 1, "shortened": 0, "shared": 1}
+    with pytest.raises(InputError, match="a.jsonl: every training row is a test row too"):
+        load_data(DataConfig(train=str(train), test=(str(train),)), seed=0)
 
 
 @pytest.mark.filterwarnings("ignore:verdicts")
