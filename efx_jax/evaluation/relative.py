@@ -72,10 +72,15 @@ def check_pairs(found: Results, dense: Results, folder: Path) -> None:
     Raises:
         InputError: the first difference.
     """
-    for has, lacks, where in ((found, dense, f"{folder}"), (dense, found, f"the tasks to compare with {folder}")):
-        missing = [name for name in has if name not in lacks]
+    for has, lacks, where, without in (
+        (found, dense, f"{folder}", "this one"),
+        (dense, found, f"the tasks to compare with {folder}", "the dense model again"),
+    ):
+        missing = ", ".join(name for name in has if name not in lacks)
         if missing:
-            raise InputError(f"{where}: no {', '.join(missing)}; evaluate both models on the same --tasks")
+            raise InputError(
+                f"{where}: no {missing}; evaluate both models on the same --tasks, or {without} without {missing}"
+            )
     for name, result in found.items():
         other = dense[name]
         if other.get("protocol") != result["protocol"]:
@@ -118,7 +123,10 @@ def check_zeros(dense: Results, folder: Path) -> None:
     for name, result in dense.items():
         zero = next((metric for metric in TITLES if result.get(metric) == 0), None)
         if zero is not None:
-            raise InputError(f"{folder}: the dense model's {zero} on {name} is 0, so there is no ratio; leave it out")
+            raise InputError(
+                f"{folder}: the dense model's {zero} on {name} is 0, so there is no ratio; "
+                f"evaluate the dense model again without {name}, and this one too"
+            )
 
 
 def read_evaluation(folder: Path) -> tuple[Results, Records]:
