@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from efx_jax.evaluation.perplexity import Perplexity
-from efx_jax.evaluation.results import TITLES, interval_cell, metric_cell
+from efx_jax.evaluation.results import TITLES, interval_cell, metric_cell, table_line
 from efx_jax.files import atomic_write
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -97,7 +97,7 @@ def _answer_cells(result: Mapping[str, Any]) -> list[str]:
     if "classes" not in result:
         return []
     constant = f"{100 * result['constant_accuracy']:.2f} ({result['constant_answer']})"
-    return [constant.replace("|", "\\|"), f"{100 * result['unparseable']:.2f}"]
+    return [constant, f"{100 * result['unparseable']:.2f}"]
 
 
 def _legend(results: Results) -> str:
@@ -124,5 +124,5 @@ def _perplexity_fields(text: Perplexity) -> dict[str, Any]:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(line)} |" for line in (header, *rows)]
+    lines = [table_line(line) for line in (header, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])

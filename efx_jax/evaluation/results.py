@@ -96,6 +96,12 @@ def interval_cell(ends: Sequence[float] | None, digits: int) -> str:
     return f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
 
 
+def table_line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table: bars are escaped, and a line break, which would end the line, is a blank."""
+    escaped = (" ".join(cell.splitlines()).replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
+
+
 def _metric(name: str, runs: np.ndarray, interval: Interval | None) -> dict[str, Any]:
     found = {name: float(runs.mean()), f"{name}_interval": list(interval) if interval else None}
     if len(runs) > 1:

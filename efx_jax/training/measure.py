@@ -10,7 +10,7 @@ import numpy as np
 from efx_jax.config import Config
 from efx_jax.evaluation.perplexity import perplexity
 from efx_jax.evaluation.protocols import evaluate_task
-from efx_jax.evaluation.results import TITLES, interval_cell, metric_cell
+from efx_jax.evaluation.results import TITLES, interval_cell, metric_cell, table_line
 from efx_jax.lora import Adapters
 from efx_jax.parallel.partition import constrain
 from efx_jax.training.prepare import Prepared
@@ -83,19 +83,15 @@ def result_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     tasks = {name: task for found in results.values() for name, task in found.get("tasks", {}).items()}
     columns = [(name, metric) for name, task in tasks.items() for metric in TITLES if metric in task]
     titles = [TITLES[metric] if len(tasks) == 1 else f"{name} {TITLES[metric]}" for name, metric in columns]
-    lines = [_line(["model", "perplexity", *titles]), "|" + "---|" * (2 + len(titles))]
+    lines = [table_line(["model", "perplexity", *titles]), "|" + "---|" * (2 + len(titles))]
     for name, found in results.items():
         text = found.get("perplexity")
         cells = [_perplexity_cell(text) if text else "-"]
         for task, metric in columns:
             scores = found.get("tasks", {}).get(task)
             cells.append(metric_cell(scores, metric) if scores else "-")
-        lines.append(_line([name, *cells]))
+        lines.append(table_line([name, *cells]))
     return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def rows_table(report: Mapping[str, Any]) -> str:
@@ -107,13 +103,13 @@ def rows_table(report: Mapping[str, Any]) -> str:
     """
     columns, counted = ("asked", "found", "shared", "drawn", "repeated"), ("rows", "scored", "shortened")
     header = ["task", *columns, "learned by label", "test rows", *counted[1:]]
-    lines = [_line(header), "|" + "---|" * len(header)]
+    lines = [table_line(header), "|" + "---|" * len(header)]
     learned, tested = report["train"].get("tasks", {}), report["test"]
     for name in learned | tested:
         counts, test = learned.get(name, {}), tested.get(name, {})
         labels = ", ".join(f"{label} {found['drawn']}" for label, found in counts.get("labels", {}).items())
         cells = [str(counts.get(column, "")) for column in columns]
-        lines.append(_line([name, *cells, labels, *(str(test.get(column, "")) for column in counted)]))
+        lines.append(table_line([name, *cells, labels, *(str(test.get(column, "")) for column in counted)]))
     train = report["train"]
     return "\n".join([*lines, f"\n{train['shortened']:,} of {train['rows']:,} training rows are shortened to fit."])
 
