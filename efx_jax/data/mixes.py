@@ -1,8 +1,9 @@
 """Mixes of tasks: a few lines of YAML that say what is learned together, and how many rows of each."""
 
+import contextlib
 import dataclasses
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ class Part:
     upsample: bool = True
     """Whether rows are repeated where a label has fewer than are drawn."""
     train: str = ""
-    """File of training rows, or a Hub name."""
+    """File of training rows, first looked for beside the mix, or a Hub name."""
     test: str = ""
-    """File of test rows, or a Hub name."""
+    """File of test rows, likewise."""
     template: str = ""
     """Prompt template of the files, as `data.template`."""
     context: str = ""
@@ -68,13 +69,24 @@ def find_mix(name: str) -> Mix | None:
     return read_mix(_shipped() / f"{name}.yaml") if name in mix_names() else None
 
 
+@contextlib.contextmanager
+def naming(mix: Mix, part: Part) -> Iterator[None]:
+    """Puts the names of the mix and of its task before what is wrong with the task's rows."""
+    try:
+        yield
+    except InputError as error:
+        if mix.name == part.name:  # a task of the paper by itself
+            raise
+        raise type(error)(f"{mix.name}: tasks.{part.name}: {error}") from error
+
+
 def mix_names() -> list[str]:
     """The names of the shipped mixes."""
     return sorted(path.stem for path in _shipped().glob("*.yaml"))
 
 
 def read_mix(path: Path) -> Mix:
-    """Reads a mix.
+    """Reads a mix; files that lie beside it are named by their path from here.
 
     Args:
         path: YAML with `tasks` (name -> fields of `Part`), and `text` and `seed` where wanted.
@@ -90,12 +102,22 @@ def read_mix(path: Path) -> Mix:
     seed = _value(tree.get("seed", str(_SEED)), int, f"{path}: seed")
     if seed < 0:
         raise InputError(f"{path}: seed must be at least 0, found {seed}")
+    parts = [_part(name, fields, f"{path}: tasks.{name}") for name, fields in tasks.items()]
+    folder = path.expanduser().parent
     return Mix(
         path.stem,
-        tuple(_part(name, fields, f"{path}: tasks.{name}") for name, fields in tasks.items()),
-        _value(tree.get("text", ""), str, f"{path}: text"),
+        tuple(
+            dataclasses.replace(part, train=_beside(folder, part.train), test=_beside(folder, part.test))
+            for part in parts
+        ),
+        _beside(folder, _value(tree.get("text", ""), str, f"{path}: text")),
         seed,
     )
+
+
+def _beside(folder: Path, source: str) -> str:
+    """The file of that name in the folder of the mix, else the name as it is."""
+    return str(folder / source) if source and (folder / source).is_file() else source
 
 
 def _part(name: str, fields: Any, where: str) -> Part:

@@ -16,7 +16,7 @@ from efx_jax.config_values import nearest
 from efx_jax.data.catalogue import OFFICIAL
 from efx_jax.data.corpora import CORPORA, load_rows
 from efx_jax.data.icd10 import icd10_task
-from efx_jax.data.mixes import Mix, Part, mix_names
+from efx_jax.data.mixes import Mix, Part, mix_names, naming
 from efx_jax.data.official import load_official
 from efx_jax.data.overlap import fingerprint, without_shared
 from efx_jax.data.prompts import Example, examples_from_rows
@@ -100,9 +100,10 @@ def draw_mix(mix: Mix, config: DataConfig, tested: Sequence[Example]) -> tuple[l
     if not learned:
         raise InputError(f"{mix.name}: no task has training rows; expected train: below at least one")
     for place, part in enumerate(learned):
-        examples = _read_part(part, config)
-        kept, shared = leave_out_shared(examples, tested, part.name)
-        drawn, counted = draw(kept, _quotas(part, kept), part.upsample, mix.seed + place, part.name)
+        with naming(mix, part):
+            examples = _read_part(part, config)
+            kept, shared = leave_out_shared(examples, tested, part.name)
+            drawn, counted = draw(kept, _quotas(part, kept), part.upsample, mix.seed + place, part.name)
         train += drawn
         counts[part.name] = counted | {"found": len(examples), "shared": shared}
     return train, {"tasks": counts}

@@ -11,7 +11,7 @@ from efx_jax.config import DataConfig
 from efx_jax.data.catalogue import OFFICIAL
 from efx_jax.data.corpora import load_rows
 from efx_jax.data.icd10 import icd10_task
-from efx_jax.data.mixes import Mix, Part, find_mix
+from efx_jax.data.mixes import Mix, Part, find_mix, naming
 from efx_jax.data.official import load_official
 from efx_jax.data.prompts import Example, apply_format, examples_from_rows, plain_text
 from efx_jax.data.sampling import sample_rows
@@ -192,15 +192,16 @@ def _read_task(source: str, config: DataConfig) -> list[Task]:
     mix = find_mix(source)
     if mix is None:
         return [_own_task(PurePath(source).name.split(".")[0], source, config)]
-    return [_part_task(part, config) for part in mix.parts if part.test or not part.train]
+    return [_part_task(mix, part, config) for part in mix.parts if part.test or not part.train]
 
 
-def _part_task(part: Part, config: DataConfig) -> Task:
-    if part.test:
-        return _own_task(part.name, part.test, part_config(part, config))
-    task = OFFICIAL[part.name]
-    labels = tuple(f" {label}" for label in task.labels)
-    return Task(part.name, load_official(task, "test", data_root(config)), labels, task.new_tokens, task.note)
+def _part_task(mix: Mix, part: Part, config: DataConfig) -> Task:
+    with naming(mix, part):
+        if part.test:
+            return _own_task(part.name, part.test, part_config(part, config))
+        task = OFFICIAL[part.name]
+        labels = tuple(f" {label}" for label in task.labels)
+        return Task(part.name, load_official(task, "test", data_root(config)), labels, task.new_tokens, task.note)
 
 
 def _own_task(name: str, source: str, config: DataConfig) -> Task:
@@ -257,14 +258,14 @@ def _read_training(
         return train, {"shared": shared}
     scored = {task.name for task in tests}
     for part in mix.parts:
-        tested += [] if part.name in scored or (part.train and not part.test) else _unscored(part, config)
+        tested += [] if part.name in scored or (part.train and not part.test) else _unscored(mix, part, config)
     return draw_mix(mix, config, tested)
 
 
-def _unscored(part: Part, config: DataConfig) -> list[Example]:
+def _unscored(mix: Mix, part: Part, config: DataConfig) -> list[Example]:
     """The test rows of a task that this run does not score: a later evaluation may."""
     try:
-        return _part_task(part, config).test
+        return _part_task(mix, part, config).test
     except InputError as error:
         warnings.warn(f"training rows are not compared with the test rows of {part.name}: {error}", stacklevel=2)
         return []

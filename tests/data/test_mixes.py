@@ -12,7 +12,7 @@ from efx_jax.data.mixes import Mix, Part, find_mix, mix_names, read_mix
 from efx_jax.data.prompts import Example
 from efx_jax.data.sampling import draw, equal_quotas
 from efx_jax.data.tasks import load_data, load_tasks
-from efx_jax.errors import InputError
+from efx_jax.errors import InputError, MissingInputError
 
 TEMPLATE = "{case}\\nVerdict: => {verdict}"
 
@@ -180,3 +180,29 @@ def test_questions_on_one_document_are_held_out_together(tmp_path: Path) -> None
     documents = {example.keys for example in data.train}
     assert (len(data.train), len(documents), len(data.text)) == (24, 6, 12)
     assert len({text.split("\n")[0] for text in data.text}) == 3
+
+
+def test_files_are_found_beside_their_mix_then_here_then_below_the_root(tmp_path: Path, monkeypatch) -> None:
+    mixes, here, root = (tmp_path / name for name in ("mixes", "here", "root"))
+    for folder, names in ((mixes, ("train",)), (here, ("train", "test")), (root, ("train", "test", "text"))):
+        folder.mkdir()
+        for name in names:
+            write(folder / f"{name}.jsonl", json.dumps({"prompt": f"{folder.name} {name}", "response": " a"}))
+    lines = "tasks:\n  mine: {train: train.jsonl, test: test.jsonl}\ntext: text.jsonl\n"
+    mix = write(mixes / "mine.yaml", lines)
+    monkeypatch.chdir(here)
+    data = load_data(DataConfig(train=str(mix), root=str(root)), seed=0)
+    assert [example.prompt for example in (*data.train, *data.tasks[0].test)] == ["mixes train", "here test"]
+    assert data.text == ["root text a"]
+
+
+def test_what_is_wrong_with_a_task_of_a_mix_names_both(tmp_path: Path) -> None:
+    lines = "tasks:\n  mine: {train: TRAIN, test: TEST, template: '{case} => {verdict}'}\n"
+    good, bad = cases(tmp_path / "good.jsonl", free=2), str(write(tmp_path / "bad.jsonl", '{"case": "x"}'))
+    for train, test in ((good, bad), (bad, good)):
+        mix = write(tmp_path / "ward.yaml", lines.replace("TRAIN", train).replace("TEST", test))
+        with pytest.raises(InputError, match="^ward: tasks.mine: .*bad.jsonl row 1: no column 'verdict'"):
+            load_data(DataConfig(train=str(mix)), seed=0)
+    missing = write(tmp_path / "ward.yaml", lines.replace("TRAIN", "nowhere.jsonl").replace("TEST", good))
+    with pytest.raises(MissingInputError, match="^ward: tasks.mine: nowhere.jsonl: no such file"):
+        load_data(DataConfig(train=str(missing)), seed=0)
