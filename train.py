@@ -9,7 +9,7 @@ import tyro
 
 from efx_jax.config import Config
 from efx_jax.config_io import resolve
-from efx_jax.errors import InputError
+from efx_jax.errors import InputError, short_warnings
 from efx_jax.files import is_disk_full
 
 _INTERRUPTED = 130  # as shells report it, so that `train.py && ...` stops
@@ -40,7 +40,8 @@ def main(argv: Sequence[str]) -> int:
         # Imported here: whoever mistypes a flag should not wait for jax.
         from efx_jax.training.run import run
 
-        summary = run(resolved.config, resolved.output, resolved.dry_run)
+        with short_warnings():
+            summary = run(resolved.config, resolved.output, resolved.dry_run)
     except InputError as error:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -1,6 +1,10 @@
 """How a user's mistake is told: one line on stderr and exit code 2."""
 
 import argparse
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -20,3 +24,21 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+@contextlib.contextmanager
+def short_warnings() -> Iterator[None]:
+    """Within it a warning of this package is printed as one line, without its place in the source."""
+    standard = warnings.formatwarning
+
+    def written(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        own = "efx_jax" in Path(filename).parts
+        return f"warning: {message}\n" if own else standard(message, category, filename, lineno, line)
+
+    warnings.formatwarning = written
+    try:
+        yield
+    finally:
+        warnings.formatwarning = standard

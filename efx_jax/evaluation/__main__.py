@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from efx_jax.config_io import load_config
 from efx_jax.data.tasks import Task, held_out_sources, load_tasks, load_text
 from efx_jax.data.tokenizer import Tokenizer, check_vocabulary
 from efx_jax.data.tokens import Tokenized, text_windows
-from efx_jax.errors import InputError, OneLineParser
+from efx_jax.errors import InputError, OneLineParser, short_warnings
 from efx_jax.evaluation.perplexity import Perplexity, perplexity
 from efx_jax.evaluation.protocols import Record, check_protocol, describe_task, evaluate_task
 from efx_jax.evaluation.relative import Records, Results, check_pairs, check_ratios, read_evaluation, relative
@@ -26,6 +27,10 @@ from efx_jax.weights.hf import load_pretrained, load_tokenizer, open_checkpoint
 _DTYPES = ("float32", "bfloat16", "float16")
 _DATA_FLAGS = ("template", "context", "new_tokens", "format", "root", "max_length")
 _EVAL_FLAGS = ("window", "text_tokens")
+# What the readers of data call a setting of train.py is a flag of this command.
+_SETTING = re.compile(
+    r"(?<![\w/.-])(?:data\.(template|context|new_tokens|format|root|max_length|test|text)|eval\.(window))(?!\.?\w|/)"
+)
 _MOST_LENGTH = 2048  # unless asked for: a bill and its summary fit into no 512
 
 
@@ -45,9 +50,10 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code: 2 for bad input, told in one line on stderr, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
-        _evaluate(arguments, _prepare(arguments))
+        with short_warnings():
+            _evaluate(arguments, _prepare(arguments))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_SETTING.sub(_flag, str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing is written", file=sys.stderr)
@@ -92,6 +98,11 @@ def _parser() -> argparse.ArgumentParser:
         "unless given, and without --tasks and --text its tasks and its text. Without any: icd10."
     )
     return parser
+
+
+def _flag(setting: re.Match[str]) -> str:
+    name = setting[1] or setting[2]
+    return "--tasks" if name == "test" else f"--{name.replace('_', '-')}"
 
 
 def _count(text: str, least: int = 0) -> int:
@@ -162,11 +173,19 @@ def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any
 
 def _sources(arguments: argparse.Namespace, data: DataConfig) -> tuple[Sequence[str], str]:
     """Tasks and perplexity text: those given, else the run's, else icd10."""
+    joined = next((name for name in arguments.tasks if "," in name and not Path(name).exists()), None)
+    if joined is not None:
+        raise InputError(f"--tasks {joined}: expected names separated by blanks; write {joined.replace(',', ' ')}")
     if arguments.tasks or arguments.text:
         return arguments.tasks, arguments.text
+    if Path(data.train).suffix in (".yaml", ".yml") and not Path(data.train).expanduser().is_file():
+        raise InputError(
+            f"{data.train}: the mix of the run {arguments.path} is not here; evaluate it from the folder that it was "
+            "trained from, or give --tasks or --text"
+        )
     names, text = held_out_sources(data)
     if not names and not text:
-        raise InputError(f"{arguments.path}: a run that names neither data.test nor data.text; give --tasks or --text")
+        raise InputError(f"{arguments.path}: a run without tasks or text of its own; give --tasks or --text")
     return names, text
 
 

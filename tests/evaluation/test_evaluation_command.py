@@ -215,7 +215,7 @@ def test_a_dense_score_of_zero_is_refused_before_the_weights(folder, rows, monke
 def test_a_run_without_tasks_of_its_own_asks_for_some(run, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "config.yaml").write_text(to_yaml(Config(data=DataConfig(train="own.jsonl"))))
     assert main([str(run)]) == 2
-    assert "names neither data.test nor data.text; give --tasks or --text" in capsys.readouterr().err
+    assert "a run without tasks or text of its own; give --tasks or --text" in capsys.readouterr().err
     assert main([str(run), "--tasks", "a.jsonl", "--output", str(run)]) == 2
     assert "is a run, whose summary.json would be overwritten" in capsys.readouterr().err
 
@@ -225,7 +225,12 @@ def test_a_run_without_tasks_of_its_own_asks_for_some(run, capsys: pytest.Captur
     [
         (["--text", "missing.jsonl", "--window", "8"], "missing.jsonl: no such file"),
         (["--tasks", "ROWS"], "no column 'text'"),
-        (["--text", "TEXT", "--window", "1"], "eval.window"),
+        (["--text", "TEXT", "--window", "1"], "--window"),
+        (["--tasks", "hqs,billsum"], "--tasks hqs,billsum: expected names separated by blanks; write hqs billsum"),
+        (["--tasks", "ROWS", "--template", "{q} {a}"], "--template '{q} {a}': expected"),
+        (["--tasks", "ROWS", *TEMPLATE, "--context", "a"], "--context 'a': expected"),
+        (["--tasks", "ROWS", *TEMPLATE, "--context", "q", "--max-length", "3"], "raise --max-length"),
+        (["--tasks", "ROWS", *TEMPLATE, "--root", "nowhere"], "--root: no folder nowhere;"),
         (["--text", "TEXT", "--window", "65"], "--window: expected at most"),
         (["--tasks", "ROWS", "--max-length", "65"], "--max-length: expected at most the model's context of 64 tokens"),
         (["--tasks", "ROWS", *TEMPLATE, "--relative-to", "nothing"], "nothing/summary.json: no such file"),
@@ -243,6 +248,13 @@ def test_bad_input_is_one_line_and_code_2_before_the_weights(
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert part in captured.err
+
+
+def test_a_run_on_a_mix_that_is_not_here_says_so(run, monkeypatch, tmp_path, capsys) -> None:
+    (run / "config.yaml").write_text(to_yaml(Config(data=DataConfig(train="clinic.yaml"))))
+    monkeypatch.chdir(tmp_path)
+    assert main([str(run)]) == 2
+    assert f"clinic.yaml: the mix of the run {run} is not here; evaluate it from" in capsys.readouterr().err
 
 
 def test_a_missing_checkpoint_is_one_line_and_code_2(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
