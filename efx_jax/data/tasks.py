@@ -43,7 +43,8 @@ class Task:
 
     Each response is one of `labels`, the answers to choose from; without labels it is free text. `new_tokens` is the
     most that a generated answer may have. `note` says what a reader of its scores has to know. `shortened` rows were
-    too long; `context_kept` is the share of the characters of all contexts that is left.
+    too long; `context_kept` is the share of the characters of all contexts that is left. `balanced`: any first rows
+    are a sample, the labels coming in turn.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Task:
     note: str = ""
     shortened: int = 0
     context_kept: float = 1.0
+    balanced: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +190,7 @@ def _read_tasks(names: Sequence[str], config: DataConfig) -> list[Task]:
 def _read_task(source: str, config: DataConfig) -> list[Task]:
     if source == "icd10":
         data = icd10_task(0, 0, _ICD10_TEST_ROWS)
-        return [Task("icd10", data.test, data.labels)]
+        return [Task("icd10", data.test, data.labels, balanced=True)]
     mix = find_mix(source)
     if mix is None:
         return [_own_task(PurePath(source).name.split(".")[0], source, config)]
@@ -229,7 +231,7 @@ def _own_task(name: str, source: str, config: DataConfig) -> Task:
 
 def _finish(task: Task, config: DataConfig, tokenizer: Tokenizer | None, rows: int) -> Task:
     """A sample of a task's rows in the configured format, short enough for the longest answer."""
-    chosen = sample_rows(task.test, rows)
+    chosen = task.test[: rows or None] if task.balanced else sample_rows(task.test, rows)
     labelled = [Example("?", label) for label in task.labels]
     framed = apply_format([*chosen, *labelled], config.format, tokenizer)
     test, labels = framed[: len(chosen)], tuple(example.response for example in framed[len(chosen) :])

@@ -76,6 +76,12 @@ def test_the_environment_names_the_root(train: str, monkeypatch: pytest.MonkeyPa
     assert len(load_data(DataConfig(train="train.jsonl", template=TEMPLATE, holdout=0), seed=0).train) == 40
 
 
+def test_icd10_is_scored_on_as_many_rows_of_every_chapter() -> None:
+    pytest.importorskip("simple_icd_10_cm")
+    [task] = load_tasks(["icd10"], DataConfig(), rows=42)
+    assert sorted(row.response for row in task.test) == sorted(task.labels * 2)
+
+
 def test_icd10_mixes_questions_and_code_lines() -> None:
     pytest.importorskip("simple_icd_10_cm")
     data = load_data(DataConfig(), seed=0)
