@@ -46,7 +46,7 @@ def summarise(predicted: np.ndarray, examples: Sequence[Example], labels: Sequen
     f1s = np.asarray([macro_f1(run, reference, len(labels))[0] for run in runs])
     return {
         "rows": len(reference),
-        "groups": int(groups.max()) + 1,
+        "groups": int(np.max(groups)) + 1,
         **_metric("accuracy", accuracies, intervals["accuracy"]),
         **_metric("macro_f1", f1s, intervals["macro_f1"]),
         "unparseable": float((runs == -1).mean()),
@@ -76,7 +76,7 @@ def summarise_texts(scores: np.ndarray, examples: Sequence[Example]) -> dict[str
     """
     runs = scores.reshape(-1, *scores.shape[-2:])
     groups = np.asarray(group_numbers(examples))
-    result: dict[str, Any] = {"rows": runs.shape[1], "groups": int(groups.max()) + 1}
+    result: dict[str, Any] = {"rows": runs.shape[1], "groups": int(np.max(groups)) + 1}
     for column, name in enumerate(ROUGE):
         values = runs[:, :, column]
         result |= _metric(name, values.mean(axis=1), bootstrap_mean(values.mean(axis=0), groups))
