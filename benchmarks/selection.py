@@ -20,7 +20,7 @@ from cases import failed, reason
 from rows import interleaved, keep, median, row, spread
 
 # `_lowest`: behind the public functions the platform chooses the number of bits a round.
-from efx_jax.pruning.selection import _WHOLE, _lowest, drop_count, lowest, score_bits
+from efx_jax.pruning.selection import WHOLE, _lowest, drop_count, lowest, score_bits
 
 Mark = Callable[[jax.Array], jax.Array]
 COPY_RATE, PASSES = 4.3e12, 8
@@ -68,7 +68,7 @@ def rivals(group: str, count: int) -> dict[str, Mark]:
     dims = 1 if group == "row" else 2
 
     def bisect(score: jax.Array, digit: int) -> jax.Array:
-        return _lowest(score_bits(score), jnp.int32(count), dims, _WHOLE, digit)
+        return _lowest(score_bits(score), jnp.int32(count), dims, WHOLE, digit)
 
     def grouped(mark: Mark) -> Mark:
         return mark if group == "row" else lambda score: mark(score.reshape(1, -1)).reshape(score.shape)
