@@ -14,6 +14,8 @@ from efx_jax.compare import work
 from efx_jax.config_io import from_yaml
 from efx_jax.evaluation.relative import read_evaluation, relative
 
+pytestmark = pytest.mark.slow
+
 Write = Callable[..., Path]
 Launch = Callable[..., int]
 Read = Callable[[Path], Any]

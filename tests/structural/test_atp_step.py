@@ -20,6 +20,8 @@ from efx_jax.training.atp import adapter_step, generator_optimizer, generator_st
 from efx_jax.training.state import init_train_state, trainable
 from efx_jax.training.step import StepOptions
 
+pytestmark = pytest.mark.slow
+
 KEY, OPTIONS, RATIO = jax.random.key(7), StepOptions(), 0.4
 SPACES = ("paper", "sliceable")
 SCHEDULE = optax.constant_schedule(1e-2)
