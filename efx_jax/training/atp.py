@@ -10,14 +10,12 @@ import optax
 from flax import struct
 
 from efx_jax.lora import Adapters
-from efx_jax.model.decoder import head_weight, hidden_states
 from efx_jax.model.spec import ModelSpec
 from efx_jax.structural.generator import Generator, Weights, draw_soft, straight_through
 from efx_jax.structural.losses import generator_loss, lasso_strength, proximal_step
 from efx_jax.structural.units import Space, kept_fraction, soften, weight_masks, without_pruned_biases
-from efx_jax.training.loss import cross_entropy
 from efx_jax.training.state import TrainState
-from efx_jax.training.step import Batch, StepOptions, train_step
+from efx_jax.training.step import Batch, StepOptions, model_loss, train_step
 
 Array = jax.Array
 
@@ -73,11 +71,14 @@ def _generator_step(
         kept fraction under this draw's hard masks), and `grad_norm` before clipping.
     """
     noise_key = jax.random.fold_in(key, state.step)
+    options = dataclasses.replace(options, dropout_rate=0.0)
 
     def objective(weights: Weights) -> tuple[Array, dict[str, Array]]:
         soft = draw_soft(dataclasses.replace(state.generator, weights=weights), noise_key)
         kept = kept_fraction({kind: straight_through(mask) for kind, mask in soft.items()}, spec, space)
-        nll = _soft_nll(params, adapters, soft, batch, spec, space, options)
+        masked, masked_adapters = soften(params, adapters, soft, spec, space)
+        summed, _ = model_loss(masked, masked_adapters, None, batch, noise_key, spec, options, frozen=False)
+        nll = summed / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
         loss = generator_loss(nll, kept, ratio)
         return loss, {"loss": loss, "nll": nll, "kept": kept}
 
@@ -87,32 +88,6 @@ def _generator_step(
     generator = dataclasses.replace(state.generator, weights=optax.apply_updates(weights, updates))
     metrics["grad_norm"] = optax.tree.norm(grads)
     return GeneratorState(step=state.step + 1, generator=generator, opt_state=opt_state), metrics
-
-
-def _soft_nll(
-    params: Mapping[str, Any],
-    adapters: Adapters,
-    soft: Mapping[str, Array],
-    batch: Batch,
-    spec: ModelSpec,
-    space: Space,
-    options: StepOptions,
-) -> Array:
-    """Mean nll of a batch under soft masks, nats per loss-carrying token; differentiable in the masks."""
-    masked, masked_adapters = soften(params, adapters, soft, spec, space)
-    hidden = hidden_states(
-        masked,
-        batch["tokens"],
-        spec,
-        masked_adapters,
-        positions=batch.get("positions"),
-        segments=batch.get("segments"),
-        compute_dtype=options.compute_dtype,
-        remat=options.remat,
-        attention_path=options.attention_path,
-    )
-    summed, _ = cross_entropy(hidden, head_weight(params), batch["targets"], batch["weights"], options.compute_dtype)
-    return summed / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
 
 
 def _adapter_step(
