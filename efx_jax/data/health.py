@@ -144,8 +144,8 @@ def evidence_inference(paths: Sequence[pathlib.Path]) -> list[Record]:
     """Evidence Inference 2.0 as inference: annotations, prompts and the article ids of a split.
 
     The premise is the first annotated passage of a prompt whose label was found valid, of those whose reasoning was too
-    if there is one; the hypothesis says that the
-    intervention significantly increased the outcome. Prompts whose valid annotations disagree are left out.
+    if there is one; the hypothesis says that the intervention significantly increased the outcome. Prompts whose valid
+    annotations disagree are left out.
 
     Raises:
         InputError: a malformed row, an unknown label, or an annotation of an unknown prompt.
