@@ -13,7 +13,7 @@ from typing import Any
 from efx_jax.compare.grid import axis_text
 from efx_jax.compare.records import Record
 from efx_jax.compare.settings import Comparison
-from efx_jax.evaluation.results import TITLES
+from efx_jax.evaluation.results import TITLES, markdown_table
 from efx_jax.files import atomic_write
 
 
@@ -144,12 +144,12 @@ def _table(comparison: Comparison, rows: Sequence[Row], columns: Sequence[Column
     places = [place for place, key in enumerate(comparison.axes) if key != "prune.sparsity"]
     varied = [list(comparison.axes)[place] for place in places]
     header = ["method", "schedule", *varied, "asked %", *(column.title for column in columns)]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for row in rows:
         axes = ["" if row.axes[place] is None else axis_text(row.axes[place]) for place in places]
         cells = [_cell(row, column, len(comparison.seeds)) for column in columns]
         lines.append([row.method, row.schedule, *axes, f"{100 * row.asked:g}", *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(header, lines)
 
 
 def _cell(row: Row, column: Column, seeds: int) -> str:

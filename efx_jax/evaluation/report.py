@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from efx_jax.evaluation.perplexity import Perplexity
-from efx_jax.evaluation.results import TITLES, interval_cell, metric_cell, table_line
+from efx_jax.evaluation.results import TITLES, interval_cell, markdown_table, metric_cell
 from efx_jax.files import atomic_write
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -79,7 +79,7 @@ def write_evaluation(
 
 def _perplexity_table(text: Perplexity) -> str:
     cells = [f"{text.value:.3f}{interval_cell(text.interval, 3)}", str(text.tokens), str(len(text.window_nll))]
-    return _table(["perplexity", "tokens", "windows"], [cells])
+    return markdown_table(["perplexity", "tokens", "windows"], [cells])
 
 
 def _task_table(results: Results) -> str:
@@ -90,7 +90,7 @@ def _task_table(results: Results) -> str:
         [name, str(result["rows"]), *(metric_cell(result, metric) for metric in metrics), *_answer_cells(result)]
         for name, result in results.items()
     ]
-    return _table([*header, "best constant answer", "unparseable %"] if has_classes else header, rows)
+    return markdown_table([*header, "best constant answer", "unparseable %"] if has_classes else header, rows)
 
 
 def _answer_cells(result: Mapping[str, Any]) -> list[str]:
@@ -121,8 +121,3 @@ def _perplexity_fields(text: Perplexity) -> dict[str, Any]:
         "tokens": text.tokens,
         "windows": len(text.window_nll),
     }
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [table_line(line) for line in (header, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])

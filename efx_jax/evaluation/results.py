@@ -1,6 +1,6 @@
 """What a model's answers to one task are worth, as a dictionary that JSON can hold."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,8 +96,13 @@ def interval_cell(ends: Sequence[float] | None, digits: int) -> str:
     return f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
 
 
-def table_line(cells: Sequence[str]) -> str:
-    """A line of a Markdown table: bars are escaped, and a line break, which would end the line, is a blank."""
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table of texts: bars are escaped, and a line break, which would end the line, is a blank."""
+    first, *lines = (_table_line(cells) for cells in (header, *rows))
+    return "\n".join([first, "|" + "---|" * len(header), *lines])
+
+
+def _table_line(cells: Sequence[str]) -> str:
     escaped = (" ".join(cell.splitlines()).replace("|", "\\|") for cell in cells)
     return f"| {' | '.join(escaped)} |"
 

@@ -10,7 +10,7 @@ import numpy as np
 from efx_jax.config import Config
 from efx_jax.evaluation.perplexity import perplexity
 from efx_jax.evaluation.protocols import evaluate_task
-from efx_jax.evaluation.results import TITLES, interval_cell, metric_cell, table_line
+from efx_jax.evaluation.results import TITLES, interval_cell, markdown_table, metric_cell
 from efx_jax.lora import Adapters
 from efx_jax.parallel.partition import constrain
 from efx_jax.training.prepare import Prepared
@@ -83,15 +83,15 @@ def result_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     tasks = {name: task for found in results.values() for name, task in found.get("tasks", {}).items()}
     columns = [(name, metric) for name, task in tasks.items() for metric in TITLES if metric in task]
     titles = [TITLES[metric] if len(tasks) == 1 else f"{name} {TITLES[metric]}" for name, metric in columns]
-    lines = [table_line(["model", "perplexity", *titles]), "|" + "---|" * (2 + len(titles))]
+    rows = []
     for name, found in results.items():
         text = found.get("perplexity")
         cells = [_perplexity_cell(text) if text else "-"]
         for task, metric in columns:
             scores = found.get("tasks", {}).get(task)
             cells.append(metric_cell(scores, metric) if scores else "-")
-        lines.append(table_line([name, *cells]))
-    return "\n".join(lines)
+        rows.append([name, *cells])
+    return markdown_table(["model", "perplexity", *titles], rows)
 
 
 def rows_table(report: Mapping[str, Any]) -> str:
@@ -103,24 +103,25 @@ def rows_table(report: Mapping[str, Any]) -> str:
     """
     columns, counted = ("asked", "found", "shared", "drawn", "repeated"), ("rows", "scored", "shortened")
     header = ["task", *columns, "learned by label", "test rows", *counted[1:]]
-    lines = [table_line(header), "|" + "---|" * len(header)]
+    rows = []
     learned, tested = report["train"].get("tasks", {}), report["test"]
     for name in learned | tested:
         counts, test = learned.get(name, {}), tested.get(name, {})
         labels = ", ".join(f"{label} {found['drawn']}" for label, found in counts.get("labels", {}).items())
         cells = [str(counts.get(column, "")) for column in columns]
-        lines.append(table_line([name, *cells, labels, *(str(test.get(column, "")) for column in counted)]))
+        rows.append([name, *cells, labels, *(str(test.get(column, "")) for column in counted)])
     train = report["train"]
-    return "\n".join([*lines, f"\n{train['shortened']:,} of {train['rows']:,} training rows are shortened to fit."])
+    note = f"{train['shortened']:,} of {train['rows']:,} training rows are shortened to fit."
+    return f"{markdown_table(header, rows)}\n\n{note}"
 
 
 def sparsity_table(sparsity: Mapping[str, list[float]]) -> str:
     """A Markdown table: the whole share of zeros of every kind of matrix, and its range over the layers."""
-    lines = ["| matrix | zeros % | least layer | most layer |", "|---|---|---|---|"]
+    rows = []
     for name, layers in sparsity.items():
-        mean, least, most = (100 * value for value in (sum(layers) / len(layers), min(layers), max(layers)))
-        lines.append(f"| {name} | {mean:.2f} | {least:.2f} | {most:.2f} |")
-    return "\n".join(lines)
+        shares = (sum(layers) / len(layers), min(layers), max(layers))
+        rows.append([name, *(f"{100 * share:.2f}" for share in shares)])
+    return markdown_table(["matrix", "zeros %", "least layer", "most layer"], rows)
 
 
 def _perplexity_cell(text: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from efx_jax.data.prompts import Example
-from efx_jax.evaluation.results import metric_cell, summarise, summarise_texts, table_line
+from efx_jax.evaluation.results import markdown_table, metric_cell, summarise, summarise_texts
 
 LABELS = (" yes", " no")
 ROWS = [Example("p", " yes")] * 3 + [Example("p", " no")] * 2
@@ -66,4 +66,5 @@ def test_a_single_group_has_a_value_without_an_interval() -> None:
 
 
 def test_a_line_break_or_a_bar_in_a_cell_does_not_end_it() -> None:
-    assert table_line(["a\nb", "c|d", "e\r\n\u2028f"]) == "| a b | c\\|d | e  f |"
+    lines = markdown_table(["one", "two", "three"], [["a\nb", "c|d", "e\r\n\u2028f"]]).split("\n")
+    assert lines == ["| one | two | three |", "|---|---|---|", "| a b | c\\|d | e  f |"]
