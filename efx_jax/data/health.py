@@ -62,42 +62,32 @@ def pubmedqa_rows(paths: Sequence[pathlib.Path]) -> list[Record]:
     for number, row in read_object(paths[0]).items():
         where = f"{paths[0]} {number}"
         contents = require_object(row, where)
-        records.append(
-            Record(
-                {
-                    "question": take_text(contents, "QUESTION", where),
-                    "abstract": _abstract(contents, "CONTEXTS", where),
-                    "sections": ", ".join(take_texts(contents, "LABELS", where)),
-                    "mesh": ", ".join(take_texts(contents, "MESHES", where)),
-                },
-                take_label(contents, "final_decision", where, _DECISIONS),
-                where,
-                number,
-            )
-        )
+        records.append(_pubmedqa(contents, ("QUESTION", "CONTEXTS", "LABELS", "MESHES"), contents, where, number))
     return records
 
 
 def pubmedqa_table(rows: Sequence[Mapping[str, Any]], source: str) -> list[Record]:
     """Rows of the Hub's qiaojin/PubMedQA: pubid, question, context {contexts, labels, meshes}, final_decision."""
     records = []
-    for number, row in enumerate(rows, start=1):
-        where = f"{source} row {number}"
+    for where, row in _numbered(rows, source):
         context = require_object(row.get("context"), f"{where} context")
-        records.append(
-            Record(
-                {
-                    "question": take_text(row, "question", where),
-                    "abstract": _abstract(context, "contexts", where),
-                    "sections": ", ".join(take_texts(context, "labels", where)),
-                    "mesh": ", ".join(take_texts(context, "meshes", where)),
-                },
-                take_label(row, "final_decision", where, _DECISIONS),
-                where,
-                str(row.get("pubid", "")),
-            )
-        )
+        keys = ("question", "contexts", "labels", "meshes")
+        records.append(_pubmedqa(row, keys, context, where, str(row.get("pubid", ""))))
     return records
+
+
+def _pubmedqa(
+    row: Mapping[str, Any], keys: tuple[str, str, str, str], context: Mapping[str, Any], where: str, number: str
+) -> Record:
+    """A question of PubMedQA; `keys`: the question in `row`, texts, section names and MeSH terms in `context`."""
+    question, texts, sections, mesh = keys
+    fields = {
+        "question": take_text(row, question, where),
+        "abstract": _abstract(context, texts, where),
+        "sections": ", ".join(take_texts(context, sections, where)),
+        "mesh": ", ".join(take_texts(context, mesh, where)),
+    }
+    return Record(fields, take_label(row, "final_decision", where, _DECISIONS), where, number)
 
 
 def pubmedqa_table_test(rows: Sequence[Mapping[str, Any]], source: str) -> list[Record]:
