@@ -71,7 +71,7 @@ def evaluate(work: Path, mix: str, model: str, protocol: str, arguments: argpars
     if (folder / "summary.json").exists():
         return
     path = "quickstart" if MODELS[model] is None else str(work / f"{mix}_{model}")
-    flags = [*ANSWERS, *PROTOCOLS[protocol], "--root", arguments.root, "--output", str(folder)]
+    flags = [*ANSWERS, "--protocol", protocol, *PROTOCOLS[protocol], "--root", arguments.root, "--output", str(folder)]
     if protocol == "likelihood":
         flags += ["--text", TEXTS[mix]]
     if model != "dense":

@@ -193,6 +193,7 @@ def test_the_table_of_tasks_computes_only_what_is_missing(monkeypatch: pytest.Mo
     assert "--prune.sparsity 0" in asked[0] and "--preset paper" in asked[1]
     assert "health_dense --tasks pubmedqa" in asked[3] and "--relative-to" not in asked[3]
     assert sum("--relative-to" in line and "dense_likelihood" in line for line in asked) == 3
+    assert [sum(f"--protocol {name}" in line for line in asked) for name in ("likelihood", "sampled")] == [4, 4]
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert len(rows) == 8 and ("tokens" in rows[1]) == (rows[1]["name"] != "health base likelihood")
     tasks.main()
