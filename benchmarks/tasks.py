@@ -32,7 +32,7 @@ MODELS = {
 }
 # The evaluations of the run itself are not wanted here.
 QUIET = ("--eval.rows", "4", "--eval.text_tokens", "1024")
-ANSWERS = ("--rows", "200", "--format", "alpaca", "--max-length", "1024", "--batch-size", "8")
+ANSWERS = ("--rows", "200", "--format", "alpaca", "--max-length", "1024", "--batch-size", "32")
 PROTOCOLS = {
     "likelihood": ("--window", "1024", "--text-tokens", "50000"),
     "sampled": ("--runs", "2"),
