@@ -1,0 +1,1 @@
+"""What runs have in common and what sets them apart, as numbers and figures."""

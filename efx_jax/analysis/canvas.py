@@ -1,0 +1,85 @@
+"""Where figures are drawn: a canvas that nothing else knows of, its axes, and the files that it becomes."""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from efx_jax.errors import InputError
+from efx_jax.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure as Canvas
+
+WIDTH = 1800
+"""Pixels; text and lines are sized to be read at half of it."""
+
+TEXT = 11
+SMALL = 10
+_DPI = 200
+_DECADE = 10.0
+
+
+def new_canvas(height: float, title: str, x_label: str, y_label: str) -> tuple["Canvas", "Axes"]:
+    """A canvas of WIDTH pixels and of a height in inches, which no window system and no other figure knows of.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure as Canvas
+    except ImportError as error:
+        raise InputError(f"figures need matplotlib ({error}); pip install 'efx_jax[figures]'") from error
+    canvas = Canvas(figsize=(WIDTH / _DPI, height), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(canvas)
+    axes = canvas.add_subplot()
+    axes.set_title(title, fontsize=TEXT + 1)
+    axes.set_xlabel(x_label, fontsize=TEXT)
+    axes.set_ylabel(y_label, fontsize=TEXT)
+    axes.tick_params(labelsize=SMALL)
+    axes.spines[["top", "right"]].set_visible(False)
+    return canvas, axes
+
+
+def save(path: Path, canvas: "Canvas", header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes PATH.png and, with the numbers, PATH.csv.
+
+    Raises:
+        InputError: the disk is full or the place is not writable.
+    """
+    image, numbers = io.BytesIO(), io.StringIO()
+    canvas.savefig(image, format="png")
+    writer = csv.writer(numbers, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    # A name may hold dots.
+    atomic_write(path.with_name(f"{path.name}.png"), image.getvalue())
+    atomic_write(path.with_name(f"{path.name}.csv"), numbers.getvalue())
+
+
+def is_wide(numbers: Iterable[float]) -> bool:
+    """Whether the numbers are above 0 and span more than a decade."""
+    found = list(numbers)
+    return min(found) > 0 and max(found) > _DECADE * min(found)
+
+
+def make_logarithmic(axis: "Axis", set_scale: Callable[[str], None]) -> None:
+    """A logarithmic axis whose marks are plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    set_scale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def name_places(axes: "Axes", names: Sequence[str]) -> None:
+    """Writes names below x = 0, 1, ..., slanted where they would touch."""
+    # So many letters fit side by side.
+    is_tight = sum(len(name) + 2 for name in names) > 92
+    slanted: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if is_tight else {}
+    axes.set_xticks(range(len(names)), names, fontsize=SMALL, **slanted)

@@ -1,0 +1,281 @@
+"""Figures as a pair of files: PATH.png, and PATH.csv with exactly the numbers that are drawn."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from efx_jax.analysis.canvas import SMALL, TEXT, is_wide, make_logarithmic, name_places, new_canvas, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette, without the yellow, which is faint on white.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
+_HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "oooo")
+_FEW = 8
+"""So many different values of x each have their own mark on the axis."""
+
+Place = float | str
+"""Where a value stands: a number, or the name of a group."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """Values under one name; `low` and `high` are the ends of their error bars, in the unit of y, or None.
+
+    In `draw_points` a place may come again with another value.
+    """
+
+    label: str
+    x: tuple[Place, ...]
+    y: tuple[float, ...]
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """A value that has no place on the x axis, such as the dense model's: a horizontal line, and a band around it."""
+
+    label: str
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """Series and levels over one pair of axes; the labels name what is drawn and its unit."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    levels: tuple[Level, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class HeatMap:
+    """`values[row][column]`, each a coloured field; None where there is none."""
+
+    title: str
+    x_label: str
+    y_label: str
+    value_label: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+
+
+def draw_lines(path: Path, figure: Figure) -> None:
+    """A line with marks per series; places that are no numbers stand side by side in the order in which they come.
+
+    Args:
+        path: without a suffix.
+        figure: what to draw.
+
+    Raises:
+        InputError: matplotlib is not installed, the disk is full or the place is not writable.
+        ValueError: nothing to draw, lengths that differ, a number that is not finite.
+    """
+    _draw(path, figure, _draw_lines)
+
+
+def draw_bars(path: Path, figure: Figure) -> None:
+    """A group of bars per place, one bar in it per series; arguments and errors as in `draw_lines`."""
+    _draw(path, figure, _draw_bars)
+
+
+def draw_points(path: Path, figure: Figure) -> None:
+    """Single values side by side at each place, and a stroke at their median; arguments and errors as in `draw_lines`.
+
+    Meant for many seeds of the same thing.
+    """
+    _draw(path, figure, _draw_points)
+
+
+def draw_heat_map(path: Path, heat: HeatMap) -> None:
+    """A field per row and column, with its value in it where there is room.
+
+    Args:
+        path: without a suffix.
+        heat: what to draw.
+
+    Raises:
+        InputError: matplotlib is not installed, the disk is full or the place is not writable.
+        ValueError: no value, one that is not finite, or other than one per row and column.
+    """
+    if len(heat.values) != len(heat.rows) or any(len(row) != len(heat.columns) for row in heat.values):
+        raise ValueError(f"{heat.title}: expected {len(heat.rows)} rows of {len(heat.columns)} values")
+    found = [value for row in heat.values for value in row if value is not None]
+    if not found or not all(map(math.isfinite, found)):
+        raise ValueError(f"{heat.title}: expected finite values")
+    canvas, axes = new_canvas(2.2 + 0.3 * len(heat.rows), heat.title, heat.x_label, heat.y_label)
+    filled = [[math.nan if value is None else value for value in row] for row in heat.values]
+    image = axes.imshow(filled, cmap="cividis", aspect="auto", vmin=min(found), vmax=max(found))
+    name_places(axes, heat.columns)
+    axes.set_yticks(range(len(heat.rows)), heat.rows, fontsize=SMALL)
+    bar = canvas.colorbar(image, ax=axes, pad=0.02)
+    bar.set_label(heat.value_label, fontsize=TEXT)
+    bar.ax.tick_params(labelsize=SMALL)
+    if len(heat.columns) <= 2 * _FEW:
+        _write_values(axes, heat, (min(found) + max(found)) / 2)
+    fields = [
+        (name, column, value)
+        for name, row in zip(heat.rows, heat.values, strict=True)
+        for column, value in zip(heat.columns, row, strict=True)
+    ]
+    save(path, canvas, ("row", "column", "value"), fields)
+
+
+def _draw(path: Path, figure: Figure, draw: Callable[["Axes", Figure], None]) -> None:
+    _check(figure)
+    names = [each.label for each in (*figure.series, *figure.levels)]
+    columns = min(len(names), max(1, 88 // (max(map(len, names)) + 7)))
+    lines = -(-len(names) // columns)
+    canvas, axes = new_canvas(5.0 + 0.24 * lines, figure.title, figure.x_label, figure.y_label)
+    draw(axes, figure)
+    for place, level in enumerate(figure.levels):
+        style = _DASHES[(place + 1) % len(_DASHES)]
+        axes.axhline(level.y, color="0.35", linestyle=style, linewidth=1.5, label=level.label)
+        if level.low is not None and level.high is not None:
+            axes.axhspan(level.low, level.high, color="0.35", alpha=0.12, linewidth=0)
+    if is_wide(number for row in _rows(figure) for number in row[2:] if number is not None):
+        make_logarithmic(axes.yaxis, axes.set_yscale)
+    axes.grid(axis="y", color="0.88", linewidth=0.8)
+    axes.set_axisbelow(True)
+    canvas.legend(loc="outside lower center", ncols=columns, fontsize=SMALL, frameon=False)
+    save(path, canvas, ("label", "x", "y", "low", "high"), _rows(figure))
+
+
+def _draw_lines(axes: "Axes", figure: Figure) -> None:
+    places = _places(figure)
+    numbers = sorted(place for place in places if not isinstance(place, str))
+    is_named = len(numbers) < len(places)
+    for number, series in enumerate(figure.series):
+        x = [places.index(place) if is_named else place for place in series.x]
+        axes.errorbar(x, series.y, yerr=_errors(series), label=series.label, **_line_style(number))
+    if is_named:
+        name_places(axes, [_place_text(place) for place in places])
+        return
+    if is_wide(numbers):
+        make_logarithmic(axes.xaxis, axes.set_xscale)
+    if len(numbers) <= _FEW:
+        axes.set_xticks(numbers, [_place_text(number) for number in numbers])
+        axes.set_xticks([], minor=True)
+
+
+def _draw_bars(axes: "Axes", figure: Figure) -> None:
+    places = _places(figure)
+    width = 0.84 / len(figure.series)
+    for number, series in enumerate(figure.series):
+        shift = (number - (len(figure.series) - 1) / 2) * width
+        axes.bar(
+            [places.index(place) + shift for place in series.x],
+            series.y,
+            width * 0.92,
+            yerr=_errors(series),
+            label=series.label,
+            color=_COLOURS[number % len(_COLOURS)],
+            hatch=_HATCHES[number % len(_HATCHES)],
+            edgecolor="white",
+            linewidth=0,
+            error_kw={"elinewidth": 1.2, "capsize": 2.5, "ecolor": "0.15"},
+        )
+    name_places(axes, [_place_text(place) for place in places])
+
+
+def _draw_points(axes: "Axes", figure: Figure) -> None:
+    places = _places(figure)
+    width = 0.84 / len(figure.series)
+    for number, series in enumerate(figure.series):
+        style = _line_style(number) | {"linestyle": "none", "elinewidth": 1.0, "capsize": 0, "markersize": 5}
+        shift = (number - (len(figure.series) - 1) / 2) * width
+        x = _spread_out([places.index(place) + shift for place in series.x], 0.6 * width)
+        axes.errorbar(x, series.y, yerr=_errors(series), label=series.label, alpha=0.75, **style)
+        for place in dict.fromkeys(series.x):
+            centre = places.index(place) + shift
+            ends = (centre - 0.44 * width, centre + 0.44 * width)
+            axes.hlines(_median(series, place), *ends, color=style["color"], linewidth=2.5, zorder=4)
+    name_places(axes, [_place_text(place) for place in places])
+
+
+def _check(figure: Figure) -> None:
+    if not any(series.y for series in figure.series):
+        raise ValueError(f"{figure.title}: nothing to draw")
+    for series in figure.series:
+        ends = [each for each in (series.low, series.high) if each is not None]
+        if len(ends) == 1 or any(len(each) != len(series.y) for each in (series.x, *ends)):
+            raise ValueError(f"{figure.title}: {series.label}: expected as many x, low and high as y")
+    numbers = [number for row in _rows(figure) for number in row[2:] if number is not None]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{figure.title}: expected finite numbers")
+
+
+def _rows(figure: Figure) -> Iterator[tuple[str, Place | None, float, float | None, float | None]]:
+    """All that is drawn: label, x, y, low, high; a level has no x."""
+    for series in figure.series:
+        for place, (x, y) in enumerate(zip(series.x, series.y, strict=True)):
+            if series.low is None or series.high is None:
+                yield series.label, x, y, None, None
+            else:
+                yield series.label, x, y, series.low[place], series.high[place]
+    for level in figure.levels:
+        yield level.label, None, level.y, level.low, level.high
+
+
+def _place_text(place: Place) -> str:
+    return place if isinstance(place, str) else f"{place:g}"
+
+
+def _places(figure: Figure) -> list[Place]:
+    return list(dict.fromkeys(place for series in figure.series for place in series.x))
+
+
+def _errors(series: Series) -> list[list[float]] | None:
+    """Lengths of the error bars, below and above; an interval of resamples need not hold its value."""
+    if series.low is None or series.high is None:
+        return None
+    below = [max(0.0, y - low) for y, low in zip(series.y, series.low, strict=True)]
+    return [below, [max(0.0, high - y) for y, high in zip(series.y, series.high, strict=True)]]
+
+
+def _median(series: Series, place: Place) -> float:
+    return statistics.median(y for x, y in zip(series.x, series.y, strict=True) if x == place)
+
+
+def _spread_out(x: Sequence[float], width: float) -> list[float]:
+    """Each value of equal x a bit further to the right, in the order given, within `width` around it."""
+    counts = {value: x.count(value) for value in x}
+    seen = dict.fromkeys(counts, 0)
+    moved = []
+    for value in x:
+        seen[value] += 1
+        share = (seen[value] - 0.5) / counts[value] - 0.5
+        moved.append(value + width * share)
+    return moved
+
+
+def _line_style(number: int) -> dict[str, Any]:
+    return {
+        "color": _COLOURS[number % len(_COLOURS)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "linestyle": _DASHES[number % len(_DASHES)],
+        "linewidth": 1.8,
+        "markersize": 6,
+        "elinewidth": 1.2,
+        "capsize": 3,
+    }
+
+
+def _write_values(axes: "Axes", heat: HeatMap, middle: float) -> None:
+    for row, values in enumerate(heat.values):
+        for column, value in enumerate(values):
+            if value is not None:
+                colour = "white" if value < middle else "black"
+                axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=SMALL - 2, color=colour)
