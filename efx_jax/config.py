@@ -146,6 +146,7 @@ class TrainConfig:
     """The optimisation."""
 
     epochs: float = 3.0
+    """Passes over the data; 0 (with `steps` 0) trains nothing: the model is pruned once and exported."""
     steps: int = 0
     """Number of updates; 0 means `epochs` passes over the data."""
     batch_size: int = 16

@@ -44,6 +44,7 @@ def validate(config: Config) -> None:
         *_schedule_rules(config.prune, config.train),
         *_train_rules(config.train),
         *_eval_rules(config.eval),
+        *_untrained_rules(config),
         *_mesh_rules(config.mesh),
         *_profile_rules(config.profile),
         ("seed", config.seed, 0 <= config.seed < 2**32, "in [0, 2^32)"),
@@ -218,7 +219,12 @@ def _schedule_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
 def _train_rules(train: TrainConfig) -> Iterable[Rule]:
     micro = train.micro_batch or train.batch_size
     return [
-        ("train.epochs", train.epochs, train.epochs > 0, "above 0"),
+        (
+            "train.epochs",
+            train.epochs,
+            train.epochs > 0 or (train.epochs == 0 and train.steps == 0),
+            "above 0, or 0 with train.steps 0 to train nothing",
+        ),
         ("train.steps", train.steps, train.steps >= 0, "at least 0"),
         ("train.micro_batch", train.micro_batch, train.micro_batch >= 0, "at least 0"),
         ("train.batch_size", train.batch_size, 1 <= train.batch_size <= 2**20, "in [1, 2^20]"),
@@ -262,6 +268,19 @@ def _eval_rules(evaluation: EvalConfig) -> Iterable[Rule]:
         ),
         ("eval.patience", evaluation.patience, evaluation.patience >= 0, "at least 0"),
         ("eval.patience", evaluation.patience, not evaluation.patience or bool(evaluation.best), "0 without eval.best"),
+    ]
+
+
+def _untrained_rules(config: Config) -> Iterable[Rule]:
+    """Without an update there is one event at most, the one before the first, and one model."""
+    prune, best = config.prune, config.eval.best
+    is_free = config.train.epochs > 0 or config.train.steps > 0
+    is_single = is_free or prune.sparsity == 0
+    reason = "with train.epochs 0, which has no other time for an event"
+    return [
+        ("prune.schedule", prune.schedule, is_single or prune.schedule == "fractions", f"fractions {reason}"),
+        ("prune.fractions", prune.fractions, is_single or prune.fractions == (0,), f"0 alone {reason}"),
+        ("eval.best", best, is_free or not best, "empty with train.epochs 0, which leaves one model"),
     ]
 
 

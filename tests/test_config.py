@@ -57,7 +57,7 @@ def test_settings_cannot_be_changed_in_place():
         ("train.learning_rate", 0.0),
         ("train.batch_size", 0),
         ("train.micro_batch", -1),
-        ("train.epochs", 0.0),
+        ("train.epochs", -1.0),
         ("train.warmup", 1.0),
         ("eval.window", 1),
         ("seed", -1),

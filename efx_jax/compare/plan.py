@@ -71,6 +71,8 @@ def _reached(run: Path) -> int | None:
 def _size(cell: Cell, counts: Counts) -> str:
     """Steps and tokens of a run, as far as its data can be counted here; cells of equal data are counted once."""
     config = cell.config
+    if not (config.train.steps or config.train.epochs):
+        return "nothing to train"
     key = (config.model, config.data, config.eval, config.seed)
     if key not in counts:
         counts[key] = count_data(config, find_spec(config.model.path))

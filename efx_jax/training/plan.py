@@ -47,13 +47,18 @@ def plan_text(config: Config) -> str:
     data = count_data(config, found)
     counts = data if isinstance(data, DataCounts) else None
     layout = plan_layout(config, found, device, counts)
-    steps = total_steps(config.train, counts.epoch_rows if counts else 0) if counts or config.train.steps else None
+    is_known = counts or config.train.steps or not config.train.epochs
+    steps = total_steps(config.train, counts.epoch_rows if counts else 0) if is_known else None
     needs = memory(spec, config, layout)
     lines = [
         *_model_lines(config, found),
         *_data_lines(data),
         *_training_lines(config, spec, layout, steps),
         *_event_lines(config, steps),
+    ]
+    if steps == 0:
+        return "\n".join([*lines, *_memory_lines(dataclasses.replace(needs, step={}), device, config)])
+    lines += [
         *_arithmetic_lines(config, spec, layout),
         *_time_lines(config, spec, layout, device, steps),
         *_memory_lines(needs, device, config),
@@ -84,6 +89,8 @@ def _data_lines(data: DataCounts | str) -> list[str]:
 
 
 def _training_lines(config: Config, spec: ModelSpec, layout: Layout, steps: int | None) -> list[str]:
+    if steps == 0:
+        return _paragraph("training", "none: nothing but a prune event changes the model")
     size = config.train.batch_size
     number = f"{steps:,} steps" if steps else f"{config.train.epochs:g} epochs in steps"
     unknown = "" if steps else "; how many steps that is, only the data can tell (or --train.steps)"
@@ -96,11 +103,11 @@ def _training_lines(config: Config, spec: ModelSpec, layout: Layout, steps: int 
 
 
 def _event_lines(config: Config, steps: int | None) -> list[str]:
-    scale = steps or 10**6
+    scale = 10**6 if steps is None else steps
     events = prune_events(config.prune, config.train, scale)
 
     def place(event: Event) -> str:
-        return f"step {event.step:,}" if steps else f"at {event.step / scale:.0%} of the steps"
+        return f"at {event.step / scale:.0%} of the steps" if steps is None else f"step {event.step:,}"
 
     return _paragraph(
         "prune events", ", ".join(f"{place(event)} to {event.sparsity:.0%}" for event in events) or "none"

@@ -18,8 +18,10 @@ class Event:
 
 
 def total_steps(config: TrainConfig, rows: int) -> int:
-    """Number of updates: `steps`, or `epochs` passes over the rows."""
-    return config.steps or max(1, math.ceil(config.epochs * rows / config.batch_size))
+    """Number of updates: `steps`, or `epochs` passes over the rows; 0 where both are 0."""
+    if config.steps or not config.epochs:
+        return config.steps
+    return max(1, math.ceil(config.epochs * rows / config.batch_size))
 
 
 def prune_events(prune: PruneConfig, train: TrainConfig, steps: int) -> tuple[Event, ...]:
