@@ -20,6 +20,9 @@ from efx_jax.training.survey import check_shapes
 from efx_jax.training.validation import check_validation
 from efx_jax.weights.hf import load_pretrained, load_tokenizer, open_checkpoint
 
+_CHOICE = 8
+"""So many times the calibration rows are cut from a text, as far as it goes, and drawn from."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
@@ -77,9 +80,9 @@ def _calibration_pool(config: Config, train: list[Tokenized], tokenizer: Any) ->
             raise
         warnings.warn(f"calibration on the training rows instead of C4: {error}", stacklevel=2)
         return train
-    # The last token of a sequence is never an input.
+    # The last token of a sequence is never an input. More than the rows asked for, so that each seed draws others.
     window = config.prune.calibration_length + 1
-    return text_windows(texts, tokenizer, window, config.prune.calibration_rows * window)
+    return text_windows(texts, tokenizer, window, _CHOICE * config.prune.calibration_rows * window)
 
 
 def _check_evaluation(

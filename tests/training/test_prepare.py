@@ -1,13 +1,16 @@
 """What calibration draws from."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from efx_jax.config import Config, PruneConfig
+from efx_jax.config import Config, DataConfig, EvalConfig, ModelConfig, PruneConfig
 from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import InputError
+from efx_jax.parallel.mesh import make_mesh
 from efx_jax.training import prepare
 
 
@@ -26,3 +29,28 @@ def test_without_c4_the_training_rows_calibrate_and_a_warning_says_so(monkeypatc
     with pytest.raises(InputError, match=r"other\.jsonl"):
         prepare._calibration_pool(calibrated_on("other.jsonl"), rows, None)
     assert prepare._calibration_pool(calibrated_on("train"), rows, None) is rows
+
+
+@pytest.mark.parametrize("source", ["train", "text.txt"])
+def test_each_seed_calibrates_on_other_rows(source: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """Of a text too, whose windows are more than the rows that are drawn."""
+    words = ["fever", "cough", "rash", "joint", "pain", "heart", "lung", "skin", "blood"]
+    lines = [" ".join(row) for row in np.random.default_rng(0).choice(words, (40, 6)).tolist()]
+    (tmp_path / "text.txt").write_text("\n\n".join(lines))
+    (tmp_path / "rows.jsonl").write_text("\n".join(f'{{"prompt": "{line}", "response": "yes"}}' for line in lines))
+    config = Config(
+        model=ModelConfig(path=str(tiny_folder)),
+        data=DataConfig(train=str(tmp_path / "rows.jsonl"), root=str(tmp_path), max_length=32, holdout=0),
+        eval=EvalConfig(window=32),
+        prune=PruneConfig(calibration=source, calibration_rows=3, calibration_length=5),
+    )
+
+    def drawn(seed: int) -> list[list[int]]:
+        seeded: Any = dataclasses.replace(config, seed=seed)
+        (batch,) = prepare.calibration(seeded, prepare.prepare(seeded, make_mesh(config.mesh)))
+        rows = zip(batch["tokens"], batch["lengths"], strict=True)
+        return sorted(tokens[:length].tolist() for tokens, length in rows if length)
+
+    first = drawn(0)
+    assert len(first) == 3 and {len(row) for row in first} == {5}
+    assert first == drawn(0) and first != drawn(1)
