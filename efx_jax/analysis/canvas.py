@@ -79,7 +79,7 @@ def make_logarithmic(axis: "Axis", set_scale: Callable[[str], None]) -> None:
 
 def name_places(axes: "Axes", names: Sequence[str]) -> None:
     """Writes names below x = 0, 1, ..., slanted where they would touch."""
-    # So many letters fit side by side.
-    is_tight = sum(len(name) + 2 for name in names) > 92
+    # So many letters fit side by side, every name having as much room as the longest.
+    is_tight = len(names) * (max(map(len, names)) + 1) > 96
     slanted: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if is_tight else {}
     axes.set_xticks(range(len(names)), names, fontsize=SMALL, **slanted)

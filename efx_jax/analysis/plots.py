@@ -50,13 +50,17 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """Series and levels over one pair of axes; the labels name what is drawn and its unit."""
+    """Series and levels over one pair of axes; the labels name what is drawn and its unit.
+
+    `places` is the order of places that are no numbers; without it they stand as they come.
+    """
 
     title: str
     x_label: str
     y_label: str
     series: tuple[Series, ...]
     levels: tuple[Level, ...] = ()
+    places: tuple[Place, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,7 @@ class HeatMap:
 
 
 def draw_lines(path: Path, figure: Figure) -> None:
-    """A line with marks per series; places that are no numbers stand side by side in the order in which they come.
+    """A line with marks per series; places that are no numbers stand side by side.
 
     Args:
         path: without a suffix.
@@ -145,7 +149,8 @@ def _draw(path: Path, figure: Figure, draw: Callable[["Axes", Figure], None]) ->
         axes.axhline(level.y, color="0.35", linestyle=style, linewidth=1.5, label=level.label)
         if level.low is not None and level.high is not None:
             axes.axhspan(level.low, level.high, color="0.35", alpha=0.12, linewidth=0)
-    if is_wide(number for row in _rows(figure) for number in row[2:] if number is not None):
+    # The ends of an error bar may lie below 0 where no value does.
+    if is_wide(row[2] for row in _rows(figure)):
         make_logarithmic(axes.yaxis, axes.set_yscale)
     axes.grid(axis="y", color="0.88", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -234,7 +239,9 @@ def _place_text(place: Place) -> str:
 
 
 def _places(figure: Figure) -> list[Place]:
-    return list(dict.fromkeys(place for series in figure.series for place in series.x))
+    found = dict.fromkeys(place for series in figure.series for place in series.x)
+    ordered = [place for place in figure.places if place in found]
+    return [*ordered, *(place for place in found if place not in ordered)]
 
 
 def _errors(series: Series) -> list[list[float]] | None:
