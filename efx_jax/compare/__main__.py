@@ -2,12 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from efx_jax.compare.figures import draw_figures
 from efx_jax.compare.grid import Cell, choose_cells, list_cells
 from efx_jax.compare.plan import plan_lines
-from efx_jax.compare.records import read_record
+from efx_jax.compare.records import Record, read_record
 from efx_jax.compare.settings import Comparison, read_comparison
 from efx_jax.compare.table import write_tables
 from efx_jax.compare.work import finish
@@ -39,10 +40,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _work(comparison: Comparison, cells: Sequence[Cell], chosen: Sequence[Cell], output: Path) -> int:
-    """Finishes the chosen cells one by one; the table, of all cells, is written after each."""
+    """Finishes the chosen cells one by one; tables and figures, of all cells, are written after each."""
     runs, folder = output / "runs", output / comparison.name
     failures: dict[str, str] = {}
-    markdown = _write(comparison, cells, failures, output)
+    records = {cell: read_record(comparison, cell, runs) for cell in cells}
+    markdown = _write(comparison, records, failures, folder)
     for cell in chosen:
         if cell.refusal or cell.run in failures:
             continue
@@ -50,15 +52,21 @@ def _work(comparison: Comparison, cells: Sequence[Cell], chosen: Sequence[Cell],
         if reason:
             failures[cell.run] = reason
             print(f"{cell.title}: failed: {reason}", file=sys.stderr)
-        markdown = _write(comparison, cells, failures, output)
+        elif records[cell].is_whole:
+            continue
+        # An interval of Rel.% takes a while: only what may have changed is read again.
+        for each in cells:
+            if cell.run in (each.run, each.reference):
+                records[each] = read_record(comparison, each, runs)
+        markdown = _write(comparison, records, failures, folder)
     print(markdown, end="")
     print(f"written to {folder}", file=sys.stderr)
     return 1 if failures else 0
 
 
-def _write(comparison: Comparison, cells: Sequence[Cell], failures: dict[str, str], output: Path) -> str:
-    records = [read_record(comparison, cell, output / "runs") for cell in cells]
-    return write_tables(comparison, records, failures, output / comparison.name)
+def _write(comparison: Comparison, records: Mapping[Cell, Record], failures: Mapping[str, str], folder: Path) -> str:
+    found = list(records.values())
+    return write_tables(comparison, found, failures, draw_figures(comparison, found, folder / "figures"), folder)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ from efx_jax.compare.grid import Cell
 from efx_jax.compare.settings import Comparison
 from efx_jax.compare.work import is_finished, measurements
 from efx_jax.errors import InputError
-from efx_jax.evaluation.relative import check_pairs, check_zeros, relative_value
+from efx_jax.evaluation.relative import check_pairs, check_ratios, read_evaluation, relative
 from efx_jax.evaluation.results import TITLES
 from efx_jax.model.spec import linear_shapes
 from efx_jax.weights.shapes import find_spec
 
 Metrics = dict[str, float | None]
+Intervals = dict[str, tuple[float, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +27,14 @@ class Record:
         cell: the cell.
         metrics: "sparsity", "train_seconds", "event_seconds", "peak_memory_mib", "tokens", "perplexity.TEXT",
             "PROTOCOL.TASK.METRIC" and "PROTOCOL.relative", as far as they are there; None is not finite.
+        intervals: 95 % bootstrap intervals of those that the evaluation gives one.
         is_whole: whether nothing is missing.
         note: why Rel.% is missing where it could be expected, or "".
     """
 
     cell: Cell
     metrics: Metrics
+    intervals: Intervals
     is_whole: bool
     note: str
 
@@ -39,35 +43,44 @@ def read_record(comparison: Comparison, cell: Cell, runs: Path) -> Record:
     """The numbers of a cell so far; none before its run is finished."""
     run = runs / cell.run
     if cell.refusal or not is_finished(run):
-        return Record(cell, {}, False, "")
+        return Record(cell, {}, {}, False, "")
     asked = measurements(comparison, cell)
-    metrics = _run_metrics(cell, run)
+    metrics, intervals = _run_metrics(cell, run), Intervals()
     notes = []
     for measurement in asked:
-        folder = measurement.folder(run)
+        folder, name = measurement.folder(run), measurement.name
         if not is_finished(folder):
             continue
-        summary = _read(folder)
         if measurement.is_text:
-            metrics[f"perplexity.{measurement.name}"] = summary["perplexity"]["value"]
+            _take(metrics, intervals, f"perplexity.{name}", _read(folder)["perplexity"], "value", "interval")
             continue
-        for task, result in summary["tasks"].items():
-            metrics |= {f"{measurement.name}.{task}.{name}": result[name] for name in TITLES if name in result}
+        for task, result in _read(folder)["tasks"].items():
+            for metric in TITLES:
+                if metric in result:
+                    _take(metrics, intervals, f"{name}.{task}.{metric}", result, metric, f"{metric}_interval")
         dense = measurement.folder(runs / cell.reference)
         if cell.reference and is_finished(dense):
-            relative = _relative(summary["tasks"], dense)
-            if isinstance(relative, str):
-                notes.append(relative)
+            found = _relative(folder, dense)
+            if isinstance(found, str):
+                notes.append(found)
             else:
-                metrics[f"{measurement.name}.relative"] = relative
-    return Record(cell, metrics, all(is_finished(each.folder(run)) for each in asked), "; ".join(notes))
+                _take(metrics, intervals, f"{name}.relative", found, "value", "interval")
+    return Record(cell, metrics, intervals, all(is_finished(each.folder(run)) for each in asked), "; ".join(notes))
+
+
+def _take(metrics: Metrics, intervals: Intervals, key: str, found: Mapping[str, Any], value: str, ends: str) -> None:
+    """Takes a number over and, where it has both ends, its interval."""
+    metrics[key] = found[value]
+    low, high = found.get(ends) or (None, None)
+    if low is not None and high is not None:
+        intervals[key] = (low, high)
 
 
 def _run_metrics(cell: Cell, run: Path) -> Metrics:
     summary = _read(run)
     return {
         "sparsity": _real_sparsity(cell, run, summary["sparsity"]),
-        "train_seconds": summary["seconds"]["train"],
+        "train_seconds": summary["seconds"].get("train", 0.0),
         "event_seconds": summary["seconds"].get("prune", 0.0),
         "peak_memory_mib": summary["peak_memory_mib"],
         "tokens": summary["tokens"],
@@ -82,15 +95,15 @@ def _real_sparsity(cell: Cell, run: Path, found: dict[str, list[float]]) -> floa
     return zeros / sum(size * len(found[name]) for name, size in sizes.items())
 
 
-def _relative(found: dict[str, Any], dense: Path) -> float | str:
-    """Rel.%, or why there is none."""
-    reference = _read(dense)["tasks"]
+def _relative(folder: Path, dense: Path) -> Mapping[str, Any] | str:
+    """Rel.% with its interval, or why there is none."""
     try:
-        check_pairs(found, reference, dense)
-        check_zeros(reference, dense)
+        found, reference = read_evaluation(folder), read_evaluation(dense)
+        check_pairs(found[0], reference[0], dense)
+        check_ratios(*reference, dense)
+        return relative(*found, *reference)
     except InputError as error:
         return str(error)
-    return relative_value(found, reference)
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -5,16 +5,20 @@ import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from efx_jax.config import Config
 from efx_jax.config_io import load_config, parse_settings, read_yaml
 from efx_jax.config_values import describe, nearest, parse_value, replace_values, setting_types
 from efx_jax.errors import InputError
 from efx_jax.evaluation.protocols import ProtocolName
+from efx_jax.evaluation.results import TITLES
 
 Settings = Mapping[str, Any]
 """Values by dotted path, as `replace_values` takes them."""
+
+RUN_METRICS = ("sparsity", "train_seconds", "event_seconds", "peak_memory_mib", "tokens")
+"""What every run brings by itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,23 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A figure.
+
+    Attributes:
+        x: an axis of the comparison, "method" or "schedule".
+        y: a metric, see `efx_jax.compare.records.Record`.
+        kind: means over seeds as lines or bars, or the points of all seeds.
+        only: by axis, "method" or "schedule" the values that are drawn; it has no say where a row has none of them.
+    """
+
+    x: str
+    y: str
+    kind: Literal["lines", "bars", "points"]
+    only: Mapping[str, tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Comparison:
     """A grid of runs.
 
@@ -51,6 +72,7 @@ class Comparison:
         evaluate: what is measured.
         texts: perplexity texts by name.
         reference: the method that Rel.% refers to, one that prunes nothing, or "".
+        figures: by name.
     """
 
     name: str
@@ -63,6 +85,7 @@ class Comparison:
     evaluate: Evaluate
     texts: Mapping[str, str]
     reference: str
+    figures: Mapping[str, Drawing]
 
 
 def read_comparison(path: Path) -> Comparison:
@@ -90,7 +113,7 @@ def read_comparison(path: Path) -> Comparison:
     if reference and runs.get(reference) != ():
         dense = ", ".join(name for name, chosen in runs.items() if not chosen) or "none"
         raise InputError(f"{path}: reference: expected a method that prunes nothing ({dense}), found {reference}")
-    return Comparison(
+    comparison = Comparison(
         name=path.stem,
         base=base,
         seeds=_different(_parse(tree.get("seeds", "0"), tuple[int, ...], f"{path}: seeds"), path, "seeds"),
@@ -101,7 +124,9 @@ def read_comparison(path: Path) -> Comparison:
         evaluate=evaluate,
         texts=texts,
         reference=reference,
+        figures={},
     )
+    return dataclasses.replace(comparison, figures=_read_figures(tree.get("figures", {}), comparison, path))
 
 
 def _read_base(node: Any, path: Path) -> Config:
@@ -172,6 +197,54 @@ def _read_evaluate(tree: dict[str, Any], path: Path) -> tuple[Evaluate, dict[str
     if not (evaluate.tasks and evaluate.protocols) and not texts:
         raise InputError(f"{where}: expected tasks or texts to measure, found neither")
     return dataclasses.replace(evaluate, protocols=_different(evaluate.protocols, path, "evaluate: protocols")), texts
+
+
+def _read_figures(node: Any, comparison: Comparison, path: Path) -> dict[str, Drawing]:
+    tree = _mapping(node, f"{path}: figures")
+    _refuse_names(tree, f"{path}: figures")
+    known = [*comparison.axes, "method", "schedule"]
+    figures = {}
+    for name, found in tree.items():
+        where = f"{path}: figures: {name}"
+        values = _mapping(found, where)
+        _refuse_unknown(values, ["x", "y", "kind", "only"], where)
+        for key in ("x", "y", "kind"):
+            if key not in values:
+                raise InputError(f"{where}: expected x, y and kind, found no {key}")
+        x, y = _text(values["x"], f"{where}: x"), _text(values["y"], f"{where}: y")
+        _refuse_unknown([x], known, f"{where}: x")
+        _check_metric(comparison, y, f"{where}: y")
+        kind = _parse(values["kind"], typing.get_type_hints(Drawing)["kind"], f"{where}: kind")
+        only = _mapping(values.get("only", {}), f"{where}: only")
+        _refuse_unknown(only, known, f"{where}: only")
+        chosen = {key: _read_chosen(comparison, key, value, f"{where}: only: {key}") for key, value in only.items()}
+        figures[name] = Drawing(x, y, kind, chosen)
+    return figures
+
+
+def _check_metric(comparison: Comparison, metric: str, where: str) -> None:
+    """Refuses what no run will have; the names of tasks are known only when the tasks are loaded."""
+    protocols = comparison.evaluate.protocols if comparison.evaluate.tasks else ()
+    known = [*RUN_METRICS, *(f"perplexity.{name}" for name in comparison.texts)]
+    known += [f"{name}.relative" for name in protocols if comparison.reference]
+    protocol, _, rest = metric.partition(".")
+    task, _, kind = rest.rpartition(".")
+    if metric not in known and not (protocol in protocols and task and kind in TITLES):
+        tasks = f", or PROTOCOL.TASK.METRIC with one of {', '.join(TITLES)}" if protocols else ""
+        raise InputError(f"{where}: {metric} is not measured here; expected one of {', '.join(known)}{tasks}")
+
+
+def _read_chosen(comparison: Comparison, key: str, node: Any, where: str) -> tuple[Any, ...]:
+    if key in comparison.axes:
+        kind, known = setting_types()[key], list(comparison.axes[key])
+        chosen = [_parse(value, kind, where) for value in _list(node)]
+    else:
+        known = list(comparison.runs if key == "method" else comparison.schedules)
+        chosen = [_text(value, where) for value in _list(node)]
+    for value in chosen:
+        if value not in known:
+            raise InputError(f"{where}: expected some of {', '.join(map(str, known))}, found {value}")
+    return tuple(chosen)
 
 
 def _parse(node: Any, kind: Any, where: str) -> Any:

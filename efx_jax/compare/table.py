@@ -33,6 +33,7 @@ _COSTS = (
     Column("peak_memory_mib", "peak MiB", decimals=0),
     Column("tokens", "tokens", decimals=0),
 )
+_SPARSITY = Column("sparsity", "zeros %", 100)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +47,20 @@ class Row:
     records: tuple[Record, ...]
 
 
-def write_tables(comparison: Comparison, records: Sequence[Record], failures: Mapping[str, str], folder: Path) -> str:
+def write_tables(
+    comparison: Comparison,
+    records: Sequence[Record],
+    failures: Mapping[str, str],
+    figures: Mapping[str, str],
+    folder: Path,
+) -> str:
     """Writes table.md, table.csv and table.json (means over seeds), runs.csv and runs.json (every seed).
 
     Args:
         comparison: names the columns.
         records: of all cells.
         failures: by run, why it or its evaluation has failed this time.
+        figures: by name, why it is not drawn, or "".
         folder: where to; made if need be.
 
     Returns:
@@ -61,11 +69,12 @@ def write_tables(comparison: Comparison, records: Sequence[Record], failures: Ma
     Raises:
         InputError: the disk is full or the place is not writable.
     """
-    rows = _group(records)
-    markdown = _markdown(comparison, rows, records, failures)
-    keys = _keys(records)
+    rows = group_rows(records)
+    markdown = _markdown(comparison, rows, records, failures, figures)
+    keys = metric_keys(records)
     axes = list(comparison.axes)
-    atomic_write(folder / "runs.csv", _csv(_run_line(axes, record, failures, keys) for record in records))
+    ended = {key: any(key in record.intervals for record in records) for key in keys}
+    atomic_write(folder / "runs.csv", _csv(_run_line(axes, record, failures, ended) for record in records))
     atomic_write(folder / "runs.json", _json([_run_entry(axes, record, failures) for record in records]))
     atomic_write(folder / "table.csv", _csv(_row_line(axes, row, keys) for row in rows))
     atomic_write(folder / "table.json", _json([_row_entry(axes, row) for row in rows]))
@@ -74,21 +83,24 @@ def write_tables(comparison: Comparison, records: Sequence[Record], failures: Ma
 
 
 def spread(row: Row, key: str) -> dict[str, Any]:
-    """A metric over the seeds of a row that have it: values, mean and standard deviation (divided by n - 1).
+    """A metric over the seeds of a row that have it: values, mean, standard deviation (divided by n - 1), interval.
 
-    The mean is None where a value is not finite, the deviation also where there is one value.
+    The mean is None where a value is not finite, the deviation also where there is one value, and the interval, that of
+    the evaluation, where there are more.
     """
     values = [record.metrics[key] for record in row.records if key in record.metrics]
     numbers = [value for value in values if value is not None]
     is_finite = len(numbers) == len(values) > 0
+    intervals = [record.intervals.get(key) for record in row.records if key in record.metrics]
     return {
         "mean": statistics.fmean(numbers) if is_finite else None,
         "std": statistics.stdev(numbers) if is_finite and len(numbers) > 1 else None,
+        "interval": intervals[0] if len(intervals) == 1 else None,
         "values": values,
     }
 
 
-def _group(records: Iterable[Record]) -> list[Row]:
+def group_rows(records: Iterable[Record]) -> list[Row]:
     """Rows in the order of their first cells."""
     groups: dict[tuple[str, str, tuple[Any, ...], float], list[Record]] = {}
     for record in records:
@@ -99,21 +111,26 @@ def _group(records: Iterable[Record]) -> list[Row]:
     ]
 
 
-def _keys(records: Iterable[Record]) -> list[str]:
+def metric_keys(records: Iterable[Record]) -> list[str]:
+    """All metrics that any record has, in the order in which they come."""
     return list(dict.fromkeys(key for record in records for key in record.metrics))
 
 
 def _markdown(
-    comparison: Comparison, rows: Sequence[Row], records: Sequence[Record], failures: Mapping[str, str]
+    comparison: Comparison,
+    rows: Sequence[Row],
+    records: Sequence[Record],
+    failures: Mapping[str, str],
+    figures: Mapping[str, str],
 ) -> str:
-    texts = [Column(f"perplexity.{name}", f"{name} perplexity") for name in comparison.texts]
+    texts = [metric_column(f"perplexity.{name}") for name in comparison.texts]
     protocols = comparison.evaluate.protocols if comparison.evaluate.tasks else ()
     tables: dict[str, list[Column]] = {name: [*texts, *_task_columns(records, name)] for name in protocols}
     seen = [row for row in rows if any(record.metrics for record in row.records)]
     parts = [f"# {comparison.name}", _legend(comparison)]
     for title, columns in (tables or {"perplexity": texts}).items():
-        parts += [f"## {title}", _table(comparison, seen, [Column("sparsity", "zeros %", 100), *columns])]
-    parts += ["## Cost", _table(comparison, seen, _COSTS), *_missing(records, failures)]
+        parts += [f"## {title}", _table(comparison, seen, [_SPARSITY, *columns])]
+    parts += ["## Cost", _table(comparison, seen, _COSTS), *_pictures(figures), *_missing(records, failures, figures)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -122,21 +139,29 @@ def _legend(comparison: Comparison) -> str:
     if len(comparison.seeds) > 1:
         seeds = ", ".join(map(str, comparison.seeds))
         parts.append(f"Mean ± standard deviation over the seeds {seeds}; (n) where only n of them are there.")
+    else:
+        parts.append("In brackets: 95 % bootstrap intervals over the rows or windows that are scored.")
     if comparison.reference:
         parts.append(f"Rel. % refers to {comparison.reference} of the same seed.")
     parts.append("Seconds of training are those of its updates, compilation included; those of events come on top.")
     return " ".join(parts)
 
 
+def metric_column(key: str) -> Column:
+    """How a metric of a record is told."""
+    group, _, name = key.partition(".")
+    if not name:
+        return next(column for column in (_SPARSITY, *_COSTS) if column.key == key)
+    if group == "perplexity":
+        return Column(key, f"{name} perplexity")
+    task, _, metric = name.rpartition(".")
+    return Column(key, f"{task} {TITLES[metric]}", 100) if task else Column(key, "Rel. %")
+
+
 def _task_columns(records: Sequence[Record], protocol: str) -> list[Column]:
-    keys = [key for key in _keys(records) if key.startswith(f"{protocol}.")]
-    columns = [
-        Column(key, f"{task} {TITLES[metric]}", 100)
-        for key in keys
-        for task, _, metric in [key.removeprefix(f"{protocol}.").rpartition(".")]
-        if metric in TITLES
-    ]
-    return [*columns, Column(f"{protocol}.relative", "Rel. %")] if f"{protocol}.relative" in keys else columns
+    keys = [key for key in metric_keys(records) if key.startswith(f"{protocol}.")]
+    # The one over all tasks stands last.
+    return [metric_column(key) for key in sorted(keys, key=lambda key: key == f"{protocol}.relative")]
 
 
 def _table(comparison: Comparison, rows: Sequence[Row], columns: Sequence[Column]) -> str:
@@ -162,16 +187,28 @@ def _cell(row: Row, column: Column, seeds: int) -> str:
     text = f"{column.factor * found['mean']:,.{column.decimals}f}"
     if found["std"] is not None:
         text += f" ± {column.factor * found['std']:,.{column.decimals}f}"
+    elif found["interval"] and seeds == 1:
+        text += f" [{', '.join(f'{column.factor * end:,.{column.decimals}f}' for end in found['interval'])}]"
     return text + count
 
 
-def _missing(records: Sequence[Record], failures: Mapping[str, str]) -> list[str]:
+def _pictures(figures: Mapping[str, str]) -> list[str]:
+    lines = [
+        f"![{name}](figures/{name}.png)\n\nIts numbers: [{name}.csv](figures/{name}.csv)"
+        for name, reason in figures.items()
+        if not reason
+    ]
+    return ["## Figures", *lines] if lines else []
+
+
+def _missing(records: Sequence[Record], failures: Mapping[str, str], figures: Mapping[str, str]) -> list[str]:
     """What is not in the tables, and why; the waiting ones are only counted."""
     waiting = sum(_status(record, failures) == "missing" for record in records)
     lines = [f"{waiting} of {len(records)} runs are not there, or not measured in full."] if waiting else []
     lines += _told("failed", [(record, failures.get(record.cell.run, "")) for record in records])
     lines += _told("impossible", [(record, record.cell.refusal) for record in records])
     lines += _told("no Rel. %", [(record, record.note) for record in records])
+    lines += [f"no figure {name}: {reason}" for name, reason in figures.items() if reason]
     return ["\n".join(f"- {line}" for line in lines)] if lines else []
 
 
@@ -208,6 +245,7 @@ def _run_entry(axes: Sequence[str], record: Record, failures: Mapping[str, str])
         "status": _status(record, failures),
         "reason": _reason(record, failures),
         "metrics": record.metrics,
+        "intervals": record.intervals,
     }
 
 
@@ -218,14 +256,22 @@ def _row_entry(axes: Sequence[str], row: Row) -> dict[str, Any]:
         "axes": dict(zip(axes, row.axes, strict=True)),
         "seeds": [record.cell.seed for record in row.records],
         "asked_sparsity": row.asked,
-        "metrics": {key: spread(row, key) for key in _keys(row.records)},
+        "metrics": {key: spread(row, key) for key in metric_keys(row.records)},
     }
 
 
-def _run_line(axes: Sequence[str], record: Record, failures: Mapping[str, str], keys: Sequence[str]) -> dict[str, Any]:
+def _run_line(
+    axes: Sequence[str], record: Record, failures: Mapping[str, str], keys: Mapping[str, bool]
+) -> dict[str, Any]:
+    """A line of runs.csv; `keys` says of every metric whether it has intervals."""
     entry = _run_entry(axes, record, failures)
-    own = entry.pop("axes") | {key: entry["metrics"].get(key) for key in keys}
-    return {name: value for name, value in entry.items() if name != "metrics"} | own
+    metrics, intervals = entry.pop("metrics"), entry.pop("intervals")
+    line = entry | entry.pop("axes")
+    for key, has_interval in keys.items():
+        line[key] = metrics.get(key)
+        if has_interval:
+            line[f"{key}_low"], line[f"{key}_high"] = intervals.get(key, (None, None))
+    return line
 
 
 def _row_line(axes: Sequence[str], row: Row, keys: Sequence[str]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from efx_jax.compare.settings import read_comparison
 from efx_jax.config import Config
 from efx_jax.config_io import config_folder, load_config
 from efx_jax.config_values import replace_values
+from efx_jax.errors import InputError
 
 SMALL = """
 base: {prune: {score: magnitude}}
@@ -168,3 +169,55 @@ def test_the_ablations_share_their_runs_with_the_health_comparison() -> None:
     runs = {path.stem: {cell.run for cell in list_cells(read_comparison(path))} for path in SHIPPED}
     for name in ("sparsity", "rank", "ema", "domains"):
         assert runs[name] & runs["compare_health"], name
+
+
+FIGURE = "figures: {{a: {{x: {x}, y: {y}, kind: {kind}, only: {{{only}}}}}}}\naxes: {{lora.rank: [8, 16]}}\n"
+GOOD = {"x": "lora.rank", "y": "perplexity.general", "kind": "lines", "only": "lora.rank: [8], schedule: during"}
+
+
+def test_a_figure_is_read_with_values_of_their_type(write: Write) -> None:
+    (figure,) = read_comparison(write(SMALL + FIGURE.format(**GOOD))).figures.values()
+    assert (figure.x, figure.y, figure.kind) == ("lora.rank", "perplexity.general", "lines")
+    assert figure.only == {"lora.rank": (8,), "schedule": ("during",)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"x": "prune.ema"}, "figures: a: x: prune.ema is not known; the nearest is .*; expected one of lora.rank, "),
+        ({"y": "perplexity.legal"}, "figures: a: y: perplexity.legal is not measured here; expected one of sparsity, "),
+        ({"y": "likelihood.hqs.rouge1"}, "figures: a: y: likelihood.hqs.rouge1 is not measured here"),
+        ({"y": "likelihood.relative"}, "figures: a: y: likelihood.relative is not measured here"),
+        ({"kind": "pie"}, "figures: a: kind must be one of lines, bars, points, found 'pie'"),
+        ({"only": "lora.rank: 32"}, "figures: a: only: lora.rank: expected some of 8, 16, found 32"),
+        ({"only": "lora.rank: many"}, "figures: a: only: lora.rank must be an integer, found 'many'"),
+        ({"only": "schedule: daily"}, "figures: a: only: schedule: expected some of post_hoc, during, found daily"),
+        ({"only": "seed: 0"}, "figures: a: only: seed is not known"),
+    ],
+)
+def test_a_figure_of_what_is_not_there_is_refused(change: dict[str, str], said: str, write: Write) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        read_comparison(write(SMALL + FIGURE.format(**(GOOD | change))))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        ("{a: {x: method, y: tokens}}", "figures: a: expected x, y and kind, found no kind"),
+        ("{a: {x: method, y: tokens, kind: bars, z: 1}}", "figures: a: z is not known"),
+        ("{../a: {x: method, y: tokens, kind: bars}}", "figures: expected names of letters"),
+        ("[a]", "figures: expected keys with values below it"),
+    ],
+)
+def test_a_malformed_figure_is_refused(figures: str, said: str, write: Write) -> None:
+    with pytest.raises(InputError, match=said):
+        read_comparison(write(SMALL + f"figures: {figures}"))
+
+
+def test_metrics_of_tasks_are_taken_on_trust(write: Write) -> None:
+    text = SMALL.replace("{texts:", "{tasks: [health], texts:")
+    for metric in ("likelihood.hqs.rouge1", "likelihood.pubmedqa.accuracy", "likelihood.relative", "sparsity"):
+        read_comparison(write(text + FIGURE.format(**(GOOD | {"y": metric}))))
+    with pytest.raises(InputError, match="greedy.hqs.rouge1 is not measured here; .*, or PROTOCOL.TASK.METRIC"):
+        read_comparison(write(text + FIGURE.format(**(GOOD | {"y": "greedy.hqs.rouge1"}))))

@@ -1,0 +1,176 @@
+"""The figures that a comparison asks for, from the rows of its table."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from efx_jax.analysis.plots import Figure, Level, Place, Series, draw_bars, draw_lines, draw_points
+from efx_jax.compare.grid import axis_text
+from efx_jax.compare.records import Record
+from efx_jax.compare.settings import Comparison, Drawing
+from efx_jax.compare.table import Column, Row, group_rows, metric_column, metric_keys, spread
+from efx_jax.errors import InputError
+
+_DRAW = {"lines": draw_lines, "bars": draw_bars, "points": draw_points}
+_Parts = Mapping[str, Any]
+"""What tells rows apart: method, schedule and the values of the axes, None where a row has none."""
+_Point = tuple[Place, float, tuple[float, float] | None]
+
+
+def draw_figures(comparison: Comparison, records: Sequence[Record], folder: Path) -> dict[str, str]:
+    """Draws every figure as far as its runs are there, NAME.png and NAME.csv.
+
+    Args:
+        comparison: names them.
+        records: of all cells.
+        folder: where to; made if need be.
+
+    Returns:
+        By name why a figure is not drawn, in one line, or "".
+    """
+    reasons = {}
+    for name, drawing in comparison.figures.items():
+        try:
+            _DRAW[drawing.kind](folder / name, build_figure(comparison, drawing, records))
+            reasons[name] = ""
+        except InputError as error:
+            reasons[name] = str(error)
+    return reasons
+
+
+def build_figure(comparison: Comparison, drawing: Drawing, records: Sequence[Record]) -> Figure:
+    """What is to be drawn: a series per method and schedule, and further axes that vary.
+
+    Of several seeds the means with their standard deviations, of one its value with its interval where it has one; all
+    seeds in a figure of points. A method that prunes nothing has no schedule and no value of axes below `prune`: where
+    that leaves it without a place on the x axis it is a level.
+
+    Raises:
+        InputError: no run with this metric is there yet.
+    """
+    column = metric_column(drawing.y)
+    rows = [(row, _parts(comparison, row)) for row in sorted(group_rows(records), key=_order_of(comparison))]
+    shown = [(row, parts) for row, parts in rows if _is_shown(drawing, parts)]
+    measured = [(row, parts) for row, parts in shown if spread(row, drawing.y)["mean"] is not None]
+    placed = [(row, parts) for row, parts in measured if _has_place(drawing, parts)]
+    if not placed:
+        raise InputError(_absence(drawing, [row for row, _ in shown]))
+    others = [key for key in _parts(comparison, placed[0][0]) if key != drawing.x]
+    varied = [key for key in others if len({parts[key] for _, parts in placed} - {None}) > 1]
+    points: dict[str, list[_Point]] = {}
+    for row, parts in placed:
+        place = _place(drawing.x, parts[drawing.x])
+        points.setdefault(_label(parts, others, varied), []).extend(_points(drawing, column, row, place))
+    levels = [
+        _level(column, row, _label(parts, others, varied)) for row, parts in measured if not _has_place(drawing, parts)
+    ]
+    return Figure(
+        title=_title(comparison, drawing, column, placed, varied),
+        x_label=f"{drawing.x} (%)" if drawing.x == "prune.sparsity" else drawing.x,
+        y_label=column.title,
+        series=tuple(_series(label, found, drawing.kind) for label, found in points.items()),
+        levels=tuple(levels),
+        places=tuple(_place(drawing.x, value) for value in _values(comparison, drawing.x)),
+    )
+
+
+def _order_of(comparison: Comparison) -> Callable[[Row], tuple[int, int]]:
+    """Methods and schedules stand as in the file, whatever is finished first."""
+    methods, schedules = list(comparison.methods), ["", *comparison.schedules]
+    return lambda row: (methods.index(row.method), schedules.index(row.schedule))
+
+
+def _values(comparison: Comparison, x: str) -> Iterable[Any]:
+    """All values of an axis, "method" or "schedule" in the order of the file."""
+    return comparison.axes.get(x, comparison.methods if x == "method" else comparison.schedules)
+
+
+def _parts(comparison: Comparison, row: Row) -> dict[str, Any]:
+    axes = dict(zip(comparison.axes, row.axes, strict=True))
+    return {"method": row.method, "schedule": row.schedule or None, **axes}
+
+
+def _is_shown(drawing: Drawing, parts: _Parts) -> bool:
+    return all(parts[key] is None or parts[key] in chosen for key, chosen in drawing.only.items())
+
+
+def _has_place(drawing: Drawing, parts: _Parts) -> bool:
+    # Beside methods that have schedules, one that has none is what they are compared with.
+    return parts["schedule" if drawing.x == "method" else drawing.x] is not None
+
+
+def _absence(drawing: Drawing, rows: Sequence[Row]) -> str:
+    """Why there is nothing to draw."""
+    records = [record for row in rows for record in row.records]
+    if any(drawing.y in record.metrics for record in records):
+        return f"no run has a finite {drawing.y}"
+    if any(record.is_whole for record in records):
+        return f"no run has {drawing.y}; they have {', '.join(metric_keys(records))}"
+    return "none of its runs is there yet"
+
+
+def _label(parts: _Parts, others: Iterable[str], varied: Sequence[str]) -> str:
+    """What tells a series from the others: its method in any case, unless that is the x axis, and what varies."""
+    by_method = "method" in others or parts["schedule"] is None
+    told = [key for key in parts if key in varied or (key == "method" and by_method)] or ["schedule"]
+    texts = {key: axis_text(parts[key]) for key in told if parts[key] is not None}
+    return ", ".join(
+        text if key in ("method", "schedule") else f"{key.rpartition('.')[2]} {text}" for key, text in texts.items()
+    )
+
+
+def _place(axis: str, value: Any) -> Place:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return round(100.0 * value, 9) if axis == "prune.sparsity" else value
+    return axis_text(value)
+
+
+def _points(drawing: Drawing, column: Column, row: Row, place: Place) -> list[_Point]:
+    if drawing.kind == "points":
+        values = spread(row, drawing.y)["values"]
+        return [(place, column.factor * value, None) for value in values]
+    level = _level(column, row, "")
+    return [(place, level.y, None if level.low is None or level.high is None else (level.low, level.high))]
+
+
+def _level(column: Column, row: Row, label: str) -> Level:
+    """The mean of a row, with its deviation or its interval."""
+    found = spread(row, column.key)
+    mean, deviation, ends = found["mean"], found["std"], found["interval"]
+    if deviation is not None:
+        ends = (mean - deviation, mean + deviation)
+    low, high = (column.factor * end for end in ends) if ends else (None, None)
+    return Level(label, column.factor * mean, low, high)
+
+
+def _series(label: str, points: Sequence[_Point], kind: str) -> Series:
+    if kind == "lines" and not any(isinstance(place, str) for place, _, _ in points):
+        points = sorted(points, key=lambda point: point[0])
+    x, y, ends = zip(*points, strict=True)
+    if not any(ends):
+        return Series(label, x, y)
+    # A value without an interval has one of no length.
+    low, high = zip(*(each or (value, value) for value, each in zip(y, ends, strict=True)), strict=True)
+    return Series(label, x, y, low, high)
+
+
+def _title(
+    comparison: Comparison,
+    drawing: Drawing,
+    column: Column,
+    placed: Sequence[tuple[Row, _Parts]],
+    varied: Sequence[str],
+) -> str:
+    """What is drawn, at which value of the axes that do not vary, and what marks and bars stand for."""
+    alike = [key for key in comparison.axes if key not in (drawing.x, *varied)]
+    fixed = {key: parts[key] for key in alike for _, parts in placed if parts[key] is not None}
+    head = ", ".join(
+        [f"{comparison.name}: {column.title}", *(f"{key} {axis_text(value)}" for key, value in fixed.items())]
+    )
+    seeds = max(len(spread(row, drawing.y)["values"]) for row, _ in placed)
+    if drawing.kind == "points":
+        return f"{head}\nall seeds, up to {seeds} of each, and their median"
+    if seeds > 1:
+        return f"{head}\nmean ± standard deviation over up to {seeds} seeds"
+    has_ends = any(spread(row, drawing.y)["interval"] for row, _ in placed)
+    return f"{head}\none seed, 95 % bootstrap intervals" if has_ends else f"{head}\none seed"
