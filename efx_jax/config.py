@@ -130,7 +130,7 @@ class PruneConfig:
     general_weight: float = 0.1
     """Weight of the general importance, measured on `calibration`, in the domain pass; 0 leaves it out."""
     calibration: str = "train"
-    """Calibration rows: "train", a file, or a name known to `data.text`."""
+    """Calibration rows: "train", a file, or a name known to `data.text`; every seed draws others."""
     calibration_rows: int = 128
     calibration_length: int = 2048
     calibration_tokens: int = 4096

@@ -18,7 +18,7 @@ Counts = dict[Any, DataCounts | str]
 
 
 def plan_lines(comparison: Comparison, cells: Sequence[Cell], runs: Path) -> list[str]:
-    """A line per cell: done, measure, resume, train, shared or refused, with its steps and tokens; and their sum.
+    """A line per cell: done, measure, resume, train, prune, shared or refused, with its steps and tokens; their sum.
 
     Args:
         comparison: says what is measured.
@@ -34,7 +34,7 @@ def plan_lines(comparison: Comparison, cells: Sequence[Cell], runs: Path) -> lis
     lines = []
     for cell in cells:
         state, text = _plan(comparison, cell, runs, counts)
-        if cell.run in met and state in ("train", "resume", "measure"):
+        if cell.run in met and state in ("train", "prune", "resume", "measure"):
             state, text = "shared", f"the run of {met[cell.run]}"
         met.setdefault(cell.run, cell.title)
         states[state] = states.get(state, 0) + 1
@@ -57,6 +57,8 @@ def _plan(comparison: Comparison, cell: Cell, runs: Path, counts: Counts) -> tup
         summary = json.loads((run / "summary.json").read_text())
         done = f"{summary['steps']:,} steps, {summary['tokens']:,} tokens"
         return ("measure", f"{done}; {', '.join(missing)}") if missing else ("done", done)
+    if not (cell.config.train.steps or cell.config.train.epochs):
+        return "prune", f"no updates; {', '.join(missing)}"
     reached = _reached(run)
     work = f"{_size(cell, counts)}; {', '.join(missing)}"
     return ("train", work) if reached is None else ("resume", f"from step {reached:,} of {work}")
@@ -71,8 +73,6 @@ def _reached(run: Path) -> int | None:
 def _size(cell: Cell, counts: Counts) -> str:
     """Steps and tokens of a run, as far as its data can be counted here; cells of equal data are counted once."""
     config = cell.config
-    if not (config.train.steps or config.train.epochs):
-        return "nothing to train"
     key = (config.model, config.data, config.eval, config.seed)
     if key not in counts:
         counts[key] = count_data(config, find_spec(config.model.path))
