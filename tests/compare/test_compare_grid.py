@@ -68,8 +68,10 @@ def test_a_cells_numbers_are_those_of_its_run_and_its_evaluations(done: Path, re
         assert (metrics["tokens"], metrics["peak_memory_mib"]) == (summary["tokens"], summary["peak_memory_mib"])
         text, task = (read(evaluation(run, name) / "summary.json") for name in ("general", "likelihood"))
         assert metrics["perplexity.general"] == text["perplexity"]["value"]
+        assert entry["intervals"]["perplexity.general"] == text["perplexity"]["interval"]
         for name in ("accuracy", "macro_f1"):
             assert metrics[f"{TASK}.{name}"] == task["tasks"]["test"][name]
+            assert entry["intervals"][f"{TASK}.{name}"] == task["tasks"]["test"][f"{name}_interval"]
         layers = efx_jax.load_pretrained(run / "export", dtype=None)[0]["layers"]
         weights = [np.asarray(leaf) for name, leaf in layers.items() if name.endswith("_proj")]
         zeros = sum((weight == 0).sum() for weight in weights) / sum(weight.size for weight in weights)
@@ -83,6 +85,7 @@ def test_relative_is_to_the_dense_run_of_the_same_seed(done: Path, read: Read) -
         found = read_evaluation(evaluation(done / "runs" / entry["run"], "likelihood"))
         expected = relative(*found, *read_evaluation(evaluation(dense[entry["seed"]], "likelihood")))
         assert entry["metrics"]["likelihood.relative"] == pytest.approx(expected["value"])
+        assert entry["intervals"]["likelihood.relative"] == expected["interval"]
 
 
 def test_a_row_is_the_mean_over_its_seeds(done: Path, read: Read) -> None:
@@ -109,6 +112,27 @@ def test_the_markdown_has_a_row_for_each(done: Path, read: Read) -> None:
     assert "| general perplexity | test accuracy % | test macro-F1 % | Rel. % |" in text
     assert "| training s | events s | peak MiB | tokens |" in text
     assert text.count("| dense |  | 0 |") == 2
+
+
+def test_pruned_without_training_a_cell_costs_its_event_alone(
+    done: Path, write: Write, launch: Launch, read: Read, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = """
+    methods: {dense: {prune: {sparsity: 0}}, bare: {train: {epochs: 0, steps: 0}}}
+    runs: {dense: [], bare: [prune_first]}
+    figures: {ppl: {x: method, y: perplexity.general, kind: bars}}
+    """
+    file = write("bare", more)
+    assert launch(file, done, "--dry-run") == 0
+    assert "prune    bare/prune_first, seed 0: no updates; general, likelihood\n" in capsys.readouterr().out
+    assert launch(file, done) == 0
+    _, bare = read(done / "bare" / "runs.json")
+    assert (bare["status"], bare["metrics"]["tokens"], bare["metrics"]["train_seconds"]) == ("done", 0, 0)
+    assert bare["metrics"]["sparsity"] == pytest.approx(0.5) and bare["metrics"]["event_seconds"] > 0
+    with (done / "bare" / "figures" / "ppl.csv").open() as stream:
+        shown = {line["label"]: float(line["y"]) for line in csv.DictReader(stream)}
+    assert shown["prune_first"] == bare["metrics"]["perplexity.general"] and set(shown) == {"prune_first", "dense"}
+    assert "![ppl](figures/ppl.png)" in (done / "bare" / "table.md").read_text()
 
 
 def test_a_second_call_does_nothing(done: Path, file: Path, launch: Launch, calls: list[str]) -> None:
