@@ -69,9 +69,14 @@ def is_wide(numbers: Iterable[float]) -> bool:
 
 def make_logarithmic(axis: "Axis", set_scale: Callable[[str], None]) -> None:
     """A logarithmic axis whose marks are plain numbers."""
+    set_scale("log")
+    mark_decades(axis)
+
+
+def mark_decades(axis: "Axis") -> None:
+    """Marks 1, 2, 5, 10, ... as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    set_scale("log")
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axis.set_minor_locator(NullLocator())

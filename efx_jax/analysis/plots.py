@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efx_jax.analysis.canvas import SMALL, TEXT, is_wide, make_logarithmic, name_places, new_canvas, save
+from efx_jax.analysis.canvas import SMALL, TEXT, is_wide, make_logarithmic, mark_decades, name_places, new_canvas, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,7 +104,7 @@ def draw_points(path: Path, figure: Figure) -> None:
 
 
 def draw_heat_map(path: Path, heat: HeatMap) -> None:
-    """A field per row and column, with its value in it where there is room.
+    """A field per row and column, with its value in it where there is room; colours are logarithmic over a decade.
 
     Args:
         path: without a suffix.
@@ -121,14 +121,18 @@ def draw_heat_map(path: Path, heat: HeatMap) -> None:
         raise ValueError(f"{heat.title}: expected finite values")
     canvas, axes = new_canvas(2.2 + 0.3 * len(heat.rows), heat.title, heat.x_label, heat.y_label)
     filled = [[math.nan if value is None else value for value in row] for row in heat.values]
-    image = axes.imshow(filled, cmap="cividis", aspect="auto", vmin=min(found), vmax=max(found))
+    is_log = is_wide(found)
+    image = axes.imshow(filled, cmap="cividis", aspect="auto", norm="log" if is_log else "linear")
     name_places(axes, heat.columns)
     axes.set_yticks(range(len(heat.rows)), heat.rows, fontsize=SMALL)
     bar = canvas.colorbar(image, ax=axes, pad=0.02)
     bar.set_label(heat.value_label, fontsize=TEXT)
     bar.ax.tick_params(labelsize=SMALL)
+    if is_log:
+        mark_decades(bar.ax.yaxis)
     if len(heat.columns) <= 2 * _FEW:
-        _write_values(axes, heat, (min(found) + max(found)) / 2)
+        ends = min(found), max(found)
+        _write_values(axes, heat, math.sqrt(ends[0] * ends[1]) if is_log else sum(ends) / 2)
     fields = [
         (name, column, value)
         for name, row in zip(heat.rows, heat.values, strict=True)

@@ -4,14 +4,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from efx_jax.analysis.plots import Figure, Level, Place, Series, draw_bars, draw_lines, draw_points
+from efx_jax.analysis.plots import (
+    Figure,
+    HeatMap,
+    Level,
+    Place,
+    Series,
+    draw_bars,
+    draw_heat_map,
+    draw_lines,
+    draw_points,
+)
 from efx_jax.compare.grid import axis_text
 from efx_jax.compare.records import Record
 from efx_jax.compare.settings import Comparison, Drawing
 from efx_jax.compare.table import Column, Row, group_rows, metric_column, metric_keys, spread
 from efx_jax.errors import InputError
 
-_DRAW = {"lines": draw_lines, "bars": draw_bars, "points": draw_points}
 _Parts = Mapping[str, Any]
 """What tells rows apart: method, schedule and the values of the axes, None where a row has none."""
 _Point = tuple[Place, float, tuple[float, float] | None]
@@ -31,11 +40,34 @@ def draw_figures(comparison: Comparison, records: Sequence[Record], folder: Path
     reasons = {}
     for name, drawing in comparison.figures.items():
         try:
-            _DRAW[drawing.kind](folder / name, build_figure(comparison, drawing, records))
+            _draw(folder / name, drawing.kind, build_figure(comparison, drawing, records))
             reasons[name] = ""
         except InputError as error:
             reasons[name] = str(error)
     return reasons
+
+
+def _draw(path: Path, kind: str, figure: Figure) -> None:
+    if kind == "heat_map":
+        draw_heat_map(path, _heat_map(figure))
+    else:
+        {"lines": draw_lines, "bars": draw_bars, "points": draw_points}[kind](path, figure)
+
+
+def _heat_map(figure: Figure) -> HeatMap:
+    """A row per series, a column per place; levels, which have no place, are told in the title."""
+    places = [place for place in figure.places if any(place in series.x for series in figure.series)]
+    values = [dict(zip(series.x, series.y, strict=True)) for series in figure.series]
+    levels = [f"{level.label} {level.y:,.4g}" for level in figure.levels]
+    return HeatMap(
+        title="\n".join([figure.title, *([", ".join(levels)] if levels else [])]),
+        x_label=figure.x_label,
+        y_label="",
+        value_label=figure.y_label,
+        rows=tuple(series.label for series in figure.series),
+        columns=tuple(axis_text(place) for place in places),
+        values=tuple(tuple(found.get(place) for place in places) for found in values),
+    )
 
 
 def build_figure(comparison: Comparison, drawing: Drawing, records: Sequence[Record]) -> Figure:
@@ -170,6 +202,8 @@ def _title(
     seeds = max(len(spread(row, drawing.y)["values"]) for row, _ in placed)
     if drawing.kind == "points":
         return f"{head}\nall seeds, up to {seeds} of each, and their median"
+    if drawing.kind == "heat_map":
+        return f"{head}\n{f'mean over up to {seeds} seeds' if seeds > 1 else 'one seed'}"
     if seeds > 1:
         return f"{head}\nmean ± standard deviation over up to {seeds} seeds"
     has_ends = any(spread(row, drawing.y)["interval"] for row, _ in placed)

@@ -47,13 +47,13 @@ class Drawing:
     Attributes:
         x: an axis of the comparison, "method" or "schedule".
         y: a metric, see `efx_jax.compare.records.Record`.
-        kind: means over seeds as lines or bars, or the points of all seeds.
+        kind: means over seeds as lines, bars or the fields of a heat map, or the points of all seeds.
         only: by axis, "method" or "schedule" the values that are drawn; it has no say where a row has none of them.
     """
 
     x: str
     y: str
-    kind: Literal["lines", "bars", "points"]
+    kind: Literal["lines", "bars", "points", "heat_map"]
     only: Mapping[str, tuple[Any, ...]]
 
 

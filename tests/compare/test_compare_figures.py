@@ -190,6 +190,23 @@ def test_figures_stand_beside_the_table_and_in_it(read: Read, tmp_path: Path) ->
     assert "![rouge]" not in text
 
 
+def test_a_heat_map_has_a_row_per_series_and_nothing_where_no_run_is(read: Read, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    comparison = read(
+        "runs: {dense: , wanda: [post_hoc, during], ria: during}\naxes: {prune.sparsity: [0.5]}\n"
+        "figures: {all: {x: schedule, y: perplexity.general, kind: heat_map}}"
+    )
+    assert draw_figures(comparison, records(comparison), tmp_path) == {"all": ""}
+    assert (tmp_path / "all.png").stat().st_size > 10_000
+    assert (tmp_path / "all.csv").read_text().splitlines() == [
+        "row,column,value",
+        "wanda,post_hoc,31.0",
+        "wanda,during,29.0",
+        "ria,post_hoc,",
+        "ria,during,33.0",
+    ]
+
+
 def test_without_figures_no_folder_and_no_section_is_made(read: Read, tmp_path: Path) -> None:
     comparison = read()
     drawn = draw_figures(comparison, records(comparison), tmp_path / "out" / "figures")

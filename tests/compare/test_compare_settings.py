@@ -206,7 +206,7 @@ def test_a_figure_is_read_with_values_of_their_type(write: Write) -> None:
         ({"y": "perplexity.legal"}, "figures: a: y: perplexity.legal is not measured here; expected one of sparsity, "),
         ({"y": "likelihood.hqs.rouge1"}, "figures: a: y: likelihood.hqs.rouge1 is not measured here"),
         ({"y": "likelihood.relative"}, "figures: a: y: likelihood.relative is not measured here"),
-        ({"kind": "pie"}, "figures: a: kind must be one of lines, bars, points, found 'pie'"),
+        ({"kind": "pie"}, "figures: a: kind must be one of lines, bars, points, heat_map, found 'pie'"),
         ({"only": "lora.rank: 32"}, "figures: a: only: lora.rank: expected some of 8, 16, found 32"),
         ({"only": "lora.rank: many"}, "figures: a: only: lora.rank must be an integer, found 'many'"),
         ({"only": "schedule: daily"}, "figures: a: only: schedule: expected some of post_hoc, during, found daily"),
