@@ -143,7 +143,7 @@ def draw_heat_map(path: Path, heat: HeatMap) -> None:
 
 def _draw(path: Path, figure: Figure, draw: Callable[["Axes", Figure], None]) -> None:
     _check(figure)
-    names = [each.label for each in (*figure.series, *figure.levels)]
+    names = [*(series.label for series in figure.series), *(level.label for level in figure.levels)]
     columns = min(len(names), max(1, 88 // (max(map(len, names)) + 7)))
     lines = -(-len(names) // columns)
     canvas, axes = new_canvas(5.0 + 0.24 * lines, figure.title, figure.x_label, figure.y_label)
