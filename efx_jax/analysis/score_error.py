@@ -80,16 +80,19 @@ def score_errors(
     Raises:
         InputError: a sparsity or group that does not fit.
     """
-    base = mean_nll(model, entering(model)[:loss_rows], 0) if loss_rows else None
+    base = mean_nll(model, entering(model)[:loss_rows], 0) if loss_rows else 0.0
     for layer, view in walk(model, layers):
         scores, units = criteria_scores(view, model.spec), prediction_units(view, model.spec)
         for place, matrix in enumerate(LINEARS):
             rng = np.random.default_rng([seed, layer, place])
             drawn = _draw_entries(rng, view.weights[matrix].shape, entries)
             costs = _entry_costs(view, *drawn, matrix, model.spec)
+            losses: list[tuple[Array, float]] = []
             for criterion in CRITERIA:
                 score, unit = scores[criterion][matrix], float(units[criterion][matrix])
                 kept, gone, own, target = _prune_one(view, score, matrix, pruning, model.spec)
+                if loss_rows:
+                    losses.append((kept, _loss_without(model, view, layer, matrix, kept, loss_rows, losses)))
                 squared = np.square(np.asarray(score[drawn], np.float64))
                 yield ScoreError(
                     layer=layer,
@@ -100,7 +103,7 @@ def score_errors(
                     target=float(target),
                     entry_ratio=_median_ratio(unit * squared, costs["own" if criterion == "wanda" else "target"]),
                     entry_rank=spearman(squared, costs["target"]),
-                    nll=None if base is None else _nll_without(model, view, layer, matrix, kept, loss_rows) - base,
+                    nll=losses[-1][1] - base if losses else None,
                 )
 
 
@@ -155,8 +158,19 @@ def _prune_one(
     return jnp.where(mask, weight, 0.0), gone, own_change(view, delta), target
 
 
-def _nll_without(model: Model, view: BlockView, layer: int, matrix: str, kept: Array, rows: int) -> float:
-    """Mean nll of the first rows when one matrix of this block is replaced."""
+def _loss_without(
+    model: Model,
+    view: BlockView,
+    layer: int,
+    matrix: str,
+    kept: Array,
+    rows: int,
+    known: Sequence[tuple[Array, float]],
+) -> float:
+    """Mean nll of the first rows when one matrix of this block is replaced, by one that is `known` if it can be."""
+    for other, loss in known:
+        if bool(jnp.array_equal(other, kept)):
+            return loss
     rope = tuple(table[:rows] for table in view.rope)
     after = run_block({**view.weights, matrix: kept}, view.x[:rows], rope, model.spec)
     return mean_nll(model, after, layer + 1)

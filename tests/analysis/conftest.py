@@ -1,7 +1,8 @@
-"""Tiny models with random weights and adapters, and a batch with padding, shared so that every shape is compiled once."""
+"""Tiny models with random weights and adapters on a padded batch, shared so that every shape is compiled once."""
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,13 +76,10 @@ def tiny_model(model_type: str, heads: int, kv_heads: int) -> Tiny:
     layers = {name: draw(name, shape) for name, shape in shapes["layers"].items()}
     params = {name: draw(name, shape) for name, shape in shapes.items() if name != "layers"} | {"layers": layers}
     dims = {name: layers[name].shape for name in LINEARS}
-    adapters = Adapters(
-        lora_a={
-            n: jnp.asarray(rng.standard_normal((c, 3, i)) / np.sqrt(i), jnp.float32) for n, (c, _, i) in dims.items()
-        },
-        lora_b={n: jnp.asarray(0.2 * rng.standard_normal((c, o, 3)), jnp.float32) for n, (c, o, _) in dims.items()},
-        scale=2.0,
-    )
+    lora_a = {name: rng.standard_normal((count, 3, width)) / np.sqrt(width) for name, (count, _, width) in dims.items()}
+    lora_b = {name: 0.2 * rng.standard_normal((count, units, 3)) for name, (count, units, _) in dims.items()}
+    as_floats = functools.partial(jnp.asarray, dtype=jnp.float32)
+    adapters = Adapters(jax.tree.map(as_floats, lora_a), jax.tree.map(as_floats, lora_b), scale=2.0)
     tokens = rng.integers(0, 31, (5, 12)).astype(np.int32)
     batch = {"tokens": tokens, "lengths": np.asarray([12, 12, 9, 7, 4], np.int32)}
     with quick_compilation():

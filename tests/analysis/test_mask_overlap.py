@@ -93,7 +93,7 @@ def test_where_every_unit_has_the_same_activation_both_scores_draw_one_mask(llam
 def test_a_summary_is_the_mean_over_layers_and_over_all_matrices(overlaps) -> None:
     rows = summarise(overlaps)
     assert len(rows) == len(GROUPS) * len(PAIRS) * 8
-    some = dict(group="matrix", first="wanda", second="foresight")
+    some = {"group": "matrix", "first": "wanda", "second": "foresight"}
     mine = [each for each in overlaps if {**dataclasses.asdict(each), **some} == dataclasses.asdict(each)]
     by_matrix = {row["matrix"]: row for row in rows if {**row, **some} == row}
     assert by_matrix["all"]["kept"] == pytest.approx(np.mean([each.kept for each in mine]))

@@ -31,14 +31,10 @@ def actual(view, spec, name: str) -> np.ndarray:
 
 
 def test_wanda_predicts_its_own_output_exactly_when_one_weight_goes(llama) -> None:
-    for name in LINEARS:
-        size = llama.view.weights[name].size
-        (error,) = (
-            error
-            for error in score_errors(llama.model, [1], Pruning(1 / size, "matrix"), entries=0)
-            if (error.matrix, error.score) == (name, "wanda")
-        )
-        assert error.ratio == pytest.approx(1.0, rel=1e-4)
+    errors = score_errors(llama.model, [1], Pruning(1 / 256, "matrix"), entries=0)
+    ratios = {error.matrix: error.ratio for error in errors if error.score == "wanda"}
+    assert (ratios.pop("k_proj"), ratios.pop("v_proj")) == (None, None)  # of 128 entries none goes
+    assert list(ratios.values()) == pytest.approx([1.0] * 5, rel=1e-4)
 
 
 def test_the_joint_score_predicts_an_entry_of_up_exactly(tiny) -> None:

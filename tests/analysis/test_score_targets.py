@@ -16,7 +16,7 @@ from efx_jax.pruning.statistics import INPUT_OF
 
 
 def pruned_view(tiny, name: str, mask: np.ndarray):
-    """The second block in a model of merged weights, of which one matrix has lost entries; all before it is as it was."""
+    """The second block of the merged model, one matrix of it having lost entries; all before it is as it was."""
     merged = merge(tiny.params, tiny.adapters, None)
     stacked = merged["layers"][name]
     layers = merged["layers"] | {name: stacked.at[1].set(jnp.where(mask, stacked[1], 0.0))}
