@@ -126,7 +126,7 @@ def _write(name: str, by_step: dict[int, list[Any]], asked: dict[str, Any], fold
     ]
     atomic_write(folder / f"{name}.json", json.dumps({"asked": asked, "steps": steps}, indent=1) + "\n")
     draw, table = (draw_overlaps, overlap_table) if name == "mask_overlap" else (draw_score_errors, score_error_table)
-    draw(folder, summary)
+    draw(folder, by_step)
     print(table(summary))
 
 

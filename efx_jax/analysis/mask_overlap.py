@@ -22,7 +22,7 @@ PAIRS = tuple(itertools.combinations(CRITERIA, 2))
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """Two masks of one matrix that keep equally many entries.
+    """Two masks of one matrix of so many entries, which keep equally many of them.
 
     `kept` and `pruned`: the share of what one keeps (prunes) that the other keeps (prunes) too, None where that is
     nothing. `random_kept` and `random_pruned`: what two masks drawn at random would share on average.
@@ -33,6 +33,7 @@ class Overlap:
     group: str
     first: str
     second: str
+    entries: int
     kept: float | None
     pruned: float | None
     random_kept: float
@@ -59,7 +60,8 @@ def mask_overlaps(
         for matrix, group in itertools.product(LINEARS, groups):
             masks = _masks({name: scores[name][matrix] for name in CRITERIA}, sparsity, group, bound)
             for first, second in PAIRS:
-                yield Overlap(layer, matrix, group, first, second, *overlap(masks[first], masks[second]))
+                shares = overlap(masks[first], masks[second])
+                yield Overlap(layer, matrix, group, first, second, masks[first].size, *shares)
 
 
 def overlap(first: Array, second: Array) -> tuple[float | None, float | None, float, float]:
@@ -80,7 +82,7 @@ def overlap(first: Array, second: Array) -> tuple[float | None, float | None, fl
 
 
 def summarise(overlaps: Sequence[Overlap]) -> list[dict[str, Any]]:
-    """A row per group, pair and matrix kind ("all": every matrix alike), means over layers, as JSON can hold them."""
+    """A row per group, pair and matrix kind, as JSON can hold them: means over layers; "all": over all entries."""
     rows = []
     for group, (first, second), matrix in itertools.product(GROUPS, PAIRS, (*LINEARS, "all")):
         found = [
@@ -89,13 +91,14 @@ def summarise(overlaps: Sequence[Overlap]) -> list[dict[str, Any]]:
             if (each.group, each.first, each.second) == (group, first, second) and matrix in (each.matrix, "all")
         ]
         if found:
-            shares = {"kept": [each.kept for each in found], "pruned": [each.pruned for each in found]}
-            means = {name: _mean(values) for name, values in shares.items()}
-            random = {
-                "random_kept": _mean([each.random_kept for each in found]),
-                "random_pruned": _mean([each.random_pruned for each in found]),
+            sizes = [each.entries for each in found]
+            shares = {
+                "kept": _mean([each.kept for each in found], sizes),
+                "pruned": _mean([each.pruned for each in found], sizes),
+                "random_kept": _mean([each.random_kept for each in found], sizes),
+                "random_pruned": _mean([each.random_pruned for each in found], sizes),
             }
-            rows.append({"group": group, "first": first, "second": second, "matrix": matrix, **means, **random})
+            rows.append({"group": group, "first": first, "second": second, "matrix": matrix, **shares})
     return rows
 
 
@@ -110,6 +113,7 @@ def _counts(first: Array, second: Array) -> Array:
     return jnp.stack([jnp.sum(each, dtype=jnp.int32) for each in (first & second, ~(first | second), first, second)])
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    numbers = [value for value in values if value is not None]
-    return float(np.mean(numbers)) if numbers else None
+def _mean(shares: Sequence[float | None], sizes: Sequence[int]) -> float | None:
+    """The mean of what there is, each share weighing as much as its matrix has entries."""
+    found = [(share, size) for share, size in zip(shares, sizes, strict=True) if share is not None]
+    return sum(share * size for share, size in found) / sum(size for _, size in found) if found else None

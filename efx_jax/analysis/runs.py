@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,12 @@ def training_rows(run: Run, spec: ModelSpec, rows: int, length: int) -> Batch:
     batch = next(calibration_batches(sequences, config.seed, rows, length, room))
     filled = batch["lengths"] > 0
     return {"tokens": batch["tokens"][filled], "lengths": batch["lengths"][filled]}
+
+
+def first_and_last(steps: Iterable[int]) -> list[int]:
+    """The two ends of some steps, or the only one."""
+    found = sorted(steps)
+    return sorted({found[0], found[-1]})
 
 
 def _pruned(run: Run, step: int) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from efx_jax.analysis.mask_overlap import GROUPS
+from efx_jax.analysis.runs import first_and_last
 from efx_jax.evaluation.results import markdown_table
 from efx_jax.model.spec import LINEARS
 
@@ -12,6 +13,8 @@ Rows = Mapping[int, Sequence[Mapping[str, Any]]]
 
 _ERRORS = {
     "ratio": "predicted / actual",
+    "ratio_least": "least layer",
+    "ratio_most": "most layer",
     "entry_ratio": "of one entry",
     "entry_rank": "rank of entries",
     "layer_rank": "rank of layers",
@@ -20,19 +23,19 @@ _ERRORS = {
 
 
 def score_error_table(rows: Rows) -> str:
-    """A Markdown table: a row per matrix and score, of the first and of the last step, see `score_error.summarise`."""
-    steps = sorted({min(rows), max(rows)})
-    header = ["matrix", "score", *(f"{title}, step {step}" for title in _ERRORS.values() for step in steps)]
-    lines = []
-    for first, *others in zip(*(rows[step] for step in steps), strict=True):
-        cells = [_cell(row[key], key) for key in _ERRORS for row in (first, *others)]
-        lines.append([first["matrix"], first["score"], *cells])
-    return markdown_table(header, lines)
+    """A Markdown table: a row per matrix, score and step (first, last), see `score_error.summarise`."""
+    steps = first_and_last(rows)
+    lines = [
+        [row["matrix"], row["score"], str(step), *(_cell(row[key], key) for key in _ERRORS)]
+        for several in zip(*(rows[step] for step in steps), strict=True)
+        for step, row in zip(steps, several, strict=True)
+    ]
+    return markdown_table(["matrix", "score", "step", *_ERRORS.values()], lines)
 
 
 def overlap_table(rows: Rows) -> str:
     """A Markdown table: kept entries in common in percent, a row per group, pair of scores and step (first, last)."""
-    steps = sorted({min(rows), max(rows)})
+    steps = first_and_last(rows)
     lines: dict[tuple[str, str, int], list[str]] = {}
     random = ""
     for step in steps:

@@ -69,11 +69,11 @@ def test_the_command_writes_tables_numbers_and_figures(dense_run, tmp_path, caps
     last = found["score_error"]["steps"][-1]
     assert len(last["matrices"]) == 2 * 7 * 4
     assert all(np.isfinite(each["nll"]) and each["predicted"] > 0 for each in last["matrices"])
-    assert f"| q_proj | wanda | {found['score_error']['steps'][0]['summary'][0]['ratio']:.3g} |" in printed
+    assert f"| q_proj | wanda | 0 | {found['score_error']['steps'][0]['summary'][0]['ratio']:.3g} |" in printed
     assert "| matrix | foresight, foresight_gated | 4 |" in printed
     figures = {path.stem for path in folder.glob("*.png")}
     assert figures == {path.stem for path in folder.glob("*.csv")}
-    assert {"score_error_foresight", "score_error_rank", "mask_overlap_row", "mask_overlap_matrices"} <= figures
+    assert {"score_error_foresight", "score_error_wanda_layers", "score_rank_4", "mask_overlap_row"} <= figures
     with (folder / "score_error_wanda.csv").open() as file:
         numbers = {(row["label"], row["x"]): float(row["y"]) for row in csv.DictReader(file)}
     assert numbers["q_proj", "0"] == pytest.approx(found["score_error"]["steps"][0]["summary"][0]["ratio"])

@@ -90,13 +90,14 @@ def test_where_every_unit_has_the_same_activation_both_scores_draw_one_mask(llam
     np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-4)
 
 
-def test_a_summary_is_the_mean_over_layers_and_over_all_matrices(overlaps) -> None:
+def test_a_summary_is_the_mean_over_layers_and_over_all_entries(llama, overlaps) -> None:
     rows = summarise(overlaps)
     assert len(rows) == len(GROUPS) * len(PAIRS) * 8
     some = {"group": "matrix", "first": "wanda", "second": "foresight"}
     mine = [each for each in overlaps if {**dataclasses.asdict(each), **some} == dataclasses.asdict(each)]
     by_matrix = {row["matrix"]: row for row in rows if {**row, **some} == row}
-    assert by_matrix["all"]["kept"] == pytest.approx(np.mean([each.kept for each in mine]))
+    sizes = [llama.view.weights[each.matrix].size for each in mine]
+    assert by_matrix["all"]["kept"] == pytest.approx(np.average([each.kept for each in mine], weights=sizes))
     k_proj = [each.kept for each in mine if each.matrix == "k_proj"]
     assert by_matrix["k_proj"]["kept"] == pytest.approx(np.mean(k_proj))
     assert by_matrix["all"]["random_kept"] == pytest.approx(0.5)
