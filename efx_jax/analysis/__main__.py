@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -72,7 +73,9 @@ def _positive(text: str) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuses masks that no matrix can have, before any long work."""
+    """Refuses masks that no matrix can have, and figures that cannot be drawn, before any long work."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("figures need matplotlib, which is not installed; pip install 'efx_jax[figures]'")
     for group in ("bounded", arguments.group):
         # A width that every pattern divides: whether it divides the model's is known when that is read.
         selection_counts((1, 2520), arguments.sparsity, group, arguments.bound)

@@ -21,7 +21,7 @@ from efx_jax.weights.hf import load_pretrained
 SMALL = ["--rows", "3", "--length", "16", "--layers", "0", "--entries", "8"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def dense_run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """Four steps of LoRA without pruning, a checkpoint after every second one."""
     folder = tmp_path_factory.mktemp("analysed")
