@@ -42,8 +42,9 @@ def draw_score_errors(folder: Path, errors: Mapping[int, Sequence[ScoreError]]) 
         if figure.series:
             draw_lines(folder / f"score_error_{score}", figure)
             by_layer = tuple(_layer_series(errors[step], score, step) for step in first_and_last(rows))
-            labels = {"x_label": "matrix", "y_label": "predicted / actual (a mark per layer, stroke: median)"}
-            draw_points(folder / f"score_error_{score}_layers", replace(figure, series=by_layer, **labels))
+            y_label = "predicted / actual (a mark per layer, stroke: median)"
+            layers = replace(figure, x_label="matrix", y_label=y_label, series=by_layer)
+            draw_points(folder / f"score_error_{score}_layers", layers)
     for step in first_and_last(rows):
         ranks = tuple(_rank_series(rows[step], score) for score in CRITERIA)
         title = f"Do scores put single entries in the order of what they cost? Step {step}"
@@ -64,17 +65,16 @@ def draw_overlaps(folder: Path, overlaps: Mapping[int, Sequence[Overlap]]) -> No
     """
     rows = {step: mask_overlap.summarise(found) for step, found in overlaps.items()}
     last = rows[max(rows)]
-    chance = Level("two random masks", 100 * last[0]["random_kept"])
+    random = 100 * last[0]["random_kept"]
     for group in GROUPS:
         pairs = [_overlap_series(rows, group, first, second) for first, second in PAIRS]
         draw_lines(
             folder / f"mask_overlap_{group}",
             Figure(
-                title=f"Masks of two scores, compared within {_GROUP_TEXT[group]}",
+                title=f"Masks of two scores, compared within {_GROUP_TEXT[group]} (random masks: {random:.0f} %)",
                 x_label="training step",
                 y_label="kept entries in common, % of all matrices",
                 series=tuple(pairs),
-                levels=(chance,),
             ),
         )
     draw_bars(
@@ -84,7 +84,7 @@ def draw_overlaps(folder: Path, overlaps: Mapping[int, Sequence[Overlap]]) -> No
             x_label="matrix",
             y_label="kept entries in common, % (mean of the layers)",
             series=tuple(_matrix_series(last, group, second) for group in GROUPS for second in _ACTIVATIONS),
-            levels=(chance,),
+            levels=(Level("two random masks", random),),
         ),
     )
 

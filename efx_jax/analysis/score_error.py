@@ -109,10 +109,10 @@ def score_errors(
 
 def spearman(first: npt.ArrayLike, second: npt.ArrayLike) -> float | None:
     """Spearman's rank correlation, equal values sharing their mean rank; None where one side does not vary."""
-    ranks = [_ranks(np.asarray(values, np.float64)) for values in (first, second)]
-    if any(len(rank) < 2 or np.ptp(rank) == 0 for rank in ranks):
+    one, other = (_ranks(np.asarray(values, np.float64)) for values in (first, second))
+    if any(len(rank) < 2 or np.ptp(rank) == 0 for rank in (one, other)):
         return None
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(one, other)[0, 1])
 
 
 def summarise(errors: Sequence[ScoreError]) -> list[dict[str, Any]]:

@@ -46,7 +46,8 @@ def target_change(view: BlockView, name: str, delta: Array, spec: ModelSpec) -> 
         return own_change(view, _linear(context, weights["o_proj"]))
     if name == "o_proj":
         moved = rms_norm(view.mid + delta, weights["post_attention_layernorm"], spec.rms_norm_eps) - taps["mlp_in"]
-        return sum(own_change(view, _linear(moved, weights[after])) for after in ("gate_proj", "up_proj")) / 2
+        gate, up = (own_change(view, _linear(moved, weights[after])) for after in ("gate_proj", "up_proj"))
+        return (gate + up) / 2
     if name == "down_proj":
         return own_change(view, delta)
     q, k = _rotated(view)
