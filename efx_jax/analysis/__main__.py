@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", type=_positive, default=8, help="training sequences looked at; default: 8")
     add("--length", type=_positive, default=256, help="most tokens of each; default: 256")
     add("--entries", type=_count, default=64, help="score_error: single entries removed of every matrix; 0: none")
-    add("--loss-rows", type=_count, default=4, help="score_error: rows of the loss, which takes longest; default: 4; 0: none")
+    add("--loss-rows", type=_count, default=4, help="score_error: rows of the loss, the longest part; default: 4")
     add("--seed", type=_count, default=0, help="draws the single entries")
     return parser
 
