@@ -7,26 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
 from efx_jax.lora import Adapters
 from efx_jax.model.spec import ModelSpec
 from efx_jax.structural.generator import Generator, Weights, draw_soft, straight_through
 from efx_jax.structural.losses import generator_loss, lasso_strength, proximal_step
 from efx_jax.structural.units import Space, kept_fraction, soften, weight_masks, without_pruned_biases
-from efx_jax.training.state import TrainState
+from efx_jax.training.state import GeneratorState, TrainState
 from efx_jax.training.step import Batch, StepOptions, model_loss, train_step
 
 Array = jax.Array
-
-
-@struct.dataclass
-class GeneratorState:
-    """The generator and its optimizer state after `step` updates."""
-
-    step: Array
-    generator: Generator
-    opt_state: optax.OptState
 
 
 def generator_optimizer(learning_rate: float = 5e-5, clip: float = 1.0) -> optax.GradientTransformation:

@@ -106,7 +106,7 @@ def restore(
     score = {name: tuple(to_host(block) for block in blocks) for name, blocks in tree["prune"]["score"].items()}
     prune = PruneState(key=jax.random.wrap_key_data(tree["prune_key"]), **tree["prune"] | {"score": score})
     params = {**fresh.params, "layers": tree["layers"]} if meta["base_moved"] else fresh.params
-    state = RunState(train=tree["train"], params=params, masks=tree["masks"], prune=prune)
+    state = RunState(tree["train"], params, tree["masks"], prune, tree.get("units"))
     return state, meta["base_moved"], meta["waiting"], meta["notes"]
 
 
@@ -160,4 +160,5 @@ def _to_tree(state: RunState, base_moved: bool) -> _Tree:
         "prune": prune,
         "prune_key": jax.random.key_data(state.prune.key),
     }
-    return tree | ({"layers": state.params["layers"]} if base_moved else {})
+    tree |= {"layers": state.params["layers"]} if base_moved else {}
+    return tree | ({} if state.units is None else {"units": state.units})

@@ -13,6 +13,7 @@ from efx_jax.lora import Adapters, init_lora
 from efx_jax.model.spec import ModelSpec
 from efx_jax.parallel.partition import tree_shardings
 from efx_jax.pruning.average import PruneState, init_prune_state
+from efx_jax.structural.generator import Generator
 
 Array = jax.Array
 
@@ -27,13 +28,34 @@ class TrainState:
 
 
 @struct.dataclass
+class GeneratorState:
+    """ATP's generator and its optimizer state after `step` updates."""
+
+    step: Array
+    generator: Generator
+    opt_state: optax.OptState
+
+
+@struct.dataclass
+class UnitState:
+    """ATP's choice of units: what makes it, and `masks`, kind -> bool `[L,n]`, all True until it is made."""
+
+    generator: GeneratorState
+    masks: dict[str, Array]
+
+
+@struct.dataclass
 class RunState:
-    """Everything that a checkpoint holds: `masks` is {} before the first event, `params` changes if events move it."""
+    """Everything that a checkpoint holds: `masks` is {} before the first event, `params` changes if events move it.
+
+    `units` is None unless the run prunes whole units (ATP), whose masks are in there alone.
+    """
 
     train: TrainState
     params: dict[str, Any]
     masks: dict[str, Array]
     prune: PruneState
+    units: UnitState | None = None
 
 
 def init_train_state(adapters: Adapters, tx: optax.GradientTransformation) -> TrainState:

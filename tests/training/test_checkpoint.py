@@ -11,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import efx_jax.training.run as run_module
@@ -19,10 +20,12 @@ from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
 from efx_jax.pruning.average import PruneState
+from efx_jax.structural.generator import Generator
 from efx_jax.training import checkpoint, log
+from efx_jax.training.atp import generator_optimizer, init_generator_state
 from efx_jax.training.claim import claimed
 from efx_jax.training.schedule import optimizer
-from efx_jax.training.state import RunState, init_train_state
+from efx_jax.training.state import RunState, UnitState, init_train_state
 
 SHAPE = (2, 4, 3)
 MASKS = {"q_proj": jax.ShapeDtypeStruct(SHAPE, jnp.bool_)}
@@ -78,6 +81,27 @@ def test_restoring_gives_back_every_array(tmp_path: Path, state: RunState, base_
     chex.assert_trees_all_equal_dtypes(comparable(restored), comparable(expected))
     assert (moved, waiting, notes) == (base_moved, False, {"step": 5, "text": "kept"})
     assert restored.train.adapters.scale == 2.0
+
+
+def test_the_units_of_atp_come_back_and_other_runs_save_none(tmp_path: Path, state: RunState) -> None:
+    generator = Generator(embeddings=jnp.ones((2, 64)), weights={"units": {"hidden": jnp.full((2, 5, 64), 0.5)}})
+    learned = dataclasses.replace(init_generator_state(generator, generator_optimizer()), step=jnp.int32(5))
+    kept = {"hidden": jnp.asarray([[True, False, True, True, False]] * 2)}
+    both = dataclasses.replace(state, masks={}, units=UnitState(learned, kept))
+    save(tmp_path / "units", [both])
+    with checkpoint.open_checkpoints(tmp_path / "units", 2) as manager:
+        fresh = dataclasses.replace(blank(both), units=jax.tree.map(jnp.zeros_like, both.units))
+        found = checkpoint.restore(manager, fresh, MASKS, "ba5e")
+    assert found is not None
+    chex.assert_trees_all_equal(found[0].units, both.units)
+    chex.assert_trees_all_equal_dtypes(found[0].units, both.units)
+    save(tmp_path / "entries", [state])
+    assert set(ocp.StandardCheckpointer().restore((tmp_path / "entries" / "5" / "state").absolute())) == {
+        "train",
+        "masks",
+        "prune",
+        "prune_key",
+    }
 
 
 def test_the_newest_are_kept(tmp_path: Path, state: RunState) -> None:
