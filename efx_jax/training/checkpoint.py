@@ -1,9 +1,10 @@
 """Checkpoints of a run: adapters, optimizer, masks and pruning state; the base only where an event has moved it."""
 
+import contextlib
 import dataclasses
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from efx_jax.config import EvalConfig
 from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import InputError
 from efx_jax.files import meet
 from efx_jax.parallel.partition import to_host
 from efx_jax.pruning.average import PruneState
+from efx_jax.training.journal import Journal
 from efx_jax.training.state import RunState
 
 _Tree = dict[str, Any]
@@ -33,6 +36,21 @@ def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
             shutil.rmtree(partial)
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
     return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def open_best(evaluation: EvalConfig, folder: Path) -> contextlib.AbstractContextManager[Any]:
+    """The manager of the best model's checkpoint; None where no metric chooses one."""
+    return open_checkpoints(folder, 1) if evaluation.best else contextlib.nullcontext()
+
+
+def saver(manager: ocp.CheckpointManager, origin: str, journal: Journal) -> Callable[..., None]:
+    """`save` for one run, as a function of (state, base_moved, waiting): with the journal in it, and timed."""
+
+    def save_state(state: RunState, base_moved: bool, waiting: bool) -> None:
+        with journal.phase("checkpoint"):
+            save(manager, state, base_moved, waiting, origin, dataclasses.asdict(journal))
+
+    return save_state
 
 
 def save(
@@ -108,6 +126,21 @@ def restore(
     params = {**fresh.params, "layers": tree["layers"]} if meta["base_moved"] else fresh.params
     state = RunState(tree["train"], params, tree["masks"], prune, tree.get("units"))
     return state, meta["base_moved"], meta["waiting"], meta["notes"]
+
+
+def restore_best(
+    manager: ocp.CheckpointManager, fresh: RunState, mask_shapes: _Tree, origin: str, step: int
+) -> RunState:
+    """The state of the best step, see `restore`.
+
+    Raises:
+        InputError: somebody has removed it.
+    """
+    found = restore(manager, fresh, mask_shapes, origin)
+    if found is None or int(found[0].train.step) != step:
+        lost = f"{manager.directory}: the checkpoint of step {step}, the best, is not there"
+        raise InputError(f"{lost}; bring it back, or choose another --output")
+    return found[0]
 
 
 def _withdraw(manager: ocp.CheckpointManager, step: int) -> None:

@@ -1,6 +1,5 @@
 """The training loop: update, event, checkpoint."""
 
-import contextlib
 import dataclasses
 import shutil
 import time
@@ -80,7 +79,7 @@ def train(
     by_step = {event.step: event for event in events}
     with (
         checkpoint.open_checkpoints(output / "checkpoints", config.train.keep) as manager,
-        _open_best(config, output) as best_manager,
+        checkpoint.open_best(config.eval, output / "best") as best_manager,
         interruptible() as stop,
     ):
         origin = checkpoint.fingerprint(prepared.params, prepared.train)
@@ -117,8 +116,8 @@ def train(
                 bar=bar,
                 trace=trace,
             )
-            save = _saver(manager, origin, journal)
-            save_best = _saver(best_manager, origin, journal) if best_manager else None
+            save = checkpoint.saver(manager, origin, journal)
+            save_best = checkpoint.saver(best_manager, origin, journal) if best_manager else None
             if save_best and journal.best and journal.best.step == start:
                 # A run may have been killed between the two.
                 save_best(state, base_moved, waiting=False)
@@ -160,8 +159,7 @@ def train(
             return None
         if best_manager and journal.best and journal.best.step != int(state.train.step):
             best_manager.wait_until_finished()
-            found = checkpoint.restore(best_manager, fresh, masks, origin)
-            state = _require_step(found, journal.best.step, output / "best")
+            state = checkpoint.restore_best(best_manager, fresh, masks, origin, journal.best.step)
     return state
 
 
@@ -175,14 +173,6 @@ def _tidy(output: Path, start: int, steps: int, waiting: bool) -> None:
         shutil.rmtree(output / "export", ignore_errors=True)
     if start == 0 and not waiting:
         shutil.rmtree(output / "event", ignore_errors=True)
-
-
-def _require_step(found: tuple[RunState, Any, Any, Any] | None, step: int, folder: Path) -> RunState:
-    """The state of the best step as it was restored; somebody may have removed it."""
-    if found is None or int(found[0].train.step) != step:
-        lost = f"{folder}: the checkpoint of step {step}, the best, is not there"
-        raise InputError(f"{lost}; bring it back, or choose another --output")
-    return found[0]
 
 
 def _update(loop: _Loop, state: RunState, batch: _Batch, sparsity: float) -> tuple[RunState, _Batch]:
@@ -260,11 +250,6 @@ def _enough(config: Config, journal: Journal) -> bool:
     return bool(patience) and journal.best is not None and journal.best.stale >= patience
 
 
-def _open_best(config: Config, output: Path) -> contextlib.AbstractContextManager[Any]:
-    """The checkpoint of the best model; nothing where no metric chooses one."""
-    return checkpoint.open_checkpoints(output / "best", 1) if config.eval.best else contextlib.nullcontext()
-
-
 def _agreed(path: Implementation) -> Implementation:
     """cuDNN's attention only where all hosts have found it to be right: they run one program."""
     return path if all(meet(path == "cudnn")) else "xla"
@@ -275,14 +260,6 @@ def _forget_blocks(manager: Any, folder: Path) -> None:
     if folder.exists() and jax.process_index() == 0:
         manager.wait_until_finished()
         shutil.rmtree(folder)
-
-
-def _saver(manager: Any, origin: str, journal: Journal) -> Callable[..., None]:
-    def save(state: RunState, base_moved: bool, waiting: bool) -> None:
-        with journal.phase("checkpoint"):
-            checkpoint.save(manager, state, base_moved, waiting, origin, dataclasses.asdict(journal))
-
-    return save
 
 
 def _progress(start: int, steps: int) -> tqdm:
