@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from efx_jax.config import GRADIENT_SCORES, PruneConfig
-from efx_jax.config_rules import validate_prune
+from efx_jax.config_prune import validate_prune
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
 from efx_jax.masks import pack_mask, unpack_mask

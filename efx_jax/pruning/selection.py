@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from efx_jax.config_rules import n_of_m
+from efx_jax.config_prune import n_of_m
 from efx_jax.errors import InputError
 from efx_jax.parallel.partition import LinearAxes
 

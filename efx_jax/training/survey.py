@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from efx_jax.config import Config
-from efx_jax.config_rules import n_of_m
+from efx_jax.config_prune import n_of_m
 from efx_jax.data.batches import bucket_length
 from efx_jax.data.sources import data_root
 from efx_jax.data.tasks import load_data

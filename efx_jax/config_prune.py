@@ -1,0 +1,167 @@
+"""Which settings of the pruning make sense, and which exclude each other."""
+
+import itertools
+import re
+from collections.abc import Iterable
+from typing import Any, get_args
+
+from efx_jax.config import Budget, MaskForward, PruneConfig, Recovery, Score, TrainConfig
+from efx_jax.errors import InputError
+
+Rule = tuple[str, object, bool, str]
+"""Setting, value found, whether it is right, what was expected."""
+
+
+def validate_prune(prune: PruneConfig) -> None:
+    """Refuses names in a hand-made `PruneConfig` that mean nothing: `Literal` is no check at run time.
+
+    Raises:
+        InputError: the first unknown name, or the first setting that another one excludes.
+    """
+    refuse([*_choice_rules(prune), target_rule("prune.targets", prune.targets), *_pair_rules(prune)])
+
+
+def refuse(rules: Iterable[Rule]) -> None:
+    """Refuses the first setting whose value is not right.
+
+    Raises:
+        InputError: what it must be, and what it is.
+    """
+    for setting, found, is_right, expected in rules:
+        if not is_right:
+            raise InputError(f"{setting} must be {expected}, found {found!r}")
+
+
+def prune_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
+    """Every rule of a run's pruning."""
+    return [
+        *_range_rules(prune),
+        *_pair_rules(prune),
+        *_calibration_rules(prune),
+        *_schedule_rules(prune, train),
+    ]
+
+
+def _choice_rules(prune: PruneConfig) -> Iterable[Rule]:
+    found: list[tuple[str, str, Any]] = [
+        ("score", prune.score, Score),
+        ("recovery", prune.recovery, Recovery),
+        ("budget", prune.budget, Budget),
+        ("mask_forward", prune.mask_forward, MaskForward),
+    ]
+    return [
+        (f"prune.{name}", value, value in get_args(kind), f"one of {', '.join(get_args(kind))}")
+        for name, value, kind in found
+    ]
+
+
+def _pair_rules(prune: PruneConfig) -> Iterable[Rule]:
+    """What no event can do, whatever the model."""
+    sweeps = prune.score == "sparsegpt"
+    return [
+        (
+            "prune.ema",
+            prune.ema,
+            not sweeps or prune.ema == 1,
+            "1 with prune.score sparsegpt: an entry is scored after its row has moved, so that events do not compare",
+        ),
+        (
+            "prune.group",
+            prune.group,
+            not sweeps or prune.group not in ("slab", "bounded"),
+            "row, matrix or N:M with prune.score sparsegpt, which takes them within slabs of columns",
+        ),
+        (
+            "prune.budget",
+            prune.budget,
+            prune.budget == "uniform" or n_of_m(prune.group) is None,
+            f"uniform with prune.group {prune.group}, which has one sparsity only",
+        ),
+    ]
+
+
+def n_of_m(group: str) -> tuple[int, int] | None:
+    """N and M of a comparison group "N:M" (N of M consecutive inputs stay), None for any other text."""
+    match = re.fullmatch(r"(\d+):(\d+)", group)
+    if not match:
+        return None
+    kept, block = int(match[1]), int(match[2])
+    return (kept, block) if 1 <= kept < block else None
+
+
+def target_rule(setting: str, targets: tuple[str, ...], may_be_empty: bool = False) -> Rule:
+    """Names of linears, each once."""
+    # The defaults are all seven linears of a block.
+    known = PruneConfig().targets
+    are_different = len(set(targets)) == len(targets)
+    is_right = (len(targets) > 0 or may_be_empty) and are_different and set(targets) <= set(known)
+    return setting, " ".join(targets), is_right, f"different names among {', '.join(known)}"
+
+
+def _range_rules(prune: PruneConfig) -> Iterable[Rule]:
+    pattern = n_of_m(prune.group)
+    is_group = prune.group in ("row", "matrix", "slab", "bounded") or pattern is not None
+    rules: list[Rule] = [
+        ("prune.sparsity", prune.sparsity, 0 <= prune.sparsity < 1, "in [0, 1)"),
+        ("prune.group", prune.group, is_group, "row, matrix, slab, bounded, or N:M with N < M such as 2:4"),
+        ("prune.bound", prune.bound, 0 <= prune.bound <= 1, "in [0, 1]"),
+        ("prune.owl_lambda", prune.owl_lambda, prune.owl_lambda >= 0, "at least 0"),
+        ("prune.owl_multiple", prune.owl_multiple, prune.owl_multiple > 0, "above 0"),
+        ("prune.ria_power", prune.ria_power, prune.ria_power >= 0, "at least 0"),
+        target_rule("prune.targets", prune.targets),
+        target_rule("prune.row_targets", prune.row_targets, may_be_empty=True),
+        ("prune.ema", prune.ema, 0 < prune.ema <= 1, "in (0, 1]"),
+        ("prune.ridge", prune.ridge, prune.ridge >= 0, "at least 0"),
+        ("prune.admm_steps", prune.admm_steps, prune.admm_steps >= 1, "at least 1"),
+        ("prune.admm_damping", prune.admm_damping, prune.admm_damping >= 0, "at least 0"),
+    ]
+    if pattern:
+        kept, block = pattern
+        share = 1 - kept / block
+        is_share = prune.sparsity == 0 or abs(prune.sparsity - share) <= 1e-6
+        expected = f"1 - {kept}/{block} = {share:g} with prune.group {prune.group}, or 0"
+        rules.append(("prune.sparsity", prune.sparsity, is_share, expected))
+        expected = "epochs or fractions with prune.group N:M, which has one sparsity only"
+        rules.append(("prune.schedule", prune.schedule, prune.schedule != "cubic", expected))
+    return rules
+
+
+def _calibration_rules(prune: PruneConfig) -> Iterable[Rule]:
+    return [
+        ("prune.calibration", prune.calibration, prune.calibration != "", "train, a file or a name"),
+        ("prune.calibration_rows", prune.calibration_rows, prune.calibration_rows >= 1, "at least 1"),
+        ("prune.calibration_length", prune.calibration_length, prune.calibration_length >= 1, "at least 1"),
+        ("prune.calibration_tokens", prune.calibration_tokens, prune.calibration_tokens >= 1, "at least 1"),
+        ("prune.gradient_batches", prune.gradient_batches, prune.gradient_batches >= 1, "at least 1"),
+        ("prune.domain_steps", prune.domain_steps, prune.domain_steps >= 0, "at least 0"),
+        ("prune.domain_learning_rate", prune.domain_learning_rate, prune.domain_learning_rate > 0, "above 0"),
+        ("prune.domain_loss_scale", prune.domain_loss_scale, prune.domain_loss_scale > 0, "above 0"),
+        ("prune.general_weight", prune.general_weight, prune.general_weight >= 0, "at least 0"),
+        ("prune.chunk_mib", prune.chunk_mib, prune.chunk_mib >= 1, "at least 1"),
+    ]
+
+
+def _schedule_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
+    times, (start, end) = prune.fractions, prune.ramp
+    is_increasing = all(early < late for early, late in itertools.pairwise(times))
+    are_shares = len(times) > 0 and all(0 <= time <= 1 for time in times)
+    by_schedule = {"epochs": max(1, round(train.epochs)), "fractions": len(times), "cubic": prune.events}
+    is_single = prune.sparsity > 0 and by_schedule[prune.schedule] == 1
+    prunes_first = is_single and prune.schedule == "fractions" and times == (0,)
+    return [
+        ("prune.fractions", times, are_shares and is_increasing, "increasing shares in [0, 1]"),
+        ("prune.events", prune.events, prune.events >= 1, "at least 1"),
+        ("prune.ramp", prune.ramp, 0 <= start < end <= 1, "two increasing shares in [0, 1]"),
+        (
+            "prune.mask_forward",
+            prune.mask_forward,
+            not (prunes_first and prune.mask_forward == "dense"),
+            "exact, ste or frozen with the only event at 0: training would never see the mask that it starts from",
+        ),
+        (
+            "prune.plain_last_event",
+            prune.plain_last_event,
+            not (is_single and prune.plain_last_event and prune.recovery != "none"),
+            f"false with a single event, or prune.recovery {prune.recovery} would never run",
+        ),
+    ]
