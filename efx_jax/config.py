@@ -3,12 +3,16 @@
 import dataclasses
 from typing import Literal
 
-Score = Literal["magnitude", "wanda", "ria", "foresight", "foresight_gated", "sparsegpt", "lora_gradient", "dpruner"]
+Score = Literal[
+    "magnitude", "wanda", "ria", "foresight", "foresight_gated", "sparsegpt", "lora_gradient", "dpruner", "atp"
+]
 Recovery = Literal["none", "pbs", "gram_pbs", "admm", "obs"]
 Budget = Literal["uniform", "owl"]
 MaskForward = Literal["exact", "ste", "frozen", "dense"]
 # Scores that read an importance computed from gradients of training batches.
 GRADIENT_SCORES: tuple[Score, ...] = ("lora_gradient", "dpruner")
+# Which units ATP prunes, see `efx_jax.structural.units`.
+Space = Literal["paper", "sliceable"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Remat = Literal["none", "linears", "block"]
 
@@ -76,8 +80,10 @@ class PruneConfig:
     """What is pruned, when, and how the model recovers."""
 
     sparsity: float = 0.5
-    """Share of the entries of every pruned matrix that become zero, in [0, 1); 0 trains plain LoRA."""
+    """Share of the entries of every pruned matrix that become zero, in [0, 1); 0 trains plain LoRA. With score "atp"
+    the share of the weights of all of them that are cut out."""
     score: Score = "wanda"
+    """What decides which entries go; "atp" learns which whole units go, so that the export is smaller."""
     ria_power: float = 0.5
     """With score "ria": exponent of the input norms."""
     group: str = "row"
@@ -104,7 +110,7 @@ class PruneConfig:
     """An event after every epoch, at `fractions` of training, or `events` events on a cubic ramp."""
     fractions: tuple[float, ...] = (0.1,)
     """Event times as shares of the training steps (schedule "fractions"), 0 before the first; all at the full
-    sparsity."""
+    sparsity. With score "atp" the one time until which it searches."""
     events: int = 10
     """Number of events of the cubic ramp."""
     ramp: tuple[float, float] = (0.0, 0.5)
@@ -139,6 +145,17 @@ class PruneConfig:
     """Prune block by block, each block seeing the pruned blocks before it."""
     chunk_mib: int = 512
     """Memory that the surgeons may use for intermediate arrays, in MiB."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AtpConfig:
+    """What `prune.score` "atp" searches, and how fast."""
+
+    space: Space = "sliceable"
+    """Key/value heads with their query heads, and hidden units of the MLPs, all of which can be cut out; or ATP's own:
+    dimensions of the heads, which can only become zeros, and hidden units."""
+    learning_rate: float = 3e-3
+    """Of the network that learns which units go."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +265,7 @@ class Config:
     data: DataConfig = DataConfig()
     lora: LoraConfig = LoraConfig()
     prune: PruneConfig = PruneConfig()
+    atp: AtpConfig = AtpConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()

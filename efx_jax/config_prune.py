@@ -18,7 +18,9 @@ def validate_prune(prune: PruneConfig) -> None:
     Raises:
         InputError: the first unknown name, or the first setting that another one excludes.
     """
-    refuse([*_choice_rules(prune), target_rule("prune.targets", prune.targets), *_pair_rules(prune)])
+    expected = "a score of entries: atp learns in the course of a run (train.py) which units go"
+    by_entry = ("prune.score", prune.score, prune.score != "atp", expected)
+    refuse([*_choice_rules(prune), by_entry, target_rule("prune.targets", prune.targets), *_pair_rules(prune)])
 
 
 def refuse(rules: Iterable[Rule]) -> None:
@@ -39,6 +41,7 @@ def prune_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
         *_pair_rules(prune),
         *_calibration_rules(prune),
         *_schedule_rules(prune, train),
+        *(_unit_rules(prune) if prune.score == "atp" else ()),
     ]
 
 
@@ -164,4 +167,48 @@ def _schedule_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
             not (is_single and prune.plain_last_event and prune.recovery != "none"),
             f"false with a single event, or prune.recovery {prune.recovery} would never run",
         ),
+    ]
+
+
+def _unit_rules(prune: PruneConfig) -> Iterable[Rule]:
+    """What ATP leaves no choice in."""
+    times, all_seven = prune.fractions, PruneConfig().targets
+    found: list[tuple[str, object, bool, str, str]] = [
+        (
+            "mask_forward",
+            prune.mask_forward,
+            prune.mask_forward == "frozen",
+            "frozen",
+            "pruned units keep their adapters until its group lasso has emptied them",
+        ),
+        (
+            "recovery",
+            prune.recovery,
+            prune.recovery == "none",
+            "none",
+            "its adapters learn to do without the pruned units",
+        ),
+        ("group", prune.group, prune.group == "row", "row, the default,", "units compete, not entries"),
+        ("budget", prune.budget, prune.budget == "uniform", "uniform", "it scores no entries"),
+        ("ema", prune.ema, prune.ema == 1, "1", "it has one event"),
+        (
+            "merge_each_event",
+            prune.merge_each_event,
+            not prune.merge_each_event,
+            "false",
+            "its group lasso needs the adapters apart",
+        ),
+        (
+            "targets",
+            " ".join(prune.targets),
+            set(prune.targets) == set(all_seven),
+            "all seven linears",
+            "a unit has rows and columns of several",
+        ),
+        ("schedule", prune.schedule, prune.schedule == "fractions", "fractions", "its search ends once"),
+        ("fractions", times, len(times) == 1 and times[0] > 0, "one share above 0", "it searches until then"),
+    ]
+    return [
+        (f"prune.{name}", value, is_right, f"{wanted} with prune.score atp: {reason}")
+        for name, value, is_right, wanted, reason in found
     ]

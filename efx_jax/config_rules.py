@@ -21,6 +21,7 @@ def validate(config: Config) -> None:
         *_lora_rules(config.lora),
         _adapted_rule(config),
         *prune_rules(config.prune, config.train),
+        *_atp_rules(config),
         *_train_rules(config.train),
         *_eval_rules(config.eval),
         *_untrained_rules(config),
@@ -54,6 +55,17 @@ def _adapted_rule(config: Config) -> Rule:
     is_right = prune.score != "lora_gradient" or set(prune.targets) <= set(adapted)
     expected = f"among lora.targets ({', '.join(adapted)}) with prune.score lora_gradient, which reads their gradients"
     return "prune.targets", " ".join(prune.targets), is_right, expected
+
+
+def _atp_rules(config: Config) -> Iterable[Rule]:
+    mesh, rate = config.mesh, config.atp.learning_rate
+    by_entry = config.prune.score != "atp"
+    expected = "1 with prune.score atp: the heads and hidden units left need not divide among devices; use mesh.data"
+    return [
+        ("atp.learning_rate", rate, rate > 0, "above 0"),
+        ("mesh.fsdp", mesh.fsdp, by_entry or mesh.fsdp == 1, expected),
+        ("mesh.tensor", mesh.tensor, by_entry or mesh.tensor == 1, expected),
+    ]
 
 
 def _train_rules(train: TrainConfig) -> Iterable[Rule]:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from efx_jax.config import Config
-from efx_jax.config_prune import n_of_m
+from efx_jax.config_prune import n_of_m, validate_prune
 from efx_jax.config_rules import validate
 from efx_jax.config_values import replace_values
 from efx_jax.errors import InputError
@@ -118,6 +118,44 @@ def test_a_score_of_adapter_gradients_needs_an_adapter_on_all_that_it_prunes():
         validate(replace_values(Config(), settings))
     validate(replace_values(Config(), {**settings, "prune.targets": ("v_proj",)}))
     validate(replace_values(Config(), {**settings, "prune.score": "wanda"}))
+
+
+ATP = {"prune.score": "atp", "prune.mask_forward": "frozen", "prune.schedule": "fractions", "prune.fractions": (0.5,)}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "reason"),
+    [
+        ("prune.mask_forward", "exact", "frozen with prune.score atp: pruned units keep their adapters until"),
+        ("prune.recovery", "admm", "none with prune.score atp: its adapters learn to do without"),
+        ("prune.group", "2:4", "row, the default, with prune.score atp: units compete, not entries"),
+        ("prune.budget", "owl", "uniform with prune.score atp: it scores no entries"),
+        ("prune.ema", 0.5, "1 with prune.score atp: it has one event"),
+        ("prune.merge_each_event", True, "false with prune.score atp: its group lasso needs the adapters apart"),
+        (
+            "prune.targets",
+            ("q_proj",),
+            "all seven linears with prune.score atp: a unit has rows and columns of several",
+        ),
+        ("prune.schedule", "epochs", "fractions with prune.score atp: its search ends once"),
+        ("prune.fractions", (0.2, 0.5), "one share above 0 with prune.score atp: it searches until then"),
+        ("prune.fractions", (0.0,), "one share above 0 with prune.score atp: it searches until then"),
+        ("mesh.fsdp", 2, "1 with prune.score atp: the heads and hidden units left need not divide among devices"),
+        ("mesh.tensor", 2, "1 with prune.score atp: the heads and hidden units left need not divide among devices"),
+        ("atp.learning_rate", 0.0, "above 0"),
+    ],
+)
+def test_what_atp_leaves_no_choice_in_is_refused_with_the_reason(setting: str, value: object, reason: str) -> None:
+    validate(replace_values(Config(), ATP | {"mesh.data": 4, "prune.fractions": (1.0,)}))
+    sparsity = {"prune.sparsity": 0.5 if value == "2:4" else 0.4}
+    with pytest.raises(InputError, match=f"^{setting} must be {reason}.*, found ") as caught:
+        validate(replace_values(Config(), ATP | sparsity | {setting: value}))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prune_event_refuses_atp_which_learns_in_the_course_of_a_run() -> None:
+    with pytest.raises(InputError, match=r"^prune.score must be a score of entries: atp learns .* found 'atp'$"):
+        validate_prune(replace_values(Config(), ATP).prune)
 
 
 def test_batch_must_be_a_multiple_of_the_micro_batch():

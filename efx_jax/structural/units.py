@@ -6,19 +6,19 @@ ATP (arXiv 2412.14426) learns which units go. A mask of units is bool `[L,n]`, T
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efx_jax.config import Space
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
 from efx_jax.masks import pack_mask
 from efx_jax.model.spec import ModelSpec, linear_shapes
 
 Array = jax.Array
-Space = Literal["paper", "sliceable"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
