@@ -1,6 +1,7 @@
 """A prune event inside a run: calibrate, prune, tell the optimizer what has moved; taken up where it was cut off."""
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,6 +137,13 @@ def _load(folder: Path, plan: EventPlan) -> list[_Block]:
         with ocp.StandardCheckpointer() as checkpointer:
             blocks += checkpointer.restore(part.absolute(), template)
     return [(layer, {**memory, "score": jax.tree.map(to_host, memory["score"])}) for layer, memory in blocks]
+
+
+def forget_blocks(folder: Path, manager: ocp.CheckpointManager) -> None:
+    """Removes the finished blocks of an event whose outcome `manager` saves, as soon as that is whole."""
+    if folder.exists() and jax.process_index() == 0:
+        manager.wait_until_finished()
+        shutil.rmtree(folder)
 
 
 def _template(plan: EventPlan) -> _Block:

@@ -21,7 +21,7 @@ from efx_jax.model.attention import Implementation, choose_attention
 from efx_jax.parallel.partition import placed_shapes, tree_shardings
 from efx_jax.pruning.average import moves_base
 from efx_jax.training import checkpoint, log
-from efx_jax.training.events import mask_sparsity, prune_run
+from efx_jax.training.events import forget_blocks, mask_sparsity, prune_run
 from efx_jax.training.feed import epoch_rows, mesh_batch, rows_per_pass
 from efx_jax.training.interrupt import asked, interruptible, say_interrupted
 from efx_jax.training.journal import Journal
@@ -152,7 +152,7 @@ def train(
                     save_best(state, base_moved, waiting=False)
                     best_manager.wait_until_finished()
                 if event is not None:
-                    _forget_blocks(manager, output / "event")
+                    forget_blocks(output / "event", manager)
                 event = None
         if int(state.train.step) < steps and not _enough(config, journal):
             say_interrupted(int(state.train.step), steps, manager.latest_step() is not None, output)
@@ -253,13 +253,6 @@ def _enough(config: Config, journal: Journal) -> bool:
 def _agreed(path: Implementation) -> Implementation:
     """cuDNN's attention only where all hosts have found it to be right: they run one program."""
     return path if all(meet(path == "cudnn")) else "xla"
-
-
-def _forget_blocks(manager: Any, folder: Path) -> None:
-    """Removes the finished blocks of an event whose outcome is saved."""
-    if folder.exists() and jax.process_index() == 0:
-        manager.wait_until_finished()
-        shutil.rmtree(folder)
 
 
 def _progress(start: int, steps: int) -> tqdm:
