@@ -6,7 +6,7 @@ An upper estimate: every array that the program's text names is counted, though 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from efx_jax.config import Config
 from efx_jax.model.spec import LINEARS, ModelSpec, linear_shapes, param_shapes
@@ -286,15 +286,3 @@ def _input_widths(spec: ModelSpec) -> dict[str, int]:
     """I of the four inputs whose statistics an event collects."""
     shapes = linear_shapes(spec)
     return {INPUT_OF[name]: shapes[name][1] for name in LINEARS}
-
-
-def largest_rows(fits: Callable[[int], bool], unit: int, most: int) -> int:
-    """The largest multiple of `unit` up to `most` for which `fits` holds, by bisection; 0 if none does.
-
-    `fits` must not hold again above where it fails.
-    """
-    low, high = 0, most // unit + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle * unit) else (low, middle)
-    return low * unit

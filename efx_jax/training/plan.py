@@ -2,6 +2,7 @@
 
 import dataclasses
 import textwrap
+from collections.abc import Callable
 
 import jax
 
@@ -14,7 +15,7 @@ from efx_jax.training.accounting import count_parameters, flops_per_step, flops_
 from efx_jax.training.devices import Device, find_device
 from efx_jax.training.lowered import compile_step, simulate_devices
 from efx_jax.training.measure import rows_table
-from efx_jax.training.memory import Layout, Memory, largest_rows, memory
+from efx_jax.training.memory import Layout, Memory, memory
 from efx_jax.training.schedule import Event, prune_events, total_steps
 from efx_jax.training.survey import DataCounts, check_shapes, count_data, plan_layout
 from efx_jax.weights.shapes import FoundSpec, find_spec
@@ -174,6 +175,18 @@ def _batch_lines(config: Config, spec: ModelSpec, layout: Layout, device: Device
     rows = largest_rows(fits, axes_size(BATCH, mesh_sizes(config.mesh)), _MOST_ROWS)
     found = f"{rows:,} sequences of {layout.length:,} tokens fit in one forward pass over all devices"
     return _paragraph("micro-batch", found if rows else "not even the smallest fits; use more devices (fsdp, tensor)")
+
+
+def largest_rows(fits: Callable[[int], bool], unit: int, most: int) -> int:
+    """The largest multiple of `unit` up to `most` for which `fits` holds, by bisection; 0 if none does.
+
+    `fits` must not hold again above where it fails.
+    """
+    low, high = 0, most // unit + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * unit) else (low, middle)
+    return low * unit
 
 
 def _compiled_lines(config: Config, spec: ModelSpec, layout: Layout, needs: Memory) -> list[str]:

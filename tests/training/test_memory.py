@@ -16,12 +16,12 @@ from efx_jax.training.lowered import compile_step
 from efx_jax.training.memory import (
     Layout,
     event_bytes,
-    largest_rows,
     memory,
     resident_bytes,
     saved_activations,
     step_bytes,
 )
+from efx_jax.training.plan import largest_rows
 from efx_jax.weights.shapes import find_spec
 
 SPEC = ModelSpec(
