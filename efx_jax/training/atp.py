@@ -10,11 +10,12 @@ import optax
 
 from efx_jax.lora import Adapters
 from efx_jax.model.spec import ModelSpec
+from efx_jax.parallel.partition import constrain_tree
 from efx_jax.structural.generator import Generator, Weights, draw_soft, straight_through
 from efx_jax.structural.losses import generator_loss, lasso_strength, proximal_step
 from efx_jax.structural.units import Space, kept_fraction, soften, weight_masks, without_pruned_biases
 from efx_jax.training.state import GeneratorState, TrainState
-from efx_jax.training.step import Batch, StepOptions, model_loss, train_step
+from efx_jax.training.step import Batch, StepOptions, accumulate_gradient, model_loss, train_step
 
 Array = jax.Array
 
@@ -47,14 +48,13 @@ def _generator_step(
         state: the generator's state; its buffers are consumed.
         params: the base.
         adapters: the adapters as they stand.
-        batch: one forward pass of rows that the adapters do not learn from: `tokens`, `targets`, `weights` `[B,T]`, of
-            packed rows also `positions` and `segments`.
+        batch: rows that the adapters do not learn from, see `efx_jax.training.step`.
         key: the run's PRNG key of the noise; the step number is folded in.
         ratio: share of the weights of the seven linears to remove.
         spec: the model.
         space: which units.
         tx: the generator's optimizer.
-        options: dtype, remat and attention of the forward pass.
+        options: dtype, remat and attention of the forward pass, and `micro_batches`; the dropout is not read.
 
     Returns:
         The new state and float32 scalars: `loss`, its parts `nll` (nats per loss-carrying token) and `kept` (p, the
@@ -63,21 +63,28 @@ def _generator_step(
     noise_key = jax.random.fold_in(key, state.step)
     options = dataclasses.replace(options, dropout_rate=0.0)
 
-    def objective(weights: Weights) -> tuple[Array, dict[str, Array]]:
-        soft = draw_soft(dataclasses.replace(state.generator, weights=weights), noise_key)
-        kept = kept_fraction({kind: straight_through(mask) for kind, mask in soft.items()}, spec, space)
-        masked, masked_adapters = soften(params, adapters, soft, spec, space)
-        summed, _ = model_loss(masked, masked_adapters, None, batch, noise_key, spec, options, frozen=False)
-        nll = summed / jnp.maximum(jnp.sum(batch["weights"]), 1.0)
-        loss = generator_loss(nll, kept, ratio)
-        return loss, {"loss": loss, "nll": nll, "kept": kept}
+    def draw(weights: Weights) -> dict[str, Array]:
+        return draw_soft(dataclasses.replace(state.generator, weights=weights), noise_key)
+
+    def summed_nll(weights: Weights, part: Batch, _: Array) -> tuple[Array, Array]:
+        masked, masked_adapters = soften(params, adapters, draw(weights), spec, space)
+        return model_loss(masked, masked_adapters, None, part, noise_key, spec, options, frozen=False)
+
+    def deviation(weights: Weights) -> tuple[Array, Array]:
+        hard = {kind: straight_through(mask) for kind, mask in draw(weights).items()}
+        kept = kept_fraction(hard, spec, space)
+        return generator_loss(jnp.float32(0), kept, ratio), kept
 
     weights = state.generator.weights
-    grads, metrics = jax.grad(objective, has_aux=True)(weights)
+    summed_grads, summed, _ = accumulate_gradient(summed_nll, weights, batch, options.micro_batches)
+    (far, kept), far_grads = jax.value_and_grad(deviation, has_aux=True)(weights)
+    count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    grads = jax.tree.map(lambda data, ratio_term: data / count + ratio_term, summed_grads, far_grads)
     updates, opt_state = tx.update(grads, state.opt_state, weights)
     generator = dataclasses.replace(state.generator, weights=optax.apply_updates(weights, updates))
-    metrics["grad_norm"] = optax.tree.norm(grads)
-    return GeneratorState(step=state.step + 1, generator=generator, opt_state=opt_state), metrics
+    nll = summed / count
+    metrics = {"loss": nll + far, "nll": nll, "kept": kept, "grad_norm": optax.tree.norm(grads)}
+    return constrain_tree((GeneratorState(state.step + 1, generator, opt_state), metrics))
 
 
 def _adapter_step(
@@ -125,7 +132,7 @@ def _adapter_step(
     )
     strength = lasso_strength(state.step, total_steps)
     adapters = proximal_step(new.adapters, unit_masks, spec, space, strength, learning_rate(state.step))
-    return dataclasses.replace(new, adapters=adapters), metrics
+    return constrain_tree((dataclasses.replace(new, adapters=adapters), metrics))
 
 
 generator_step = jax.jit(_generator_step, static_argnames=("spec", "space", "tx", "options"), donate_argnames="state")
