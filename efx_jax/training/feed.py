@@ -56,6 +56,21 @@ def mesh_batch(config: Config, train: Sequence[Tokenized], number: int, mesh: Me
     return {name: place(array) for name, array in batch.items()}
 
 
+def distant_batch(number: int, rows: int, size: int) -> int:
+    """The number of a batch without the rows of batch `number`: half an epoch ahead, or behind, in the same epoch.
+
+    (Where an epoch ends within one of the two, they may share rows.)
+
+    Args:
+        number: of a batch.
+        rows: of an epoch.
+        size: rows of a batch.
+    """
+    half = max(1, rows // size // 2)
+    is_ahead = number * size % rows + (half + 1) * size <= rows
+    return number + half if is_ahead or number < half else number - half
+
+
 def rows_per_pass(config: Config, length: int) -> int:
     """Sequences of one forward pass over all devices, by `micro_batch` and `micro_tokens`; T is `length`."""
     train = config.train

@@ -28,8 +28,9 @@ from efx_jax.training.journal import Journal
 from efx_jax.training.measure import measure
 from efx_jax.training.prepare import Prepared
 from efx_jax.training.schedule import Event, learning_rate, optimizer
+from efx_jax.training.search import Search, end_search, fresh_units, masked_base, plan_search, search_step
 from efx_jax.training.state import RunState, fresh_state
-from efx_jax.training.step import jit_step, step_options, train_step
+from efx_jax.training.step import Batch, StepOptions, jit_step, step_options, train_step
 from efx_jax.training.trace import tracing
 from efx_jax.training.validation import metric_values, update_best, validation_steps
 
@@ -39,7 +40,10 @@ _Batch = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Loop:
-    """What every step of a run reads and none changes; from step `shippable` on the model has its final sparsity."""
+    """What every step of a run reads and none changes; from step `shippable` on the model has its final sparsity.
+
+    `search` is None unless the run prunes whole units.
+    """
 
     config: Config
     prepared: Prepared
@@ -51,6 +55,8 @@ class _Loop:
     tx: optax.GradientTransformation
     learning_rate: optax.Schedule
     step: Callable[..., tuple[Any, dict[str, Array]]]
+    options_of: Callable[[Batch], StepOptions]
+    search: Search | None
     validations: frozenset[int]
     shippable: int
     attention_path: Implementation
@@ -71,10 +77,16 @@ def train(
 ) -> RunState | None:
     """Trains from the last checkpoint, or from the start, to the last step; None if the user interrupted it."""
     adapter_key, prune_key, dropout_key = jax.random.split(jax.random.key(config.seed), 3)
-    tx = optimizer(config.train, steps)
-    fresh = state = fresh_state(
-        config, prepared.params, prepared.spec, mesh, tx, adapter_key, prune_key, max(1, len(events))
-    )
+    tx, rate = optimizer(config.train, steps), learning_rate(config.train, steps)
+    packing = config.data.batching == "packing"
+    attention_path = _agreed(choose_attention(prepared.spec, config.model.compute_dtype, packed=packing))
+
+    def options_of(batch: Batch) -> StepOptions:
+        return step_options(config, rows_per_pass(config, batch["tokens"].shape[1]), attention_path)
+
+    search = plan_search(config, prepared, mesh, steps, events, tx, rate, dropout_key, options_of)
+    state = fresh_state(config, prepared.params, prepared.spec, mesh, tx, adapter_key, prune_key, max(1, len(events)))
+    fresh = state = dataclasses.replace(state, units=fresh_units(search, mesh) if search else None)
     base_moved, waiting = False, False
     by_step = {event.step: event for event in events}
     with (
@@ -96,8 +108,6 @@ def train(
             _tidy(output, start, steps, waiting)
         with _progress(start, steps) as bar, tracing(config.profile, output / "profile") as trace:
             pinned = (tree_shardings(mesh, state.train), NamedSharding(mesh, PartitionSpec()))
-            rate = learning_rate(config.train, steps)
-            packing = config.data.batching == "packing"
             loop = _Loop(
                 config=config,
                 prepared=prepared,
@@ -109,9 +119,11 @@ def train(
                 tx=tx,
                 learning_rate=rate,
                 step=train_step if mesh.size == 1 else jit_step(pinned),
+                options_of=options_of,
+                search=search,
                 validations=validation_steps(config.eval, config.train, epoch_rows(config, prepared.train), steps),
                 shippable=max(by_step, default=0),
-                attention_path=_agreed(choose_attention(prepared.spec, config.model.compute_dtype, packed=packing)),
+                attention_path=attention_path,
                 dropout_key=dropout_key,
                 bar=bar,
                 trace=trace,
@@ -180,19 +192,19 @@ def _update(loop: _Loop, state: RunState, batch: _Batch, sparsity: float) -> tup
     config, train = loop.config, loop.config.train
     number = int(state.train.step)
     loop.trace(number)
-    options = step_options(config, rows_per_pass(config, batch["tokens"].shape[1]), loop.attention_path)
     began = time.perf_counter()
-    new, metrics = loop.step(
-        state.train, state.params, state.masks or None, batch, loop.dropout_key, loop.prepared.spec, loop.tx, options
-    )
+    if loop.search:
+        new, metrics = search_step(loop.search, state, batch)
+    else:
+        new, metrics = _step(loop, state, batch)
     # Laid out while the devices compute.
     following = mesh_batch(config, loop.prepared.train, number + 1, loop.mesh)
-    values = {name: float(value) for name, value in metrics.items()}
+    values = {"sparsity": sparsity} | {name: float(value) for name, value in metrics.items()}
     seconds = time.perf_counter() - began
-    if not np.isfinite(values["loss"]):
-        raise InputError(
-            f"step {number + 1}: the loss is not finite; lower train.learning_rate or set model.compute_dtype float32"
-        )
+    for name, setting in (("loss", "train.learning_rate"), ("generator_loss", "atp.learning_rate")):
+        if not np.isfinite(values.get(name, 0.0)):
+            found = f"step {number + 1}: the {'loss of the generator' if 'generator' in name else name} is not finite"
+            raise InputError(f"{found}; lower {setting} or set model.compute_dtype float32")
     loop.journal.tokens += int(values["tokens"])
     row = {
         "step": number + 1,
@@ -201,9 +213,10 @@ def _update(loop: _Loop, state: RunState, batch: _Batch, sparsity: float) -> tup
         "entropy": values["entropy"],
         "learning_rate": float(loop.learning_rate(number)),
         "grad_norm": values["grad_norm"],
-        "sparsity": sparsity,
+        "sparsity": values["sparsity"],
         "tokens_per_second": values["tokens"] / seconds,
     }
+    row |= {name: value for name, value in values.items() if name.startswith("generator_")}
     if (number + 1) % train.log_every == 0 and jax.process_index() == 0:
         log.append_row(loop.output / "metrics.jsonl", row)
         for sink in loop.sinks:
@@ -212,11 +225,32 @@ def _update(loop: _Loop, state: RunState, batch: _Batch, sparsity: float) -> tup
         f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, sparsity {row['sparsity']:.0%}", refresh=False
     )
     loop.bar.update()
-    return dataclasses.replace(state, train=new), following
+    return new, following
+
+
+def _step(loop: _Loop, state: RunState, batch: _Batch) -> tuple[RunState, dict[str, Array]]:
+    """One update of the adapters under masks of entries."""
+    train, metrics = loop.step(
+        state.train,
+        state.params,
+        state.masks or None,
+        batch,
+        loop.dropout_key,
+        loop.prepared.spec,
+        loop.tx,
+        loop.options_of(batch),
+    )
+    return dataclasses.replace(state, train=train), metrics
 
 
 def _event(loop: _Loop, state: RunState, event: Event) -> RunState:
-    """The dense adapter, once it has learned, measured where this is the only event, then the event."""
+    """The dense adapter, once it has learned, measured where this is the only event, then the event.
+
+    (Adapters that have learned beside ATP's search are not dense ones: they have met other masks in every step.)
+    """
+    if loop.search:
+        with loop.journal.phase("prune"):
+            return end_search(loop.search, state, loop.mesh)
     if event.last and event.step and not state.masks:
         with loop.journal.phase("evaluate dense"):
             found = measure(loop.config, loop.prepared, state.params, state.train.adapters)
@@ -229,10 +263,9 @@ def _event(loop: _Loop, state: RunState, event: Event) -> RunState:
 def _validate(loop: _Loop, state: RunState) -> bool:
     """Measures the model as it stands, writes the line of evaluations.jsonl; whether it is the best to ship so far."""
     evaluation, step = loop.config.eval, int(state.train.step)
+    params, masks = masked_base(loop.search, state) if loop.search else (state.params, state.masks)
     with loop.journal.phase("evaluate"):
-        found = measure(
-            loop.config, loop.prepared, state.params, state.train.adapters, state.masks or None, evaluation.tasks
-        )
+        found = measure(loop.config, loop.prepared, params, state.train.adapters, masks or None, evaluation.tasks)
     values = metric_values(found)
     if jax.process_index() == 0:
         log.append_row(loop.output / "evaluations.jsonl", {"step": step, **values})

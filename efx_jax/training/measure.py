@@ -63,13 +63,19 @@ def measure(
     return results
 
 
-def matrix_sparsity(params: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Share of exact zeros of every linear of every layer: name -> L numbers."""
-    linears = {name: leaf for name, leaf in params["layers"].items() if name.endswith("_proj")}
-    return {
-        name: [int(zeros) / (leaf.shape[1] * leaf.shape[2]) for zeros in np.asarray(_zeros(leaf))]
-        for name, leaf in linears.items()
-    }
+def matrix_sparsity(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[float]]:
+    """Share of the entries of every linear of every layer that are exactly zero or were cut out: name -> L numbers.
+
+    Args:
+        params: the parameter tree.
+        shapes: (O, I) of the linears of the base model.
+    """
+    found = {}
+    for name, (out_dim, in_dim) in shapes.items():
+        leaf = params["layers"][name]
+        gone = out_dim * in_dim - leaf.shape[1] * leaf.shape[2]
+        found[name] = [(gone + int(zeros)) / (out_dim * in_dim) for zeros in np.asarray(_zeros(leaf))]
+    return found
 
 
 @jax.jit
@@ -115,13 +121,13 @@ def rows_table(report: Mapping[str, Any]) -> str:
     return f"{markdown_table(header, rows)}\n\n{note}"
 
 
-def sparsity_table(sparsity: Mapping[str, list[float]]) -> str:
+def sparsity_table(sparsity: Mapping[str, list[float]], title: str = "zeros %") -> str:
     """A Markdown table: the whole share of zeros of every kind of matrix, and its range over the layers."""
     rows = []
     for name, layers in sparsity.items():
         shares = (sum(layers) / len(layers), min(layers), max(layers))
         rows.append([name, *(f"{100 * share:.2f}" for share in shares)])
-    return markdown_table(["matrix", "zeros %", "least layer", "most layer"], rows)
+    return markdown_table(["matrix", title, "least layer", "most layer"], rows)
 
 
 def _perplexity_cell(text: Mapping[str, Any]) -> str:

@@ -70,7 +70,7 @@ def calibration(config: Config, prepared: Prepared) -> list[Batch]:
 
 def _calibration_pool(config: Config, train: list[Tokenized], tokenizer: Any) -> list[Tokenized]:
     source = config.prune.calibration
-    if source == "train" or config.prune.sparsity == 0:
+    if source == "train" or config.prune.sparsity == 0 or config.prune.score == "atp":
         return train
     try:
         texts = load_text(source, config.data)

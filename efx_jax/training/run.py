@@ -25,9 +25,11 @@ from efx_jax.training.measure import measure
 from efx_jax.training.plan import plan_text
 from efx_jax.training.prepare import Prepared, prepare
 from efx_jax.training.schedule import prune_events, total_steps
+from efx_jax.training.search import cut_out, cut_report
 from efx_jax.training.state import RunState
 from efx_jax.training.summary import print_summary, write_summary
 from efx_jax.weights.hf import load_pretrained, save_pretrained
+from efx_jax.weights.sliced import save_sliced
 
 FREE_SECTIONS = ("mesh", "profile", "log")
 """Settings that say where and how a run is computed, not what it is: they may change when it is resumed."""
@@ -114,7 +116,8 @@ def _work(
         exported, spec = load_pretrained(output / "export", None, mesh if mesh.size > 1 else None)
         from_disk = dataclasses.replace(prepared, params=exported, spec=spec)
         journal.results["sparse expert" if events else "dense expert"] = measure(config, from_disk, exported)
-    summary = write_summary(output, exported, journal, int(state.train.step), events, prepared.data.report, config.seed)
+    cut = None if state.units is None else cut_report(state, prepared.spec, config.atp.space)
+    summary = write_summary(output, exported, prepared, journal, int(state.train.step), events, config.seed, cut)
     if is_first:
         print_summary(summary, output)
     return summary
@@ -154,6 +157,11 @@ def _differing(first: Any, second: Any) -> list[str]:
 
 def _export(config: Config, state: RunState, prepared: Prepared, folder: Path) -> None:
     """Merges and writes the Hugging Face folder; one left by an earlier attempt is complete, and stays."""
-    if not all(meet(folder.exists())):
+    if all(meet(folder.exists())):
+        return
+    if state.units is not None:
+        smaller, spec = cut_out(state, prepared.spec, config.atp.space)
+        save_sliced(folder, smaller, spec, source=config.model.path)
+    else:
         merged = merge(state.params, state.train.adapters, state.masks or None)
         save_pretrained(folder, merged, prepared.spec, source=config.model.path)

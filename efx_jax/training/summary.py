@@ -15,40 +15,51 @@ from typing import Any
 import jax
 
 from efx_jax.files import atomic_write
+from efx_jax.model.spec import linear_shapes
 from efx_jax.training.journal import Journal
 from efx_jax.training.measure import matrix_sparsity, result_table, rows_table, sparsity_table
+from efx_jax.training.prepare import Prepared
 from efx_jax.training.schedule import Event
 
+_UNITS = {
+    "heads": "key/value heads",
+    "hidden": "hidden units",
+    "key_dims": "pairs of key dimensions",
+    "value_dims": "value dimensions",
+}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy", "efx_jax")
 
 
 def write_summary(
     output: Path,
     exported: Mapping[str, Any],
+    prepared: Prepared,
     journal: Journal,
     steps: int,
     events: Sequence[Event],
-    data: Mapping[str, Any],
     seed: int,
+    cut: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes `summary.json`; of several processes the first does, and all call.
 
     Args:
         output: the run's folder.
         exported: parameter tree read back from the export.
+        prepared: the base model, and the counts of the rows.
         journal: what the run has found.
         steps: updates that the exported model has seen.
         events: the prune events.
-        data: counts of the rows.
         seed: the run's seed.
+        cut: of a model that lost units, see `search.cut_report`.
 
     Returns:
         What was written.
     """
     summary = {
         "results": journal.results,
-        "data": dict(data),
-        "sparsity": matrix_sparsity(exported),
+        "data": dict(prepared.data.report),
+        "sparsity": matrix_sparsity(exported, linear_shapes(prepared.spec)),
+        **({} if cut is None else {"cut": dict(cut)}),
         "steps": steps,
         "best": None if journal.best is None else dataclasses.asdict(journal.best),
         "tokens": journal.tokens,
@@ -74,7 +85,8 @@ def _finite(value: Any) -> Any:
 
 
 def print_summary(summary: Mapping[str, Any], output: Path) -> None:
-    """The results, the best constant answers, the rows of a mix, the sparsity of every kind of matrix, and the time."""
+    """The results, best constant answers, the rows of a mix, what was cut out, the sparsity of every kind of matrix,
+    and the time."""
     print(result_table(summary["results"]))
     tasks = {name: task for found in summary["results"].values() for name, task in found.get("tasks", {}).items()}
     for name, task in tasks.items():
@@ -85,10 +97,27 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
             )
     if "tasks" in summary["data"]["train"]:
         print("\n" + rows_table(summary["data"]))
-    print("\n" + sparsity_table(summary["sparsity"]))
+    if "cut" in summary:
+        print("\n" + _cut_text(summary["cut"]))
+    print("\n" + sparsity_table(summary["sparsity"], "pruned %" if "cut" in summary else "zeros %"))
     phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds"].items())
     print(f"\nseconds: {phases}; peak memory {summary['peak_memory_mib']:.0f} MiB")
     print(f"the expert: {output / 'export'}")
+
+
+def _cut_text(cut: Mapping[str, Any]) -> str:
+    before, kept, written = (cut["parameters"][name] for name in ("before", "kept", "written"))
+    units = ", ".join(f"{_range(counts)} {_UNITS[kind]}" for kind, counts in cut["units"].items())
+    fill = f", {written - kept:,} of them zeros" if written > kept else ""
+    return (
+        f"cut out: {100 * cut['removed']:.2f} % of the weights of the linears; a layer keeps {units}\n"
+        f"parameters: {before:,} before, {written:,} in the export ({100 * written / before:.1f} %){fill}"
+    )
+
+
+def _range(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def _peak_memory_mib() -> float:

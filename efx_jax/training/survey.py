@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from efx_jax.config import Config
 from efx_jax.config_prune import n_of_m
 from efx_jax.data.batches import bucket_length
@@ -16,6 +18,8 @@ from efx_jax.model.spec import ModelSpec, linear_shapes
 from efx_jax.parallel.fit import Sizes, check_mesh
 from efx_jax.pruning.block import matrix_group
 from efx_jax.pruning.selection import selection_counts
+from efx_jax.structural.slicing import settle_masks
+from efx_jax.structural.units import units_of
 from efx_jax.training.devices import Device
 from efx_jax.training.feed import epoch_rows, rows_per_pass
 from efx_jax.training.memory import Layout
@@ -52,6 +56,8 @@ def check_shapes(config: Config, spec: ModelSpec) -> None:
             f"found {config.data.max_length}; lower data.max_length"
         )
     shapes = linear_shapes(spec)
+    if prune.score == "atp" and prune.sparsity:
+        _check_ratio(spec, config)
     for name in prune.targets if prune.sparsity else ():
         shape = (spec.num_layers, *shapes[name])
         selection_counts(shape, prune.sparsity, matrix_group(name, prune), prune.bound)
@@ -64,6 +70,17 @@ def check_shapes(config: Config, spec: ModelSpec) -> None:
         block=math.lcm(8, pattern[1]) if pattern else 8,
     )
     check_mesh(config.mesh, sizes)
+
+
+def _check_ratio(spec: ModelSpec, config: Config) -> None:
+    """Refuses a share of weights that no choice of units leaves."""
+    logits: Any = {
+        kind: np.zeros((spec.num_layers, units.count)) for kind, units in units_of(spec, config.atp.space).items()
+    }
+    try:
+        settle_masks(logits, spec, config.atp.space, config.prune.sparsity)
+    except InputError as error:
+        raise InputError(f"prune.sparsity is too high for prune.score atp: {error}") from None
 
 
 def count_data(config: Config, found: FoundSpec) -> DataCounts | str:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from efx_jax.config import Config, DataConfig, MeshConfig, TrainConfig
+from efx_jax.data.batches import batch_rows
 from efx_jax.data.tokens import Tokenized
 from efx_jax.parallel.mesh import make_mesh
-from efx_jax.training.feed import epoch_rows, host_batch, mesh_batch, rows_per_pass
+from efx_jax.training.feed import distant_batch, epoch_rows, host_batch, mesh_batch, rows_per_pass
 
 BATCHING = ("padding", "buckets", "packing")
 
@@ -47,6 +48,19 @@ def test_a_hosts_rows_are_those_of_the_whole_batch(batching: str, number: int, e
     longest = int(whole["lengths"].argmax())
     for rows in (slice(0, 4), slice(4, 16), slice(longest + 1, 16), slice(0, longest)):
         assert_same(host_batch(config, examples, number, rows), {name: array[rows] for name, array in whole.items()})
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 10, 25])
+def test_a_distant_batch_has_other_rows_of_the_same_epoch(size: int) -> None:
+    for number in range(3 * 50 // size):
+        other = distant_batch(number, 50, size)
+        assert other != number and other * size // 50 == number * size // 50
+        assert not set(batch_rows(50, 3, number, size)) & set(batch_rows(50, 3, other, size))
+
+
+def test_a_distant_batch_is_there_where_an_epoch_hardly_fills_one() -> None:
+    found = [[distant_batch(number, rows, 4) for number in range(5)] for rows in (3, 4, 7)]
+    assert all(other >= 0 and other != number for others in found for number, other in enumerate(others))
 
 
 @pytest.mark.parametrize("batching", BATCHING)

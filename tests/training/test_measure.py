@@ -8,7 +8,12 @@ from efx_jax.training.measure import matrix_sparsity, result_table, rows_table, 
 def test_sparsity_counts_exact_zeros_of_every_linear_by_layer() -> None:
     weight = jnp.asarray([[[0.0, -0.0, 1e-30, 1.0]], [[0.0, 2.0, 3.0, 4.0]]], jnp.bfloat16)
     layers = {"q_proj": weight, "q_proj_bias": jnp.zeros((2, 1)), "input_layernorm": jnp.zeros((2, 4))}
-    assert matrix_sparsity({"layers": layers, "norm": jnp.zeros(4)}) == {"q_proj": [0.5, 0.25]}
+    assert matrix_sparsity({"layers": layers, "norm": jnp.zeros(4)}, {"q_proj": (1, 4)}) == {"q_proj": [0.5, 0.25]}
+
+
+def test_entries_that_were_cut_out_count_as_those_that_are_zero() -> None:
+    layers = {"up_proj": jnp.asarray([[[0.0, 1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0, 4.0]]])}
+    assert matrix_sparsity({"layers": layers}, {"up_proj": (2, 4)}) == {"up_proj": [0.625, 0.5]}
 
 
 def test_the_table_shows_values_with_intervals_and_dashes_for_what_was_not_measured() -> None:
