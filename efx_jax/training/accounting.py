@@ -4,12 +4,15 @@ One multiply-add is 2 FLOPs. Attention is counted as causal: half of the full sq
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
 
-from efx_jax.config import Config
+from efx_jax.config import Config, Space
 from efx_jax.model.spec import ModelSpec, linear_shapes, param_shapes
+from efx_jax.structural.generator import init_generator
+from efx_jax.structural.units import units_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +116,34 @@ def flops_per_step(spec: ModelSpec, config: Config, length: int, passes: int, ma
     tokens = config.train.batch_size * length
     per_token = flops_per_token(spec, config, length, masked).total
     return tokens * per_token + passes * flops_per_pass(spec, config, masked)
+
+
+def generator_parameters(spec: ModelSpec, config: Config) -> int:
+    """Numbers that ATP's generator learns; 0 in a run that prunes entries or nothing."""
+    if config.prune.score != "atp" or not config.prune.sparsity:
+        return 0
+    return _generator_size(spec, config.atp.space)
+
+
+@functools.lru_cache(maxsize=4)
+def _generator_size(spec: ModelSpec, space: Space) -> int:
+    generator = jax.eval_shape(lambda: init_generator(jax.random.key(0), spec, space))
+    return sum(leaf.size for leaf in jax.tree.leaves(generator.weights))
+
+
+def softened_weights(spec: ModelSpec, config: Config) -> int:
+    """Weights of the linears that ATP's soft masks multiply, and so copy."""
+    shapes = linear_shapes(spec)
+    names = {name for units in units_of(spec, config.atp.space).values() for name in units.scaled}
+    return spec.num_layers * sum(math.prod(shapes[name]) for name in names)
+
+
+def search_flops_per_token(spec: ModelSpec, config: Config, length: int) -> float:
+    """FLOPs of one token that ATP's generator learns from, nearly all of them the model's under soft masks.
+
+    Forward and backward pass are those of training; the gradient of a soft mask is that of the weights it multiplies.
+    """
+    return flops_per_token(spec, config, length, masked=False).total + 2 * softened_weights(spec, config)
 
 
 def _units(config: Config, name: str, masked: bool) -> _Units:

@@ -15,6 +15,7 @@ from efx_jax.parallel.partition import BATCH, axes_size, linear_axes, partition
 from efx_jax.pruning.average import keeps_scores, moves_base
 from efx_jax.pruning.event import needs_gram
 from efx_jax.pruning.statistics import INPUT_OF, INPUTS
+from efx_jax.training.accounting import generator_parameters, softened_weights
 from efx_jax.training.gradients import importance_bytes
 
 Bytes = dict[str, int]
@@ -79,6 +80,7 @@ def resident_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
         "masks": mask_bytes(spec, config, along) if layout.events else 0,
         "adapters": adapters,
         "optimizer": 2 * adapters,
+        "generator": 3 * _FLOAT32 * generator_parameters(spec, config),
         "moving average": _FLOAT32 * _average_entries(spec, config, along, layout.events),
     }
 
@@ -94,6 +96,7 @@ def step_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
         "gradients": gradients,
         "saved activations": saved_activations(spec, config, layout, rows),
         "backward of a block": block_working_set(spec, config, layout, rows),
+        "soft masks": _search_bytes(spec, config, e),
         "U and dU": _matrix_buffers(spec, config, along, e, c, masked=layout.events > 0),
         "copies of weights": _weight_copies(spec, along, e, c),
         "loss": 2 * _LOSS_TOKENS * -(-spec.vocab_size // along["tensor"]) * _FLOAT32
@@ -104,6 +107,8 @@ def step_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
 def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
     """What a prune event needs on top of `resident_bytes`: statistics, scores and repair of one block at a time."""
     prune, along = config.prune, mesh_sizes(config.mesh)
+    if prune.score == "atp":
+        return {"new masks": mask_bytes(spec, config, along)}
     e = _WIDTH[layout.dtype]
     longest = config.data.max_length if prune.calibration == "train" else prune.calibration_length
     length = min(prune.calibration_length, longest, spec.max_position_embeddings)
@@ -226,6 +231,12 @@ def _sweep_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> i
     entries = [_shard(name, shapes[name], along) for name in names]
     widest = max(shapes[name][1] for name in names)
     return sum(entries) * (_FLOAT32 + 1) + max(entries) * 3 * _FLOAT32 + 4 * _FLOAT32 * widest**2
+
+
+def _search_bytes(spec: ModelSpec, config: Config, e: int) -> int:
+    """While ATP searches: softly masked weights and their gradient, and the generator's gradient, sum and part."""
+    parameters = generator_parameters(spec, config)
+    return 2 * e * softened_weights(spec, config) + 2 * _FLOAT32 * parameters if parameters else 0
 
 
 def mask_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> int:

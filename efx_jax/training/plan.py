@@ -3,6 +3,7 @@
 import dataclasses
 import textwrap
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
@@ -11,7 +12,7 @@ from efx_jax.errors import InputError
 from efx_jax.model.spec import ModelSpec
 from efx_jax.parallel.mesh import mesh_size, mesh_sizes
 from efx_jax.parallel.partition import BATCH, axes_size
-from efx_jax.training.accounting import count_parameters, flops_per_step, flops_per_token
+from efx_jax.training.accounting import count_parameters, flops_per_step, flops_per_token, search_flops_per_token
 from efx_jax.training.devices import Device, find_device
 from efx_jax.training.lowered import compile_step, simulate_devices
 from efx_jax.training.measure import rows_table
@@ -26,6 +27,14 @@ _REACHED = 0.45
 _GIB, _MIB = 2**30, 2**20
 _INDENT = 14
 _MOST_ROWS = 2**20
+
+
+class _Phase(NamedTuple):
+    """A kind of step: its name, whether masks are in force, and whether ATP's generator learns too."""
+
+    name: str
+    masked: bool
+    searches: bool = False
 
 
 def plan_text(config: Config) -> str:
@@ -110,6 +119,9 @@ def _event_lines(config: Config, steps: int | None) -> list[str]:
     def place(event: Event) -> str:
         return f"at {event.step / scale:.0%} of the steps" if steps is None else f"step {event.step:,}"
 
+    if config.prune.score == "atp" and events:
+        text = f"{place(events[0])}; {events[0].sparsity:.0%} of the weights of the linears are gone then"
+        return _paragraph("search ends", text)
     return _paragraph(
         "prune events", ", ".join(f"{place(event)} to {event.sparsity:.0%}" for event in events) or "none"
     )
@@ -118,9 +130,9 @@ def _event_lines(config: Config, steps: int | None) -> list[str]:
 def _arithmetic_lines(config: Config, spec: ModelSpec, layout: Layout) -> list[str]:
     """FLOPs of a token and of a step, before and under the masks."""
     texts = [
-        f"{_number(flops_per_token(spec, config, layout.length, masked).total / 1e9)} GFLOP a token and "
-        f"{_number(_step_flops(spec, config, layout, masked) / 1e12)} TFLOP a step {name}"
-        for name, masked in _phases(config, layout)
+        f"{_number(_token_flops(spec, config, layout, phase) / 1e9)} GFLOP a token and "
+        f"{_number(_step_flops(spec, config, layout, phase) / 1e12)} TFLOP a step {phase.name}"
+        for phase in _phases(config, layout)
     ]
     return _paragraph("arithmetic", f"{'; '.join(texts)}; all rows full, recomputation (remat) included")
 
@@ -130,7 +142,7 @@ def _time_lines(config: Config, spec: ModelSpec, layout: Layout, device: Device,
     if device.peak is None:
         return []
     speed = _REACHED * device.peak * mesh_size(config.mesh)
-    seconds = [_step_flops(spec, config, layout, masked) / speed for _, masked in _phases(config, layout)]
+    seconds = [_step_flops(spec, config, layout, phase) / speed for phase in _phases(config, layout)]
     text = f"{' and '.join(f'{value:,.3g} s' for value in seconds)} a step at {_REACHED:.0%} of {device.name}'s "
     text += f"{device.peak / 1e12:,.0f} TFLOP/s"
     if steps:
@@ -141,16 +153,30 @@ def _time_lines(config: Config, spec: ModelSpec, layout: Layout, device: Device,
     return _paragraph("time", text)
 
 
-def _phases(config: Config, layout: Layout) -> list[tuple[str, bool]]:
-    """What a step is called before and after the first event, and whether masks are in force."""
+def _phases(config: Config, layout: Layout) -> list[_Phase]:
+    """The steps before and after the first event."""
     if not layout.events:
-        return [("without masks", False)]
-    return [("before the first event", False), (f"under masks ({config.prune.mask_forward})", True)]
+        return [_Phase("without masks", masked=False)]
+    after = _Phase(f"under masks ({config.prune.mask_forward})", masked=True)
+    if config.prune.score == "atp":
+        return [_Phase("while units are searched", masked=True, searches=True), after]
+    return [_Phase("before the first event", masked=False), after]
 
 
-def _step_flops(spec: ModelSpec, config: Config, layout: Layout, masked: bool) -> float:
+def _step_flops(spec: ModelSpec, config: Config, layout: Layout, phase: _Phase) -> float:
     passes = -(-config.train.batch_size // layout.rows)
-    return flops_per_step(spec, config, layout.length, passes, masked)
+    tokens = config.train.batch_size * layout.length
+    own = flops_per_step(spec, config, layout.length, passes, phase.masked)
+    return own + tokens * _search_flops(spec, config, layout, phase)
+
+
+def _token_flops(spec: ModelSpec, config: Config, layout: Layout, phase: _Phase) -> float:
+    own = flops_per_token(spec, config, layout.length, phase.masked).total
+    return own + _search_flops(spec, config, layout, phase)
+
+
+def _search_flops(spec: ModelSpec, config: Config, layout: Layout, phase: _Phase) -> float:
+    return search_flops_per_token(spec, config, layout.length) if phase.searches else 0.0
 
 
 def _memory_lines(needs: Memory, device: Device, config: Config) -> list[str]:
@@ -197,9 +223,11 @@ def _compiled_lines(config: Config, spec: ModelSpec, layout: Layout, needs: Memo
         return _paragraph("compiled", f"no: {error}")
     except jax.errors.JaxRuntimeError as error:
         return _paragraph("compiled", f"no: {str(error).splitlines()[0]}")
-    arguments = sum(needs.resident.values()) - needs.resident["moving average"]
-    own = f"planned above: {arguments / _GIB:,.2f} and {sum(needs.step.values()) / _GIB:,.2f}"
-    text = f"the step for {compiled.platform} in {compiled.seconds:.0f} s: {compiled.arguments / _GIB:,.2f} GiB of "
+    arguments = sum(needs.resident.values()) - needs.resident["moving average"] - needs.resident["generator"]
+    temporaries = sum(needs.step.values()) - needs.step["soft masks"]
+    own = f"planned above: {arguments / _GIB:,.2f} and {temporaries / _GIB:,.2f}"
+    step = "the adapters' step" if needs.step["soft masks"] else "the step"
+    text = f"{step} for {compiled.platform} in {compiled.seconds:.0f} s: {compiled.arguments / _GIB:,.2f} GiB of "
     text += f"arguments and {compiled.temporaries / _GIB:,.2f} GiB of temporaries on each device ({own})"
     if compiled.platform == "cpu":
         text += "; a CPU widens bfloat16 to float32 and has no fused attention"

@@ -128,6 +128,19 @@ def test_an_event_holds_the_grams_of_one_block() -> None:
         assert event_bytes(spec, Config(prune=prune), LAYOUT)["Grams"] == grams
 
 
+def test_atp_holds_a_generator_and_while_it_searches_soft_copies_of_v_and_up() -> None:
+    config = dataclasses.replace(CONFIG, prune=PruneConfig(score="atp", mask_forward="frozen"))
+    # The encoder's two layers and its norm, and 64 numbers for each of 2 heads and 24 hidden units of 2 layers.
+    layer = 4 * 64 * 64 + 4 * 64 + 2 * 64 * 256 + 256 + 64 + 4 * 64
+    parameters = 2 * layer + 2 * 64 + 2 * 64 * (2 + 24)
+    assert resident_bytes(SPEC, config, LAYOUT)["generator"] == 3 * 4 * parameters
+    soft = 2 * 2 * 2 * (8 * 16 + 24 * 16)
+    assert step_bytes(SPEC, config, LAYOUT)["soft masks"] == soft + 2 * 4 * parameters
+    assert set(event_bytes(SPEC, config, LAYOUT)) == {"new masks"}
+    others = memory(SPEC, CONFIG, LAYOUT)
+    assert others.resident["generator"] == others.step["soft masks"] == 0
+
+
 def test_a_sweep_holds_a_blocks_new_weights_and_four_matrices_as_wide_as_the_widest_input() -> None:
     entries = [16 * 16, 8 * 16, 8 * 16, 16 * 16, 24 * 16, 24 * 16, 16 * 24]
     found = event_bytes(SPEC, Config(prune=PruneConfig(recovery="obs")), LAYOUT)["recovery"]

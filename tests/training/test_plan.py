@@ -110,6 +110,16 @@ def test_without_sparsity_nothing_is_said_of_masks_and_events(config: Config, un
     assert "in an event" not in text and "under masks" not in text
 
 
+def test_a_plan_of_atp_tells_its_search_and_the_work_of_two_updates(config: Config, uncompiled: None) -> None:
+    prune = dataclasses.replace(config.prune, score="atp", mask_forward="frozen")
+    text = " ".join(plan_text(dataclasses.replace(config, prune=prune)).split())
+    assert "search ends step 5; 50% of the weights of the linears are gone then" in text
+    found = re.search(r"([\d.,e-]+) GFLOP a token .* while units are searched; ([\d.,e-]+) GFLOP a token", text)
+    assert found and 1.9 < float(found[1]) / float(found[2]) < 2.3
+    with pytest.raises(InputError, match="^prune.sparsity is too high for prune.score atp: .* leaves no layer one key"):
+        plan_text(dataclasses.replace(config, prune=dataclasses.replace(prune, sparsity=0.99)))
+
+
 def seven_billion(device: str, rows: int = 16) -> str:
     return plan_text(
         Config(
