@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from efx_jax.compare.settings import Comparison, Settings
-from efx_jax.config import Config, PruneConfig
+from efx_jax.config import AtpConfig, Config, PruneConfig
 from efx_jax.config_rules import validate
 from efx_jax.config_values import nearest, replace_values, setting_types
 from efx_jax.errors import InputError
@@ -110,7 +110,7 @@ def _cell(comparison: Comparison, method: str, schedule: str, varied: Settings, 
     # The reference learns from the same rows with the same adapters; only its method is another one.
     reference = comparison.reference and run_name(_resolve(comparison, comparison.reference, "", varied, seed))
     prunes = config.prune.sparsity > 0
-    shown = tuple(_value(config, key) if prunes or not key.startswith("prune.") else None for key in varied)
+    shown = tuple(_value(config, key) if prunes or not key.startswith(("prune.", "atp.")) else None for key in varied)
     refusal = ""
     try:
         validate(config)
@@ -123,7 +123,8 @@ def _resolve(comparison: Comparison, method: str, schedule: str, varied: Setting
     values = {**varied, **comparison.methods[method], **comparison.schedules.get(schedule, {}), "seed": seed}
     config = replace_values(comparison.base, values)
     # Where nothing is pruned no other setting of it has a say: all of them are the same run.
-    return config if config.prune.sparsity else dataclasses.replace(config, prune=PruneConfig(sparsity=0.0))
+    plain = dataclasses.replace(config, prune=PruneConfig(sparsity=0.0), atp=AtpConfig())
+    return config if config.prune.sparsity else plain
 
 
 def _value(config: Config, key: str) -> Any:

@@ -79,7 +79,7 @@ def _take(metrics: Metrics, intervals: Intervals, key: str, found: Mapping[str, 
 def _run_metrics(cell: Cell, run: Path) -> Metrics:
     summary = _read(run)
     return {
-        "sparsity": _real_sparsity(cell, run, summary["sparsity"]),
+        "sparsity": _real_sparsity(cell, run, summary),
         "train_seconds": summary["seconds"].get("train", 0.0),
         "event_seconds": summary["seconds"].get("prune", 0.0),
         "peak_memory_mib": summary["peak_memory_mib"],
@@ -87,8 +87,12 @@ def _run_metrics(cell: Cell, run: Path) -> Metrics:
     }
 
 
-def _real_sparsity(cell: Cell, run: Path, found: dict[str, list[float]]) -> float:
-    """Share of exact zeros among all entries of the pruned matrices of the export."""
+def _real_sparsity(cell: Cell, run: Path, summary: dict[str, Any]) -> float:
+    """Share of exact zeros among all entries of the pruned matrices of the export; of units cut out, their share."""
+    if "cut" in summary:
+        removed: float = summary["cut"]["removed"]
+        return removed
+    found: dict[str, list[float]] = summary["sparsity"]
     shapes = linear_shapes(find_spec(run).spec)
     sizes = {name: shapes[name][0] * shapes[name][1] for name in cell.config.prune.targets}
     zeros = sum(size * sum(found[name]) for name, size in sizes.items())

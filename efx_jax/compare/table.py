@@ -33,7 +33,7 @@ _COSTS = (
     Column("peak_memory_mib", "peak MiB", decimals=0),
     Column("tokens", "tokens", decimals=0),
 )
-_SPARSITY = Column("sparsity", "zeros %", 100)
+_SPARSITY = Column("sparsity", "pruned %", 100)
 
 
 @dataclasses.dataclass(frozen=True)
