@@ -20,11 +20,11 @@ def validate(config: Config) -> None:
         *_data_rules(config.data),
         *_lora_rules(config.lora),
         _adapted_rule(config),
+        *_untrained_rules(config),
         *prune_rules(config.prune, config.train),
         *_atp_rules(config),
         *_train_rules(config.train),
         *_eval_rules(config.eval),
-        *_untrained_rules(config),
         *_mesh_rules(config.mesh),
         *_profile_rules(config.profile),
         ("seed", config.seed, 0 <= config.seed < 2**32, "in [0, 2^32)"),
@@ -126,10 +126,16 @@ def _eval_rules(evaluation: EvalConfig) -> Iterable[Rule]:
 def _untrained_rules(config: Config) -> Iterable[Rule]:
     """Without an update there is one event at most, the one before the first, and one model."""
     prune, best = config.prune, config.eval.best
-    is_free = config.train.epochs > 0 or config.train.steps > 0
+    is_free = config.train.epochs != 0 or config.train.steps > 0
     is_single = is_free or prune.sparsity == 0
     reason = "with train.epochs 0, which has no other time for an event"
     return [
+        (
+            "prune.score",
+            prune.score,
+            is_free or prune.score != "atp",
+            "one of entries with train.epochs 0: atp learns in training",
+        ),
         ("prune.schedule", prune.schedule, is_single or prune.schedule == "fractions", f"fractions {reason}"),
         ("prune.fractions", prune.fractions, is_single or prune.fractions == (0,), f"0 alone {reason}"),
         ("eval.best", best, is_free or not best, "empty with train.epochs 0, which leaves one model"),

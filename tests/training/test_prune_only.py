@@ -110,6 +110,10 @@ def test_scores_and_recoveries_need_no_update(
         ({"prune.schedule": "cubic"}, r"^prune.schedule must be fractions with train.epochs 0"),
         ({"prune.fractions": (0.0, 1.0)}, r"^prune.fractions must be 0 alone with train.epochs 0"),
         ({"prune.fractions": (1.0,)}, r"^prune.fractions must be 0 alone"),
+        (
+            {"prune.score": "atp", "prune.mask_forward": "frozen"},
+            r"^prune.score must be one of entries with train.epochs 0: atp learns in training, found 'atp'$",
+        ),
         ({"eval.best": "perplexity", "eval.every": 1}, r"^eval.best must be empty with train.epochs 0"),
         ({"train.steps": 3}, r"^train.epochs must be above 0, or 0 with train.steps 0 to train nothing, found 0.0$"),
     ],
