@@ -1,14 +1,15 @@
 """Eight simulated devices on the CPU, and a tiny checkpoint with its tokenizer, for every test that wants one."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 
-from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import ModelSpec, init_params
+from efx_jax.model.spec import init_params
 from efx_jax.weights.hf import save_pretrained
+from tests.tiny import LLAMA
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -28,20 +29,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     words = _WORDS.split()
-    spec = ModelSpec(
-        model_type="llama",
-        vocab_size=len(words) + 3,
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=4,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        max_position_embeddings=64,
-        rope=RopeSpec(),
-    )
+    spec = dataclasses.replace(LLAMA, vocab_size=len(words) + 3)
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     save_pretrained(folder, init_params(jax.random.key(0), spec), spec)
     bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))

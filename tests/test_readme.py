@@ -1,5 +1,6 @@
 """The README's Python runs as it stands, on a tiny checkpoint in place of the named one."""
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,12 @@ import jax
 import numpy as np
 
 import efx_jax
-from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import ModelSpec, init_params
+from efx_jax.model.spec import init_params
 from efx_jax.weights.hf import save_pretrained
+from tests.tiny import LLAMA
 
 README = Path(__file__).parents[1] / "README.md"
-SPEC = ModelSpec("llama", 64, 32, 48, 2, 4, 2, 8, 1e-5, True, 128, RopeSpec())
+SPEC = dataclasses.replace(LLAMA, vocab_size=64)
 
 
 def blocks() -> list[str]:

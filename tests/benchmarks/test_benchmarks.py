@@ -1,5 +1,6 @@
 """Every speed benchmark runs on a CPU with core dependencies alone, and its rows hold what a reader compares."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -12,9 +13,9 @@ from typing import Any
 import jax
 import pytest
 
-from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import ModelSpec, init_params
+from efx_jax.model.spec import init_params
 from efx_jax.weights.hf import save_pretrained
+from tests.tiny import LLAMA
 
 pytestmark = pytest.mark.slow
 
@@ -137,20 +138,7 @@ def byte_folder(tmp_path: Path) -> Path:
     bare = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     bare.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     folder = tmp_path / "bytes"
-    spec = ModelSpec(
-        model_type="llama",
-        vocab_size=256,
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=4,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        max_position_embeddings=1024,
-        rope=RopeSpec(),
-    )
+    spec = dataclasses.replace(LLAMA, vocab_size=256, max_position_embeddings=1024)
     save_pretrained(folder, init_params(jax.random.key(0), spec), spec)
     transformers.PreTrainedTokenizerFast(tokenizer_object=bare).save_pretrained(folder)
     return folder

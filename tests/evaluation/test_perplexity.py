@@ -1,5 +1,6 @@
 """Perplexity equals the definition on full logits, whatever the batches and the padding."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -13,24 +14,11 @@ from efx_jax.evaluation import likelihood
 from efx_jax.evaluation.perplexity import perplexity, summarise
 from efx_jax.lora import init_lora
 from efx_jax.model.decoder import forward
-from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import ModelSpec, init_params
+from efx_jax.model.spec import init_params
 from efx_jax.weights.hf import save_pretrained
+from tests.tiny import LLAMA
 
-SPEC = ModelSpec(
-    model_type="llama",
-    vocab_size=97,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=False,
-    max_position_embeddings=128,
-    rope=RopeSpec(),
-)
+SPEC = dataclasses.replace(LLAMA, vocab_size=97, tie_word_embeddings=False, max_position_embeddings=128)
 # Matrices 8 times the usual size, so that tokens differ in likelihood.
 PARAMS = jax.tree_util.tree_map_with_path(
     lambda path, x: x if "norm" in path[-1].key else 8 * x, init_params(jax.random.key(0), SPEC)

@@ -1,5 +1,7 @@
 """Scoring all answers behind one prompt equals scoring every prompt + answer sequence by itself."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -12,26 +14,14 @@ from efx_jax.evaluation.results import summarise
 from efx_jax.evaluation.tasks import label_scores
 from efx_jax.lora import init_lora
 from efx_jax.model.decoder import forward
-from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import ModelSpec, init_params
+from efx_jax.model.spec import init_params
+from tests.tiny import LLAMA
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
-SPEC = ModelSpec(
-    model_type="qwen3",
-    vocab_size=64,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
-    max_position_embeddings=96,
-    rope=RopeSpec(),
-    qk_norm=True,
+SPEC = dataclasses.replace(
+    LLAMA, model_type="qwen3", vocab_size=64, head_dim=8, max_position_embeddings=96, qk_norm=True
 )
 # Matrices 8 times the usual size, so that answers differ in likelihood.
 PARAMS = jax.tree_util.tree_map_with_path(

@@ -15,10 +15,10 @@ from efx_jax.config import Remat
 from efx_jax.lora import init_lora
 from efx_jax.masks import pack_mask
 from efx_jax.model.decoder import hidden_states
-from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import LINEARS, ModelSpec, init_params, linear_shapes
+from efx_jax.model.spec import LINEARS, init_params, linear_shapes
+from tests.tiny import EVEN
 
-SPEC = ModelSpec("llama", 32, 64, 160, 2, 8, 4, 8, 1e-6, True, 64, RopeSpec())
+SPEC = dataclasses.replace(EVEN, hidden_size=64, intermediate_size=160, head_dim=8)
 RANK, TOKENS = 2, 48
 PARAMS = init_params(jax.random.key(0), SPEC)
 ADAPTERS = init_lora(jax.random.key(1), PARAMS, SPEC, RANK, 4)

@@ -11,9 +11,9 @@ import pytest
 
 import efx_jax.training.loop as loop_module
 import train
-from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import LINEARS, ModelSpec, init_params
+from efx_jax.model.spec import LINEARS, init_params
 from efx_jax.weights.hf import load_pretrained, save_pretrained
+from tests.tiny import EVEN
 
 WORDS = "<s> </s> <unk> fever cough rash joint pain heart lung skin blood yes no old new mild severe chronic ."
 ROWS = (
@@ -66,22 +66,8 @@ def even_settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     words = WORDS.split()
-    spec = ModelSpec(
-        model_type="llama",
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=8,
-        num_kv_heads=4,
-        head_dim=4,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        max_position_embeddings=64,
-        rope=RopeSpec(),
-    )
     folder = tmp_path_factory.mktemp("even")
-    save_pretrained(folder / "model", init_params(jax.random.key(0), spec), spec)
+    save_pretrained(folder / "model", init_params(jax.random.key(0), EVEN), EVEN)
     bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     bare.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token="</s>")

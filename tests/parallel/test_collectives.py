@@ -15,29 +15,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from efx_jax.config import MeshConfig, TrainConfig
 from efx_jax.lora import init_lora
 from efx_jax.masks import packed_shape
-from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import LINEARS, ModelSpec, init_params, linear_shapes
+from efx_jax.model.spec import LINEARS, init_params, linear_shapes
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.parallel.partition import BATCH, tree_shardings
 from efx_jax.training.schedule import optimizer
 from efx_jax.training.state import init_train_state
 from efx_jax.training.step import StepOptions, jit_step
+from tests.tiny import EVEN
 
 # No activation, adapter or part of one has two neighbouring axes that a matrix or a part of one has.
-SPEC = ModelSpec(
-    model_type="llama",
-    vocab_size=256,
-    hidden_size=80,
-    intermediate_size=112,
-    num_layers=2,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=12,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
-    max_position_embeddings=64,
-    rope=RopeSpec(),
-)
+SPEC = dataclasses.replace(EVEN, vocab_size=256, hidden_size=80, intermediate_size=112, head_dim=12)
 ROWS, LENGTH, RANK = 8, 36, 3
 MESHES = [(2, 2, 1), (2, 2, 2)]
 _REDUCTION = re.compile(r" = (.*?) (all-reduce|all-reduce-start|reduce-scatter|reduce-scatter-start)\((.*)")

@@ -1,5 +1,6 @@
 """Where every array lies, by its name."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,8 +14,7 @@ from jax.sharding import PartitionSpec as P
 from efx_jax.config import MeshConfig, PruneConfig, TrainConfig
 from efx_jax.lora import init_lora
 from efx_jax.masks import packed_shape
-from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import LINEARS, ModelSpec, init_params
+from efx_jax.model.spec import LINEARS, init_params
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.parallel.partition import (
     batch_axes,
@@ -28,20 +28,15 @@ from efx_jax.parallel.partition import (
 from efx_jax.pruning.average import init_prune_state
 from efx_jax.training.schedule import optimizer
 from efx_jax.training.state import init_train_state
+from tests.tiny import EVEN
 
-SPEC = ModelSpec(
+SPEC = dataclasses.replace(
+    EVEN,
     model_type="qwen3",
     vocab_size=64,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=8,
     num_kv_heads=8,
     head_dim=8,
-    rms_norm_eps=1e-6,
     tie_word_embeddings=False,
-    max_position_embeddings=64,
-    rope=RopeSpec(),
     biases=("q_proj", "k_proj", "v_proj", "o_proj"),
     qk_norm=True,
 )

@@ -10,32 +10,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from efx_jax.config import MeshConfig, PruneConfig
 from efx_jax.lora import Adapters, effective_weight, init_lora
-from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import LINEARS, ModelSpec, init_params
+from efx_jax.model.spec import LINEARS, init_params
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.parallel.partition import tree_shardings
 from efx_jax.pruning.average import init_prune_state
 from efx_jax.pruning.blockwise import prune_event_blockwise
 from efx_jax.pruning.event import prune_event
 from efx_jax.pruning.statistics import collect_statistics
+from tests.tiny import EVEN
 
 pytestmark = pytest.mark.slow
 
-SPEC = ModelSpec(
-    model_type="qwen3",
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=8,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
-    max_position_embeddings=64,
-    rope=RopeSpec(),
-    qk_norm=True,
-)
+SPEC = dataclasses.replace(EVEN, model_type="qwen3", vocab_size=64, head_dim=8, qk_norm=True)
 GATED: Any = "foresight_gated"
 # Mesh and event from given statistics; "merge" keeps the average itself, without it snapshots rebuild it.
 EVENTS = {

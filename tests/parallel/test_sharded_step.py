@@ -14,27 +14,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 from efx_jax.config import MeshConfig
 from efx_jax.lora import Adapters, init_lora
 from efx_jax.masks import pack_mask
-from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import LINEARS, ModelSpec, init_params
+from efx_jax.model.spec import LINEARS, init_params
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.parallel.partition import batch_axes, tree_shardings
 from efx_jax.training.state import TrainState, init_train_state
 from efx_jax.training.step import StepOptions, jit_step
+from tests.tiny import EVEN
 
 # Qwen3's norms of queries and keys with Qwen2's biases.
-SPEC = ModelSpec(
+SPEC = dataclasses.replace(
+    EVEN,
     model_type="qwen3",
     vocab_size=64,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=2,
-    num_heads=8,
     num_kv_heads=8,
     head_dim=8,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
-    max_position_embeddings=64,
-    rope=RopeSpec(),
     biases=("q_proj", "k_proj", "v_proj"),
     qk_norm=True,
 )

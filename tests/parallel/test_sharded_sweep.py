@@ -1,5 +1,6 @@
 """SparseGPT's sweep on meshes of two and four devices against one device."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,13 +10,13 @@ import pytest
 
 from efx_jax.config import MeshConfig, PruneConfig
 from efx_jax.lora import init_lora
-from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import ModelSpec, init_params
+from efx_jax.model.spec import init_params
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.parallel.partition import tree_shardings
 from efx_jax.pruning.blockwise import prune_event_blockwise
 from efx_jax.pruning.selection import Counts
 from efx_jax.pruning.sparsegpt import Sweep, inverse_factor, slab_counts, sparsegpt, sparsegpt_on_mesh
+from tests.tiny import LLAMA
 
 SHAPE = (16, 160)
 # Linear, group, mesh: rows alone are split, columns too, and in both ways beside a copy of the model.
@@ -26,20 +27,7 @@ SWEEPS = [
     ("q_proj", "row", (2, 2, 1)),
     ("down_proj", "2:4", (1, 1, 2)),
 ]
-SPEC = ModelSpec(
-    model_type="llama",
-    vocab_size=64,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
-    max_position_embeddings=64,
-    rope=RopeSpec(),
-)
+SPEC = dataclasses.replace(LLAMA, vocab_size=64, intermediate_size=32)
 # Split by rows alone, and by columns as well.
 SOME = ("k_proj", "down_proj")
 EVENTS = {

@@ -5,26 +5,11 @@ import dataclasses
 import pytest
 
 from efx_jax.config import Config, LoraConfig, PruneConfig, TrainConfig
-from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import ModelSpec
 from efx_jax.training.accounting import count_parameters, flops_per_pass, flops_per_step, flops_per_token
 from efx_jax.weights.shapes import find_spec
+from tests.tiny import LLAMA
 
 # Per layer: q, o [16,16], k, v [8,16], gate, up [24,16], down [16,24]: 1,920 entries, and O + I sums to 232.
-SPEC = ModelSpec(
-    model_type="llama",
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
-    max_position_embeddings=64,
-    rope=RopeSpec(),
-)
 LINEARS = 2 * 1920
 LORA = 2 * 2 * 232  # rank 2
 ATTENTION = 2 * 8 * 16 * 2  # 2 s (N H) L at s = 8
@@ -40,7 +25,7 @@ def settings(mode: str = "exact", remat: str = "none", dropout: float = 0.0) -> 
 
 
 def test_parameters_of_a_tiny_model_are_those_counted_by_hand() -> None:
-    found = count_parameters(SPEC, settings())
+    found = count_parameters(LLAMA, settings())
     norms = 2 * 2 * 16 + 16
     assert dataclasses.astuple(found) == (HEAD + LINEARS + norms, LINEARS, LINEARS, LORA)
 
@@ -56,39 +41,39 @@ def test_parameters_of_a_tiny_model_are_those_counted_by_hand() -> None:
     ],
 )
 def test_each_mask_mode_costs_its_units(mode: str, masked: bool, dense: int, low_rank: int) -> None:
-    found = flops_per_token(SPEC, settings(mode), 8, masked)
+    found = flops_per_token(LLAMA, settings(mode), 8, masked)
     assert (found.linears, found.lora) == (dense * LINEARS, low_rank * LORA)
     assert (found.attention, found.head, found.recompute) == (3 * ATTENTION, 4 * HEAD, 0)
 
 
 def test_dropout_under_an_exact_mask_costs_ten_units_because_base_and_adapter_see_different_inputs() -> None:
-    assert flops_per_token(SPEC, settings("exact", dropout=0.1), 8, True).linears == 10 * LINEARS
-    assert flops_per_token(SPEC, settings("frozen", dropout=0.1), 8, True).linears == 4 * LINEARS
+    assert flops_per_token(LLAMA, settings("exact", dropout=0.1), 8, True).linears == 10 * LINEARS
+    assert flops_per_token(LLAMA, settings("frozen", dropout=0.1), 8, True).linears == 4 * LINEARS
 
 
 def test_a_matrix_without_an_adapter_needs_no_weight_gradient() -> None:
     config = settings()
     config = dataclasses.replace(config, lora=LoraConfig(rank=2, targets=("q_proj",)))
-    assert flops_per_token(SPEC, config, 8, True).linears == 4 * LINEARS + 2 * (2 * 256)
+    assert flops_per_token(LLAMA, config, 8, True).linears == 4 * LINEARS + 2 * (2 * 256)
 
 
 def test_block_remat_computes_everything_again_but_down_proj() -> None:
     down = 2 * 384
-    plain = flops_per_token(SPEC, settings(remat="block"), 8, False)
-    exact = flops_per_token(SPEC, settings(remat="block"), 8, True)
+    plain = flops_per_token(LLAMA, settings(remat="block"), 8, False)
+    exact = flops_per_token(LLAMA, settings(remat="block"), 8, True)
     assert plain.recompute == 2 * (LINEARS - down) + 2 * LORA + ATTENTION
     assert exact.recompute == 2 * (LINEARS - down) + ATTENTION
-    assert flops_per_token(SPEC, settings(remat="linears"), 8, True).recompute == ATTENTION
+    assert flops_per_token(LLAMA, settings(remat="linears"), 8, True).recompute == ATTENTION
 
 
 def test_forming_u_and_its_gradients_is_paid_once_a_pass_and_not_per_token() -> None:
     # U twice, dA and dB from dU: four products of 2 R O I.
-    assert flops_per_pass(SPEC, settings("exact"), True) == 4 * 2 * 2 * LINEARS
-    assert flops_per_pass(SPEC, settings("frozen"), True) == 0
-    two = flops_per_step(SPEC, settings("exact"), 8, 2, True)
-    one = flops_per_step(SPEC, settings("exact"), 8, 1, True)
+    assert flops_per_pass(LLAMA, settings("exact"), True) == 4 * 2 * 2 * LINEARS
+    assert flops_per_pass(LLAMA, settings("frozen"), True) == 0
+    two = flops_per_step(LLAMA, settings("exact"), 8, 2, True)
+    one = flops_per_step(LLAMA, settings("exact"), 8, 1, True)
     assert two - one == 4 * 2 * 2 * LINEARS
-    assert one == 4 * 8 * flops_per_token(SPEC, settings("exact"), 8, True).total + 4 * 2 * 2 * LINEARS
+    assert one == 4 * 8 * flops_per_token(LLAMA, settings("exact"), 8, True).total + 4 * 2 * 2 * LINEARS
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,7 @@ import pytest
 from efx_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, PruneConfig, TrainConfig
 from efx_jax.data.tokens import Tokenized
 from efx_jax.lora import init_lora
-from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import ModelSpec, init_params
+from efx_jax.model.spec import init_params
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.parallel.partition import tree_shardings
 from efx_jax.pruning import blockwise
@@ -25,24 +24,12 @@ from efx_jax.training import checkpoint, events
 from efx_jax.training.prepare import Prepared
 from efx_jax.training.schedule import Event, optimizer
 from efx_jax.training.state import RunState, init_train_state
+from tests.tiny import LLAMA
 
 pytestmark = pytest.mark.slow
 
 LAYERS = 4
-SPEC = ModelSpec(
-    model_type="llama",
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=LAYERS,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
-    max_position_embeddings=32,
-    rope=RopeSpec(),
-)
+SPEC = dataclasses.replace(LLAMA, intermediate_size=32, num_layers=LAYERS)
 SOME = ("k_proj", "down_proj")
 # Mesh and event. The average of ADMM is kept on the host, that of Gram surgery is rebuilt from snapshots.
 EVENTS = {

@@ -14,25 +14,12 @@ from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters, init_lora, merge
 from efx_jax.model.decoder import forward
-from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import LINEARS, ModelSpec, init_params
+from efx_jax.model.spec import LINEARS, init_params
 from efx_jax.training.gradients import as_it_stands, domain_importance, importance_bytes, mean_adapter_gradient
 from efx_jax.training.step import StepOptions
+from tests.tiny import LLAMA
 
-SPEC = ModelSpec(
-    model_type="llama",
-    vocab_size=31,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=True,
-    max_position_embeddings=64,
-    rope=RopeSpec(),
-)
+SPEC = dataclasses.replace(LLAMA, vocab_size=31, rms_norm_eps=1e-5)
 RATES = (0.05, 0.1, 0.02)
 LAMBDA = 0.1
 Tree = dict[str, Any]

@@ -7,8 +7,7 @@ import pytest
 
 from efx_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, PruneConfig, TrainConfig
 from efx_jax.lora import init_lora
-from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import ModelSpec, init_params
+from efx_jax.model.spec import init_params
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.parallel.partition import tree_shardings
 from efx_jax.pruning.average import init_prune_state
@@ -23,21 +22,9 @@ from efx_jax.training.memory import (
 )
 from efx_jax.training.plan import largest_rows
 from efx_jax.weights.shapes import find_spec
+from tests.tiny import LLAMA
 
-SPEC = ModelSpec(
-    model_type="llama",
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=False,
-    max_position_embeddings=64,
-    rope=RopeSpec(),
-)
+SPEC = dataclasses.replace(LLAMA, tie_word_embeddings=False)
 LAYOUT = Layout(dtype="bfloat16", rows=4, length=32, events=3, fused_attention=True)
 CONFIG = Config(lora=LoraConfig(rank=2), prune=PruneConfig(ema=0.5))
 

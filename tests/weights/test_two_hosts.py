@@ -1,5 +1,6 @@
 """Two real processes of two devices each, on one disk."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -13,23 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from efx_jax.model.rope import RopeSpec
-from efx_jax.model.spec import ModelSpec, init_params
+from efx_jax.model.spec import init_params
 from efx_jax.weights.hf import load_pretrained, save_pretrained
+from tests.tiny import EVEN
 
-SPEC = ModelSpec(
-    model_type="llama",
-    vocab_size=512,
-    hidden_size=128,
-    intermediate_size=256,
-    num_layers=2,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=16,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=False,
-    max_position_embeddings=64,
-    rope=RopeSpec(),
+SPEC = dataclasses.replace(
+    EVEN, vocab_size=512, hidden_size=128, intermediate_size=256, head_dim=16, tie_word_embeddings=False
 )
 SHAPES = ("1x2x2", "2x1x2", "1x4x1", "1x1x4")
 # Headers, configurations and what Python itself reads meanwhile.
