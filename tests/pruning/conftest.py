@@ -9,6 +9,7 @@ import pytest
 
 from efx_jax.lora import Adapters
 from efx_jax.model.spec import LINEARS, ModelSpec, param_shapes, spec_from_config
+from efx_jax.pruning.statistics import Statistics, collect_statistics
 
 Tree = dict[str, Any]
 
@@ -71,3 +72,9 @@ def llama() -> Tiny:
 def qwen3() -> Tiny:
     """Query and key norms; four query heads on one key/value head."""
     return tiny_model("qwen3", 4, 1)
+
+
+@pytest.fixture(scope="session")
+def stats(llama: Tiny) -> Statistics:
+    """What the linears of `llama` see of its batches, with Grams."""
+    return collect_statistics(llama.params, llama.batches, llama.spec, llama.adapters, gram=True)

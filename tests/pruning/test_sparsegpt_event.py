@@ -32,11 +32,6 @@ update_all = jax.jit(jax.vmap(obs_update))
 
 
 @pytest.fixture(scope="module")
-def stats(llama: Any) -> Statistics:
-    return collect_statistics(llama.params, llama.batches, llama.spec, llama.adapters, gram=True)
-
-
-@pytest.fixture(scope="module")
 def old_masks(llama: Any) -> Tree:
     rng = np.random.default_rng(8)
     return {name: jnp.asarray(rng.random(llama.params["layers"][name].shape) < 0.6) for name in TWO}
