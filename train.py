@@ -9,10 +9,7 @@ import tyro
 
 from efx_jax.config import Config
 from efx_jax.config_io import resolve
-from efx_jax.errors import InputError, short_warnings
-from efx_jax.files import is_disk_full
-
-_INTERRUPTED = 130  # as shells report it, so that `train.py && ...` stops
+from efx_jax.errors import INTERRUPTED, exit_code, short_warnings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,30 +29,20 @@ class _Flags:
 
 def main(argv: Sequence[str]) -> int:
     """Runs one training; returns the exit code: 2 for a user's mistake, told in one line, 130 after Ctrl-C."""
-    try:
-        resolved = resolve([argument for argument in argv if argument not in ("-h", "--help")])
-        if "-h" in argv or "--help" in argv:
-            _print_help(resolved.config)
-            return 0
-        # Imported here: whoever mistypes a flag should not wait for jax.
-        from efx_jax.training.run import run
+    return exit_code(lambda: _train(argv), "train.py")
 
-        with short_warnings():
-            summary = run(resolved.config, resolved.output, resolved.dry_run)
-    except InputError as error:
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        print(
-            f"train.py: {error.filename or 'the output'}: the disk is full; make room, then run it again to go on",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    return 0 if summary or resolved.dry_run else _INTERRUPTED
+
+def _train(argv: Sequence[str]) -> int:
+    resolved = resolve([argument for argument in argv if argument not in ("-h", "--help")])
+    if "-h" in argv or "--help" in argv:
+        _print_help(resolved.config)
+        return 0
+    # Imported here: whoever mistypes a flag should not wait for jax.
+    from efx_jax.training.run import run
+
+    with short_warnings():
+        summary = run(resolved.config, resolved.output, resolved.dry_run)
+    return 0 if summary or resolved.dry_run else INTERRUPTED
 
 
 def _print_help(config: Config) -> None:

@@ -1,11 +1,17 @@
-"""How a user's mistake is told: one line on stderr and exit code 2."""
+"""How a command ends: a user's mistake and a full disk are told in one line on stderr, with exit code 2."""
 
 import argparse
 import contextlib
+import errno
+import os
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells report it, so that `train.py && ...` stops."""
 
 
 class InputError(ValueError):
@@ -24,6 +30,37 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def exit_code(work: Callable[[], int], speaker: str) -> int:
+    """Runs a command that can be given again to go on; what the user can mend is told in one line on stderr.
+
+    Args:
+        work: the command; returns its exit code.
+        speaker: the first word of that line, before a colon.
+
+    Returns:
+        What `work` returns; 2 for bad input or a full disk, 130 after Ctrl-C.
+    """
+    try:
+        return work()
+    except InputError as error:
+        complaint = " ".join(str(error).split())
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        complaint = f"{error.filename or 'the output'}: the disk is full; make room, then run it again to go on"
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    print(f"{speaker}: {complaint}", file=sys.stderr)
+    return 2
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that the disk, or the user's quota on it, is full (also when a C++ library says it)."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EDQUOT) in str(error)
 
 
 @contextlib.contextmanager

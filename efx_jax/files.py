@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from efx_jax.errors import InputError
+from efx_jax.errors import InputError, is_disk_full
 
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG)
 
@@ -151,13 +151,6 @@ def _user_errors(path: Path) -> Iterator[None]:
             where = error.filename or path
             raise InputError(f"{where}: cannot be written ({error.strerror}); choose another path") from error
         raise
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that the disk, or the user's quota on it, is full (also when a C++ library says it)."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EDQUOT) in str(error)
 
 
 def _make_partial(dst: Path, replace: bool, needs: int) -> int:

@@ -14,7 +14,7 @@ from efx_jax.analysis.blocks import Model, look_at
 from efx_jax.analysis.figures import draw_overlaps, draw_score_errors
 from efx_jax.analysis.runs import Run, choose_steps, load_base, open_run, run_adapters, training_rows
 from efx_jax.analysis.tables import overlap_table, score_error_table
-from efx_jax.errors import InputError, OneLineParser, short_warnings
+from efx_jax.errors import INTERRUPTED, InputError, OneLineParser, short_warnings
 from efx_jax.files import atomic_write, refuse_unwritable
 from efx_jax.pruning.selection import selection_counts
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted; of the run at hand nothing is written", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 

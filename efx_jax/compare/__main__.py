@@ -12,10 +12,8 @@ from efx_jax.compare.records import Record, read_record
 from efx_jax.compare.settings import Comparison, read_comparison
 from efx_jax.compare.table import write_tables
 from efx_jax.compare.work import finish
-from efx_jax.errors import InputError, OneLineParser
+from efx_jax.errors import INTERRUPTED, InputError, OneLineParser
 from efx_jax.files import refuse_unwritable
-
-_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from there", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
 
 
 def _work(comparison: Comparison, cells: Sequence[Cell], chosen: Sequence[Cell], output: Path) -> int:

@@ -14,7 +14,7 @@ from efx_jax.config_io import load_config
 from efx_jax.data.tasks import Task, held_out_sources, load_tasks, load_text
 from efx_jax.data.tokenizer import Tokenizer, check_vocabulary
 from efx_jax.data.tokens import Tokenized, text_windows
-from efx_jax.errors import InputError, OneLineParser, short_warnings
+from efx_jax.errors import INTERRUPTED, InputError, OneLineParser, short_warnings
 from efx_jax.evaluation.perplexity import Perplexity, perplexity
 from efx_jax.evaluation.protocols import Record, check_protocol, describe_task, evaluate_task
 from efx_jax.evaluation.relative import Records, Results, check_pairs, check_ratios, read_evaluation, relative
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing is written", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 

@@ -1,0 +1,64 @@
+"""How commands end: with one line for what the user can mend, and with everything for what is our own fault."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+import train
+from efx_jax.compare import train_one
+from efx_jax.config import Config
+from efx_jax.config_io import to_yaml
+from efx_jax.errors import InputError, exit_code
+
+Finish = Callable[[BaseException], int]
+
+
+def ends_with(error: BaseException) -> Callable[..., NoReturn]:
+    def work(*_: object) -> NoReturn:
+        raise error
+
+    return work
+
+
+@pytest.fixture(params=["train.py", "error"])
+def finish(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Finish:
+    """`finish(error)`: the exit code of a training that meets it, by train.py or in a comparison."""
+
+    def start(error: BaseException) -> int:
+        if request.param == "train.py":
+            monkeypatch.setattr("efx_jax.training.run.run", ends_with(error))
+            return train.main([])
+        monkeypatch.setattr(train_one, "run", ends_with(error))
+        (tmp_path / "run.yaml").write_text(to_yaml(Config()))
+        return train_one.main([str(tmp_path / "run.yaml"), str(tmp_path / "run")])
+
+    return start
+
+
+def test_a_training_on_a_full_disk_says_so_in_one_line(finish: Finish, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finish(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/metrics.jsonl")) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(": out/metrics.jsonl: the disk is full; make room, then run it again to go on\n")
+    assert said.count("\n") == 1
+
+
+def test_a_training_that_is_interrupted_ends_as_shells_expect(finish: Finish) -> None:
+    assert finish(KeyboardInterrupt()) == 130
+
+
+def test_another_error_of_the_system_is_told_in_full(finish: Finish) -> None:
+    with pytest.raises(OSError, match="Input/output error"):
+        finish(OSError(errno.EIO, os.strerror(errno.EIO), "out/metrics.jsonl"))
+
+
+def test_bad_input_is_one_line_by_whoever_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(ends_with(InputError("rows.jsonl:\n  no rows")), "error") == 2
+    assert capsys.readouterr().err == "error: rows.jsonl: no rows\n"
+
+
+def test_work_that_comes_to_its_end_says_how_itself() -> None:
+    assert [exit_code(lambda code=code: code, "error") for code in (0, 130)] == [0, 130]
