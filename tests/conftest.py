@@ -9,11 +9,9 @@ import pytest
 
 from efx_jax.model.spec import init_params
 from efx_jax.weights.hf import save_pretrained
-from tests.tiny import LLAMA
+from tests.tiny import LLAMA, WORDS, save_tokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)
-
-_WORDS = "<s> </s> <unk> fever cough rash joint pain heart lung skin blood yes no old new mild severe chronic ."
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,14 +24,8 @@ def _forget_programs() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder: LLaMA, D 16, F 24, H 4, L 2, four query heads on two key/value heads, context 64."""
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
-    words = _WORDS.split()
-    spec = dataclasses.replace(LLAMA, vocab_size=len(words) + 3)
+    spec = dataclasses.replace(LLAMA, vocab_size=len(WORDS.split()) + 3)
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
     save_pretrained(folder, init_params(jax.random.key(0), spec), spec)
-    bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    bare.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token="</s>")
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(folder)
     return folder

@@ -1,6 +1,5 @@
 """Tiny models with random weights and adapters on a padded batch, shared so that every shape is compiled once."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import pytest
 from efx_jax.analysis.blocks import BlockView, Model, look_at, walk
 from efx_jax.lora import Adapters
 from efx_jax.model.spec import LINEARS, ModelSpec, param_shapes, spec_from_config
+from tests.quick import quick_compilation
 
 Tree = dict[str, Any]
 
@@ -37,17 +37,6 @@ class Tiny:
 def _quick_compilation() -> Iterator[None]:
     with quick_compilation():
         yield
-
-
-@contextlib.contextmanager
-def quick_compilation() -> Iterator[None]:
-    """XLA leaves out what would only make the tiny programs faster."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def tiny_model(model_type: str, heads: int, kv_heads: int) -> Tiny:

@@ -1,20 +1,19 @@
 """A small comparison on the tiny model, whose child processes are calls in this one."""
 
 import contextlib
-import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 import yaml
 
 import efx_jax.evaluation.__main__ as evaluation
-import efx_jax.training.loop as loop_module
 from efx_jax.compare import __main__ as compare
 from efx_jax.compare import train_one, work
+from tests.quick import quick_compilation, shared_steps
+from tests.tiny import write_rows
 
 LINES = [("fever cough", "lung"), ("old rash mild", "skin"), ("no cough", "lung"), ("severe rash", "skin")]
 TEST_LINES = [("mild cough", "lung"), ("severe rash old", "skin"), ("new rash", "skin")]
@@ -52,23 +51,17 @@ def call_here(module: str, arguments: Sequence[str], log: Path) -> int:
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_compilation() -> Iterator[None]:
-    """XLA leaves out what would only make the tiny programs faster, and equal optimizers share a step."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module, "optimizer", functools.lru_cache(loop_module.optimizer))
+    with quick_compilation(), shared_steps(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(work, "call", call_here)
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")
 def write(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Write:
     """`write(name, more)`: a comparison beside its data; `more` is YAML below the base, its keys replacing those."""
     folder = tmp_path_factory.mktemp("user")
-    for name, lines in (("train", LINES), ("test", TEST_LINES)):
-        rows = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in lines]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    write_rows(folder / "train.jsonl", LINES)
+    write_rows(folder / "test.jsonl", TEST_LINES)
     (folder / "text.jsonl").write_text(json.dumps({"text": "old skin rash . yes"}) + "\n")
     base = BASE.format(model=tiny_folder, folder=folder)
 

@@ -1,6 +1,5 @@
 """Whole runs of train.py on a tiny model that eight devices divide along any axis."""
 
-import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,21 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-import efx_jax.training.loop as loop_module
 import train
 from efx_jax.model.spec import LINEARS, init_params
 from efx_jax.weights.hf import load_pretrained, save_pretrained
-from tests.tiny import EVEN
+from tests.quick import quick_compilation, shared_steps
+from tests.tiny import EVEN, ROWS, TEST_ROWS, save_tokenizer, write_rows
 
-WORDS = "<s> </s> <unk> fever cough rash joint pain heart lung skin blood yes no old new mild severe chronic ."
-ROWS = (
-    ("fever cough", "lung"),
-    ("old rash mild", "skin ."),
-    ("joint pain no fever", "chronic joint ."),
-    ("heart pain severe new", "heart blood ."),
-    ("no cough", "yes lung lung"),
-)
-TEST_ROWS = (("mild cough", "lung"), ("severe rash", "skin"), ("old heart pain", "heart"))
 # Two events, after steps 2 and 4.
 SETTINGS = """
 preset: paper
@@ -53,28 +43,18 @@ eval:
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_compilation() -> Iterator[None]:
-    """XLA leaves out what would only make the tiny programs faster."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with quick_compilation():
+        yield
 
 
 @pytest.fixture(scope="session")
 def even_settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A YAML file beside its rows and its model: D 32, F 64, eight query heads on four key/value heads, V 32."""
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
-    words = WORDS.split()
     folder = tmp_path_factory.mktemp("even")
     save_pretrained(folder / "model", init_params(jax.random.key(0), EVEN), EVEN)
-    bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    bare.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token="</s>")
-    tokenizer.save_pretrained(folder / "model")
-    for name, rows in (("rows", ROWS * 2), ("test", TEST_ROWS)):
-        lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in rows]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    save_tokenizer(folder / "model")
+    write_rows(folder / "rows.jsonl", ROWS * 2)
+    write_rows(folder / "test.jsonl", TEST_ROWS)
     (folder / "even.yaml").write_text(SETTINGS.format(folder=folder))
     return folder / "even.yaml"
 
@@ -88,9 +68,7 @@ def run_on(even_settings: Path) -> Iterator[Callable[..., Path]]:
         assert train.main(["--config", str(even_settings), "--output", str(output), *shape, *flags]) == code
         return output
 
-    with pytest.MonkeyPatch.context() as patch:
-        # The optimizer is part of the step's static arguments: runs with equal settings share the compiled step.
-        patch.setattr(loop_module, "optimizer", functools.lru_cache(loop_module.optimizer))
+    with shared_steps():
         yield start
 
 

@@ -1,26 +1,16 @@
 """Whole runs of train.py on five rows and a tiny model, each trained once for many tests."""
 
-import contextlib
-import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
-import efx_jax.training.loop as loop_module
 import train
+from tests.quick import quick_compilation, shared_steps
+from tests.tiny import ROWS, TEST_ROWS, write_rows
 
-ROWS = (
-    ("fever cough", "lung"),
-    ("old rash mild", "skin ."),
-    ("joint pain no fever", "chronic joint ."),
-    ("heart pain severe new", "heart blood ."),
-    ("no cough", "yes lung lung"),
-)
-TEST_ROWS = (("mild cough", "lung"), ("severe rash", "skin"), ("old heart pain", "heart"))
 SETTINGS = """
 model:
   path: {model}
@@ -46,17 +36,6 @@ eval:
 Launch = Callable[..., Path]
 
 
-@contextlib.contextmanager
-def quick_compilation() -> Iterator[None]:
-    """XLA leaves out what would only make the tiny programs faster."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _quick_compilation() -> Iterator[None]:
     with quick_compilation():
@@ -67,9 +46,8 @@ def _quick_compilation() -> Iterator[None]:
 def settings_file(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """A user's own YAML file beside the user's own rows."""
     folder = tmp_path_factory.mktemp("user")
-    for name, rows in (("rows", ROWS), ("test", TEST_ROWS)):
-        lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in rows]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    write_rows(folder / "rows.jsonl", ROWS)
+    write_rows(folder / "test.jsonl", TEST_ROWS)
     (folder / "mine.yaml").write_text(SETTINGS.format(model=tiny_folder, folder=folder))
     return folder / "mine.yaml"
 
@@ -84,9 +62,7 @@ def launch(settings_file: Path) -> Iterator[Launch]:
             assert train.main(["--config", str(settings_file), "--output", str(output), *flags]) == code
         return output
 
-    with pytest.MonkeyPatch.context() as patch:
-        # The optimizer is part of the step's static arguments: runs with equal settings share the compiled step.
-        patch.setattr(loop_module, "optimizer", functools.lru_cache(loop_module.optimizer))
+    with shared_steps():
         yield start
 
 
