@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from rows import hide_paths
 
 from efx_jax.config import PruneConfig
 from efx_jax.data.tokens import Tokenized, text_windows
@@ -114,11 +115,6 @@ def documents(path: str) -> tuple[list[str], list[str]]:
 
 def count(windows: list[Tokenized]) -> int:
     return sum(len(window.tokens) for window in windows)
-
-
-def hide_paths(words: list[str]) -> list[str]:
-    """The command as another person would type it: file names without this machine's folders."""
-    return [Path(word).name if "/" in word and Path(word).exists() else word for word in words]
 
 
 def parse() -> argparse.Namespace:
