@@ -1,5 +1,6 @@
 """GGUF files of tiny models, written as the converter of llama.cpp writes them from Hugging Face tensors."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +89,8 @@ def gguf_tensors(architecture: str, tensors: Tensors) -> Tensors:
     return stored
 
 
-def write_gguf(
-    path: Path,
-    architecture: str,
-    metadata: dict[str, Any],
-    tensors: Tensors,
-    raw_types: dict[str, str] | None = None,
-) -> Path:
-    """Writes a file; `raw_types` names the quantisation type of those tensors that are given as raw bytes."""
-    writer = gguf.GGUFWriter(path, architecture)
+def add_metadata(writer: Any, metadata: dict[str, Any]) -> None:
+    """Gives a `gguf.GGUFWriter` every value as the type that llama.cpp's converter writes."""
     for key, value in metadata.items():
         if isinstance(value, bool):
             writer.add_bool(key, value)
@@ -108,6 +102,18 @@ def write_gguf(
             writer.add_string(key, value)
         else:
             writer.add_array(key, value)
+
+
+def write_gguf(
+    path: Path,
+    architecture: str,
+    metadata: dict[str, Any],
+    tensors: Tensors,
+    raw_types: dict[str, str] | None = None,
+) -> Path:
+    """Writes a file; `raw_types` names the quantisation type of those tensors that are given as raw bytes."""
+    writer = gguf.GGUFWriter(path, architecture)
+    add_metadata(writer, metadata)
     for name, tensor in tensors.items():
         raw_type = (raw_types or {}).get(name)
         writer.add_tensor(name, tensor, raw_dtype=None if raw_type is None else gguf.GGMLQuantizationType[raw_type])
@@ -129,3 +135,11 @@ def refusal(path: Path) -> str:
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
     return str(error.value)
+
+
+def smollm2() -> Path:
+    """The real model, where the environment names its file."""
+    path = Path(os.environ.get("EFX_SMOLLM2_GGUF", ""))
+    if not path.is_file():
+        pytest.skip("EFX_SMOLLM2_GGUF does not name a file")
+    return path

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,21 @@ import pytest
 from efx_jax.model.spec import spec_from_config
 from efx_jax.weights.gguf import open_gguf
 from efx_jax.weights.source import check_names_and_shapes
-from tests.weights.gguf_files import D, F, H, K, L, N, V, gguf_tensors, hf_tensors, metadata_for, tiny_model, write_gguf
+from tests.weights.gguf_files import (
+    D,
+    F,
+    H,
+    K,
+    L,
+    N,
+    V,
+    gguf_tensors,
+    hf_tensors,
+    metadata_for,
+    smollm2,
+    tiny_model,
+    write_gguf,
+)
 
 gguf = pytest.importorskip("gguf")
 
@@ -71,13 +84,6 @@ def test_float_tensors_keep_their_dtype(tmp_path: Path, type_name: str, dtype: s
     found = source.read(name)
     assert source.dtypes[name] == str(found.dtype) == dtype
     np.testing.assert_array_equal(found, hf_tensors("llama")[name].astype(found.dtype))
-
-
-def smollm2() -> Path:
-    path = Path(os.environ.get("EFX_SMOLLM2_GGUF", ""))
-    if not path.is_file():
-        pytest.skip("EFX_SMOLLM2_GGUF does not name a file")
-    return path
 
 
 def test_smollm2_is_what_transformers_reads() -> None:

@@ -1,7 +1,6 @@
 """A tokenizer made from GGUF metadata gives the ids of transformers' own conversion."""
 
 import json
-import os
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 
 from efx_jax.errors import InputError
 from efx_jax.weights.gguf_tokenizer import gguf_tokenizer
+from tests.weights.gguf_files import add_metadata, smollm2
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -36,15 +36,7 @@ def write_tokenizer(path: Path, architecture: str, metadata: dict[str, Any]) -> 
     writer.add_block_count(1)
     writer.add_head_count(2)
     writer.add_embedding_length(8)
-    for key, value in metadata.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
+    add_metadata(writer, metadata)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -185,13 +177,6 @@ def test_chat_template_is_the_file_s(tmp_path: Path) -> None:
 )
 def test_unusable_metadata_is_refused_by_name(tmp_path: Path, kind: str, changed: dict[str, Any], named: str) -> None:
     assert named in refusal(tokenizer_file(tmp_path / "m.gguf", kind, **changed))
-
-
-def smollm2() -> Path:
-    path = Path(os.environ.get("EFX_SMOLLM2_GGUF", ""))
-    if not path.is_file():
-        pytest.skip("EFX_SMOLLM2_GGUF does not name a file")
-    return path
 
 
 def test_smollm2_gives_the_ids_of_transformers() -> None:
