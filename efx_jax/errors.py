@@ -32,6 +32,22 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
+def whole_number(text: str, least: int = 0) -> int:
+    """The type of an argument of `OneLineParser` that is an integer of at least `least`."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, found {text!r}")
+    return value
+
+
+def positive_number(text: str) -> int:
+    """As `whole_number`, of at least 1."""
+    return whole_number(text, 1)
+
+
 def exit_code(work: Callable[[], int], speaker: str) -> int:
     """Runs a command that can be given again to go on; what the user can mend is told in one line on stderr.
 

@@ -14,7 +14,7 @@ from efx_jax.analysis.blocks import Model, look_at
 from efx_jax.analysis.figures import draw_overlaps, draw_score_errors
 from efx_jax.analysis.runs import Run, choose_steps, load_base, open_run, run_adapters, training_rows
 from efx_jax.analysis.tables import overlap_table, score_error_table
-from efx_jax.errors import INTERRUPTED, InputError, OneLineParser, short_warnings
+from efx_jax.errors import INTERRUPTED, InputError, OneLineParser, positive_number, short_warnings, whole_number
 from efx_jax.files import atomic_write, refuse_unwritable
 from efx_jax.pruning.selection import selection_counts
 
@@ -48,28 +48,23 @@ def _parser() -> argparse.ArgumentParser:
     add("runs", nargs="+", metavar="RUN", help="folders that train.py has written")
     add("--what", nargs="+", choices=ANALYSES, default=list(ANALYSES), help="which analyses; default: all")
     add("--output", default="runs/analysis", metavar="DIR", help="writes into DIR/NAME of every run")
-    add("--steps", nargs="+", type=_count, default=[], help="checkpoints; 0: the base; default: 0 and every dense one")
-    add("--layers", type=_count, default=8, help="so many layers, evenly spaced; 0: all")
+    add(
+        "--steps",
+        nargs="+",
+        type=whole_number,
+        default=[],
+        help="checkpoints; 0: the base; default: 0 and every dense one",
+    )
+    add("--layers", type=whole_number, default=8, help="so many layers, evenly spaced; 0: all")
     add("--sparsity", type=float, default=0.5, help="of the masks; default: 0.5")
     add("--group", default="bounded", help="score_error: entries that compete; default: bounded")
     add("--bound", type=float, default=0.2, help="of the group bounded; default: 0.2")
-    add("--rows", type=_positive, default=8, help="training sequences looked at; default: 8")
-    add("--length", type=_positive, default=256, help="most tokens of each; default: 256")
-    add("--entries", type=_count, default=64, help="score_error: single entries removed of every matrix; 0: none")
-    add("--loss-rows", type=_count, default=4, help="score_error: rows of the loss, the longest part; default: 4")
-    add("--seed", type=_count, default=0, help="draws the single entries")
+    add("--rows", type=positive_number, default=8, help="training sequences looked at; default: 8")
+    add("--length", type=positive_number, default=256, help="most tokens of each; default: 256")
+    add("--entries", type=whole_number, default=64, help="score_error: single entries removed of every matrix; 0: none")
+    add("--loss-rows", type=whole_number, default=4, help="score_error: rows of the loss, the longest part; default: 4")
+    add("--seed", type=whole_number, default=0, help="draws the single entries")
     return parser
-
-
-def _count(text: str, least: int = 0) -> int:
-    value = int(text) if text.isdigit() else least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, found {text!r}")
-    return value
-
-
-def _positive(text: str) -> int:
-    return _count(text, 1)
 
 
 def _check(arguments: argparse.Namespace) -> None:

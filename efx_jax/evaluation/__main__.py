@@ -14,7 +14,7 @@ from efx_jax.config_io import load_config
 from efx_jax.data.tasks import Task, held_out_sources, load_tasks, load_text
 from efx_jax.data.tokenizer import Tokenizer, check_vocabulary
 from efx_jax.data.tokens import Tokenized, text_windows
-from efx_jax.errors import INTERRUPTED, InputError, OneLineParser, short_warnings
+from efx_jax.errors import INTERRUPTED, InputError, OneLineParser, positive_number, short_warnings, whole_number
 from efx_jax.evaluation.perplexity import Perplexity, perplexity
 from efx_jax.evaluation.protocols import Record, check_protocol, describe_task, evaluate_task
 from efx_jax.evaluation.relative import Records, Results, check_pairs, check_ratios, read_evaluation, relative
@@ -67,28 +67,28 @@ def _parser() -> argparse.ArgumentParser:
     add("path", help="Hugging Face folder, run folder, .gguf file, Hub name or quickstart")
     add("--tasks", nargs="+", default=[], metavar="TASK", help="names, mixes, or files of prompt and response rows")
     add("--protocol", choices=("likelihood", "greedy", "sampled"), default="likelihood", help="how answers are got")
-    add("--runs", type=_positive, default=4, help="runs of the protocol sampled")
-    add("--rows", type=_count, default=0, help="test rows of every task, a fixed sample; 0: all")
+    add("--runs", type=positive_number, default=4, help="runs of the protocol sampled")
+    add("--rows", type=whole_number, default=0, help="test rows of every task, a fixed sample; 0: all")
     add("--text", default="", metavar="TEXT", help="perplexity text: a file of rows with text, or a name")
-    add("--text-tokens", type=_count, help="tokens of text scored; 0: all; default: 20000")
-    add("--window", type=_count, help="tokens per perplexity window; default: 512")
-    add("--batch-size", type=_positive, default=16, help="rows per forward pass")
+    add("--text-tokens", type=whole_number, help="tokens of text scored; 0: all; default: 20000")
+    add("--window", type=whole_number, help="tokens per perplexity window; default: 512")
+    add("--batch-size", type=positive_number, default=16, help="rows per forward pass")
     add("--template", help='such as "Question: {question}\\nAnswer: => {answer}"; \\n: a line break')
     add("--context", help="column of the template that is shortened where a row is too long")
     add(
         "--new-tokens",
-        type=_positive,
+        type=positive_number,
         help="tokens of an answer, where those of your own rows are free text, no labels",
     )
     add("--format", choices=("plain", "alpaca", "chat"), help="frame of the prompts; default: plain")
     add("--root", help="folder of the data files (or EFX_DATA)")
     add(
         "--max-length",
-        type=_positive,
+        type=positive_number,
         help="tokens per row; a longer one is shortened in its context; default: 2048, or the model's context if less",
     )
     add("--normalize", choices=("sum", "mean"), default="sum", help="likelihood: over the tokens of an answer")
-    add("--seed", type=_count, default=0, help="of the protocol sampled")
+    add("--seed", type=whole_number, default=0, help="of the protocol sampled")
     add("--dtype", choices=_DTYPES, default="float32", help="of the weights")
     add("--compute-dtype", choices=_DTYPES, default="bfloat16", help="of the matmul operands; sums are float32")
     add("--relative-to", default="", metavar="DIR", help="the dense model's --output: also prints Rel.%% to it")
@@ -103,20 +103,6 @@ def _parser() -> argparse.ArgumentParser:
 def _flag(setting: re.Match[str]) -> str:
     name = setting[1] or setting[2]
     return "--tasks" if name == "test" else f"--{name.replace('_', '-')}"
-
-
-def _count(text: str, least: int = 0) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, found {text!r}")
-    return value
-
-
-def _positive(text: str) -> int:
-    return _count(text, 1)
 
 
 def _prepare(arguments: argparse.Namespace) -> _Work:
