@@ -98,7 +98,7 @@ def found(work: Path, mix: str, model: str, protocol: str, settings: list[str]) 
         trained = json.loads((work / f"{mix}_{model}" / "summary.json").read_text())
         row |= {
             "settings": settings,
-            "sparsity": trained["sparsity"],
+            "sparsity": {name: sum(layers) / len(layers) for name, layers in trained["sparsity"].items()},
             "tokens": trained["tokens"],
             "training_seconds": trained["seconds"],
             "peak_memory_mib": trained["peak_memory_mib"],
