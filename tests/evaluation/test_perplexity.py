@@ -14,15 +14,11 @@ from efx_jax.evaluation import likelihood
 from efx_jax.evaluation.perplexity import perplexity, summarise
 from efx_jax.lora import init_lora
 from efx_jax.model.decoder import forward
-from efx_jax.model.spec import init_params
 from efx_jax.weights.hf import save_pretrained
-from tests.tiny import LLAMA
+from tests.tiny import LLAMA, strong_params
 
 SPEC = dataclasses.replace(LLAMA, vocab_size=97, tie_word_embeddings=False, max_position_embeddings=128)
-# Matrices 8 times the usual size, so that tokens differ in likelihood.
-PARAMS = jax.tree_util.tree_map_with_path(
-    lambda path, x: x if "norm" in path[-1].key else 8 * x, init_params(jax.random.key(0), SPEC)
-)
+PARAMS = strong_params(SPEC)
 # One shape for all sequences: a causal model does not see the padding on the right.
 FORWARD = jax.jit(forward, static_argnames="spec")
 

@@ -14,8 +14,7 @@ from efx_jax.evaluation.results import summarise
 from efx_jax.evaluation.tasks import label_scores
 from efx_jax.lora import init_lora
 from efx_jax.model.decoder import forward
-from efx_jax.model.spec import init_params
-from tests.tiny import LLAMA
+from tests.tiny import LLAMA, strong_params
 
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -23,10 +22,7 @@ transformers = pytest.importorskip("transformers")
 SPEC = dataclasses.replace(
     LLAMA, model_type="qwen3", vocab_size=64, head_dim=8, max_position_embeddings=96, qk_norm=True
 )
-# Matrices 8 times the usual size, so that answers differ in likelihood.
-PARAMS = jax.tree_util.tree_map_with_path(
-    lambda path, x: x if "norm" in path[-1].key else 8 * x, init_params(jax.random.key(0), SPEC)
-)
+PARAMS = strong_params(SPEC)
 # One shape for all sequences: a causal model does not see the padding on the right.
 FORWARD = jax.jit(forward, static_argnames="spec")
 WORDS = ["<s>", "</s>", "<unk>", *(f"w{i}" for i in range(61))]
