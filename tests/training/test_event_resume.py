@@ -13,18 +13,14 @@ import numpy as np
 import pytest
 
 from efx_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, PruneConfig, TrainConfig
-from efx_jax.data.tokens import Tokenized
-from efx_jax.lora import init_lora
-from efx_jax.model.spec import init_params
 from efx_jax.parallel.mesh import make_mesh
-from efx_jax.parallel.partition import tree_shardings
 from efx_jax.pruning import blockwise
-from efx_jax.pruning.average import init_prune_state, moves_base
+from efx_jax.pruning.average import moves_base
 from efx_jax.training import checkpoint, events
-from efx_jax.training.prepare import Prepared
-from efx_jax.training.schedule import Event, optimizer
-from efx_jax.training.state import RunState, init_train_state
+from efx_jax.training.schedule import Event
+from efx_jax.training.state import RunState
 from tests.tiny import LLAMA
+from tests.training.before_event import start
 
 pytestmark = pytest.mark.slow
 
@@ -89,21 +85,6 @@ def settings(prune: PruneConfig, shape: tuple[int, int, int]) -> Config:
     )
 
 
-def start(config: Config, mesh: jax.sharding.Mesh) -> tuple[Prepared, RunState]:
-    """A run before its first event: adapters that training has moved, and rows to calibrate on."""
-    rng = np.random.default_rng(1)
-    rows = [Tokenized(rng.integers(0, 32, 17).astype(np.int32), np.ones(17, bool)) for _ in range(8)]
-    params = init_params(jax.random.key(0), SPEC)
-    adapters = init_lora(jax.random.key(1), params, SPEC, config.lora.rank)
-    lora_b = {name: b + 0.02 * rng.standard_normal(b.shape).astype(np.float32) for name, b in adapters.lora_b.items()}
-    adapters = dataclasses.replace(adapters, lora_b=lora_b)
-    prune = init_prune_state(params, adapters, config.prune, jax.random.key(2), 2)
-    tree = {"train": init_train_state(adapters, optimizer(config.train, 4)), "params": params, "prune": prune}
-    tree = jax.device_put(tree, tree_shardings(mesh, tree))
-    prepared = Prepared(tree["params"], SPEC, None, None, rows, [], rows)  # type: ignore[arg-type]
-    return prepared, RunState(tree["train"], tree["params"], {}, tree["prune"])
-
-
 def comparable(state: RunState) -> Any:
     return dataclasses.replace(state, prune=dataclasses.replace(state.prune, key=jax.random.key_data(state.prune.key)))
 
@@ -115,9 +96,8 @@ def test_a_cut_off_event_goes_on_from_its_blocks(
     """Two events, the second one, which remembers the first, cut off twice."""
     shape, prune = EVENTS[case]
     config = settings(prune, shape)
-    mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        prepared, state = start(config, mesh)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        prepared, state = start(config, SPEC)
         run: Callable[..., RunState] = functools.partial(events.prune_run, config, prepared, attention_path="xla")
         before = run(state, Event(1, 0.25, False), tmp_path / "first")
         expected = run(before, Event(2, 0.5, True), tmp_path / "whole")

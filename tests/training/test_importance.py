@@ -10,20 +10,14 @@ import numpy as np
 import pytest
 
 from efx_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, PruneConfig, TrainConfig
-from efx_jax.data.tokens import Tokenized
-from efx_jax.lora import init_lora
 from efx_jax.masks import unpack_mask
-from efx_jax.model.spec import init_params
 from efx_jax.parallel.mesh import make_mesh
-from efx_jax.parallel.partition import tree_shardings
-from efx_jax.pruning.average import init_prune_state
 from efx_jax.pruning.selection import select_mask
 from efx_jax.training.events import prune_run
 from efx_jax.training.importance import run_importance
-from efx_jax.training.prepare import Prepared
-from efx_jax.training.schedule import Event, optimizer
-from efx_jax.training.state import RunState, init_train_state
+from efx_jax.training.schedule import Event
 from tests.tiny import LLAMA
+from tests.training.before_event import start
 
 SPEC = dataclasses.replace(LLAMA, intermediate_size=32)
 SCORES: Any = ("lora_gradient", "dpruner")
@@ -47,25 +41,10 @@ def settings(score: Any, shape: tuple[int, int, int] = (1, 1, 1)) -> Config:
     )
 
 
-def start(config: Config) -> tuple[Prepared, RunState]:
-    """A run before an event: adapters that training has moved, and rows to train on."""
-    rng = np.random.default_rng(1)
-    rows = [Tokenized(rng.integers(0, 32, 17).astype(np.int32), np.ones(17, bool)) for _ in range(8)]
-    params = init_params(jax.random.key(0), SPEC)
-    adapters = init_lora(jax.random.key(1), params, SPEC, config.lora.rank)
-    lora_b = {name: b + 0.02 * rng.standard_normal(b.shape).astype(np.float32) for name, b in adapters.lora_b.items()}
-    adapters = dataclasses.replace(adapters, lora_b=lora_b)
-    prune = init_prune_state(params, adapters, config.prune, jax.random.key(2), 2)
-    tree = {"train": init_train_state(adapters, optimizer(config.train, 4)), "params": params, "prune": prune}
-    tree = jax.device_put(tree, tree_shardings(make_mesh(config.mesh), tree))
-    prepared = Prepared(tree["params"], SPEC, None, None, rows, [], rows)  # type: ignore[arg-type]
-    return prepared, RunState(tree["train"], tree["params"], {}, tree["prune"])
-
-
 @pytest.mark.parametrize("score", SCORES)
 def test_an_event_of_a_run_prunes_by_its_own_importance(score: Any, tmp_path: Path) -> None:
     config = settings(score)
-    prepared, state = start(config)
+    prepared, state = start(config, SPEC)
     before = jax.tree.map(np.array, state.params)
     event = Event(3, 0.5, True)
     importance = run_importance(config, prepared, state, event, "xla")
@@ -82,7 +61,7 @@ def test_an_event_of_a_run_prunes_by_its_own_importance(score: Any, tmp_path: Pa
 def test_the_importance_is_that_of_the_batches_to_come() -> None:
     """Eight rows are two batches: the third step's batches are those of the first, in the next epoch's order."""
     config = settings("lora_gradient")
-    prepared, state = start(config)
+    prepared, state = start(config, SPEC)
     found = [run_importance(config, prepared, state, Event(step, 0.5, True), "xla") for step in (2, 2, 3)]
     np.testing.assert_array_equal(found[0]["k_proj"], found[1]["k_proj"])
     assert np.any(np.asarray(found[0]["k_proj"]) != found[2]["k_proj"])
@@ -90,7 +69,7 @@ def test_the_importance_is_that_of_the_batches_to_come() -> None:
 
 def test_other_scores_read_no_importance() -> None:
     config = settings("wanda")
-    prepared, state = start(config)
+    prepared, state = start(config, SPEC)
     assert run_importance(config, prepared, state, Event(1, 0.5, True), "xla") is None
 
 
@@ -99,10 +78,10 @@ def test_other_scores_read_no_importance() -> None:
 def test_on_a_mesh_the_importance_is_the_same_and_lies_as_the_weights(score: Any) -> None:
     event, shape = Event(2, 0.5, True), (1, 2, 2)
     config = settings(score)
-    alone = run_importance(config, *start(config), event, "xla")
+    alone = run_importance(config, *start(config, SPEC), event, "xla")
     config = settings(score, shape)
     with jax.set_mesh(make_mesh(config.mesh)):
-        prepared, state = start(config)
+        prepared, state = start(config, SPEC)
         found = run_importance(config, prepared, state, event, "xla")
     for name, values in found.items():
         np.testing.assert_allclose(values, alone[name], rtol=1e-3, atol=1e-3 * float(np.max(alone[name])))
