@@ -17,6 +17,7 @@ import pytest
 from efx_jax.lora import Adapters
 from efx_jax.model.rope import RopeSpec
 from efx_jax.model.spec import LINEARS, ModelSpec, init_params, param_shapes, spec_from_config
+from efx_jax.weights.hf import load_pretrained
 
 LLAMA = ModelSpec(
     model_type="llama",
@@ -87,6 +88,12 @@ def strong_params(spec: ModelSpec) -> dict[str, Any]:
     """Matrices 8 times the usual size, so that tokens differ in likelihood."""
     usual = init_params(jax.random.key(0), spec)
     return jax.tree_util.tree_map_with_path(lambda path, x: x if "norm" in path[-1].key else 8 * x, usual)
+
+
+def linears(folder: Path) -> dict[str, np.ndarray]:
+    """The matrices of a checkpoint, `[L,O,I]`, as they are stored."""
+    layers = load_pretrained(folder, dtype=None)[0]["layers"]
+    return {name: np.asarray(leaf) for name, leaf in layers.items() if name.endswith("_proj")}
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-import efx_jax
 from efx_jax.pruning import blockwise
 from efx_jax.training import events
+from tests.tiny import linears
 
 STEPS = 6
 WANDA = ("--preset", "paper", "--prune.recovery", "none", "--prune.score", "wanda", "--prune.schedule", "fractions")
@@ -37,11 +37,6 @@ def post_hoc(launch: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def prune_first(launch: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch(tmp_path_factory.mktemp("runs") / "prune_first", *PRUNE_FIRST, *SAVE_ALL)
-
-
-def linears(folder: Path) -> dict[str, np.ndarray]:
-    layers = efx_jax.load_pretrained(folder, dtype=None)[0]["layers"]
-    return {name: np.asarray(leaf) for name, leaf in layers.items() if name.endswith("_proj")}
 
 
 def checkpoint(run: Path, step: int) -> dict[str, Any]:

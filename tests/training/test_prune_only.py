@@ -16,15 +16,11 @@ from efx_jax.errors import InputError
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.training.plan import plan_text
 from efx_jax.training.prepare import calibration, prepare
+from tests.tiny import linears
 
 UNTRAINED = ("--train.epochs", "0", "--train.steps", "0")
 ONE_SHOT = (*UNTRAINED, "--prune.schedule", "fractions", "--prune.fractions", "0")
 SETTINGS = {"train.epochs": 0.0, "prune.schedule": "fractions", "prune.fractions": (0.0,)}
-
-
-def linears(folder: Path) -> dict[str, np.ndarray]:
-    layers = efx_jax.load_pretrained(folder, dtype=None)[0]["layers"]
-    return {name: np.asarray(leaf) for name, leaf in layers.items() if name.endswith("_proj")}
 
 
 @pytest.fixture(scope="module")
