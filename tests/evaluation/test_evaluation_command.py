@@ -268,4 +268,4 @@ def test_a_wrong_flag_is_one_line(flags, capsys: pytest.CaptureFixture[str]) -> 
         main(["model", *flags])
     said = capsys.readouterr().err
     assert stop.value.code == 2
-    assert said.count("\n") == 1 and flags[0] in said and "_count" not in said
+    assert said.count("\n") == 1 and flags[0] in said and "_number" not in said
