@@ -32,6 +32,10 @@ from efx_jax.model.spec import ModelSpec
 
 Array = jax.Array
 Padding = Literal["right", "left"]
+# Long answers end at different times: the batch is halved, down to so many rows, whenever half of it has stopped. Each
+# width is compiled by itself, which short answers would not pay for.
+_LONG_ANSWER = 128
+_NARROWEST = 8
 
 
 @struct.dataclass
@@ -44,12 +48,19 @@ class KVCache:
 
 @struct.dataclass
 class _Progress:
-    """Tokens chosen so far `output [B,M]`, their number, the last ones `[B]`, rows that have stopped `[B]`."""
+    """Tokens chosen so far `output [B,M]` and their number; the rest is that of the b rows at work.
+
+    `rows [b]` are their lines in `output`, `last [b]` their last tokens, `stopped [b]` whether they have ended, `ends
+    [b]` the positions of their prompts' last tokens, `draws [b]` the keys of their draws, or None.
+    """
 
     output: Array
     count: Array
+    rows: Array
     last: Array
     stopped: Array
+    ends: Array
+    draws: Array | None
     cache: KVCache
 
 
@@ -126,7 +137,7 @@ def generate(
         )
         return rms_norm(x, params["norm"], spec.rms_norm_eps), cache
 
-    def choose(hidden: Array, count: Array) -> Array:
+    def choose(hidden: Array, count: Array, draws: Array | None) -> Array:
         logits = contract("bd,vd->bv", hidden.astype(head.dtype), head)
         if sampling is None or draws is None:
             return most_likely(logits)
@@ -134,26 +145,64 @@ def generate(
 
     def step(progress: _Progress) -> _Progress:
         # The last token chosen is the first whose keys are not in the cache yet.
-        positions = (ends + progress.count)[:, None]
+        positions = (progress.ends + progress.count)[:, None]
         hidden, cache = advance(progress.cache, progress.last[:, None], positions, slots)
-        chosen = choose(hidden[:, 0], progress.count)
-        output = progress.output.at[:, progress.count].set(jnp.where(progress.stopped, -1, chosen))
-        stopped = progress.stopped | jnp.isin(chosen, stops)
-        return _Progress(output=output, count=progress.count + 1, last=chosen, stopped=stopped, cache=cache)
+        chosen = choose(hidden[:, 0], progress.count, progress.draws)
+        told = jnp.where(progress.stopped, -1, chosen)
+        return dataclasses.replace(
+            progress,
+            output=progress.output.at[progress.rows, progress.count].set(told),
+            count=progress.count + 1,
+            last=chosen,
+            stopped=progress.stopped | jnp.isin(chosen, stops),
+            cache=cache,
+        )
 
     positions = jnp.broadcast_to(jnp.arange(prompt_length), (batch, prompt_length))
     hidden, cache = advance(_empty_cache(params, batch, slots, spec, compute_dtype), tokens, positions, prompt_length)
     ends = jnp.tile(lengths - 1, runs)
-    first = choose(jnp.tile(hidden[jnp.arange(batch), lengths - 1], (runs, 1)), jnp.int32(0))
-    start = _Progress(
+    first = choose(jnp.tile(hidden[jnp.arange(batch), lengths - 1], (runs, 1)), jnp.int32(0), draws)
+    progress = _Progress(
         output=jnp.full((runs * batch, max_new_tokens), -1, jnp.int32).at[:, 0].set(first),
         count=jnp.int32(1),
+        rows=jnp.arange(runs * batch),
         last=first,
         stopped=jnp.isin(first, stops),
+        ends=ends,
+        draws=draws,
         cache=jax.tree.map(lambda slots: jnp.tile(slots, (1, runs, 1, 1, 1)), cache),
     )
-    end = jax.lax.while_loop(lambda p: (p.count < max_new_tokens) & ~jnp.all(p.stopped), step, start)
-    return end.output.reshape(*(() if key is None else key.shape), batch, max_new_tokens)
+    for width, fewest in _stages(runs * batch, max_new_tokens):
+        progress = jax.lax.while_loop(functools.partial(_goes_on, fewest), step, _keep_at_work(progress, width))
+    return progress.output.reshape(*(() if key is None else key.shape), batch, max_new_tokens)
+
+
+def _stages(batch: int, max_new_tokens: int) -> list[tuple[int, int]]:
+    """Stage after stage, how many rows are at work, and with how few left it ends."""
+    widths = [batch]
+    while max_new_tokens >= _LONG_ANSWER and widths[-1] // 2 >= _NARROWEST:
+        widths.append(widths[-1] // 2)
+    return list(zip(widths, [*widths[1:], 0], strict=True))
+
+
+def _goes_on(fewest: int, progress: _Progress) -> Array:
+    return (progress.count < progress.output.shape[1]) & (jnp.sum(~progress.stopped) > fewest)
+
+
+def _keep_at_work(progress: _Progress, width: int) -> _Progress:
+    """The progress with `width` rows, at least those that have not stopped."""
+    if width == progress.rows.size:
+        return progress
+    chosen = jnp.argsort(progress.stopped, stable=True)[:width]
+    return dataclasses.replace(
+        progress,
+        rows=progress.rows[chosen],
+        last=progress.last[chosen],
+        stopped=progress.stopped[chosen],
+        ends=progress.ends[chosen],
+        draws=None if progress.draws is None else progress.draws[chosen],
+        cache=jax.tree.map(lambda slots: slots[:, chosen], progress.cache),
+    )
 
 
 def _row_keys(key: Array, rows: Array) -> Array:

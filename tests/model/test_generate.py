@@ -154,6 +154,38 @@ def test_a_sampled_row_does_not_depend_on_its_batch_or_padding() -> None:
     assert (again != together).any(axis=1).all()
 
 
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0)], ids=["greedy", "sampled"])
+def test_rows_of_a_long_answer_do_not_notice_that_others_leave_the_batch(sampling: Sampling | None) -> None:
+    spec, new, count = tiny_spec("llama"), 128, 32
+    params = random_params(spec)
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, spec.vocab_size, (count, PROMPT)).astype(np.int32)
+    lengths = rng.integers(1, PROMPT + 1, count).astype(np.int32)
+
+    def answers(rows: slice, runs: int = 1) -> np.ndarray:
+        keys = jax.random.split(jax.random.key(5), 2)[:runs] if sampling else None
+        numbers = jnp.arange(count)[rows]
+        found = generate(
+            params,
+            tokens[rows],
+            lengths[rows],
+            spec,
+            new,
+            stop_tokens=(7, 8, 9),
+            sampling=sampling,
+            key=keys,
+            rows=numbers,
+        )
+        return np.asarray(found).reshape(runs, -1, new)
+
+    together = answers(slice(0, count), 2 if sampling else 1)
+    written = np.sort((together[0] >= 0).sum(axis=1))
+    assert written[8] < written[-8] and written[0] < written[16] < new
+    # Eight rows are never fewer.
+    alone = np.concatenate([answers(slice(first, first + 8)) for first in range(0, count, 8)], axis=1)
+    np.testing.assert_array_equal(together[0], alone[0])
+
+
 def test_several_keys_answer_as_each_alone_does() -> None:
     spec = tiny_spec("llama")
     params, way = random_params(spec), Sampling(0.9, 30, 0.95)
