@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 from efx_jax.analysis import mask_overlap, score_error
 from efx_jax.analysis.blocks import Model, look_at
+from efx_jax.analysis.canvas import require_matplotlib
 from efx_jax.analysis.figures import draw_overlaps, draw_score_errors
 from efx_jax.analysis.runs import Run, choose_steps, load_base, open_run, run_adapters, training_rows
 from efx_jax.analysis.tables import overlap_table, score_error_table
@@ -69,8 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuses masks that no matrix can have, and figures that cannot be drawn, before any long work."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("figures need matplotlib, which is not installed; pip install 'efx_jax[figures]'")
+    require_matplotlib()
     for group in ("bounded", arguments.group):
         # A width that every pattern divides: whether it divides the model's is known when that is read.
         selection_counts((1, 2520), arguments.sparsity, group, arguments.bound)

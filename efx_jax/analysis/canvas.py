@@ -23,17 +23,28 @@ _DPI = 200
 _DECADE = 10.0
 
 
+def require_matplotlib() -> None:
+    """Refuses to draw where it cannot be done; a long measurement asks before it begins.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"figures need matplotlib ({error}); pip install 'efx_jax[figures]'") from error
+
+
 def new_canvas(height: float, title: str, x_label: str, y_label: str) -> tuple["Canvas", "Axes"]:
     """A canvas of WIDTH pixels and of a height in inches, which no window system and no other figure knows of.
 
     Raises:
         InputError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure as Canvas
-    except ImportError as error:
-        raise InputError(f"figures need matplotlib ({error}); pip install 'efx_jax[figures]'") from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
     canvas = Canvas(figsize=(WIDTH / _DPI, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(canvas)
     axes = canvas.add_subplot()
