@@ -75,7 +75,7 @@ def look_at(
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return Model(
         params=dict(params),
-        layers=freeze(stack_layers(params, adapters, None)),
+        layers=stack_layers(params, adapters, None),
         tokens=tokens,
         real=real_tokens(tokens, jnp.asarray(batch["lengths"])),
         rope=rope_tables(spec.rope, spec.head_dim, positions),
@@ -103,8 +103,7 @@ def entering(model: Model) -> Array:
 
 def effective_layer(model: Model, index: int) -> dict[str, Array]:
     """The weights of block `index` as they act: U `[O,I]` of the linears, norms and biases, float32."""
-    dtypes = tuple(sorted((name, str(weight.dtype)) for name, weight in model.params["layers"].items()))
-    return _effective(take_block(model.layers, index), dtypes, model.scale)
+    return _effective(model.layers, index, model.scale)
 
 
 def mean_nll(model: Model, x: Array, first: int) -> float:
@@ -129,9 +128,10 @@ def run_block(weights: Mapping[str, Array], x: Array, rope: tuple[Array, Array],
     return _forward(weights, x, rope, spec)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("dtypes", "scale"))
-def _effective(layer: Layer, dtypes: tuple[tuple[str, str], ...], scale: float) -> dict[str, Array]:
-    layer = thaw(layer, dict(dtypes))
+@functools.partial(jax.jit, static_argnames="scale")
+def _effective(layers: Layer, index: Array | int, scale: float) -> dict[str, Array]:
+    layers, aside = freeze(layers)
+    layer = thaw(take_block(layers, index), aside, index)
     weights = {name: weight.astype(jnp.float32) for name, weight in layer.weights.items()}
     return weights | {
         name: effective_weight(layer.weights[name], layer.lora_a.get(name), layer.lora_b.get(name), scale)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from efx_jax.linear import contract
 from efx_jax.model import cudnn_attention
 from efx_jax.model.spec import ModelSpec
 
@@ -18,7 +17,6 @@ Implementation = Literal["xla", "cudnn"]
 _Saved = tuple[Array, Array, Array, Array | None, Array | None, Array]
 
 _BLOCKS, _SMALLEST_BLOCK = 8, 64  # measured on a CPU at 512 and 2,048 tokens; more blocks compile longer
-_MASKED_BLOCK = 256
 _TOLERANCE = 0.02  # of the norm; two right ways differ by half a percent in bfloat16
 _SIZES = ((100, 60, 70, 26), (128, 128, 0, 0))  # segments and padding of the self-test's rows
 
@@ -58,40 +56,21 @@ def attention(
 
 
 def masked_attention(q: Array, k: Array, v: Array, visible: Array) -> Array:
-    """Softmax attention by an explicit mask, for decoding with a cache; a block of queries at a time where many.
+    """Softmax attention by an explicit mask, for decoding with a cache, whose layout spares it every transposition.
 
     Args:
         q: `[B,T,N,H]`, in the dtype of the matmul operands.
-        k: `[B,S,K,H]`.
-        v: `[B,S,K,H]`.
+        k: `[B,K,H,S]`.
+        v: `[B,K,S,H]`.
         visible: bool, broadcastable to `[B,T,S]`: which keys a query sees. A query that sees none gets the mean of v.
 
     Returns:
         `[B,T,N*H]`, float32.
     """
-    length = q.shape[1]
-    if length <= 2 * _MASKED_BLOCK:
-        return _attend_by_mask(q, k, v, visible)
-    padding = -length % _MASKED_BLOCK
-    blocks = (length + padding) // _MASKED_BLOCK
-    q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    visible = jnp.pad(jnp.broadcast_to(visible, (visible.shape[0], length, k.shape[1])), ((0, 0), (0, padding), (0, 0)))
-    q_blocks = jnp.moveaxis(q.reshape(q.shape[0], blocks, _MASKED_BLOCK, *q.shape[2:]), 1, 0)
-    visible_blocks = jnp.moveaxis(visible.reshape(visible.shape[0], blocks, _MASKED_BLOCK, -1), 1, 0)
-    # One block of scores [B,N,block,S] exists at a time; all of them would be the largest array of the model.
-    attend = jax.checkpoint(lambda block: _attend_by_mask(block[0], k, v, block[1]))
-    mixed = jnp.moveaxis(jax.lax.map(attend, (q_blocks, visible_blocks)), 0, 1)
-    return mixed.reshape(q.shape[0], length + padding, -1)[:, :length]
-
-
-def _attend_by_mask(q: Array, k: Array, v: Array, visible: Array) -> Array:
-    batch, length, heads, width = q.shape
-    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
-    scores = contract("btkgh,bskh->bkgts", grouped, k) / math.sqrt(width)
+    scores = _dot("bkgth,bkhs->bkgts", _by_head(q, k.shape[1]), k) / math.sqrt(q.shape[3])
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
-    mixed = contract("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
-    return mixed.reshape(batch, length, heads * width)
+    return _by_token(_dot("bkgts,bksh->bkgth", weights.astype(v.dtype), v)).reshape(*q.shape[:2], -1)
 
 
 def visible_keys(segments: Array | None, first: int, stop: int, ends: Array | None = None) -> Array:

@@ -65,9 +65,13 @@ def to_bits(array: Array) -> Array:
     XLA's CPU backend moves 16-bit floats by way of float32: for a slice it converts the whole array, and the slice
     back, which costs ten times the slice and twice the memory. Their bits as integers are left alone.
     """
-    if jax.default_backend() == "cpu" and array.dtype.itemsize == 2:
+    if _moved_by_float32(array):
         return jax.lax.bitcast_convert_type(array, jnp.uint16)
     return jax.lax.stop_gradient(array)
+
+
+def _moved_by_float32(array: Array) -> bool:
+    return jax.default_backend() == "cpu" and array.dtype.itemsize == 2
 
 
 def from_bits(array: Array, dtype: Any) -> Array:
@@ -75,14 +79,22 @@ def from_bits(array: Array, dtype: Any) -> Array:
     return jax.lax.bitcast_convert_type(array, dtype) if array.dtype == jnp.uint16 else array
 
 
-def freeze(layers: Layer) -> Layer:
-    """Stacked blocks whose weights nobody differentiates; see `to_bits` and `thaw`."""
-    return dataclasses.replace(layers, weights={name: to_bits(weight) for name, weight in layers.weights.items()})
+def freeze(layers: Layer) -> tuple[Layer, dict[str, Array]]:
+    """Stacked blocks whose weights nobody differentiates: what a scan slices well, and the weights left to `thaw`."""
+    weights = {name: jax.lax.stop_gradient(weight) for name, weight in layers.weights.items()}
+    aside = {name: weight for name, weight in weights.items() if _moved_by_float32(weight)}
+    others = {name: weight for name, weight in weights.items() if name not in aside}
+    return dataclasses.replace(layers, weights=others), aside
 
 
-def thaw(layer: Layer, dtypes: Mapping[str, Any]) -> Layer:
-    """One block of what `freeze` gave, as numbers of these dtypes again."""
-    return dataclasses.replace(layer, weights={n: from_bits(w, dtypes[n]) for n, w in layer.weights.items()})
+def thaw(layer: Layer, aside: Mapping[str, Array], index: Array | int) -> Layer:
+    """Block number `index` whole again; for use inside the scan."""
+    if not aside:
+        return layer
+    # The barrier holds the way by float32 inside the loop: in front of it, it is that of all blocks.
+    index, aside = jax.lax.optimization_barrier((index, dict(aside)))
+    found = {name: jax.lax.dynamic_index_in_dim(weights, index, keepdims=False) for name, weights in aside.items()}
+    return dataclasses.replace(layer, weights=layer.weights | found)
 
 
 def block(
@@ -241,7 +253,7 @@ def hidden_states(
 
     def body(x: Array, scanned: tuple[Layer, Array]) -> tuple[Array, None]:
         layer, index = scanned
-        layer = thaw(layer, dtypes) if frozen else layer
+        layer = thaw(layer, aside, index)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         x, _, _ = block(x, layer, spec, options, rope, attend, key)
         return x, None
@@ -250,8 +262,7 @@ def hidden_states(
         keep = jax.checkpoint_policies.save_only_these_names(*_SAVED) if remat == "linears" else None
         body = jax.checkpoint(body, policy=keep, prevent_cse=False)
     layers = stack_layers(params, adapters, masks)
-    dtypes = {name: weight.dtype for name, weight in layers.weights.items()}
-    layers = freeze(layers) if frozen else layers
+    layers, aside = freeze(layers) if frozen else (layers, {})
     x, _ = jax.lax.scan(body, embed(params, tokens), (layers, jnp.arange(spec.num_layers)))
     return rms_norm(x, params["norm"], spec.rms_norm_eps)
 

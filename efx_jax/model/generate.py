@@ -40,7 +40,10 @@ _NARROWEST = 8
 
 @struct.dataclass
 class KVCache:
-    """Rotated keys, and values, of all layers `[L,B,S,K,H]`, by `to_bits`; slot s holds position s of its row."""
+    """Rotated keys `[L,B,K,H,S]` and values `[L,B,K,S,H]` of all layers, by `to_bits`.
+
+    The first T slots are those of the prompts, padding included; every further token takes the same slot in all rows.
+    """
 
     keys: Array
     values: Array
@@ -118,23 +121,22 @@ def generate(
     runs = 1 if key is None else key.size
     draws = None if key is None else _row_keys(key, jnp.arange(batch) if rows is None else rows)
     tokens = _to_the_left(tokens, lengths) if padding == "left" else tokens
-    slots = prompt_length + max_new_tokens
     layers = stack_layers(params, adapters, masks)
     if adapters is None and compute_dtype is not None:
         layers = _cast_linears(layers, compute_dtype)
     head = head_weight(params)
     head = head.astype(head.dtype if compute_dtype is None else compute_dtype)
-    dtypes = {name: weight.dtype for name, weight in layers.weights.items()}
-    layers = freeze(layers)
+    layers, aside = freeze(layers)
     embeddings = params["embed_tokens"]
     table = {"embed_tokens": to_bits(embeddings)}
     options = LinearOptions(scale=1.0 if adapters is None else adapters.scale, compute_dtype=compute_dtype)
     stops = jnp.asarray(stop_tokens, jnp.int32)
 
-    def advance(cache: KVCache, ids: Array, positions: Array, reach: int) -> tuple[Array, KVCache]:
-        x, cache = _extend(
-            from_bits(embed(table, ids), embeddings.dtype), layers, dtypes, positions, cache, spec, options, reach
-        )
+    def advance(
+        cache: KVCache, ids: Array, positions: Array, slot: Array, visible: Array | None
+    ) -> tuple[Array, KVCache]:
+        x = from_bits(embed(table, ids), embeddings.dtype)
+        x, cache = _extend(x, layers, aside, positions, cache, spec, options, slot, visible)
         return rms_norm(x, params["norm"], spec.rms_norm_eps), cache
 
     def choose(hidden: Array, count: Array, draws: Array | None) -> Array:
@@ -146,7 +148,9 @@ def generate(
     def step(progress: _Progress) -> _Progress:
         # The last token chosen is the first whose keys are not in the cache yet.
         positions = (progress.ends + progress.count)[:, None]
-        hidden, cache = advance(progress.cache, progress.last[:, None], positions, slots)
+        slot = prompt_length + progress.count - 1
+        visible = (slots <= progress.ends[:, None]) | ((slots >= prompt_length) & (slots <= slot))
+        hidden, cache = advance(progress.cache, progress.last[:, None], positions, slot, visible[:, None])
         chosen = choose(hidden[:, 0], progress.count, progress.draws)
         told = jnp.where(progress.stopped, -1, chosen)
         return dataclasses.replace(
@@ -158,8 +162,10 @@ def generate(
             cache=cache,
         )
 
-    positions = jnp.broadcast_to(jnp.arange(prompt_length), (batch, prompt_length))
-    hidden, cache = advance(_empty_cache(params, batch, slots, spec, compute_dtype), tokens, positions, prompt_length)
+    slots = jnp.arange(prompt_length + max_new_tokens)
+    positions = jnp.broadcast_to(slots[:prompt_length], (batch, prompt_length))
+    cache = _empty_cache(params, batch, slots.size, spec, compute_dtype)
+    hidden, cache = advance(cache, tokens, positions, jnp.int32(0), None)
     ends = jnp.tile(lengths - 1, runs)
     first = choose(jnp.tile(hidden[jnp.arange(batch), lengths - 1], (runs, 1)), jnp.int32(0), draws)
     progress = _Progress(
@@ -212,8 +218,10 @@ def _row_keys(key: Array, rows: Array) -> Array:
 
 def _empty_cache(params: Params, batch: int, slots: int, spec: ModelSpec, compute_dtype: str | None) -> KVCache:
     dtype = params["layers"]["q_proj"].dtype if compute_dtype is None else jnp.dtype(compute_dtype)
-    empty = to_bits(jnp.zeros((spec.num_layers, batch, slots, spec.num_kv_heads, spec.head_dim), dtype))
-    return KVCache(keys=empty, values=empty)
+    heads, width = (spec.num_layers, batch, spec.num_kv_heads), spec.head_dim
+    return KVCache(
+        keys=to_bits(jnp.zeros((*heads, width, slots), dtype)), values=to_bits(jnp.zeros((*heads, slots, width), dtype))
+    )
 
 
 def _to_the_left(tokens: Array, lengths: Array) -> Array:
@@ -232,48 +240,46 @@ def _cast_linears(layers: Layer, dtype: str) -> Layer:
 def _extend(
     x: Array,
     layers: Layer,
-    dtypes: Mapping[str, Any],
+    aside: Mapping[str, Array],
     positions: Array,
     cache: KVCache,
     spec: ModelSpec,
     options: LinearOptions,
-    reach: int,
+    slot: Array,
+    visible: Array | None,
 ) -> tuple[Array, KVCache]:
     """All blocks on new tokens, whose keys and values enter the cache.
-
-    A query sees the first `reach` slots up to its own position. What padding left in a slot is never seen: the slot's
-    own token overwrites it first.
 
     Args:
         x: residual stream of the new tokens `[B,T,D]`.
         layers: stacked blocks, from `freeze`.
-        dtypes: of their weights.
+        aside: what `freeze` put aside.
         positions: int `[B,T]`.
         cache: keys and values so far.
         spec: the model.
         options: how the linears are computed.
-        reach: slots that any of the queries may see, static.
+        slot: the slot of the first of the T tokens.
+        visible: bool `[B,T,S]`: the slots that a token sees; None: the tokens are the prompts, and each sees those
+            before it.
     """
     rope = rope_tables(spec.rope, spec.head_dim, positions)
-    visible = jnp.arange(reach) <= positions[:, :, None]
-    rows = jnp.arange(x.shape[0])[:, None]
 
     def body(carry: tuple[Array, KVCache], scanned: tuple[Layer, Array]) -> tuple[tuple[Array, KVCache], None]:
         x, cache = carry
         layer, index = scanned
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+            keys, values = to_bits(k.transpose(0, 2, 3, 1)), to_bits(v.transpose(0, 2, 1, 3))
             written = KVCache(
-                keys=cache.keys.at[index, rows, positions].set(to_bits(k)),
-                values=cache.values.at[index, rows, positions].set(to_bits(v)),
+                keys=jax.lax.dynamic_update_slice(cache.keys, keys[None], (index, 0, 0, 0, slot)),
+                values=jax.lax.dynamic_update_slice(cache.values, values[None], (index, 0, 0, slot, 0)),
             )
-            if q.shape[1] == reach:
-                # The prompts: nothing but themselves to see, each token what came before it.
+            if visible is None:
                 return attention(q, k, v), written
-            keys, values = (from_bits(slots[index, :, :reach], k.dtype) for slots in (written.keys, written.values))
-            return masked_attention(q, keys, values, visible), written
+            seen_keys, seen_values = (from_bits(slots[index], k.dtype) for slots in (written.keys, written.values))
+            return masked_attention(q, seen_keys, seen_values, visible), written
 
-        x, _, cache = block(x, thaw(layer, dtypes), spec, options, rope, attend)
+        x, _, cache = block(x, thaw(layer, aside, index), spec, options, rope, attend)
         return (x, cache), None
 
     (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, jnp.arange(spec.num_layers)))

@@ -132,14 +132,14 @@ def batch_statistics(
     rope = rope_tables(spec.rope, spec.head_dim, jnp.broadcast_to(jnp.arange(length), (batch, length)))
     options = layer_options(adapters, mask_forward, compute_dtype)
     attend = attend_within(None, attention_path)
-    layers = stack_layers(params, adapters, masks)
-    dtypes = {name: weight.dtype for name, weight in layers.weights.items()}
+    layers, aside = freeze(stack_layers(params, adapters, masks))
 
-    def body(x: Array, layer: Layer) -> tuple[Array, Statistics]:
-        x, taps, _ = block(x, thaw(layer, dtypes), spec, options, rope, attend)
+    def body(x: Array, scanned: tuple[Layer, Array]) -> tuple[Array, Statistics]:
+        layer, index = scanned
+        x, taps, _ = block(x, thaw(layer, aside, index), spec, options, rope, attend)
         return x, block_statistics(taps, real, gram)
 
-    _, stats = jax.lax.scan(body, embed(params, tokens), freeze(layers))
+    _, stats = jax.lax.scan(body, embed(params, tokens), (layers, jnp.arange(spec.num_layers)))
     return stats
 
 

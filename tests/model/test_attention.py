@@ -14,7 +14,6 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from efx_jax.model import attention as module
 from efx_jax.model import cudnn_attention
 from efx_jax.model.attention import attention, choose_attention, masked_attention, visible_keys
 from efx_jax.model.cudnn_attention import segment_runs
@@ -47,7 +46,12 @@ def output_and_gradients(attend: Callable[..., Array], q: Array, k: Array, v: Ar
 
 
 def by_mask(segments: Array | None, ends: Array | None, length: int) -> Callable[[Array, Array, Array], Array]:
-    return lambda q, k, v: masked_attention(q, k, v, visible_keys(segments, 0, length, ends))
+    return lambda q, k, v: masked_attention(q, *cached(k, v), visible_keys(segments, 0, length, ends))
+
+
+def cached(k: Array, v: Array) -> tuple[Array, Array]:
+    """Keys and values `[B,S,K,H]` as a cache has them."""
+    return k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
 
 
 def test_without_segments_a_query_sees_itself_and_all_before() -> None:
@@ -178,16 +182,8 @@ def test_eight_devices_equal_one(data: int, tensor: int) -> None:
 def test_a_query_that_sees_nothing_stays_finite() -> None:
     q, k, v = normal(0, 1, 2, 2, 4), normal(1, 1, 3, 1, 4), normal(2, 1, 3, 1, 4)
     visible = np.asarray([[[False, False, False], [True, False, True]]])
-    out = np.asarray(masked_attention(q, k, v, visible)).reshape(2, 2, 4)
+    out = np.asarray(masked_attention(q, *cached(k, v), visible)).reshape(2, 2, 4)
     np.testing.assert_allclose(out[0], np.tile(v[0, :, 0].mean(0), (2, 1)), rtol=1e-5)
-
-
-def test_masked_attention_in_blocks_of_queries_equals_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v, _ = operands(2, 23, 4, 2, 8)
-    visible = jnp.asarray(np.random.default_rng(0).random((2, 23, 23)) < 0.5)
-    whole = masked_attention(q, k, v, visible)
-    monkeypatch.setattr(module, "_MASKED_BLOCK", 5)
-    np.testing.assert_allclose(masked_attention(q, k, v, visible), whole, atol=1e-6)
 
 
 def test_runs_of_packed_segments_start_where_the_last_one_ends() -> None:
@@ -240,7 +236,7 @@ def right(q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
 
 def uncausal(q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
     everything = jnp.ones((1, q.shape[1], q.shape[1]), bool)
-    return masked_attention(q, k, v, everything).reshape(q.shape).astype(q.dtype)
+    return masked_attention(q, *cached(k, v), everything).reshape(q.shape).astype(q.dtype)
 
 
 def with_nan_gradients(q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
