@@ -15,7 +15,7 @@ import numpy as np
 
 from efx_jax.data.tokenizer import Tokenizer, encode_continuations
 from efx_jax.errors import InputError
-from efx_jax.evaluation.likelihood import target_log_probabilities
+from efx_jax.evaluation.likelihood import score_rows, target_log_probabilities
 from efx_jax.lora import Adapters
 from efx_jax.model.decoder import Params, from_bits, head_weight, hidden_states, to_bits
 from efx_jax.model.spec import ModelSpec
@@ -165,19 +165,21 @@ def tree_scores(
     compute_dtype: Any,
 ) -> Array:
     """Log-probabilities of the targets, float32 `[B,Q]`; only the places that predict one meet the head."""
-    hidden = hidden_states(
-        params,
-        batch["tokens"],
-        spec,
-        adapters,
-        masks,
-        positions=batch["positions"],
-        ends=batch["ends"],
-        compute_dtype=compute_dtype,
-        frozen=True,
-    )
-    chosen = jnp.take_along_axis(to_bits(hidden), batch["places"][:, :, None], axis=1)
-    states = from_bits(chosen, hidden.dtype)
-    return constrain(
-        target_log_probabilities(states, head_weight(params), batch["sources"], batch["targets"], compute_dtype)
-    )
+
+    def score(batch: dict[str, Array]) -> Array:
+        hidden = hidden_states(
+            params,
+            batch["tokens"],
+            spec,
+            adapters,
+            masks,
+            positions=batch["positions"],
+            ends=batch["ends"],
+            compute_dtype=compute_dtype,
+            frozen=True,
+        )
+        chosen = jnp.take_along_axis(to_bits(hidden), batch["places"][:, :, None], axis=1)
+        states = from_bits(chosen, hidden.dtype)
+        return target_log_probabilities(states, head_weight(params), batch["sources"], batch["targets"], compute_dtype)
+
+    return constrain(score_rows(score, batch, masks))

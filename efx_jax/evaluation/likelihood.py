@@ -1,15 +1,39 @@
 """Log-probabilities from hidden states without ever holding all logits of a batch."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from efx_jax.linear import contract
+from efx_jax.parallel.mesh import active_mesh
 
 Array = jax.Array
 
 _LOGITS_BYTES = 50 * 2**20
+# A CPU's caches hold the activations of so many: with SmolLM2-135M, 2,560 at once take 1.5 times as long.
+_CACHED_TOKENS = 640
+
+
+def score_rows(
+    score: Callable[[dict[str, Array]], Array], batch: dict[str, Array], masks: Mapping[str, Array] | None
+) -> Array:
+    """`score(batch)`; on one CPU a few rows at a time, as many as its caches hold.
+
+    Args:
+        score: from arrays `[B,...]` to an array `[B,...]`, every row by itself.
+        batch: `tokens` int `[B,T]` and other arrays `[B,...]`.
+        masks: those of the model, which would be applied to its weights again for every few rows; so they are not
+            parted.
+    """
+    rows, length = batch["tokens"].shape
+    if jax.default_backend() != "cpu" or active_mesh() is not None or masks is not None:
+        return score(batch)
+    few = max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * length <= _CACHED_TOKENS))
+    parts = {name: array.reshape(rows // few, few, *array.shape[1:]) for name, array in batch.items()}
+    found = jax.lax.map(score, parts)
+    return found.reshape(rows, *found.shape[2:])
 
 
 def target_log_probabilities(

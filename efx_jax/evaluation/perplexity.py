@@ -12,7 +12,7 @@ import numpy as np
 from efx_jax.data.batches import bucket_length, pad_batch
 from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import InputError
-from efx_jax.evaluation.likelihood import target_log_probabilities
+from efx_jax.evaluation.likelihood import score_rows, target_log_probabilities
 from efx_jax.evaluation.scores import Interval, interval, resample_counts
 from efx_jax.lora import Adapters
 from efx_jax.model.decoder import Params, head_weight, hidden_states
@@ -106,9 +106,14 @@ def _batch_nll(
     compute_dtype: Any,
 ) -> Array:
     """Sum of negative log-likelihoods of each row, nats `[B]`."""
-    hidden = hidden_states(params, batch["tokens"], spec, adapters, masks, compute_dtype=compute_dtype, frozen=True)
-    positions = hidden.reshape(-1, 1, spec.hidden_size)
-    targets = batch["targets"].reshape(-1, 1)
-    scores = target_log_probabilities(positions, head_weight(params), jnp.zeros_like(targets), targets, compute_dtype)
-    scores = scores.reshape(batch["weights"].shape)
-    return constrain(-jnp.sum(jnp.where(batch["weights"] > 0, scores * batch["weights"], 0.0), axis=1))
+
+    def nll(batch: dict[str, Array]) -> Array:
+        hidden = hidden_states(params, batch["tokens"], spec, adapters, masks, compute_dtype=compute_dtype, frozen=True)
+        positions = hidden.reshape(-1, 1, spec.hidden_size)
+        targets = batch["targets"].reshape(-1, 1)
+        sources = jnp.zeros_like(targets)
+        scores = target_log_probabilities(positions, head_weight(params), sources, targets, compute_dtype)
+        scores = scores.reshape(batch["weights"].shape)
+        return -jnp.sum(jnp.where(batch["weights"] > 0, scores * batch["weights"], 0.0), axis=1)
+
+    return constrain(score_rows(nll, batch, masks))
