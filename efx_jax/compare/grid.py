@@ -8,11 +8,11 @@ from pathlib import PurePath
 from typing import Any
 
 from efx_jax.compare.settings import Comparison, Settings
-from efx_jax.config import AtpConfig, Config, PruneConfig
+from efx_jax.config import Config
 from efx_jax.config_rules import validate
 from efx_jax.config_values import nearest, replace_values, setting_types
 from efx_jax.errors import InputError
-from efx_jax.training.run import FREE_SECTIONS
+from efx_jax.training.start import FREE_SECTIONS, unpruned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +123,7 @@ def _resolve(comparison: Comparison, method: str, schedule: str, varied: Setting
     values = {**varied, **comparison.methods[method], **comparison.schedules.get(schedule, {}), "seed": seed}
     config = replace_values(comparison.base, values)
     # Where nothing is pruned no other setting of it has a say: all of them are the same run.
-    plain = dataclasses.replace(config, prune=PruneConfig(sparsity=0.0), atp=AtpConfig())
-    return config if config.prune.sparsity else plain
+    return config if config.prune.sparsity else unpruned(config)
 
 
 def _value(config: Config, key: str) -> Any:

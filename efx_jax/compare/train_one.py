@@ -1,4 +1,4 @@
-"""`python -m efx_jax.compare.train_one CONFIG OUTPUT`: one run of a comparison, from its resolved settings."""
+"""`python -m efx_jax.compare.train_one CONFIG OUTPUT [TRUNK]`: one run of a comparison, from its resolved settings."""
 
 import sys
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ def main(argv: Sequence[str]) -> int:
     return exit_code(lambda: _train(*map(Path, argv)), "error")
 
 
-def _train(config: Path, output: Path) -> int:
-    return 0 if run(from_yaml(config.read_text(), str(config)), output) else INTERRUPTED
+def _train(config: Path, output: Path, trunk: Path | None = None) -> int:
+    return 0 if run(from_yaml(config.read_text(), str(config)), output, trunk=trunk) else INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ import sys
 import time
 from pathlib import Path
 
-from efx_jax.compare.grid import Cell, short_hash
+from efx_jax.compare.grid import Cell, run_name, short_hash
 from efx_jax.compare.process import call, last_words
 from efx_jax.compare.settings import Comparison
 from efx_jax.config_io import to_yaml
 from efx_jax.errors import InputError
 from efx_jax.files import atomic_write
 from efx_jax.training.run import refuse_other_run
+from efx_jax.training.start import unpruned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,9 @@ def finish(comparison: Comparison, cell: Cell, runs: Path) -> str:
         settings = runs / f"{cell.run}.yaml"
         atomic_write(settings, to_yaml(cell.config))
         _say(f"{cell.title}: training in {run}")
-        reason = _call("efx_jax.compare.train_one", [str(settings), str(run)], runs / f"{cell.run}.log")
+        trunk = runs / run_name(unpruned(cell.config))
+        paths = [settings, run, trunk] if is_finished(trunk) else [settings, run]
+        reason = _call("efx_jax.compare.train_one", [str(path) for path in paths], runs / f"{cell.run}.log")
         if reason:
             return reason
     for asked in measurements(comparison, cell):

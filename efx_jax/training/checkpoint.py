@@ -86,15 +86,16 @@ def save(
 
 
 def restore(
-    manager: ocp.CheckpointManager, fresh: RunState, mask_shapes: _Tree, origin: str
+    manager: ocp.CheckpointManager, fresh: RunState, mask_shapes: _Tree, origin: str, step: int | None = None
 ) -> tuple[RunState, bool, bool, dict[str, Any]] | None:
-    """Reads the latest checkpoint, onto whatever mesh `fresh` lies on.
+    """Reads a checkpoint, onto whatever mesh `fresh` lies on.
 
     Args:
         manager: from `open_checkpoints`.
         fresh: the run's state at step 0, which gives shapes, dtypes, shardings and the base.
         mask_shapes: `ShapeDtypeStruct` of every pruned linear's packed mask.
         origin: fingerprint of what is at hand.
+        step: of the checkpoint; None: the latest.
 
     Returns:
         (state, base_moved, waiting, notes), see `save`; or None without a checkpoint.
@@ -102,7 +103,7 @@ def restore(
     Raises:
         InputError: the checkpoint belongs to another base or other training data.
     """
-    step = manager.latest_step()
+    step = manager.latest_step() if step is None else step
     if step is None:
         return None
     meta = _meta(manager, step)

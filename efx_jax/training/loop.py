@@ -1,7 +1,6 @@
 """The training loop: update, event, checkpoint."""
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +26,9 @@ from efx_jax.training.interrupt import asked, interruptible, say_interrupted
 from efx_jax.training.journal import Journal
 from efx_jax.training.measure import measure
 from efx_jax.training.prepare import Prepared
-from efx_jax.training.schedule import Event, learning_rate, optimizer
+from efx_jax.training.schedule import Event, learning_rate, optimizer, prune_events
 from efx_jax.training.search import Search, end_search, fresh_units, masked_base, plan_search, search_step
+from efx_jax.training.start import take_over, tidy
 from efx_jax.training.state import RunState, fresh_state
 from efx_jax.training.step import Batch, StepOptions, jit_step, step_options, train_step
 from efx_jax.training.trace import tracing
@@ -74,8 +74,12 @@ def train(
     output: Path,
     journal: Journal,
     sinks: list[log.Sink],
+    trunk: Path | None,
 ) -> RunState | None:
-    """Trains from the last checkpoint, or from the start, to the last step; None if the user interrupted it."""
+    """Trains from the last checkpoint, or from the start, to the last step; None if the user interrupted it.
+
+    The start may be what `trunk` has learned, see `efx_jax.training.start`.
+    """
     adapter_key, prune_key, dropout_key = jax.random.split(jax.random.key(config.seed), 3)
     tx, rate = optimizer(config.train, steps), learning_rate(config.train, steps)
     packing = config.data.batching == "packing"
@@ -85,7 +89,12 @@ def train(
         return step_options(config, rows_per_pass(config, batch["tokens"].shape[1]), attention_path)
 
     search = plan_search(config, prepared, mesh, steps, events, tx, rate, dropout_key, options_of)
-    state = fresh_state(config, prepared.params, prepared.spec, mesh, tx, adapter_key, prune_key, max(1, len(events)))
+
+    def at_step_0(config: Config) -> RunState:
+        count = max(1, len(prune_events(config.prune, config.train, steps)))
+        return fresh_state(config, prepared.params, prepared.spec, mesh, tx, adapter_key, prune_key, count)
+
+    state = at_step_0(config)
     fresh = state = dataclasses.replace(state, units=fresh_units(search, mesh) if search else None)
     base_moved, waiting = False, False
     by_step = {event.step: event for event in events}
@@ -97,6 +106,9 @@ def train(
         origin = checkpoint.fingerprint(prepared.params, prepared.train)
         masks = placed_shapes(mesh, mask_shapes(prepared.params["layers"], config.prune.targets))
         restored = checkpoint.restore(manager, state, masks, origin)
+        is_new = restored is None
+        if is_new:
+            restored = take_over(trunk, config, at_step_0, min(by_step, default=steps), origin, output)
         if restored is not None:
             state, base_moved, waiting, notes = restored
             journal.take_up(notes)
@@ -105,7 +117,7 @@ def train(
                 journal.results["base"] = measure(config, prepared, prepared.params)
         start = int(state.train.step)
         if jax.process_index() == 0:
-            _tidy(output, start, steps, waiting)
+            tidy(output, start, steps, waiting)
         with _progress(start, steps) as bar, tracing(config.profile, output / "profile") as trace:
             pinned = (tree_shardings(mesh, state.train), NamedSharding(mesh, PartitionSpec()))
             loop = _Loop(
@@ -133,7 +145,7 @@ def train(
             if save_best and journal.best and journal.best.step == start:
                 # A run may have been killed between the two.
                 save_best(state, base_moved, waiting=False)
-            event = by_step.get(start) if waiting or restored is None else None
+            event = by_step.get(start) if waiting or is_new else None
             if event is not None and not waiting:
                 save(state, base_moved, waiting=True)
             sparsity = mask_sparsity(state.masks, state.params)
@@ -173,18 +185,6 @@ def train(
             best_manager.wait_until_finished()
             state = checkpoint.restore_best(best_manager, fresh, masks, origin, journal.best.step)
     return state
-
-
-def _tidy(output: Path, start: int, steps: int, waiting: bool) -> None:
-    """Removes what a run that goes on from step `start` writes again."""
-    log.cut_metrics(output / "metrics.jsonl", start)
-    # A model is evaluated after the event of its step.
-    log.cut_metrics(output / "evaluations.jsonl", start - waiting)
-    if start < steps:
-        # Whatever was exported before belongs to another training.
-        shutil.rmtree(output / "export", ignore_errors=True)
-    if start == 0 and not waiting:
-        shutil.rmtree(output / "event", ignore_errors=True)
 
 
 def _update(loop: _Loop, state: RunState, batch: _Batch, sparsity: float) -> tuple[RunState, _Batch]:

@@ -26,16 +26,14 @@ from efx_jax.training.plan import plan_text
 from efx_jax.training.prepare import Prepared, prepare
 from efx_jax.training.schedule import prune_events, total_steps
 from efx_jax.training.search import cut_out, cut_report
+from efx_jax.training.start import different_settings
 from efx_jax.training.state import RunState
 from efx_jax.training.summary import print_summary, write_summary
 from efx_jax.weights.hf import load_pretrained, save_pretrained
 from efx_jax.weights.sliced import save_sliced
 
-FREE_SECTIONS = ("mesh", "profile", "log")
-"""Settings that say where and how a run is computed, not what it is: they may change when it is resumed."""
 
-
-def run(config: Config, output: Path, dry_run: bool = False) -> dict[str, Any]:
+def run(config: Config, output: Path, dry_run: bool = False, trunk: Path | None = None) -> dict[str, Any]:
     """Trains, prunes, exports and measures; the same call again resumes, and prints the table of a finished run.
 
     Args:
@@ -43,6 +41,8 @@ def run(config: Config, output: Path, dry_run: bool = False) -> dict[str, Any]:
         output: the run's folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `export/`, `summary.json`. Several
             hosts need it on a disk that they share.
         dry_run: print the plan and write nothing.
+        trunk: folder of a finished run of the same settings that prunes nothing; what it has learned before this run's
+            first event need not be learned again.
 
     Returns:
         The summary, also written as `summary.json`; {} for a dry run or an interrupted one.
@@ -72,17 +72,17 @@ def run(config: Config, output: Path, dry_run: bool = False) -> dict[str, Any]:
             refuse_unwritable(output)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        return _run(config, output, mesh)
+        return _run(config, output, mesh, trunk)
 
 
-def _run(config: Config, output: Path, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def _run(config: Config, output: Path, mesh: jax.sharding.Mesh, trunk: Path | None) -> dict[str, Any]:
     journal = Journal({}, {}, 0)
     with journal.phase("load"):
         prepared = prepare(config, mesh)
     with together():
         log.check_sinks(config)
     with _own_folder(config, output):
-        return _work(config, output, mesh, prepared, journal)
+        return _work(config, output, mesh, prepared, journal, trunk)
 
 
 @contextlib.contextmanager
@@ -99,7 +99,7 @@ def _own_folder(config: Config, output: Path) -> Iterator[None]:
 
 
 def _work(
-    config: Config, output: Path, mesh: jax.sharding.Mesh, prepared: Prepared, journal: Journal
+    config: Config, output: Path, mesh: jax.sharding.Mesh, prepared: Prepared, journal: Journal, trunk: Path | None
 ) -> dict[str, Any]:
     """Trains, exports, measures; writes what `run` promises."""
     steps = total_steps(config.train, epoch_rows(config, prepared.train))
@@ -107,7 +107,7 @@ def _work(
     is_first = jax.process_index() == 0
     with together():
         sinks = log.open_sinks(config, output) if is_first else []
-    state = train(config, prepared, mesh, steps, events, output, journal, sinks)
+    state = train(config, prepared, mesh, steps, events, output, journal, sinks, trunk)
     if state is None:
         return {}
     with journal.phase("export"):
@@ -135,24 +135,12 @@ def refuse_other_run(config: Config, output: Path) -> None:
             raise InputError(f"{output}: is not an empty folder and holds no run; choose another --output")
         return
     found = from_yaml(path.read_text(), str(path))
-    differing = [
-        f"{section.name}.{field}"
-        for section in dataclasses.fields(Config)
-        if section.name not in FREE_SECTIONS
-        for field in _differing(getattr(found, section.name), getattr(config, section.name))
-    ]
+    differing = different_settings(found, config)
     if differing:
         raise InputError(
-            f"{output}: holds a run with other settings ({', '.join(name.rstrip('.') for name in differing)}); "
-            "choose another --output, or remove that folder"
+            f"{output}: holds a run with other settings ({', '.join(differing)}); choose another --output, or remove "
+            "that folder"
         )
-
-
-def _differing(first: Any, second: Any) -> list[str]:
-    if not dataclasses.is_dataclass(first):
-        return [""] if first != second else []
-    fields = [field.name for field in dataclasses.fields(first)]
-    return [name for name in fields if getattr(first, name) != getattr(second, name)]
 
 
 def _export(config: Config, state: RunState, prepared: Prepared, folder: Path) -> None:

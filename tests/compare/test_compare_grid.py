@@ -59,6 +59,19 @@ def test_every_cell_is_a_run_with_its_settings(done: Path, read: Read) -> None:
         assert config.prune.sparsity == entry["asked_sparsity"] == (0 if entry["method"] == "dense" else 0.5)
 
 
+def test_what_dense_lora_has_learned_before_the_event_is_not_learned_again(done: Path, read: Read) -> None:
+    """Its lines stand in the run's log, with its speed."""
+    lines = {}
+    for entry in read(done / "small" / "runs.json"):
+        lines[entry["method"], entry["schedule"], entry["seed"]] = (
+            done / "runs" / entry["run"] / "metrics.jsonl"
+        ).read_text()
+    for seed in (0, 1):
+        for method in ("wanda", "magnitude"):
+            assert lines[method, "post_hoc", seed] == lines["dense", "", seed] != ""
+            assert lines[method, "prune_first", seed] != lines["dense", "", seed]
+
+
 def test_a_cells_numbers_are_those_of_its_run_and_its_evaluations(done: Path, read: Read) -> None:
     for entry in read(done / "small" / "runs.json"):
         run, metrics = done / "runs" / entry["run"], entry["metrics"]

@@ -1,0 +1,103 @@
+"""Where a run starts: with what another has learned, or by writing again what it wrote after its checkpoint."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from efx_jax.config import AtpConfig, Config, PruneConfig
+from efx_jax.config_io import from_yaml
+from efx_jax.errors import InputError
+from efx_jax.files import atomic_write, meet
+from efx_jax.training import checkpoint, log
+from efx_jax.training.state import RunState
+
+FREE_SECTIONS = ("mesh", "profile", "log")
+"""Settings that say where and how a run is computed, not what it is: they may change when it is resumed."""
+
+
+def unpruned(config: Config) -> Config:
+    """The same training without pruning, where no setting of a method has a say."""
+    return dataclasses.replace(config, prune=PruneConfig(sparsity=0.0), atp=AtpConfig())
+
+
+def different_settings(first: Config, second: Config) -> list[str]:
+    """Names of the settings that make two runs different ones."""
+    return [
+        f"{section.name}.{field}".rstrip(".")
+        for section in dataclasses.fields(Config)
+        if section.name not in FREE_SECTIONS
+        for field in _differing(getattr(first, section.name), getattr(second, section.name))
+    ]
+
+
+def _differing(first: Any, second: Any) -> list[str]:
+    if not dataclasses.is_dataclass(first):
+        return [""] if first != second else []
+    fields = [field.name for field in dataclasses.fields(first)]
+    return [name for name in fields if getattr(first, name) != getattr(second, name)]
+
+
+def take_over(
+    trunk: Path | None,
+    config: Config,
+    at_step_0: Callable[[Config], RunState],
+    first_event: int,
+    origin: str,
+    output: Path,
+) -> tuple[RunState, bool, bool, dict[str, Any]] | None:
+    """The state and the notes after the updates that another run has done for this one, and its logs so far.
+
+    Until its first event a run is plain LoRA.
+
+    Args:
+        trunk: folder of a finished run of the same settings that prunes nothing, or None. Its latest checkpoint up to
+            the first event is taken.
+        config: the settings of the run that starts.
+        at_step_0: the state with which a run of such settings begins.
+        first_event: step of the run's first event.
+        origin: fingerprint of the base and the data at hand.
+        output: the run's folder.
+
+    Returns:
+        What `checkpoint.restore` returns; or None: there is nothing to take over. ATP searches from the first update
+        on, and the best model of before the event (`eval.best`) would not be one of this run.
+
+    Raises:
+        InputError: the trunk is another training.
+    """
+    if trunk is None or config.prune.score == "atp" or config.eval.best:
+        return None
+    other = from_yaml((trunk / "config.yaml").read_text(), str(trunk))
+    differing = different_settings(unpruned(other), unpruned(config))
+    if differing or other.prune.sparsity:
+        found = ", ".join(differing or ["prune.sparsity"])
+        raise InputError(f"{trunk}: is not this training without pruning ({found}); leave it out")
+    with checkpoint.open_checkpoints(trunk / "checkpoints", config.train.keep) as manager:
+        step = max((step for step in manager.all_steps() if step <= first_event), default=0)
+        found = checkpoint.restore(manager, at_step_0(other), {}, origin, step) if step else None
+    if found is None:
+        return None
+    if jax.process_index() == 0:
+        # A model is evaluated after the event of its step.
+        for name, last in (("metrics.jsonl", step), ("evaluations.jsonl", step - (step == first_event))):
+            if (trunk / name).exists():
+                atomic_write(output / name, (trunk / name).read_text())
+                log.cut_metrics(output / name, last)
+    meet()
+    return dataclasses.replace(at_step_0(config), train=found[0].train), False, False, found[3]
+
+
+def tidy(output: Path, start: int, steps: int, waiting: bool) -> None:
+    """Removes what a run that goes on from step `start` writes again."""
+    log.cut_metrics(output / "metrics.jsonl", start)
+    # A model is evaluated after the event of its step.
+    log.cut_metrics(output / "evaluations.jsonl", start - waiting)
+    if start < steps:
+        # Whatever was exported before belongs to another training.
+        shutil.rmtree(output / "export", ignore_errors=True)
+    if start == 0 and not waiting:
+        shutil.rmtree(output / "event", ignore_errors=True)
