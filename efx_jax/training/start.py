@@ -74,8 +74,8 @@ def take_over(
     other = from_yaml((trunk / "config.yaml").read_text(), str(trunk))
     differing = different_settings(unpruned(other), unpruned(config))
     if differing or other.prune.sparsity:
-        found = ", ".join(differing or ["prune.sparsity"])
-        raise InputError(f"{trunk}: is not this training without pruning ({found}); leave it out")
+        names = ", ".join(differing or ["prune.sparsity"])
+        raise InputError(f"{trunk}: is not this training without pruning ({names}); leave it out")
     with checkpoint.open_checkpoints(trunk / "checkpoints", config.train.keep) as manager:
         step = max((step for step in manager.all_steps() if step <= first_event), default=0)
         found = checkpoint.restore(manager, at_step_0(other), {}, origin, step) if step else None
