@@ -12,7 +12,7 @@ A mistake in the input is one line on stderr and exit code 2.
 import argparse
 import sys
 
-from efx_jax.errors import InputError, OneLineParser
+from efx_jax.errors import OneLineParser, exit_code
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,11 +38,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     options = parser().parse_args(arguments)
-    try:
-        return run(options)
-    except InputError as error:
-        print(f"convert_weights.py: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: run(options), "convert_weights.py")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -48,12 +48,13 @@ def positive_number(text: str) -> int:
     return whole_number(text, 1)
 
 
-def exit_code(work: Callable[[], int], speaker: str) -> int:
-    """Runs a command that can be given again to go on; what the user can mend is told in one line on stderr.
+def exit_code(work: Callable[[], int], speaker: str, farewell: str = "") -> int:
+    """Runs a command that can be given again; what the user can mend is told in one line on stderr.
 
     Args:
         work: the command; returns its exit code.
         speaker: the first word of that line, before a colon.
+        farewell: the line after Ctrl-C, or "".
 
     Returns:
         What `work` returns; 2 for bad input or a full disk, 130 after Ctrl-C.
@@ -65,8 +66,10 @@ def exit_code(work: Callable[[], int], speaker: str) -> int:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        complaint = f"{error.filename or 'the output'}: the disk is full; make room, then run it again to go on"
+        complaint = f"{error.filename or 'the output'}: the disk is full; make room, then run it again"
     except KeyboardInterrupt:
+        if farewell:
+            print(farewell, file=sys.stderr)
         return INTERRUPTED
     print(f"{speaker}: {complaint}", file=sys.stderr)
     return 2

@@ -18,7 +18,7 @@ Finish = Callable[[BaseException], int]
 
 
 def ends_with(error: BaseException) -> Callable[..., NoReturn]:
-    def work(*_: object) -> NoReturn:
+    def work(*_: object, **__: object) -> NoReturn:
         raise error
 
     return work
@@ -42,7 +42,7 @@ def finish(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 def test_a_training_on_a_full_disk_says_so_in_one_line(finish: Finish, capsys: pytest.CaptureFixture[str]) -> None:
     assert finish(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/metrics.jsonl")) == 2
     said = capsys.readouterr().err
-    assert said.endswith(": out/metrics.jsonl: the disk is full; make room, then run it again to go on\n")
+    assert said.endswith(": out/metrics.jsonl: the disk is full; make room, then run it again\n")
     assert said.count("\n") == 1
 
 

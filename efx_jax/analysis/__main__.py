@@ -14,7 +14,7 @@ from efx_jax.analysis.canvas import require_matplotlib
 from efx_jax.analysis.figures import draw_overlaps, draw_score_errors
 from efx_jax.analysis.runs import Run, choose_steps, load_base, open_run, run_adapters, training_rows
 from efx_jax.analysis.tables import overlap_table, score_error_table
-from efx_jax.errors import INTERRUPTED, InputError, OneLineParser, positive_number, short_warnings, whole_number
+from efx_jax.errors import InputError, OneLineParser, exit_code, positive_number, short_warnings, whole_number
 from efx_jax.files import atomic_write, refuse_unwritable
 from efx_jax.pruning.selection import selection_counts
 
@@ -24,21 +24,18 @@ ANALYSES = ("score_error", "mask_overlap")
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code: 2 for bad input, told in one line on stderr, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
-    try:
-        with short_warnings():
-            output = Path(arguments.output)
-            refuse_unwritable(output)
-            _check(arguments)
-            runs = _open_all(arguments.runs)
-            steps = [choose_steps(run, tuple(arguments.steps)) for run in runs]
-            for run, chosen in zip(runs, steps, strict=True):
-                _analyse(run, chosen, arguments, output / _name(run))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; of the run at hand nothing is written", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(lambda: _run(arguments), "error", "interrupted; of the run at hand nothing is written")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    with short_warnings():
+        output = Path(arguments.output)
+        refuse_unwritable(output)
+        _check(arguments)
+        runs = _open_all(arguments.runs)
+        steps = [choose_steps(run, tuple(arguments.steps)) for run in runs]
+        for run, chosen in zip(runs, steps, strict=True):
+            _analyse(run, chosen, arguments, output / _name(run))
     return 0
 
 

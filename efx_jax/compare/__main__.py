@@ -12,29 +12,26 @@ from efx_jax.compare.records import Record, read_record
 from efx_jax.compare.settings import Comparison, read_comparison
 from efx_jax.compare.table import write_tables
 from efx_jax.compare.work import finish
-from efx_jax.errors import INTERRUPTED, InputError, OneLineParser
+from efx_jax.errors import OneLineParser, exit_code
 from efx_jax.files import refuse_unwritable
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code: 1 if a run has failed, 2 for bad input, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
-    try:
-        comparison = read_comparison(Path(arguments.config))
-        cells = list_cells(comparison)
-        chosen = choose_cells(cells, arguments.only)
-        output = Path(arguments.output)
-        if arguments.dry_run:
-            print("\n".join(plan_lines(comparison, chosen, output / "runs")))
-            return 0
-        refuse_unwritable(output)
-        return _work(comparison, cells, chosen, output)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(lambda: _run(arguments), "error", "interrupted; the same command goes on from there")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    comparison = read_comparison(Path(arguments.config))
+    cells = list_cells(comparison)
+    chosen = choose_cells(cells, arguments.only)
+    output = Path(arguments.output)
+    if arguments.dry_run:
+        print("\n".join(plan_lines(comparison, chosen, output / "runs")))
+        return 0
+    refuse_unwritable(output)
+    return _work(comparison, cells, chosen, output)
 
 
 def _work(comparison: Comparison, cells: Sequence[Cell], chosen: Sequence[Cell], output: Path) -> int:

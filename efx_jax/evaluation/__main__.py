@@ -14,7 +14,7 @@ from efx_jax.config_io import load_config
 from efx_jax.data.tasks import Task, held_out_sources, load_tasks, load_text
 from efx_jax.data.tokenizer import Tokenizer, check_vocabulary
 from efx_jax.data.tokens import Tokenized, text_windows
-from efx_jax.errors import INTERRUPTED, InputError, OneLineParser, positive_number, short_warnings, whole_number
+from efx_jax.errors import InputError, OneLineParser, exit_code, positive_number, short_warnings, whole_number
 from efx_jax.evaluation.perplexity import Perplexity, perplexity
 from efx_jax.evaluation.protocols import Record, check_protocol, describe_task, evaluate_task
 from efx_jax.evaluation.relative import Records, Results, check_pairs, check_ratios, read_evaluation, relative
@@ -49,15 +49,15 @@ class _Work:
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code: 2 for bad input, told in one line on stderr, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
+    return exit_code(lambda: _run(arguments), "error", "interrupted; nothing is written")
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         with short_warnings():
             _evaluate(arguments, _prepare(arguments))
     except InputError as error:
-        print(f"error: {_SETTING.sub(_flag, str(error))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing is written", file=sys.stderr)
-        return INTERRUPTED
+        raise InputError(_SETTING.sub(_flag, str(error))) from error
     return 0
 
 
