@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from efx_jax.errors import InputError, is_disk_full
 
@@ -37,12 +38,29 @@ def meet(value: int = 0) -> list[int]:
     """
     if jax.process_count() == 1:
         return [value]
-    from jax.experimental import multihost_utils
-
-    told = [int(number) for number in multihost_utils.process_allgather(np.int32(value))]
+    told = _gather(value)
     failed = [process for process, number in enumerate(told) if number < 0]
     if failed and value >= 0:
         raise OtherProcessError(f"process {failed[0]} has failed, so this one stops; its own message says why")
+    return told
+
+
+def _gather(value: int) -> list[int]:
+    """The value of every process, once all devices of this one have it.
+
+    `multihost_utils.process_allgather` returns with the first device's answer: a process that ends then leaves those of
+    its other devices halfway, and both hosts wait for ever.
+    """
+    devices = np.array(jax.devices()).reshape(jax.process_count(), jax.local_device_count())
+    mesh = jax.sharding.Mesh(devices, ("process", "device"))
+    apart = NamedSharding(mesh, PartitionSpec("process"))
+    own = jax.make_array_from_process_local_data(apart, np.array([value], np.int32))
+    gathered = jax.jit(_identity, out_shardings=NamedSharding(mesh, PartitionSpec()))(own)
+    told: list[int] = np.asarray(gathered.block_until_ready()).tolist()
+    return told
+
+
+def _identity(told: jax.Array) -> jax.Array:
     return told
 
 
