@@ -108,7 +108,7 @@ def train(
         restored = checkpoint.restore(manager, state, masks, origin)
         is_new = restored is None
         if is_new:
-            restored = take_over(trunk, config, at_step_0, min(by_step, default=steps), origin, output)
+            restored = take_over(trunk, config, fresh, at_step_0, min(by_step, default=steps), origin, output)
         if restored is not None:
             state, base_moved, waiting, notes = restored
             journal.take_up(notes)

@@ -44,6 +44,7 @@ def _differing(first: Any, second: Any) -> list[str]:
 def take_over(
     trunk: Path | None,
     config: Config,
+    fresh: RunState,
     at_step_0: Callable[[Config], RunState],
     first_event: int,
     origin: str,
@@ -57,7 +58,8 @@ def take_over(
         trunk: folder of a finished run of the same settings that prunes nothing, or None. Its latest checkpoint up to
             the first event is taken.
         config: the settings of the run that starts.
-        at_step_0: the state with which a run of such settings begins.
+        fresh: the state with which it would begin.
+        at_step_0: the same of a run of other settings.
         first_event: step of the run's first event.
         origin: fingerprint of the base and the data at hand.
         output: the run's folder.
@@ -88,7 +90,7 @@ def take_over(
                 atomic_write(output / name, (trunk / name).read_text())
                 log.cut_metrics(output / name, last)
     meet()
-    return dataclasses.replace(at_step_0(config), train=found[0].train), False, False, found[3]
+    return dataclasses.replace(fresh, train=found[0].train), False, False, found[3]
 
 
 def tidy(output: Path, start: int, steps: int, waiting: bool) -> None:
