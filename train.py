@@ -9,7 +9,7 @@ import tyro
 
 from efx_jax.config import Config
 from efx_jax.config_io import resolve
-from efx_jax.errors import INTERRUPTED, exit_code, short_warnings
+from efx_jax.errors import INTERRUPTED, exit_code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,7 @@ def _train(argv: Sequence[str]) -> int:
     # Imported here: whoever mistypes a flag should not wait for jax.
     from efx_jax.training.run import run
 
-    with short_warnings():
-        summary = run(resolved.config, resolved.output, resolved.dry_run)
+    summary = run(resolved.config, resolved.output, resolved.dry_run)
     return 0 if summary or resolved.dry_run else INTERRUPTED
 
 

@@ -1,4 +1,4 @@
-"""How a command ends: a user's mistake and a full disk are told in one line on stderr, with exit code 2."""
+"""How a command speaks and ends: a warning is one line on stderr, and so is a user's mistake, with exit code 2."""
 
 import argparse
 import contextlib
@@ -49,7 +49,7 @@ def positive_number(text: str) -> int:
 
 
 def exit_code(work: Callable[[], int], speaker: str, farewell: str = "") -> int:
-    """Runs a command that can be given again; what the user can mend is told in one line on stderr.
+    """Runs a command that can be given again; what the user can mend is told in one line on stderr, as are warnings.
 
     Args:
         work: the command; returns its exit code.
@@ -60,7 +60,8 @@ def exit_code(work: Callable[[], int], speaker: str, farewell: str = "") -> int:
         What `work` returns; 2 for bad input or a full disk, 130 after Ctrl-C.
     """
     try:
-        return work()
+        with _short_warnings():
+            return work()
     except InputError as error:
         complaint = " ".join(str(error).split())
     except OSError as error:
@@ -83,7 +84,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def short_warnings() -> Iterator[None]:
+def _short_warnings() -> Iterator[None]:
     """Within it a warning of this package is printed as one line, without its place in the source."""
     standard = warnings.formatwarning
 

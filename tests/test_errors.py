@@ -2,6 +2,7 @@
 
 import errno
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -62,3 +63,17 @@ def test_bad_input_is_one_line_by_whoever_speaks(capsys: pytest.CaptureFixture[s
 
 def test_work_that_comes_to_its_end_says_how_itself() -> None:
     assert [exit_code(lambda code=code: code, "error") for code in (0, 130)] == [0, 130]
+
+
+def test_a_warning_of_ours_is_one_line_without_its_place_in_the_source() -> None:
+    shown = []
+
+    def work() -> int:
+        for file in ("site/efx_jax/data/sources.py", "site/other/module.py"):
+            shown.append(warnings.formatwarning("2 rows are left out", UserWarning, file, 3))
+        return 0
+
+    before = warnings.formatwarning
+    assert exit_code(work, "error") == 0
+    assert shown[0] == "warning: 2 rows are left out\n" and "module.py:3" in shown[1]
+    assert warnings.formatwarning is before

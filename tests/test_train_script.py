@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,21 +132,6 @@ def test_a_row_without_a_response_is_named(rows: Path, refusal: Say) -> None:
 def test_a_root_that_is_no_folder_is_named_in_a_dry_run_too(refusal: Say) -> None:
     for more in ([], ["--dry-run"]):
         assert "data.root: no folder /no/such/place" in refusal("--data.root", "/no/such/place", *more)
-
-
-def test_a_warning_of_ours_is_one_line_without_its_place_in_the_source(monkeypatch) -> None:
-    shown = []
-
-    def plan(*arguments: object) -> dict[str, Any]:
-        for file in ("site/efx_jax/data/sources.py", "site/other/module.py"):
-            shown.append(warnings.formatwarning("2 rows are left out", UserWarning, file, 3))
-        return {}
-
-    monkeypatch.setattr("efx_jax.training.run.run", plan)
-    before = warnings.formatwarning
-    assert train.main(["--dry-run"]) == 0
-    assert shown[0] == "warning: 2 rows are left out\n" and "module.py:3" in shown[1]
-    assert warnings.formatwarning is before
 
 
 def test_an_empty_data_set_is_refused(rows: Path, refusal: Say) -> None:

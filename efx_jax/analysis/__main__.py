@@ -14,7 +14,7 @@ from efx_jax.analysis.canvas import require_matplotlib
 from efx_jax.analysis.figures import draw_overlaps, draw_score_errors
 from efx_jax.analysis.runs import Run, choose_steps, load_base, open_run, run_adapters, training_rows
 from efx_jax.analysis.tables import overlap_table, score_error_table
-from efx_jax.errors import InputError, OneLineParser, exit_code, positive_number, short_warnings, whole_number
+from efx_jax.errors import InputError, OneLineParser, exit_code, positive_number, whole_number
 from efx_jax.files import atomic_write, refuse_unwritable
 from efx_jax.pruning.selection import selection_counts
 
@@ -28,14 +28,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    with short_warnings():
-        output = Path(arguments.output)
-        refuse_unwritable(output)
-        _check(arguments)
-        runs = _open_all(arguments.runs)
-        steps = [choose_steps(run, tuple(arguments.steps)) for run in runs]
-        for run, chosen in zip(runs, steps, strict=True):
-            _analyse(run, chosen, arguments, output / _name(run))
+    output = Path(arguments.output)
+    refuse_unwritable(output)
+    _check(arguments)
+    runs = _open_all(arguments.runs)
+    steps = [choose_steps(run, tuple(arguments.steps)) for run in runs]
+    for run, chosen in zip(runs, steps, strict=True):
+        _analyse(run, chosen, arguments, output / _name(run))
     return 0
 
 

@@ -14,7 +14,7 @@ from efx_jax.config_io import load_config
 from efx_jax.data.tasks import Task, held_out_sources, load_tasks, load_text
 from efx_jax.data.tokenizer import Tokenizer, check_vocabulary
 from efx_jax.data.tokens import Tokenized, text_windows
-from efx_jax.errors import InputError, OneLineParser, exit_code, positive_number, short_warnings, whole_number
+from efx_jax.errors import InputError, OneLineParser, exit_code, positive_number, whole_number
 from efx_jax.evaluation.perplexity import Perplexity, perplexity
 from efx_jax.evaluation.protocols import Record, check_protocol, describe_task, evaluate_task
 from efx_jax.evaluation.relative import Records, Results, check_pairs, check_ratios, read_evaluation, relative
@@ -54,8 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
-        with short_warnings():
-            _evaluate(arguments, _prepare(arguments))
+        _evaluate(arguments, _prepare(arguments))
     except InputError as error:
         raise InputError(_SETTING.sub(_flag, str(error))) from error
     return 0
