@@ -21,7 +21,12 @@ evaluate: {texts: {general: wikitext}}
 reference: dense
 """
 Write = Callable[[str], Path]
-SHIPPED = sorted([*config_folder().glob("compare_*.yaml"), *(config_folder() / "ablations").glob("*.yaml")])
+SHIPPED = sorted(
+    path
+    for folder in (".", "ablations", "rivals")
+    for path in (config_folder() / folder).glob("*.yaml")
+    if "methods:" in path.read_text()
+)
 
 
 @pytest.fixture
@@ -165,10 +170,13 @@ def test_every_cell_of_the_shipped_comparisons_is_possible(path: Path) -> None:
     assert len({dataclasses.replace(cell.config.train) for cell in cells}) == 1
 
 
-def test_the_ablations_share_their_runs_with_the_health_comparison() -> None:
+def test_the_ablations_share_their_runs_with_the_comparisons() -> None:
+    """Dense LoRA, the paper's method and Wanda are trained once."""
     runs = {path.stem: {cell.run for cell in list_cells(read_comparison(path))} for path in SHIPPED}
-    for name in ("sparsity", "rank", "ema", "domains"):
-        assert runs[name] & runs["compare_health"], name
+    assert len(runs["sparsity"] & runs["schedules"]) == 4
+    assert len(runs["rank"] & runs["schedules"]) == 2
+    assert len(runs["ema"] & runs["schedules"]) == 5
+    assert len(runs["domains"] & runs["compare_health"]) == 6
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
