@@ -145,9 +145,12 @@ def _json_rows(stream: TextIO, path: pathlib.Path) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            # Without its end: a message would count from there.
+            row = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
-            raise InputError(f"{path} line {number}: not JSON ({error.msg} at column {error.colno})") from error
+            raise InputError(f"{path} line {number}: not JSON ({_fault(error)}); repair it") from error
+        except (RecursionError, ValueError) as error:
+            raise InputError(f"{path} line {number}: JSON that cannot be read ({error}); repair the row") from error
         yield _require_object(row, f"{path} line {number}")
 
 
@@ -155,7 +158,11 @@ def _json_array(stream: TextIO, path: pathlib.Path) -> Iterator[dict[str, Any]]:
     try:
         rows = json.load(stream)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path} line {error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
+        raise InputError(f"{path} line {error.lineno}: not JSON ({_fault(error)}); repair it") from error
+    except UnicodeDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"{path}: JSON that cannot be read ({error}); repair the file") from error
     for number, row in enumerate(rows, start=1):
         yield _require_object(row, f"{path} row {number}")
 
@@ -211,6 +218,10 @@ def _corpus_rows(corpus: Corpus, root: str) -> list[dict[str, Any]]:
 def _hub_rows(source: str) -> list[dict[str, Any]]:
     name, *rest = source.split(":")
     return read_hub(HubTable(name, rest[0] if len(rest) > 1 else "", rest[-1] if rest else "train"))
+
+
+def _fault(error: json.JSONDecodeError) -> str:
+    return f"{error.msg.removesuffix(' starting at')} at column {error.colno}"
 
 
 def _one_line(error: Exception) -> str:

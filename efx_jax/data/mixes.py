@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -77,7 +78,8 @@ def naming(mix: Mix, part: Part) -> Iterator[None]:
     except InputError as error:
         if mix.name == part.name:  # a task of the paper by itself
             raise
-        raise type(error)(f"{mix.name}: tasks.{part.name}: {error}") from error
+        message = re.sub(r"\bdata\.(template|context|new_tokens)\b", rf"tasks.{part.name}.\1", str(error))
+        raise type(error)(f"{mix.name}: tasks.{part.name}: {message}") from error
 
 
 def mix_names() -> list[str]:

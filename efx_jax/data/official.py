@@ -9,7 +9,7 @@ from efx_jax.data.hub import HubTable, read_hub
 from efx_jax.data.overlap import fingerprint
 from efx_jax.data.prompts import Example, Side, write_fields
 from efx_jax.data.records import Record
-from efx_jax.errors import InputError
+from efx_jax.errors import InputError, MissingInputError
 
 _LABEL_TOKENS = 10  # the authors' own limit
 
@@ -79,7 +79,7 @@ def load_official(task: Official, split: str, root: str) -> list[Example]:
         records = part.parse(read_hub(part.hub), f"{part.hub.name} {part.hub.split}")
     else:
         expected = " and ".join(" or ".join(names) for names in part.files)
-        raise InputError(
+        raise MissingInputError(
             f"{task.name}: no folder {' or '.join(task.folders)} under {root or 'data.root, which is not set'}; "
             f"expected {expected} in it, and no public table has this split; {task.source}"
         )
@@ -92,7 +92,7 @@ def _find(task: Official, folder: pathlib.Path, names: Sequence[str]) -> pathlib
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise InputError(f"{task.name}: expected {' or '.join(names)} in {folder}, found none; {task.source}")
+    raise MissingInputError(f"{task.name}: expected {' or '.join(names)} in {folder}, found none; {task.source}")
 
 
 def _example(task: Official, record: Record) -> Example:

@@ -6,12 +6,18 @@ from collections.abc import Iterable, Sequence
 
 from efx_jax.data.prompts import Example
 
-_INSIGNIFICANT = re.compile(r"[\W_]+")
+# Not the signs <, >, =, + and ~, nor what \W has too, the vowel signs of many scripts.
+_INSIGNIFICANT = re.compile(r"[\s!-*,-/:;?@\[-`{-}\u00a1\u00ab\u00b7\u00bb\u00bf\u2000-\u206f\u3000-\u303f]+")
+_DECIMAL_POINT = re.compile(r"(?<=\d)\.(?=\d)")
 
 
 def fingerprint(*texts: str) -> str:
-    """A short name of some texts that does not depend on case, punctuation and blanks, unless there is nothing else."""
-    normal = [_INSIGNIFICANT.sub("", text.casefold()) or text for text in texts]
+    """A short name of some texts that does not depend on case, punctuation and blanks, unless there is nothing else.
+
+    Signs of comparison, plus signs and decimal points count: they tell questions on doses and formulas apart.
+    """
+    pointed = [_DECIMAL_POINT.sub("~", text.casefold()) for text in texts]
+    normal = [_INSIGNIFICANT.sub("", text) or text for text in pointed]
     return hashlib.blake2b("\n".join(normal).encode(), digest_size=12).hexdigest()
 
 

@@ -1,10 +1,12 @@
 """Rows of a data set -> examples: a prompt that is given and a response that is learned."""
 
 import dataclasses
+import math
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from efx_jax.config_values import nearest
 from efx_jax.data.tokenizer import Tokenizer
 from efx_jax.errors import InputError
 
@@ -118,7 +120,8 @@ def apply_format(examples: Sequence[Example], style: Format, tokenizer: Tokenize
         examples: examples with bare prompts.
         style: "plain" (no frame but the instruction above and "Answer:" below, for examples that have an instruction),
             "alpaca" (the Alpaca instruction frame of the paper's appendix H) or "chat" (one user turn in the
-            tokenizer's chat template, up to where the assistant starts).
+            tokenizer's chat template, up to where the assistant starts; where the template can think, as Qwen3's, it
+            does not).
         tokenizer: needed for "chat".
 
     Returns:
@@ -160,7 +163,9 @@ def _frame(body: str, instruction: str, style: Format, tokenizer: Tokenizer | No
     if tokenizer is None or not tokenizer.chat_template:
         raise InputError("data.format chat: the tokenizer has no chat template; expected one; use plain or alpaca")
     turns = [{"role": "user", "content": asked + body}]
-    framed = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    framed = str(
+        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    )
     before, found, after = framed.partition(asked + body)
     if not found:
         raise InputError(
@@ -212,12 +217,16 @@ def _fill(part: str, row: Mapping[str, Any], where: str, context: str = "") -> t
 
 def _column(row: Mapping[str, Any], name: str, where: str) -> str:
     if name not in row:
-        raise InputError(f"{where}: no column {name!r}; found {', '.join(map(str, row))}; set data.template")
+        columns = [str(column) for column in row]
+        raise InputError(
+            f"{where}: no column {name!r}; the nearest is {nearest(name, columns)}; found {', '.join(columns)}; set "
+            "data.template"
+        )
     value = row[name]
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         raise InputError(f"{where}: column {name!r} is empty; expected text; remove or complete the row")
-    if isinstance(value, list | dict):
-        raise InputError(f"{where}: column {name!r} holds a {type(value).__name__}; expected text; flatten the column")
+    if isinstance(value, list | dict | bytes):
+        raise InputError(f"{where}: column {name!r} holds a {type(value).__name__}; expected text; convert the column")
     text = str(value)
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise InputError(f"{where}: column {name!r} holds half of a surrogate pair; expected valid Unicode; repair it")

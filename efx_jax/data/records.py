@@ -86,11 +86,12 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"{path} line {error.lineno}: not JSON ({error.msg} at column {error.colno}); is the file complete?"
-        ) from error
+        fault = f"{error.msg.removesuffix(' starting at')} at column {error.colno}"
+        raise InputError(f"{path} line {error.lineno}: not JSON ({fault}); is the file complete?") from error
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: not readable as UTF-8 text: {error}; fetch the file again") from error
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"{path}: JSON that cannot be read ({error}); fetch the file again") from error
     return require_object(tree, str(path))
 
 

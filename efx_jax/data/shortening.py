@@ -90,10 +90,11 @@ def shorten(
         searches = _finish([_begin(examples[row], max_length - reserves[row]) for row in chunk], tokenizer)
         for row, search in zip(chunk, searches, strict=True):
             if search.fits < 0:
+                needed = len(encode_prompts([_cut(search.example, 0).prompt], tokenizer)[0])
                 raise InputError(
-                    f"{search.example.origin or f'example {row + 1}'}: the prompt has more than {search.budget} tokens "
-                    f"even without its context; expected room for {reserves[row]} more within data.max_length "
-                    f"{max_length}; shorten the prompt or raise data.max_length"
+                    f"{search.example.origin or f'example {row + 1}'}: the prompt has {needed} tokens even without its "
+                    f"context; expected room for {reserves[row]} more within data.max_length {max_length}; shorten the "
+                    f"prompt or raise data.max_length to {needed + reserves[row]}"
                 )
             if search.fits < len(search.lengths) - 1:
                 shortened[row] = _cut(search.example, search.lengths[search.fits])

@@ -6,7 +6,7 @@ import pathlib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,10 @@ from efx_jax.data.icd10 import icd10_task
 from efx_jax.data.mixes import Mix, Part, mix_names, naming
 from efx_jax.data.official import load_official
 from efx_jax.data.overlap import fingerprint, without_shared
+from efx_jax.data.own_answers import MOST_LABELS, warn_of_slips, warn_of_unasked
 from efx_jax.data.prompts import Example, examples_from_rows
 from efx_jax.data.sampling import draw, equal_quotas
 from efx_jax.errors import InputError
-
-MOST_LABELS = 100  # more different answers than that are free text
 
 # For each of the 21 chapters 150 questions and 50 texts of about 50 tokens: what the smallest chapter has, with some to
 # spare.
@@ -80,13 +79,16 @@ def icd10_training(seed: int) -> list[Example]:
     return data.train + [Example("", text, f"icd10 text {number}") for number, text in enumerate(texts, start=1)]
 
 
-def draw_mix(mix: Mix, config: DataConfig, tested: Sequence[Example]) -> tuple[list[Example], dict[str, Any]]:
+def draw_mix(
+    mix: Mix, config: DataConfig, tested: Sequence[Example], labels: Mapping[str, Sequence[str]]
+) -> tuple[list[Example], dict[str, Any]]:
     """The training rows of every part of a mix, without those that a test row shares.
 
     Args:
         mix: the mix.
         config: gives `root`.
         tested: all test rows of the run.
+        labels: by name of a task that is scored, the answers to choose from.
 
     Returns:
         The rows, part after part, and counts: {"tasks": {name: {asked, found, shared, drawn, repeated, labels}}}.
@@ -102,6 +104,10 @@ def draw_mix(mix: Mix, config: DataConfig, tested: Sequence[Example]) -> tuple[l
     for place, part in enumerate(learned):
         with naming(mix, part):
             examples = _read_part(part, config)
+            if part.name in labels:
+                warn_of_unasked(examples, labels[part.name], part.name)
+            elif part.train and not part.new_tokens:
+                warn_of_slips(examples)
             kept, shared = leave_out_shared(examples, tested, part.name)
             drawn, counted = draw(kept, _quotas(part, kept), part.upsample, mix.seed + place, part.name)
         train += drawn

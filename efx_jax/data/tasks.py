@@ -12,12 +12,12 @@ from efx_jax.data.catalogue import OFFICIAL
 from efx_jax.data.corpora import load_rows
 from efx_jax.data.icd10 import icd10_task
 from efx_jax.data.mixes import Mix, Part, find_mix, naming
-from efx_jax.data.official import load_official
+from efx_jax.data.official import Official, load_official
+from efx_jax.data.own_answers import distinct_answers, warn_of_unasked
 from efx_jax.data.prompts import Example, apply_format, examples_from_rows, plain_text
 from efx_jax.data.sampling import sample_rows
 from efx_jax.data.shortening import shorten, shorten_training
 from efx_jax.data.sources import (
-    MOST_LABELS,
     data_root,
     draw_mix,
     hold_out,
@@ -32,9 +32,6 @@ from efx_jax.errors import InputError
 # For each of the 21 chapters 40 test questions: what the smallest chapter has, with some questions to spare.
 _ICD10_TEST_ROWS = 840
 _SHORT_ANSWER = 10
-# Of more than a handful of responses, so many different ones are free text.
-_FEW_LABELS = 10
-_ALL_DIFFERENT = 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +94,7 @@ def load_data(config: DataConfig, seed: int, tokenizer: Tokenizer | None = None,
     mix = find_mix(config.train)
     tests, text_source = held_out_sources(config)
     bare = _read_tasks(tests, config)
-    train, counts = _read_training(mix, config, seed, bare)
+    train, counts = _read_training(mix, config, seed, bare, tests)
     train, held_out = (train, []) if text_source else hold_out(train, config.holdout, seed)
     text = load_text(text_source, config) if text_source else plain_text(held_out)
     train = apply_format(train, config.format, tokenizer)
@@ -161,7 +158,8 @@ def load_tasks(
     """Held-out questions in the configured format, and the answers to choose from.
 
     Args:
-        names: the paper's tasks, mixes (all of their tasks), files, Hub names, or "icd10".
+        names: the paper's tasks (of another split than "test" as `casehold:validation`), mixes (all of their tasks),
+            files, Hub names, or "icd10".
         config: gives `root`, `template`, `context`, `new_tokens`, `format` and `max_length`.
         tokenizer: needed for `format: chat`, and to shorten prompts so that the answer fits too.
         rows: most rows of a task, a fixed sample (`sample_rows`); 0 takes all.
@@ -191,6 +189,9 @@ def _read_task(source: str, config: DataConfig) -> list[Task]:
     if source == "icd10":
         data = icd10_task(0, 0, _ICD10_TEST_ROWS)
         return [Task("icd10", data.test, data.labels, balanced=True)]
+    name, _, split = source.partition(":")
+    if name in OFFICIAL and split:
+        return [_official_task(source, OFFICIAL[name], split, config)]
     mix = find_mix(source)
     if mix is None:
         return [_own_task(PurePath(source).name.split(".")[0], source, config)]
@@ -201,9 +202,12 @@ def _part_task(mix: Mix, part: Part, config: DataConfig) -> Task:
     with naming(mix, part):
         if part.test:
             return _own_task(part.name, part.test, part_config(part, config))
-        task = OFFICIAL[part.name]
-        labels = tuple(f" {label}" for label in task.labels)
-        return Task(part.name, load_official(task, "test", data_root(config)), labels, task.new_tokens, task.note)
+        return _official_task(part.name, OFFICIAL[part.name], "test", config)
+
+
+def _official_task(name: str, task: Official, split: str, config: DataConfig) -> Task:
+    labels = tuple(f" {label}" for label in task.labels)
+    return Task(name, load_official(task, split, data_root(config)), labels, task.new_tokens, task.note)
 
 
 def _own_task(name: str, source: str, config: DataConfig) -> Task:
@@ -213,20 +217,7 @@ def _own_task(name: str, source: str, config: DataConfig) -> Task:
         raise InputError(f"{without.origin}: a test row needs a prompt and a response; set data.template, or data.text")
     if config.new_tokens:
         return Task(name, test, (), config.new_tokens)
-    labels = tuple(sorted({example.response for example in test}))
-    spellings = {label.strip(): label for label in labels}
-    twice = next((label for label in labels if spellings[label.strip()] != label), None)
-    if twice is not None:
-        raise InputError(
-            f"{source}: responses {twice!r} and {spellings[twice.strip()]!r} differ in blanks alone; expected one "
-            "spelling of every answer; repair the rows"
-        )
-    if len(labels) > MOST_LABELS or (len(labels) > _FEW_LABELS and len(labels) > _ALL_DIFFERENT * len(test)):
-        raise InputError(
-            f"{source}: {len(labels)} distinct responses in {len(test)} rows; expected at most {MOST_LABELS} "
-            "answers to choose from, most of them more than once; for free text set data.new_tokens (a mix: new_tokens)"
-        )
-    return Task(name, test, labels)
+    return Task(name, test, distinct_answers(test, source))
 
 
 def _finish(task: Task, config: DataConfig, tokenizer: Tokenizer | None, rows: int) -> Task:
@@ -249,7 +240,7 @@ def _context_length(examples: Sequence[Example]) -> int:
 
 
 def _read_training(
-    mix: Mix | None, config: DataConfig, seed: int, tests: Sequence[Task]
+    mix: Mix | None, config: DataConfig, seed: int, tests: Sequence[Task], names: Sequence[str]
 ) -> tuple[list[Example], dict[str, Any]]:
     """The training rows, not yet in the configured format, and counts of each part."""
     if config.train == "icd10":
@@ -257,11 +248,16 @@ def _read_training(
     tested = [example for task in tests for example in task.test]
     if mix is None:
         train, shared = leave_out_shared(own_examples(config.train, config), tested, config.train)
+        for task in tests:
+            warn_of_unasked([example for example in train if example.prompt], task.labels, task.name)
         return train, {"shared": shared}
-    scored = {task.name for task in tests}
+    # A file may have the name of a task.
+    mixes = [found for found in map(find_mix, names) if found]
+    scored = {(part.name, part.test) for found in mixes for part in found.parts}
     for part in mix.parts:
-        tested += [] if part.name in scored or (part.train and not part.test) else _unscored(mix, part, config)
-    return draw_mix(mix, config, tested)
+        known = (part.name, part.test) in scored or (part.train and not part.test)
+        tested += [] if known else _unscored(mix, part, config)
+    return draw_mix(mix, config, tested, {task.name: task.labels for task in tests})
 
 
 def _unscored(mix: Mix, part: Part, config: DataConfig) -> list[Example]:

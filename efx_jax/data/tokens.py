@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -34,7 +35,7 @@ def tokenize(
     Args:
         examples: the examples.
         tokenizer: a Hugging Face tokenizer.
-        max_length: most tokens per sequence, EOS included; longer responses are cut.
+        max_length: most tokens per sequence, EOS included; longer responses are cut, with a warning that counts them.
         loss_on: "response" (response and EOS) or "all" (every token but the first).
 
     Returns:
@@ -46,10 +47,24 @@ def tokenize(
     prompts = encode_prompts([example.prompt for example in examples], tokenizer)
     responses = encode_continuations([example.response for example in examples], tokenizer)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [
-        _join(prompt, response + end, max_length, loss_on, example.origin or f"example {number}")
-        for number, (example, prompt, response) in enumerate(zip(examples, prompts, responses, strict=True), start=1)
+    named = [example.origin or f"example {number}" for number, example in enumerate(examples, start=1)]
+    pairs = list(zip(prompts, responses, strict=True))
+    rows = [
+        _join(prompt, response + end, max_length, loss_on, name)
+        for name, (prompt, response) in zip(named, pairs, strict=True)
     ]
+    cut = [
+        name
+        for name, (prompt, response) in zip(named, pairs, strict=True)
+        if len(prompt) + len(response + end) > max_length
+    ]
+    if cut:
+        warnings.warn(
+            f"{len(cut)} of {len(examples)} training rows lose the end of their response or text, which has no room in "
+            f"data.max_length {max_length}; the first is {cut[0]}",
+            stacklevel=2,
+        )
+    return rows
 
 
 def text_windows(texts: Sequence[str], tokenizer: Tokenizer, window: int, limit: int = 0) -> list[Tokenized]:

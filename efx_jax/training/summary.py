@@ -100,6 +100,9 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
     if "cut" in summary:
         print("\n" + _cut_text(summary["cut"]))
     print("\n" + sparsity_table(summary["sparsity"], "pruned %" if "cut" in summary else "zeros %"))
+    best = summary["best"]
+    if best:
+        print(f"\nexported: the model of step {best['step']}, by {best['metric']} {best['value']:.4g}")
     phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds"].items())
     print(f"\nseconds: {phases}; peak memory {summary['peak_memory_mib']:.0f} MiB")
     print(f"the expert: {output / 'export'}")

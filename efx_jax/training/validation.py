@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from efx_jax.config import Config, EvalConfig, TrainConfig
+from efx_jax.data.catalogue import OFFICIAL
 from efx_jax.data.tasks import Data
 from efx_jax.errors import InputError
 from efx_jax.evaluation.results import TITLES
@@ -16,8 +18,9 @@ _CHOICES = ("accuracy", "macro_f1")
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The step with the best `value` of a metric (lower is better for perplexity), and how many evaluations since."""
+    """The step with the best `value` of `metric` (lower is better for perplexity); `stale` evaluations came since."""
 
+    metric: str
     step: int
     value: float
     stale: int
@@ -56,6 +59,13 @@ def check_validation(config: Config, data: Data) -> None:
             names += [f"{task.name}.{metric}" for metric in (_CHOICES if task.labels else ROUGE)]
     if config.eval.best and config.eval.best not in names:
         raise InputError(f"eval.best: {config.eval.best} is not measured; expected one of {', '.join(names) or 'none'}")
+    chosen_on = config.eval.best.rpartition(".")[0]
+    if chosen_on in OFFICIAL and "validation" in OFFICIAL[chosen_on].splits:
+        warnings.warn(
+            f"eval.best: the official test rows of {chosen_on} choose the best model, whose score on them is then too "
+            f"good; give {chosen_on}:validation in data.test as well and choose by that",
+            stacklevel=2,
+        )
 
 
 def metric_values(results: Mapping[str, Any]) -> dict[str, float]:
@@ -69,6 +79,6 @@ def metric_values(results: Mapping[str, Any]) -> dict[str, float]:
 def update_best(best: Best | None, metric: str, step: int, value: float) -> Best:
     """The best after one more evaluation; of equal values the earlier one stays."""
     sign = -1 if metric == "perplexity" else 1
-    if best is None or sign * value > sign * best.value:
-        return Best(step, value, 0)
+    if best is None or math.isnan(best.value) or sign * value > sign * best.value:
+        return Best(metric, step, value, 0)
     return dataclasses.replace(best, stale=best.stale + 1)

@@ -61,6 +61,11 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path: pathlib.Path) -> No
     refused(write(tmp_path / "f.csv", "a,a\n1,2\n"), "f.csv line 1", "distinct")
     refused(write(tmp_path / "g.json", '[{"text": "x"},\n 3]'), "g.json row 2", "int")
     refused(write(tmp_path / "h.json", '[{"text": "x"},\n'), "h.json line 2")
+    refused(write(tmp_path / "i.jsonl", '{"text": \n{"text": "x"}\n'), "i.jsonl line 1", "at column 9")
+    refused(write(tmp_path / "j.jsonl", '{"text": "x\n'), "j.jsonl line 1", "(Unterminated string at column 10)")
+    refused(write(tmp_path / "k.jsonl", '{"text": ' + "[" * 100_000), "k.jsonl line 1", "cannot be read")
+    refused(write(tmp_path / "l.jsonl", '{"text": ' + "1" * 5000 + "}"), "l.jsonl line 1", "cannot be read")
+    refused(write(tmp_path / "m.json", '[{"text": ' + "1" * 5000 + "}]"), "m.json", "cannot be read")
 
 
 def test_what_is_no_readable_file_is_refused(tmp_path: pathlib.Path) -> None:

@@ -13,7 +13,7 @@ from efx_jax.config import DataConfig
 from efx_jax.data.catalogue import OFFICIAL
 from efx_jax.data.official import load_official
 from efx_jax.data.prompts import Example
-from efx_jax.data.tasks import load_tasks
+from efx_jax.data.tasks import load_data, load_tasks
 from efx_jax.errors import InputError
 
 ABSTRACT = {"CONTEXTS": ["Aims here.", "Results here."], "LABELS": ["AIMS", "RESULTS"], "MESHES": ["Humans", "Aspirin"]}
@@ -286,3 +286,37 @@ def test_a_task_brings_its_labels_in_the_configured_format(tmp_path: Path) -> No
     (evidence, hqs) = (OFFICIAL["evidence_inference"], OFFICIAL["hqs"])
     assert "stand-in" in evidence.note and "MedNLI" in evidence.note
     assert hqs.labels == () and hqs.new_tokens > 10
+
+
+def test_another_split_is_scored_by_its_name_and_is_not_learned(tmp_path: Path) -> None:
+    for name in ("train", "dev", "test"):
+        write_json(tmp_path / f"contract_nli/{name}.json", contracts())
+    (dev,) = load_tasks(["contract_nli:validation"], DataConfig(root=str(tmp_path)))
+    assert dev.name == "contract_nli:validation"
+    assert dev.labels == (" entailment", " contradiction", " neutral")
+    assert all("dev.json" in row.origin for row in dev.test)
+    with pytest.raises(InputError, match="contract_nli: no split 'dev'; expected one of train, validation, test"):
+        load_tasks(["contract_nli:dev"], DataConfig(root=str(tmp_path)))
+    other = contracts()
+    other["documents"] += [contract(3, ("Entailment", "Entailment")), contract(4, ("Entailment", "Entailment"))]
+    write_json(tmp_path / "contract_nli/train.json", other)
+    test = contracts()
+    test["documents"] = [contract(4, ("Entailment", "Entailment"))]
+    write_json(tmp_path / "contract_nli/test.json", test)
+    config = DataConfig(train="contract_nli", test=("contract_nli:validation",), root=str(tmp_path), holdout=0)
+    with pytest.warns(UserWarning, match="contract_nli: 6 training rows are test rows too"):
+        learned = load_data(config, seed=0).train
+    assert {row.prompt.split("Contract: ")[1][:11] for row in learned} == {"Contract 3."}
+
+
+def test_a_file_called_as_a_task_does_not_stand_for_its_test_rows(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write_json(tmp_path / f"contract_nli/{name}.json", contracts())
+    more = contracts()
+    more["documents"].append(contract(3, ("Entailment", "Entailment")))
+    write_json(tmp_path / "contract_nli/train.json", more)
+    own = tmp_path / "contract_nli.jsonl"
+    write_lines(own, [{"prompt": f"{word}?", "response": word} for word in ("yes", "no")])
+    config = DataConfig(train="contract_nli", test=(str(own),), root=str(tmp_path), holdout=0)
+    with pytest.warns(UserWarning, match="contract_nli: 4 training rows are test rows too"):
+        assert len(load_data(config, seed=0).train) == 2

@@ -8,7 +8,9 @@ def test_case_punctuation_and_blanks_make_no_difference() -> None:
     assert fingerprint("Is it, really?", "YES") == fingerprint("is it\nreally", "yes!")
     assert fingerprint("Straße 5") == fingerprint("STRASSE-5")
     assert fingerprint("a", "b") != fingerprint("ab") != fingerprint("b", "a")
-    assert fingerprint("5.1 mg") != fingerprint("5.2 mg")
+    assert len({fingerprint(f"{dose} mg") for dose in ("5.1", "5.2", "51", "52")}) == 4
+    assert fingerprint("x < 5") != fingerprint("x > 5")
+    assert fingerprint("कि") != fingerprint("की")
     assert fingerprint("患者は回復した") != fingerprint("患者は回復しない")
     assert fingerprint("?") != fingerprint("!!") != fingerprint("")
 

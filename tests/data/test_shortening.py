@@ -131,9 +131,7 @@ def test_rows_that_fit_and_rows_without_context_stay_as_they_are() -> None:
 
 
 def test_a_prompt_that_is_too_long_without_its_context_is_refused_with_one_line() -> None:
-    with pytest.raises(
-        InputError, match=r"row 0: the prompt has more than 3 tokens even without its context"
-    ) as caught:
+    with pytest.raises(InputError, match=r"row 0: the prompt has 13 tokens even without its context.*to 15") as caught:
         shorten(rows(5, 1, 3), byte_tokenizer(), 5, 2)
     assert "\n" not in str(caught.value)
 

@@ -59,7 +59,7 @@ def test_test_rows_that_cannot_be_chosen_from_are_refused(train: str, tmp_path: 
     text = write(tmp_path / "text.jsonl", [{"text": "x"}])
     rows = write(tmp_path / "rows.jsonl", [{"prompt": "p", "response": "r"}] * 2)
     blanks = write(tmp_path / "blanks.jsonl", [{"prompt": "p", "response": r} for r in ("yes", "no", "yes ")])
-    with pytest.raises(InputError, match="blanks.jsonl: responses 'yes' and 'yes ' differ in blanks alone"):
+    with pytest.raises(InputError, match="blanks.jsonl: responses 'yes' and 'yes ' differ in blanks or in the coding"):
         load_tasks([blanks], DataConfig())
     with pytest.raises(InputError, match="101 distinct responses"):
         load_data(DataConfig(train=rows, test=(free,)), seed=0)
@@ -113,7 +113,7 @@ def test_a_root_that_is_no_folder_is_refused_by_its_name(source: str, tmp_path: 
 def test_a_small_file_of_free_text_is_not_taken_for_labels(train: str, tmp_path: pathlib.Path) -> None:
     letters = write(tmp_path / "letters.jsonl", [{"q": f"note {i}", "a": f"Dear {i % 12},"} for i in range(14)])
     config = DataConfig(template=TEMPLATE)
-    with pytest.raises(InputError, match=r"12 distinct responses in 14 rows; .* set data.new_tokens \(a mix"):
+    with pytest.raises(InputError, match=r"12 distinct responses in 14 rows; .* set data.new_tokens"):
         load_tasks([letters], config)
     (task,) = load_tasks([letters], dataclasses.replace(config, new_tokens=64))
     assert (task.labels, task.new_tokens, len(task.test)) == ((), 64, 14)

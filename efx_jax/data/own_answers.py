@@ -1,0 +1,86 @@
+"""The answers to choose from in rows of a user's own, and what looks like a slip in them."""
+
+import difflib
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+
+from efx_jax.data.prompts import Example
+from efx_jax.errors import InputError
+
+MOST_LABELS = 100  # more different answers than that are free text
+
+# Of more than a handful of responses, so many different ones are free text.
+_FEW_LABELS = 10
+_ALL_DIFFERENT = 0.8
+
+
+def distinct_answers(test: Sequence[Example], source: str) -> tuple[str, ...]:
+    """The distinct responses of test rows, sorted. Warns of what looks like a slip, as it counts as an answer.
+
+    Args:
+        test: the rows.
+        source: their file, for messages.
+
+    Raises:
+        InputError: responses that differ in nothing to be seen, or too many different ones.
+    """
+    labels = tuple(sorted({example.response for example in test}))
+    spellings = {_composed(label): label for label in labels}
+    twice = next((label for label in labels if spellings[_composed(label)] != label), None)
+    if twice is not None:
+        raise InputError(
+            f"{source}: responses {twice!r} and {spellings[_composed(twice)]!r} differ in blanks or in the coding of "
+            "accents alone; expected one spelling of every answer; repair the rows"
+        )
+    if len(labels) > MOST_LABELS or (len(labels) > _FEW_LABELS and len(labels) > _ALL_DIFFERENT * len(test)):
+        raise InputError(
+            f"{source}: {len(labels)} distinct responses in {len(test)} rows; expected at most {MOST_LABELS} "
+            "answers to choose from, most of them more than once; for free text set data.new_tokens"
+        )
+    if len(labels) == 1:
+        warnings.warn(f"{source}: every test row has the answer {labels[0]!r}, so every model is right", stacklevel=2)
+    warn_of_slips(test)
+    return labels
+
+
+def warn_of_slips(examples: Sequence[Example]) -> None:
+    """Names answers that differ in case alone, and those of a single row that are spelled much as others are."""
+    answers = [example.response.strip() for example in examples]
+    counts = Counter(answers)
+    if len(counts) > MOST_LABELS:
+        return
+    common = [answer for answer, count in counts.items() if count > 1]
+    for answer, count in counts.items():
+        alike = [other for other in counts if other != answer and other.casefold() == answer.casefold()]
+        if count == 1:
+            alike += difflib.get_close_matches(answer, common, n=1, cutoff=0.7)
+        if alike and (count, answer) < (counts[alike[0]], alike[0]):
+            warnings.warn(
+                f"{examples[answers.index(answer)].origin}: the answer {answer!r} ({count} of {len(answers)} rows) is "
+                f"not {alike[0]!r} ({counts[alike[0]]} rows), but another one; repair it if it is a slip",
+                stacklevel=2,
+            )
+
+
+def warn_of_unasked(learned: Sequence[Example], labels: Sequence[str], name: str) -> None:
+    """Names the first training row of a task whose answer no test row has: it is not among those to choose from.
+
+    Args:
+        learned: the training rows.
+        labels: the answers to choose from; () where there are none.
+        name: the task, for messages.
+    """
+    known = {label.strip() for label in labels}
+    unasked = [example for example in learned if example.response.strip() not in known]
+    if labels and unasked and len(unasked) < len(learned):
+        warnings.warn(
+            f"{name}: {len(unasked)} of {len(learned)} training rows have an answer that no test row has, so it is not "
+            f"among those to choose from; the first is {unasked[0].origin}, {unasked[0].response.strip()!r}",
+            stacklevel=2,
+        )
+
+
+def _composed(label: str) -> str:
+    return unicodedata.normalize("NFC", label).strip()
