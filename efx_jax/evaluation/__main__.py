@@ -118,7 +118,9 @@ def _prepare(arguments: argparse.Namespace) -> _Work:
     for task in tasks:
         check_protocol(spec, tokenizer, task, arguments.protocol)
     if dense is not None:
-        described = {task.name: describe_task(task, arguments.protocol, arguments.runs) for task in tasks}
+        described = {
+            task.name: describe_task(task, arguments.protocol, arguments.runs, arguments.normalize) for task in tasks
+        }
         check_pairs(described, dense[0], Path(arguments.relative_to))
         check_ratios(*dense, Path(arguments.relative_to))
     windows = _windows(text, config, spec, tokenizer) if text else []
@@ -191,11 +193,12 @@ def _evaluate(arguments: argparse.Namespace, work: _Work) -> None:
     records: list[Record] = []
     seconds = {}
     for task in work.tasks:
+        print(f"{task.name}: {len(task.test)} rows ...", file=sys.stderr)
         start = time.perf_counter()
         results[task.name], own = _measure_task(params, work, task, arguments)
         records += own
         seconds[task.name] = time.perf_counter() - start
-        print(f"{task.name}: {len(task.test)} rows in {seconds[task.name]:.0f} s", file=sys.stderr)
+        print(f"  done in {seconds[task.name]:.0f} s", file=sys.stderr)
     compared = None
     if work.dense is not None:
         compared = {"to": arguments.relative_to} | relative(results, records, *work.dense)
@@ -210,6 +213,7 @@ def _evaluate(arguments: argparse.Namespace, work: _Work) -> None:
 def _measure_text(params: Params, work: _Work, arguments: argparse.Namespace) -> Perplexity | None:
     if not work.windows:
         return None
+    print("perplexity ...", file=sys.stderr)
     return perplexity(
         params, work.windows, work.spec, batch_size=arguments.batch_size, compute_dtype=arguments.compute_dtype
     )

@@ -56,9 +56,14 @@ def encode_labels(labels: Sequence[str], tokenizer: Tokenizer) -> list[list[int]
             found = "no tokens" if not ids else "the tokens of another answer"
             raise InputError(f"answer {label!r}: expected tokens of its own, found {found}; change the answers")
     overlapping = any(a != b and b[: len(a)] == a for a in encoded for b in encoded)
-    if overlapping and tokenizer.eos_token_id is not None:
-        return [[*ids, tokenizer.eos_token_id] for ids in encoded]
-    return encoded
+    if not overlapping:
+        return encoded
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"answers {', '.join(map(repr, labels))}: one begins with another, and the tokenizer has no token that "
+            "ends an answer; set its eos_token, or change the answers"
+        )
+    return [[*ids, tokenizer.eos_token_id] for ids in encoded]
 
 
 def group_rows(prompts: Sequence[list[int]], answer_tokens: int) -> list[list[int]]:

@@ -102,18 +102,23 @@ def evaluate_task(
         found, records = _read(task, texts) if task.labels else _compared(task, texts)
     groups = group_numbers(task.test)
     records = [record | {"group": groups[record["row"]]} for record in records]
-    return describe_task(task, protocol, runs) | found, records
+    return describe_task(task, protocol, runs, normalize) | found, records
 
 
-def describe_task(task: Task, protocol: ProtocolName, runs: int) -> dict[str, Any]:
-    """What is known of a result before the model has answered: protocol (the one that acts), number of runs, number of
-    rows, how many of them were shortened and the share of their contexts that is left, a hash of their prompts and
-    responses, and the task's note."""
+def describe_task(task: Task, protocol: ProtocolName, runs: int, normalize: Normalize) -> dict[str, Any]:
+    """What is known of a result before the model has answered, as a dictionary that JSON can hold.
+
+    The protocol that acts, the number of runs, `normalize` of likelihoods and `new_tokens` of generated answers (else
+    None), the number of rows, how many of them were shortened and the share of their contexts that is left, a hash of
+    their prompts and responses, and the task's note.
+    """
     acting = "greedy" if protocol == "likelihood" and not task.labels else protocol
     rows = json.dumps([[example.prompt, example.response] for example in task.test])
     return {
         "protocol": acting,
         "runs": runs if protocol == "sampled" else 1,
+        "normalize": normalize if acting == "likelihood" else None,
+        "new_tokens": None if acting == "likelihood" else task.new_tokens,
         "rows": len(task.test),
         "shortened": task.shortened,
         "context_kept": task.context_kept,

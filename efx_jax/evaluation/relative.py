@@ -15,6 +15,7 @@ from efx_jax.evaluation.scores import RESAMPLES, accuracy, interval, macro_f1, r
 Results = Mapping[str, Mapping[str, Any]]
 Records = Sequence[Mapping[str, Any]]
 _CLASS_METRICS = ("accuracy", "macro_f1")
+_MOST_UNDEFINED = 0.025  # what lies beyond one end of the interval
 
 
 def relative(found: Results, records: Records, dense: Results, dense_records: Records) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def relative(found: Results, records: Records, dense: Results, dense_records: Re
 
     Returns:
         "value", and "interval" (95 %, percentile bootstrap: both models see the same resample of every task's groups of
-        rows; None where no task has two of them).
+        rows; None where no task has two of them, or where a dense score is 0 in more than one resample of 40).
 
     Raises:
         InputError: predictions that do not go with the results.
@@ -48,7 +49,7 @@ def relative(found: Results, records: Records, dense: Results, dense_records: Re
         resampled_dense[name] = _scores(name, dense[name], dense_records, counts)
     with np.errstate(divide="ignore", invalid="ignore"):
         values = _relative(resampled, resampled_dense)
-    return {"value": value, "interval": list(interval(values[np.isfinite(values)]))}
+    return {"value": value, "interval": _ends(values)}
 
 
 def relative_value(found: Results, dense: Results) -> float:
@@ -88,6 +89,12 @@ def check_pairs(found: Results, dense: Results, folder: Path) -> None:
                 f"{folder}: {name} was evaluated under {other.get('protocol')}, here it is under {result['protocol']}; "
                 "take the same --protocol"
             )
+        for setting in ("normalize", "new_tokens"):
+            if other.get(setting) != result[setting]:
+                raise InputError(
+                    f"{folder}: {name} was evaluated with {setting} {other.get(setting)}, here with {result[setting]}; "
+                    "take the same, or evaluate the dense model again"
+                )
         if other.get("rows_sha256") != result["rows_sha256"]:
             raise InputError(
                 f"{folder}: {name} has other rows or prompts ({other.get('rows')} rows there, {result['rows']} here); "
@@ -158,6 +165,14 @@ def _relative(found: Mapping[str, Mapping[str, Any]], dense: Mapping[str, Mappin
     rouge = [found[task][name] / dense[task][name] for task in found for name in ROUGE if name in found[task]]
     terms = [*ratios, sum(rouge) / len(rouge)] if rouge else ratios
     return 100 * sum(terms) / len(terms)
+
+
+def _ends(values: np.ndarray) -> list[float] | None:
+    """The 95 % interval of resampled values [R]; those without a ratio may lie beyond either end."""
+    undefined = ~np.isfinite(values)
+    low = interval(np.where(undefined, np.min(values, initial=np.inf, where=~undefined), values))[0]
+    high = interval(np.where(undefined, np.max(values, initial=-np.inf, where=~undefined), values))[1]
+    return [low, high] if np.mean(undefined) <= _MOST_UNDEFINED else None
 
 
 def _groups(task: str, records: Records) -> np.ndarray:

@@ -90,14 +90,18 @@ def _task_table(results: Results) -> str:
         [name, str(result["rows"]), *(metric_cell(result, metric) for metric in metrics), *_answer_cells(result)]
         for name, result in results.items()
     ]
-    return markdown_table([*header, "best constant answer", "unparseable %"] if has_classes else header, rows)
+    answers = ["best constant answer", "answer given most", "unparseable %"] if has_classes else []
+    return markdown_table([*header, *answers], rows)
 
 
 def _answer_cells(result: Mapping[str, Any]) -> list[str]:
     if "classes" not in result:
         return []
     constant = f"{100 * result['constant_accuracy']:.2f} ({result['constant_answer']})"
-    return [constant, f"{100 * result['unparseable']:.2f}"]
+    given = {label: counts["predicted"] for label, counts in result["classes"].items()}
+    most = max(given, key=lambda label: given[label])
+    share = 100 * given[most] / (result["rows"] * result["runs"])
+    return [constant, f"{most} ({share:.0f} %)", f"{100 * result['unparseable']:.2f}"]
 
 
 def _legend(results: Results) -> str:

@@ -137,11 +137,14 @@ def test_sampled_free_text_has_a_deviation_too(evaluate_with) -> None:
 
 
 def test_a_description_changes_with_the_prompts_and_the_responses() -> None:
-    found = describe_task(CHOICE, "likelihood", 4)
+    found = describe_task(CHOICE, "likelihood", 4, "mean")
     assert (found["protocol"], found["runs"], found["rows"], found["note"]) == ("likelihood", 1, 3, "a stand-in")
+    assert (found["normalize"], found["new_tokens"]) == ("mean", None)
+    written = describe_task(TEXT, "likelihood", 4, "mean")
+    assert (written["normalize"], written["new_tokens"]) == (None, TEXT.new_tokens)
     shorter = Task("triage", ROWS[:2], CHOICE.labels)
     other = Task("triage", [*ROWS[:2], Example("heart", " no")], CHOICE.labels)
-    hashes = {describe_task(task, "likelihood", 4)["rows_sha256"] for task in (CHOICE, shorter, other)}
+    hashes = {describe_task(task, "likelihood", 4, "sum")["rows_sha256"] for task in (CHOICE, shorter, other)}
     assert len(hashes) == 3
 
 

@@ -22,6 +22,10 @@ def choice(seed: int, skill: float, rows: int = 120, runs: int = 1, group: int =
     generator = np.random.default_rng(seed)
     guesses = generator.integers(-1, 3, (runs, rows))
     predicted = np.where(generator.random((runs, rows)) < skill, reference, guesses)
+    return labelled(reference, predicted, group)
+
+
+def labelled(reference: np.ndarray, predicted: np.ndarray, group: int = 1) -> tuple[dict, list[dict]]:
     names = {number: label.strip() for number, label in enumerate(LABELS)} | {-1: None}
     records = [
         {
@@ -30,13 +34,17 @@ def choice(seed: int, skill: float, rows: int = 120, runs: int = 1, group: int =
             "row": row,
             "group": row // group,
             "gold": names[reference[row]],
-            "prediction": names[predicted[run, row]],
+            "prediction": names[answer],
         }
-        for run in range(runs)
-        for row in range(rows)
+        for run, answers in enumerate(predicted)
+        for row, answer in enumerate(answers)
     ]
     result = summarise(predicted, [Example("p", LABELS[number]) for number in reference], LABELS)
-    return result | {"runs": runs, "protocol": "greedy", "rows_sha256": "same"}, records
+    return result | {"runs": len(predicted), "protocol": "greedy", "rows_sha256": "same"}, records
+
+
+def predictions(reference: np.ndarray, predicted: np.ndarray) -> tuple[dict, list[dict]]:
+    return joined(choice=labelled(reference, predicted[None]))
 
 
 def text(name: str, seed: int, factor: float, rows: int = 50) -> tuple[dict, list[dict]]:
@@ -138,6 +146,16 @@ def test_a_score_of_zero_has_no_ratio() -> None:
         check_ratios(*joined(bills=text("bills", 1, 0.0)), Path("dense"))
 
 
+def test_there_is_no_interval_where_many_resamples_of_the_dense_model_have_no_score() -> None:
+    """Right in one row of 200, it is wrong in all rows of every third resample."""
+    reference = np.arange(200) % 3
+    wrong = (reference + 1) % 3
+    found = predictions(reference, np.where(np.arange(200) < 4, reference, wrong))
+    assert relative(*found, *predictions(reference, np.where(np.arange(200) < 1, reference, wrong)))["interval"] is None
+    low, high = relative(*found, *predictions(reference, np.where(np.arange(200) < 12, reference, wrong)))["interval"]
+    assert 0 < low < 100 * 4 / 12 < high
+
+
 def test_lost_predictions_are_noticed() -> None:
     results, records = joined(choice=choice(0, 0.5))
     with pytest.raises(InputError, match="predictions of choice: expected 120, found 119"):
@@ -162,11 +180,13 @@ def test_lost_predictions_are_noticed() -> None:
             "^the tasks to compare with dense: no a; .* or the dense model again without a",
         ),
         ({"a": {}}, {"a": {"protocol": "greedy"}}, "a was evaluated under greedy, here it is under sampled"),
+        ({"a": {}}, {"a": {"normalize": "mean"}}, "a was evaluated with normalize mean, here with None"),
+        ({"a": {"new_tokens": 9}}, {"a": {}}, "a was evaluated with new_tokens None, here with 9"),
         ({"a": {}}, {"a": {"rows": 7, "rows_sha256": "x"}}, r"a has other rows or prompts \(7 rows there, 5 here\)"),
     ],
 )
 def test_only_the_same_tasks_rows_and_protocol_are_compared(found, dense, message) -> None:
-    base = {"protocol": "sampled", "rows": 5, "rows_sha256": "r"}
+    base = {"protocol": "sampled", "rows": 5, "rows_sha256": "r", "normalize": None, "new_tokens": None}
     with pytest.raises(InputError, match=message):
         check_pairs(
             {name: base | own for name, own in found.items()},
@@ -176,7 +196,7 @@ def test_only_the_same_tasks_rows_and_protocol_are_compared(found, dense, messag
 
 
 def test_equal_descriptions_pass() -> None:
-    base = {"protocol": "sampled", "rows": 5, "rows_sha256": "r", "accuracy": 0.5}
+    base = {"protocol": "likelihood", "rows": 5, "rows_sha256": "r", "normalize": "sum", "new_tokens": None}
     check_pairs({"a": base}, {"a": base}, Path("dense"))
 
 

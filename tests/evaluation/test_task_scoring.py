@@ -148,6 +148,10 @@ def test_one_token_answers_need_no_branches(tokenizer) -> None:
 def test_an_answer_that_begins_another_is_closed_by_eos(tokenizer) -> None:
     assert encode_labels((" w1", " w1 w2"), tokenizer) == [[4, 1], [4, 5, 1]]
     assert encode_labels((" w1", " w2 w1"), tokenizer) == [[4], [5, 4]]
+    tokenizer.eos_token = None
+    assert encode_labels((" w1", " w2 w1"), tokenizer) == [[4], [5, 4]]
+    with pytest.raises(InputError, match="one begins with another, and the tokenizer has no token that ends an answer"):
+        encode_labels((" w1", " w1 w2"), tokenizer)
 
 
 def test_answers_need_tokens_of_their_own(tokenizer) -> None:
