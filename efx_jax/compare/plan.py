@@ -11,10 +11,10 @@ from efx_jax.compare.work import is_finished, measurements
 from efx_jax.errors import InputError
 from efx_jax.training.run import refuse_other_run
 from efx_jax.training.schedule import total_steps
-from efx_jax.training.survey import DataCounts, check_shapes, count_data
+from efx_jax.training.survey import DataCounts, RowCounts, check_shapes, count_data
 from efx_jax.weights.shapes import find_spec
 
-Counts = dict[Any, DataCounts | str]
+Counts = dict[Any, DataCounts | RowCounts | str]
 
 
 def plan_lines(comparison: Comparison, cells: Sequence[Cell], runs: Path) -> list[str]:
@@ -77,8 +77,9 @@ def _size(cell: Cell, counts: Counts) -> str:
     if key not in counts:
         counts[key] = count_data(config, find_spec(config.model.path))
     found = counts[key]
-    if isinstance(found, str):
-        return f"{config.train.steps or f'{config.train.epochs:g} epochs in'} steps, data {found}"
+    if not isinstance(found, DataCounts):
+        reason = found if isinstance(found, str) else "not counted: no tokenizer here"
+        return f"{config.train.steps or f'{config.train.epochs:g} epochs in'} steps, data {reason}"
     steps = total_steps(config.train, found.epoch_rows)
     tokens = steps * config.train.batch_size * found.tokens / found.epoch_rows
     return f"{steps:,} steps, about {tokens:,.0f} tokens"

@@ -18,7 +18,7 @@ from efx_jax.training.lowered import compile_step, simulate_devices
 from efx_jax.training.measure import rows_table
 from efx_jax.training.memory import Layout, Memory, memory
 from efx_jax.training.schedule import Event, prune_events, total_steps
-from efx_jax.training.survey import DataCounts, check_shapes, count_data, plan_layout
+from efx_jax.training.survey import DataCounts, RowCounts, check_shapes, count_data, plan_layout
 from efx_jax.weights.shapes import FoundSpec, find_spec
 
 _REACHED = 0.45
@@ -57,12 +57,13 @@ def plan_text(config: Config) -> str:
     data = count_data(config, found)
     counts = data if isinstance(data, DataCounts) else None
     layout = plan_layout(config, found, device, counts)
-    is_known = counts or config.train.steps or not config.train.epochs
-    steps = total_steps(config.train, counts.epoch_rows if counts else 0) if is_known else None
+    epoch = _epoch(config, data)
+    is_known = epoch or config.train.steps or not config.train.epochs
+    steps = total_steps(config.train, epoch) if is_known else None
     needs = memory(spec, config, layout)
     lines = [
         *_model_lines(config, found),
-        *_data_lines(data),
+        *_data_lines(data, config.model.path),
         *_training_lines(config, spec, layout, steps),
         *_event_lines(config, steps),
     ]
@@ -84,18 +85,28 @@ def _model_lines(config: Config, found: FoundSpec) -> list[str]:
     return _paragraph("model", f"{found.spec.model_type}, {sizes}; from {found.origin}")
 
 
-def _data_lines(data: DataCounts | str) -> list[str]:
+def _epoch(config: Config, data: DataCounts | RowCounts | str) -> int:
+    """Rows of an epoch; 0: not known."""
+    if isinstance(data, DataCounts):
+        return data.epoch_rows
+    return data.rows if isinstance(data, RowCounts) and config.data.batching != "packing" else 0
+
+
+def _data_lines(data: DataCounts | RowCounts | str, model: str) -> list[str]:
     if isinstance(data, str):
         return _paragraph("data", data)
     table = ["", *rows_table(data.report).splitlines(), ""] if "tasks" in data.report["train"] else []
-    return (
-        _paragraph(
-            "data",
-            f"{data.sequences:,} sequences, {data.tokens:,} tokens, the longest {data.longest:,}; "
-            f"{data.test_rows:,} test rows scored, {data.windows:,} perplexity windows",
+    if isinstance(data, RowCounts):
+        text = (
+            f"{data.rows:,} training rows, {data.test_rows:,} test rows scored; tokens not counted, nothing shortened: "
+            f"the tokenizer of {model} is not on this disk (model.path may be a folder that has it)"
         )
-        + table
-    )
+    else:
+        text = (
+            f"{data.sequences:,} sequences, {data.tokens:,} tokens, the longest {data.longest:,}; "
+            f"{data.test_rows:,} test rows scored, {data.windows:,} perplexity windows"
+        )
+    return _paragraph("data", text) + table
 
 
 def _training_lines(config: Config, spec: ModelSpec, layout: Layout, steps: int | None) -> list[str]:

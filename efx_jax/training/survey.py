@@ -43,6 +43,15 @@ class DataCounts:
     report: Mapping[str, Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class RowCounts:
+    """What is known of the data without a tokenizer: training rows, test rows, and the rows of every task."""
+
+    rows: int
+    test_rows: int
+    report: Mapping[str, Any]
+
+
 def check_shapes(config: Config, spec: ModelSpec) -> None:
     """Refuses settings that do not fit the model: row length, sparsity and group of every matrix, mesh.
 
@@ -83,16 +92,17 @@ def _check_ratio(spec: ModelSpec, config: Config) -> None:
         raise InputError(f"prune.sparsity is too high for prune.score atp: {error}") from None
 
 
-def count_data(config: Config, found: FoundSpec) -> DataCounts | str:
-    """Counts what training would read, or says why it cannot be counted here.
+def count_data(config: Config, found: FoundSpec) -> DataCounts | RowCounts | str:
+    """Counts what training would read, without a tokenizer its rows alone, or says why it cannot be counted here.
 
     Raises:
         InputError: malformed data, or as `check_validation`.
     """
     data_root(config.data)
-    if not found.on_disk:
-        return f"not counted: the tokenizer of {config.model.path} is not on this disk"
     try:
+        if not found.on_disk:
+            bare = load_data(dataclasses.replace(config.data, format="plain"), config.seed, None, config.eval.rows)
+            return RowCounts(len(bare.train), sum(len(task.test) for task in bare.tasks), bare.report)
         tokenizer = load_tokenizer(config.model.path)
         data = load_data(config.data, config.seed, tokenizer, config.eval.rows)
         train = tokenize(data.train, tokenizer, config.data.max_length, config.data.loss_on)

@@ -49,6 +49,16 @@ def test_a_plan_with_data_counts_rows_tokens_and_steps(config: Config) -> None:
     assert "10 steps of 4 sequences" in text and "step 5 to 50%" in text
 
 
+def test_without_a_tokenizer_the_rows_are_counted_all_the_same(config: Config, uncompiled: None) -> None:
+    elsewhere = dataclasses.replace(config, model=ModelConfig(path="meta-llama/Llama-2-7b-hf"))
+    text = " ".join(plan_text(elsewhere).split())
+    assert "20 training rows, 0 test rows scored; tokens not counted" in text
+    assert "the tokenizer of meta-llama/Llama-2-7b-hf is not on this disk" in text
+    assert "10 steps of 4 sequences" in text
+    data = dataclasses.replace(config.data, train="nowhere.jsonl")
+    assert "nowhere.jsonl: no such file" in plan_text(dataclasses.replace(elsewhere, data=data))
+
+
 def test_a_plan_names_what_it_cannot_read_and_goes_on(config: Config, uncompiled: None) -> None:
     missing = dataclasses.replace(config, data=dataclasses.replace(config.data, train="nowhere.jsonl"))
     text = plan_text(missing)
