@@ -179,6 +179,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     Raises:
         InputError: there is no tokenizer, or `transformers` is not installed.
     """
+    # It advises to install torch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         import transformers
     except ImportError as error:
