@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import jax
 
 from efx_jax.training.validation import Best
 
@@ -19,13 +22,23 @@ class Journal:
     best: Best | None = None
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of a block to the phase's seconds."""
+    def phase(self, name: str, show: Callable[[str], object] | None = None) -> Iterator[None]:
+        """Adds the time of a block to the phase's seconds; `show`, of a bar, tells its name meanwhile."""
         start = time.perf_counter()
+        if show:
+            show(name)
         try:
             yield
         finally:
+            if show:
+                show("train")
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def announced(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """A phase without a bar, which would be silent for minutes: one line on stderr names it."""
+        if jax.process_index() == 0:
+            print(f"{name} ...", file=sys.stderr)
+        return self.phase(name)
 
     def take_up(self, notes: dict[str, Any]) -> None:
         """Goes on from what an earlier session has saved; its seconds add up."""

@@ -113,7 +113,7 @@ def train(
             state, base_moved, waiting, notes = restored
             journal.take_up(notes)
         else:
-            with journal.phase("evaluate base"):
+            with journal.announced("evaluate base"):
                 journal.results["base"] = measure(config, prepared, prepared.params)
         start = int(state.train.step)
         if jax.process_index() == 0:
@@ -249,13 +249,13 @@ def _event(loop: _Loop, state: RunState, event: Event) -> RunState:
     (Adapters that have learned beside ATP's search are not dense ones: they have met other masks in every step.)
     """
     if loop.search:
-        with loop.journal.phase("prune"):
+        with loop.journal.phase("prune", loop.bar.set_description):
             return end_search(loop.search, state, loop.mesh)
     if event.last and event.step and not state.masks:
-        with loop.journal.phase("evaluate dense"):
+        with loop.journal.phase("evaluate dense", loop.bar.set_description):
             found = measure(loop.config, loop.prepared, state.params, state.train.adapters)
             loop.journal.results[f"dense LoRA, step {event.step}"] = found
-    with loop.journal.phase("prune"):
+    with loop.journal.phase("prune", loop.bar.set_description):
         folder = loop.output / "event" / f"step-{event.step}"
         return prune_run(loop.config, loop.prepared, state, event, folder, loop.attention_path)
 
@@ -264,7 +264,7 @@ def _validate(loop: _Loop, state: RunState) -> bool:
     """Measures the model as it stands, writes the line of evaluations.jsonl; whether it is the best to ship so far."""
     evaluation, step = loop.config.eval, int(state.train.step)
     params, masks = masked_base(loop.search, state) if loop.search else (state.params, state.masks)
-    with loop.journal.phase("evaluate"):
+    with loop.journal.phase("evaluate", loop.bar.set_description):
         found = measure(loop.config, loop.prepared, params, state.train.adapters, masks or None, evaluation.tasks)
     values = metric_values(found)
     if jax.process_index() == 0:

@@ -110,9 +110,9 @@ def _work(
     state = train(config, prepared, mesh, steps, events, output, journal, sinks, trunk)
     if state is None:
         return {}
-    with journal.phase("export"):
+    with journal.announced("export"):
         _export(config, state, prepared, output / "export")
-    with journal.phase("evaluate export"):
+    with journal.announced("evaluate export"):
         exported, spec = load_pretrained(output / "export", None, mesh if mesh.size > 1 else None)
         from_disk = dataclasses.replace(prepared, params=exported, spec=spec)
         journal.results["sparse expert" if events else "dense expert"] = measure(config, from_disk, exported)
