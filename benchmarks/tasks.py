@@ -3,8 +3,8 @@
     python benchmarks/tasks.py --root DATA --work DIR [--only health] [--out docs/results/tasks.json]
 
 The health and the legal mix of the files under DATA, `configs/smollm2_135m_*.yaml` for everything but what `MODELS`
-names; the first 200 test rows of each task. What lies finished in DIR is not computed again, so that the command may be
-interrupted. `likelihood` also measures perplexity; `sampled` answers every row twice.
+names; a fixed sample of 200 test rows of each task. What lies finished in DIR is not computed again, so that the
+command may be interrupted. `likelihood` also measures perplexity; `sampled` answers every row twice.
 """
 
 import argparse
