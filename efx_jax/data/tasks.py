@@ -212,7 +212,7 @@ def _official_task(name: str, task: Official, split: str, config: DataConfig) ->
 
 def _own_task(name: str, source: str, config: DataConfig) -> Task:
     test = own_examples(source, config)
-    without = next((example for example in test if not example.prompt), None)
+    without = next((example for example in test if not example.prompt.strip()), None)
     if without is not None:
         raise InputError(f"{without.origin}: a test row needs a prompt and a response; set data.template, or data.text")
     if config.new_tokens:

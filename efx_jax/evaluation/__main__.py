@@ -163,6 +163,10 @@ def _sources(arguments: argparse.Namespace, data: DataConfig) -> tuple[Sequence[
     joined = next((name for name in arguments.tasks if "," in name and not Path(name).exists()), None)
     if joined is not None:
         raise InputError(f"--tasks {joined}: expected names separated by blanks; write {joined.replace(',', ' ')}")
+    idle = next((name for name in _EVAL_FLAGS if getattr(arguments, name) is not None and not arguments.text), None)
+    if arguments.tasks and idle is not None:
+        flag = idle.replace("_", "-")
+        raise InputError(f"--{flag}: --tasks alone measures no perplexity; give --text, or leave it out")
     if arguments.tasks or arguments.text:
         return arguments.tasks, arguments.text
     if Path(data.train).suffix in (".yaml", ".yml") and not Path(data.train).expanduser().is_file():

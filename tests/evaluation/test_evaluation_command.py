@@ -232,6 +232,7 @@ def test_a_run_without_tasks_of_its_own_asks_for_some(run, capsys: pytest.Captur
         (["--tasks", "ROWS", *TEMPLATE, "--context", "q", "--max-length", "3"], "raise --max-length"),
         (["--tasks", "ROWS", *TEMPLATE, "--root", "nowhere"], "--root: no folder nowhere;"),
         (["--text", "TEXT", "--window", "65"], "--window: expected at most"),
+        (["--tasks", "ROWS", *TEMPLATE, "--text-tokens", "9"], "--text-tokens: --tasks alone measures no perplexity"),
         (["--tasks", "ROWS", "--max-length", "65"], "--max-length: expected at most the model's context of 64 tokens"),
         (["--tasks", "ROWS", *TEMPLATE, "--relative-to", "nothing"], "nothing/summary.json: no such file"),
         (["--tasks", "ROWS", *TEMPLATE, "--output", "TEXT"], "text.jsonl: is not a folder"),
