@@ -49,9 +49,9 @@ def _work(comparison: Comparison, cells: Sequence[Cell], chosen: Sequence[Cell],
             print(f"{cell.title}: failed: {reason}", file=sys.stderr)
         elif records[cell].is_whole:
             continue
-        # An interval of Rel.% takes a while: only what may have changed is read again.
+        # An interval of Rel.% takes a while: only what may have changed is read again, also by another process.
         for each in cells:
-            if cell.run in (each.run, each.reference):
+            if cell.run in (each.run, each.reference) or not records[each].is_whole:
                 records[each] = read_record(comparison, each, runs)
         markdown = _write(comparison, records, failures, folder)
     print(markdown, end="")

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from efx_jax.compare.__main__ import main
 from efx_jax.compare.grid import Cell
-from efx_jax.compare.records import read_record
-from efx_jax.compare.settings import read_comparison
+from efx_jax.compare.records import Record, read_record
+from efx_jax.compare.settings import Comparison, read_comparison
 from efx_jax.config import Config
 
 
@@ -26,3 +27,27 @@ def test_the_sparsity_of_a_smaller_model_is_the_share_that_was_cut_out(tmp_path:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
     assert read_record(comparison, cell, tmp_path).metrics["sparsity"] == pytest.approx(0.375)
+
+
+def test_what_another_process_has_finished_meanwhile_is_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This one works on dense alone; while it does, the other one has finished Wanda."""
+    done: set[str] = set()
+
+    def finish(comparison: Comparison, cell: Cell, runs: Path) -> str:
+        done.update(("dense", "wanda"))
+        return ""
+
+    def look(comparison: Comparison, cell: Cell, runs: Path) -> Record:
+        is_done = cell.method in done
+        return Record(cell, {"perplexity.t": 7.5} if is_done else {}, {}, is_done, "")
+
+    monkeypatch.setattr("efx_jax.compare.__main__.finish", finish)
+    monkeypatch.setattr("efx_jax.compare.__main__.read_record", look)
+    tree = "methods: {dense: {prune: {sparsity: 0}}, wanda: {}}\nschedules: {own: {}}\nevaluate: {texts: {t: t}}"
+    (tmp_path / "two.yaml").write_text(tree)
+    flags = ["--config", str(tmp_path / "two.yaml"), "--output", str(tmp_path / "out"), "--only", "dense"]
+    assert main(flags) == 0
+    rows = json.loads((tmp_path / "out" / "two" / "runs.json").read_text())
+    assert {row["method"]: row["status"] for row in rows} == {"dense": "done", "wanda": "done"}
