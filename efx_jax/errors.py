@@ -25,6 +25,10 @@ class MissingInputError(InputError):
     """What is asked for is not on this machine and cannot be fetched; nothing is wrong with it."""
 
 
+class FallbackWarning(UserWarning):
+    """Something else than what was asked for is used, as that is missing."""
+
+
 class OneLineParser(argparse.ArgumentParser):
     """Says what is wrong with the arguments in one line; argparse itself prints the usage too."""
 

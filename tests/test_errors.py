@@ -13,7 +13,7 @@ import train
 from efx_jax.compare import train_one
 from efx_jax.config import Config
 from efx_jax.config_io import to_yaml
-from efx_jax.errors import InputError, exit_code
+from efx_jax.errors import FallbackWarning, InputError, exit_code
 
 Finish = Callable[[BaseException], int]
 
@@ -77,3 +77,18 @@ def test_a_warning_of_ours_is_one_line_without_its_place_in_the_source() -> None
     assert exit_code(work, "error") == 0
     assert shown[0] == "warning: 2 rows are left out\n" and "module.py:3" in shown[1]
     assert warnings.formatwarning is before
+
+
+def test_a_comparison_does_not_calibrate_on_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object, **__: object) -> NoReturn:
+        warnings.warn("2 rows are left out", stacklevel=2)
+        warnings.warn("calibration on the training rows instead of C4", FallbackWarning, stacklevel=2)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(train_one, "run", run)
+    (tmp_path / "run.yaml").write_text(to_yaml(Config()))
+    with pytest.warns(UserWarning, match="2 rows"):
+        assert train_one.main([str(tmp_path / "run.yaml"), str(tmp_path / "run")]) == 2
+    assert "nothing else than its file says: calibration on the training rows" in capsys.readouterr().err

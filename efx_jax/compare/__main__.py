@@ -51,7 +51,7 @@ def _work(comparison: Comparison, cells: Sequence[Cell], chosen: Sequence[Cell],
             continue
         # An interval of Rel.% takes a while: only what may have changed is read again, also by another process.
         for each in cells:
-            if cell.run in (each.run, each.reference) or not records[each].is_whole:
+            if cell.run in (each.run, each.reference) or not records[each].is_whole or records[each].note:
                 records[each] = read_record(comparison, each, runs)
         markdown = _write(comparison, records, failures, folder)
     print(markdown, end="")

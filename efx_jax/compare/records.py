@@ -59,7 +59,9 @@ def read_record(comparison: Comparison, cell: Cell, runs: Path) -> Record:
                 if metric in result:
                     _take(metrics, intervals, f"{name}.{task}.{metric}", result, metric, f"{metric}_interval")
         dense = measurement.folder(runs / cell.reference)
-        if cell.reference and is_finished(dense):
+        if cell.reference and not is_finished(dense):
+            notes.append(f"{cell.reference}, the dense run, is not measured under {name} yet")
+        elif cell.reference:
             found = _relative(folder, dense)
             if isinstance(found, str):
                 notes.append(found)
@@ -79,7 +81,7 @@ def _take(metrics: Metrics, intervals: Intervals, key: str, found: Mapping[str, 
 def _run_metrics(cell: Cell, run: Path) -> Metrics:
     summary = _read(run)
     return {
-        "sparsity": _real_sparsity(cell, run, summary),
+        "sparsity": _real_sparsity(cell, summary),
         "train_seconds": summary["seconds"].get("train", 0.0),
         "event_seconds": summary["seconds"].get("prune", 0.0),
         "peak_memory_mib": summary["peak_memory_mib"],
@@ -87,13 +89,14 @@ def _run_metrics(cell: Cell, run: Path) -> Metrics:
     }
 
 
-def _real_sparsity(cell: Cell, run: Path, summary: dict[str, Any]) -> float:
+def _real_sparsity(cell: Cell, summary: dict[str, Any]) -> float:
     """Share of exact zeros among all entries of the pruned matrices of the export; of units cut out, their share."""
     if "cut" in summary:
         removed: float = summary["cut"]["removed"]
         return removed
     found: dict[str, list[float]] = summary["sparsity"]
-    shapes = linear_shapes(find_spec(run).spec)
+    # Of the base: nobody needs to keep the exports.
+    shapes = linear_shapes(find_spec(cell.config.model.path).spec)
     sizes = {name: shapes[name][0] * shapes[name][1] for name in cell.config.prune.targets}
     zeros = sum(size * sum(found[name]) for name, size in sizes.items())
     return zeros / sum(size * len(found[name]) for name, size in sizes.items())

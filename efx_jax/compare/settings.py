@@ -13,6 +13,7 @@ from efx_jax.config_values import describe, nearest, parse_value, replace_values
 from efx_jax.errors import InputError
 from efx_jax.evaluation.protocols import ProtocolName
 from efx_jax.evaluation.results import TITLES
+from efx_jax.training.start import FREE_SECTIONS
 
 Settings = Mapping[str, Any]
 """Values by dotted path, as `replace_values` takes them."""
@@ -172,8 +173,8 @@ def _read_axes(tree: Mapping[str, Any], path: Path) -> dict[str, tuple[Any, ...]
     axes = {}
     for key, values in tree.items():
         where = f"{path}: axes: {key}"
-        if key not in kinds or key == "seed":
-            known = [name for name in kinds if name != "seed"]
+        known = [name for name in kinds if name != "seed" and name.partition(".")[0] not in FREE_SECTIONS]
+        if key not in known:
             raise InputError(f"{where} is not a setting to vary; the nearest is {nearest(key, known)}")
         if not isinstance(values, list) or not values:
             raise InputError(f"{where}: expected a list of values, found {values!r}")

@@ -277,7 +277,7 @@ def _run_line(
 def _row_line(axes: Sequence[str], row: Row, keys: Sequence[str]) -> dict[str, Any]:
     entry = _row_entry(axes, row)
     line = {name: entry[name] for name in ("method", "schedule", "asked_sparsity")} | entry["axes"]
-    line["seeds"] = len(row.records)
+    line["seeds"] = sum(bool(record.metrics) for record in row.records)
     for key, which in itertools.product(keys, ("mean", "std")):
         line[key if which == "mean" else f"{key}_std"] = spread(row, key)[which]
     return line

@@ -1,11 +1,12 @@
 """`python -m efx_jax.compare.train_one CONFIG OUTPUT [TRUNK]`: one run of a comparison, from its resolved settings."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from efx_jax.config_io import from_yaml
-from efx_jax.errors import INTERRUPTED, exit_code
+from efx_jax.errors import INTERRUPTED, FallbackWarning, InputError, exit_code
 from efx_jax.training.run import run
 
 
@@ -15,7 +16,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(config: Path, output: Path, trunk: Path | None = None) -> int:
-    return 0 if run(from_yaml(config.read_text(), str(config)), output, trunk=trunk) else INTERRUPTED
+    with warnings.catch_warnings():
+        # The tables say what was asked for.
+        warnings.simplefilter("error", FallbackWarning)
+        try:
+            summary = run(from_yaml(config.read_text(), str(config)), output, trunk=trunk)
+        except FallbackWarning as fallback:
+            raise InputError(f"a comparison takes nothing else than its file says: {fallback}") from fallback
+    return 0 if summary else INTERRUPTED
 
 
 if __name__ == "__main__":

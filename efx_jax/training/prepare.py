@@ -12,7 +12,7 @@ from efx_jax.data.batches import Batch, calibration_batches
 from efx_jax.data.tasks import Data, Task, load_data, load_text
 from efx_jax.data.tokenizer import check_vocabulary
 from efx_jax.data.tokens import Tokenized, text_windows, tokenize
-from efx_jax.errors import InputError
+from efx_jax.errors import FallbackWarning, InputError
 from efx_jax.evaluation.protocols import check_protocol
 from efx_jax.files import together
 from efx_jax.model.spec import ModelSpec, spec_from_config
@@ -78,7 +78,8 @@ def _calibration_pool(config: Config, train: list[Tokenized], tokenizer: Any) ->
         # The paper calibrates on C4. The perplexity text would do as well, but it is what the result is measured on.
         if source != "c4":
             raise
-        warnings.warn(f"calibration on the training rows instead of C4: {error}", stacklevel=2)
+        message = f"calibration on the training rows instead of C4: {error}"
+        warnings.warn(message, FallbackWarning, stacklevel=2)
         return train
     # The last token of a sequence is never an input. More than the rows asked for, so that each seed draws others.
     window = config.prune.calibration_length + 1

@@ -9,7 +9,8 @@ from efx_jax.compare.__main__ import main
 from efx_jax.compare.grid import Cell
 from efx_jax.compare.records import Record, read_record
 from efx_jax.compare.settings import Comparison, read_comparison
-from efx_jax.config import Config
+from efx_jax.compare.work import measurements
+from efx_jax.config import Config, ModelConfig, PruneConfig
 
 
 def test_the_sparsity_of_a_smaller_model_is_the_share_that_was_cut_out(tmp_path: Path) -> None:
@@ -51,3 +52,27 @@ def test_what_another_process_has_finished_meanwhile_is_in_the_table(
     assert main(flags) == 0
     rows = json.loads((tmp_path / "out" / "two" / "runs.json").read_text())
     assert {row["method"]: row["status"] for row in rows} == {"dense": "done", "wanda": "done"}
+
+
+def test_the_numbers_of_a_run_outlive_its_export_and_say_that_dense_is_missing(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    tree = "methods: {wanda: {}}\nschedules: {own: {}}\nevaluate: {tasks: [hqs]}"
+    (tmp_path / "small.yaml").write_text(tree)
+    comparison = read_comparison(tmp_path / "small.yaml")
+    config = Config(model=ModelConfig(path=str(tiny_folder)), prune=PruneConfig(targets=("q_proj", "k_proj")))
+    cell = Cell("wanda", "own", (), 0, config, "run", "dense-run", "")
+    summary = {
+        "sparsity": {"q_proj": [0.5, 0.5], "k_proj": [0.2, 0.2], "up_proj": [0, 0]},
+        "seconds": {"train": 2.0},
+        "peak_memory_mib": 1.0,
+        "tokens": 3,
+    }
+    answers = measurements(comparison, cell)[0].folder(tmp_path / "run")
+    answers.mkdir(parents=True)
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    (answers / "summary.json").write_text(json.dumps({"tasks": {"hqs": {"rouge1": 0.5, "rouge1_interval": None}}}))
+    found = read_record(comparison, cell, tmp_path)
+    # Twice as many rows in q_proj.
+    assert found.metrics["sparsity"] == pytest.approx(0.4)
+    assert found.note == "dense-run, the dense run, is not measured under likelihood yet"

@@ -130,6 +130,7 @@ def test_only_takes_methods_schedules_and_pairs(write: Write) -> None:
         (SMALL + "seeds: 1.5", "seeds must be an integer, found '1.5'"),
         (SMALL + "axes: {sparsity: [0.3]}", "axes: sparsity is not a setting to vary; the nearest is prune.sparsity"),
         (SMALL + "axes: {seed: [0]}", "axes: seed is not a setting to vary"),
+        (SMALL + "axes: {mesh.data: [1, 2]}", "axes: mesh.data is not a setting to vary"),
         (SMALL + "axes: {prune.sparsity: 0.3}", "axes: prune.sparsity: expected a list of values, found '0.3'"),
         (SMALL + "runs: {wnada: [during]}", "runs: wnada is not known; the nearest is wanda"),
         (SMALL + "runs: {wanda: [late]}", "runs: wanda: late is not known"),

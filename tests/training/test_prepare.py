@@ -9,7 +9,7 @@ import pytest
 
 from efx_jax.config import Config, DataConfig, EvalConfig, ModelConfig, PruneConfig
 from efx_jax.data.tokens import Tokenized
-from efx_jax.errors import InputError
+from efx_jax.errors import FallbackWarning, InputError
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.training import prepare
 
@@ -24,7 +24,7 @@ def test_without_c4_the_training_rows_calibrate_and_a_warning_says_so(monkeypatc
 
     monkeypatch.setattr(prepare, "load_text", unreachable)
     rows = [Tokenized(np.arange(4, dtype=np.int32), np.ones(4, bool))]
-    with pytest.warns(UserWarning, match="training rows instead of C4: c4: cannot be read"):
+    with pytest.warns(FallbackWarning, match="training rows instead of C4: c4: cannot be read"):
         assert prepare._calibration_pool(calibrated_on("c4"), rows, None) is rows
     with pytest.raises(InputError, match=r"other\.jsonl"):
         prepare._calibration_pool(calibrated_on("other.jsonl"), rows, None)
