@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 from efx_jax.data.hub import HubTable, read_hub
+from efx_jax.data.records import json_fault
 from efx_jax.errors import InputError, MissingInputError
 
 _JSON = (".jsonl", ".json", ".ndjson")
@@ -148,7 +149,7 @@ def _json_rows(stream: TextIO, path: pathlib.Path) -> Iterator[dict[str, Any]]:
             # Without its end: a message would count from there.
             row = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
-            raise InputError(f"{path} line {number}: not JSON ({_fault(error)}); repair it") from error
+            raise InputError(f"{path} line {number}: not JSON ({json_fault(error)}); repair it") from error
         except (RecursionError, ValueError) as error:
             raise InputError(f"{path} line {number}: JSON that cannot be read ({error}); repair the row") from error
         yield _require_object(row, f"{path} line {number}")
@@ -158,7 +159,7 @@ def _json_array(stream: TextIO, path: pathlib.Path) -> Iterator[dict[str, Any]]:
     try:
         rows = json.load(stream)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path} line {error.lineno}: not JSON ({_fault(error)}); repair it") from error
+        raise InputError(f"{path} line {error.lineno}: not JSON ({json_fault(error)}); repair it") from error
     except UnicodeDecodeError:
         raise
     except (RecursionError, ValueError) as error:
@@ -218,10 +219,6 @@ def _corpus_rows(corpus: Corpus, root: str) -> list[dict[str, Any]]:
 def _hub_rows(source: str) -> list[dict[str, Any]]:
     name, *rest = source.split(":")
     return read_hub(HubTable(name, rest[0] if len(rest) > 1 else "", rest[-1] if rest else "train"))
-
-
-def _fault(error: json.JSONDecodeError) -> str:
-    return f"{error.msg.removesuffix(' starting at')} at column {error.colno}"
 
 
 def _one_line(error: Exception) -> str:

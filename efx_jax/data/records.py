@@ -86,13 +86,19 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        fault = f"{error.msg.removesuffix(' starting at')} at column {error.colno}"
-        raise InputError(f"{path} line {error.lineno}: not JSON ({fault}); is the file complete?") from error
+        raise InputError(
+            f"{path} line {error.lineno}: not JSON ({json_fault(error)}); is the file complete?"
+        ) from error
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path}: not readable as UTF-8 text: {error}; fetch the file again") from error
     except (RecursionError, ValueError) as error:
         raise InputError(f"{path}: JSON that cannot be read ({error}); fetch the file again") from error
     return require_object(tree, str(path))
+
+
+def json_fault(error: json.JSONDecodeError) -> str:
+    """What is wrong with a line of JSON, and in which of its columns."""
+    return f"{error.msg.removesuffix(' starting at')} at column {error.colno}"
 
 
 def require_object(value: Any, where: str) -> dict[str, Any]:
