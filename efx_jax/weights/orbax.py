@@ -24,9 +24,9 @@ from efx_jax.weights.source import DTYPES, TensorSource, leaves
 
 _PARAMS, _MANIFEST = "params", "manifest.json"
 # A layer, or some of its rows, can be read without the rest of its leaf.
-_CHUNK_BYTES = 1 << 24
-# A file is kept in memory until it is full; Orbax's own choice is 2 GB.
-_FILE_BYTES = 1 << 26
+_CHUNK_BYTES = 1 << 22
+# Several files are kept in memory until they are full, the more of them the slower the disk; Orbax's own choice is 2 GB.
+_FILE_BYTES = 1 << 24
 
 
 def is_orbax_folder(path: Path) -> bool:
