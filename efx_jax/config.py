@@ -4,12 +4,21 @@ import dataclasses
 from typing import Literal
 
 Score = Literal[
-    "magnitude", "wanda", "ria", "foresight", "foresight_gated", "sparsegpt", "lora_gradient", "dpruner", "atp"
+    "magnitude",
+    "wanda",
+    "ria",
+    "foresight",
+    "foresight_gated",
+    "foresight_loss",
+    "sparsegpt",
+    "lora_gradient",
+    "dpruner",
+    "atp",
 ]
 Recovery = Literal["none", "pbs", "gram_pbs", "admm", "obs"]
-Budget = Literal["uniform", "owl"]
+Budget = Literal["uniform", "owl", "global"]
 MaskForward = Literal["exact", "ste", "frozen", "dense"]
-# Scores that read an importance computed from gradients of training batches.
+# Scores that read an importance of every entry, computed from gradients of training batches.
 GRADIENT_SCORES: tuple[Score, ...] = ("lora_gradient", "dpruner")
 # Which units ATP prunes, see `efx_jax.structural.units`.
 Space = Literal["paper", "sliceable"]
@@ -90,7 +99,10 @@ class PruneConfig:
     """Entries that compete: "row", "matrix", "slab" (all rows of 128 inputs), "bounded" or "N:M"; with the score
     "sparsegpt" row and matrix within 128 inputs at a time."""
     budget: Budget = "uniform"
-    """The sparsity of every layer alike, or less for layers with more outliers among their Wanda scores (OWL)."""
+    """The sparsity of every matrix alike; less for layers with more outliers among their Wanda scores (OWL); or that of
+    one threshold on the score over all matrices ("global"), for a score that compares them: "foresight_loss"."""
+    budget_spread: float = 0.2
+    """With budget "global": how far a matrix's sparsity may be from `sparsity`."""
     owl_lambda: float = 0.08
     """With budget "owl": half of the largest difference between the shares that two layers keep."""
     owl_multiple: float = 5.0

@@ -80,6 +80,12 @@ def _pair_rules(prune: PruneConfig) -> Iterable[Rule]:
             prune.budget == "uniform" or n_of_m(prune.group) is None,
             f"uniform with prune.group {prune.group}, which has one sparsity only",
         ),
+        (
+            "prune.budget",
+            prune.budget,
+            prune.budget != "global" or not sweeps,
+            "uniform or owl with prune.score sparsegpt, which scores an entry after its budget is set",
+        ),
     ]
 
 
@@ -108,6 +114,7 @@ def _range_rules(prune: PruneConfig) -> Iterable[Rule]:
         ("prune.sparsity", prune.sparsity, 0 <= prune.sparsity < 1, "in [0, 1)"),
         ("prune.group", prune.group, is_group, "row, matrix, slab, bounded, or N:M with N < M such as 2:4"),
         ("prune.bound", prune.bound, 0 <= prune.bound <= 1, "in [0, 1]"),
+        ("prune.budget_spread", prune.budget_spread, 0 <= prune.budget_spread <= 1, "in [0, 1]"),
         ("prune.owl_lambda", prune.owl_lambda, prune.owl_lambda >= 0, "at least 0"),
         ("prune.owl_multiple", prune.owl_multiple, prune.owl_multiple > 0, "above 0"),
         ("prune.ria_power", prune.ria_power, prune.ria_power >= 0, "at least 0"),

@@ -14,7 +14,7 @@ from efx_jax.config import MaskForward, Remat
 from efx_jax.linear import contract, linear
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation, attention
-from efx_jax.model.layers import apply_rope, rms_norm, rope_tables, swiglu
+from efx_jax.model.layers import apply_rope, probe_gradient, rms_norm, rope_tables, swiglu
 from efx_jax.model.spec import ModelSpec
 from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import VOCABULARY, batch_axes, constrain, linear_axes
@@ -105,6 +105,7 @@ def block(
     rope: tuple[Array, Array],
     attend: Attend,
     dropout_key: Array | None = None,
+    probes: Mapping[str, Array] | None = None,
 ) -> tuple[Array, dict[str, Array], Any]:
     """One pre-norm decoder block.
 
@@ -116,6 +117,7 @@ def block(
         rope: cos and sin `[B,T,1,H/2]`.
         attend: (q, k, v) -> (context `[B,T,N*H]`, anything the caller keeps, such as a KV cache).
         dropout_key: PRNG key of the adapters' dropout, or None.
+        probes: zeros `[O]` of some linears, see `probe_gradient`.
 
     Returns:
         The new residual stream `[B,T,D]`; the activations that calibration reads, by name (dead code elsewhere): the
@@ -142,6 +144,8 @@ def block(
             dropout_key=key,
             axes=None if mesh is None else linear_axes(name, batch),
         )
+        if probes and name in probes:
+            output = probe_gradient(output, probes[name])
         return checkpoint_name(output, name)
 
     def heads(projected: Array, count: int) -> Array:
@@ -219,6 +223,7 @@ def hidden_states(
     remat: Remat = "none",
     attention_path: Implementation = "xla",
     frozen: bool = False,
+    probes: Mapping[str, Array] | None = None,
 ) -> Array:
     """The final-normed hidden states `[B,T,D]`, in the dtype of the embedding.
 
@@ -238,6 +243,7 @@ def hidden_states(
         frozen: the base weights get no gradient, which makes the pass faster on a CPU; adapters do.
         attention_path: see `efx_jax.model.attention.choose_attention`.
         remat: what the backward pass computes again: nothing, everything but the linears' outputs, or whole blocks.
+        probes: zeros `[L,O]` of some linears, see `efx_jax.model.layers.probe_gradient`.
     """
     batch, length = tokens.shape
     if positions is None:
@@ -251,11 +257,11 @@ def hidden_states(
     )
     attend = attend_within(segments, attention_path, ends)
 
-    def body(x: Array, scanned: tuple[Layer, Array]) -> tuple[Array, None]:
-        layer, index = scanned
+    def body(x: Array, scanned: tuple[Layer, Array, dict[str, Array]]) -> tuple[Array, None]:
+        layer, index, probes = scanned
         layer = thaw(layer, aside, index)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        x, _, _ = block(x, layer, spec, options, rope, attend, key)
+        x, _, _ = block(x, layer, spec, options, rope, attend, key, probes)
         return x, None
 
     if remat != "none":
@@ -263,7 +269,7 @@ def hidden_states(
         body = jax.checkpoint(body, policy=keep, prevent_cse=False)
     layers = stack_layers(params, adapters, masks)
     layers, aside = freeze(layers) if frozen else (layers, {})
-    x, _ = jax.lax.scan(body, embed(params, tokens), (layers, jnp.arange(spec.num_layers)))
+    x, _ = jax.lax.scan(body, embed(params, tokens), (layers, jnp.arange(spec.num_layers), dict(probes or {})))
     return rms_norm(x, params["norm"], spec.rms_norm_eps)
 
 

@@ -87,3 +87,26 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
 def swiglu(gate: Array, up: Array) -> Array:
     """silu(gate) * up, in float32 inside; `[...,F]`."""
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+@jax.custom_vjp
+def probe_gradient(output: Array, probe: Array) -> Array:
+    """`output` itself; what differentiation gives for the probe is the sum of squares of the gradient by `output`.
+
+    Args:
+        output: `[...,O]` of a linear.
+        probe: `[O]`, any values; they change nothing.
+    """
+    return output
+
+
+def _probe_fwd(output: Array, probe: Array) -> tuple[Array, None]:
+    return output, None
+
+
+def _probe_bwd(_: None, gradient: Array) -> tuple[Array, Array]:
+    leading = tuple(range(gradient.ndim - 1))
+    return gradient, jnp.sum(jnp.square(gradient.astype(jnp.float32)), axis=leading)
+
+
+probe_gradient.defvjp(_probe_fwd, _probe_bwd)

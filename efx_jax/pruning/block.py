@@ -45,6 +45,8 @@ def block_scores(
         reach = weight_reach(effective, spec)
     elif config.score == "foresight_gated":
         reach = activation_reach(effective, layer.weights, stats, spec)
+    elif config.score == "foresight_loss":
+        reach = {name: jnp.sqrt(importance[name]) for name in names}
     else:
         reach = {name: jnp.ones(effective[name].shape[0], jnp.float32) for name in names}
     if config.score in GRADIENT_SCORES:
@@ -69,7 +71,8 @@ def prune_block(
     Args:
         layer: the block's arrays, without L.
         stats: its statistics.
-        importance: its `[O,I]` from gradients, for the scores that read it; {} for the others.
+        importance: its `[O,I]` from gradients (of "foresight_loss" `[O]`), for the scores that read it; {} for the
+            others.
         memory: its part of the moving average, see `PruneState`.
         counts: entries to drop, by matrix.
         key: PRNG key for adapters drawn anew.

@@ -1,5 +1,6 @@
-"""How the zeros are shared out among the layers: the same share of each, or less where outliers are (OWL)."""
+"""How the zeros are shared out: evenly, less to layers with outliers (OWL), or by one threshold over all matrices."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,14 +13,20 @@ from efx_jax.config import PruneConfig
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters, effective_weight
 from efx_jax.model.attention import Implementation
-from efx_jax.model.spec import ModelSpec
+from efx_jax.model.decoder import Layer, stack_layers
+from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.pruning.average import prunable
+from efx_jax.pruning.block import block_scores
 from efx_jax.pruning.scores import wanda_score
 from efx_jax.pruning.statistics import Statistics, collect_statistics
 
 Array = jax.Array
-# No layer keeps less than this share of what the layers keep on average.
+Budget = dict[str, float]
+"""The sparsity of every pruned matrix of a layer."""
+# No layer or matrix keeps less than this share of what they keep on average.
 _LEAST_KEPT = 0.1
+# A threshold is found to 16 of its 32 bits, four at a time; between two of them shares are interpolated.
+_DIGIT, _SHIFTS = 4, (28, 24, 20, 16)
 
 
 def owl_sparsities(outliers: Sequence[float], sparsity: float, owl_lambda: float) -> tuple[float, ...]:
@@ -90,30 +97,116 @@ def _count_outliers(
     return jax.lax.map(layer, (dict(weights), dict(lora_a), dict(lora_b), dict(norms)))
 
 
-def layer_budgets(
+def event_budgets(
     params: Mapping[str, Any],
     adapters: Adapters | None,
     stats: Statistics | None,
+    importance: Mapping[str, Array],
     spec: ModelSpec,
     config: PruneConfig,
-) -> tuple[float, ...]:
-    """The sparsity of every layer under `config.budget`.
+) -> tuple[Budget, ...]:
+    """The sparsity of every pruned matrix of every layer under `config.budget`.
 
     Args:
         params: parameter tree before the event.
         adapters: adapters, or None.
         stats: statistics of the whole model; uniform budgets need none.
+        importance: what the score reads of gradients, stacked; {} for the others.
         spec: the model.
         config: the settings of the event.
 
     Raises:
-        InputError: OWL without statistics.
+        InputError: another budget without statistics.
     """
+    names = prunable(params["layers"], config)
     if config.budget == "uniform":
-        return (config.sparsity,) * spec.num_layers
+        return (dict.fromkeys(names, config.sparsity),) * spec.num_layers
     if stats is None:
-        raise InputError("prune.budget owl: expected statistics of the whole model, found none; collect them first")
-    return owl_sparsities(outlier_shares(params, adapters, stats, config), config.sparsity, config.owl_lambda)
+        raise InputError(
+            f"prune.budget {config.budget}: expected statistics of the whole model, found none; collect them first"
+        )
+    if config.budget == "owl":
+        sparsities = owl_sparsities(outlier_shares(params, adapters, stats, config), config.sparsity, config.owl_lambda)
+        return tuple(dict.fromkeys(names, sparsity) for sparsity in sparsities)
+    return global_budgets(params, adapters, stats, importance, spec, config)
+
+
+def global_budgets(
+    params: Mapping[str, Any],
+    adapters: Adapters | None,
+    stats: Statistics,
+    importance: Mapping[str, Array],
+    spec: ModelSpec,
+    config: PruneConfig,
+) -> tuple[Budget, ...]:
+    """Shares of every matrix below one threshold on the score, each within `budget_spread` of the sparsity asked for.
+
+    The threshold is the one at which the shares, held within their bounds, make up the sparsity of the whole. What
+    survives of a matrix thus follows from what its entries cost beside those of all others, if the score has one unit
+    in all of them, as that of the loss has. For the arguments see `event_budgets`.
+
+    Returns:
+        name -> sparsity, for every layer; their mean, weighted by entries, is the sparsity asked for. Every matrix
+        keeps at least a tenth of the average.
+    """
+    names = prunable(params["layers"], config)
+    sizes = np.asarray([params["layers"][name][0].size for name in names], np.float64)
+    low = max(0.0, config.sparsity - config.budget_spread)
+    high = min(config.sparsity + config.budget_spread, 1 - _LEAST_KEPT * (1 - config.sparsity))
+    stats = Statistics(stats.energy, {}, jnp.broadcast_to(stats.tokens, (spec.num_layers,)))
+    scale = 1.0 if adapters is None else adapters.scale
+    static = dataclasses.replace(config, sparsity=0.0)
+    stacked = stack_layers(params, adapters, None)
+
+    def shares(thresholds: np.ndarray) -> np.ndarray:
+        """Of thresholds (bit patterns, uint32 [K]) the held shares, float64 [K,L,M]."""
+        # Patterns above infinity's are no numbers.
+        values = np.minimum(thresholds, np.float32(np.inf).view(np.uint32)).view(np.float32)
+        counts = _count_below(stacked, stats, dict(importance), values, spec, static, scale)
+        below = np.stack([np.asarray(counts[name], np.float64).T for name in names], axis=-1)
+        return np.clip(below / sizes, low, high)
+
+    def whole(held: np.ndarray) -> np.ndarray:
+        return (held * sizes).sum(axis=(-2, -1)) / (sizes.sum() * spec.num_layers)
+
+    start = 0
+    for shift in _SHIFTS:
+        # The highest digit has no sign bit.
+        digits = range(1, 2 ** (_DIGIT - (shift == _SHIFTS[0])))
+        candidates = np.asarray([start | (digit << shift) for digit in digits], np.uint32)
+        start |= int(np.sum(whole(shares(candidates)) < config.sparsity)) << shift
+    below, above = shares(np.asarray([start, start + (1 << _SHIFTS[-1])], np.uint32))
+    reached = whole(below), whole(above)
+    step = (config.sparsity - reached[0]) / (reached[1] - reached[0]) if reached[1] > reached[0] else 0.0
+    found = below + np.clip(step, 0.0, 1.0) * (above - below)
+    return tuple(dict(zip(names, map(float, layer), strict=True)) for layer in found)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "config", "scale"))
+def _count_below(
+    stacked: Layer,
+    stats: Statistics,
+    importance: dict[str, Array],
+    thresholds: Array,
+    spec: ModelSpec,
+    config: PruneConfig,
+    scale: float,
+) -> dict[str, Array]:
+    """Scores of every matrix below each of some thresholds `[K]`, int32 `[L,K]`; one layer's exist at a time."""
+
+    def layer(operands: tuple[Layer, Statistics, dict[str, Array]]) -> dict[str, Array]:
+        block, stats, importance = operands
+        effective = {
+            name: effective_weight(block.weights[name], block.lora_a.get(name), block.lora_b.get(name), scale)
+            for name in LINEARS
+        }
+        scores, _ = block_scores(block, effective, stats, importance, spec, config)
+        return {
+            name: jnp.stack([jnp.sum(score < threshold, dtype=jnp.int32) for threshold in thresholds])
+            for name, score in scores.items()
+        }
+
+    return jax.lax.map(layer, (stacked, stats, importance))
 
 
 def budget_statistics(
@@ -126,7 +219,7 @@ def budget_statistics(
     compute_dtype: Any = None,
     attention_path: Implementation = "xla",
 ) -> Statistics | None:
-    """What `layer_budgets` needs before an event block by block: a pass without Grams, or nothing and None.
+    """What `event_budgets` needs before an event block by block: a pass without Grams, or nothing and None.
 
     For arguments and errors see `collect_statistics`.
     """

@@ -22,12 +22,17 @@ from efx_jax.model.spec import ModelSpec
 from efx_jax.parallel.partition import constrain_tree, to_device, to_host
 from efx_jax.pruning.average import Memory, PruneState, init_prune_state, prunable
 from efx_jax.pruning.block import matrix_group, prune_block
-from efx_jax.pruning.budget import layer_budgets
+from efx_jax.pruning.budget import event_budgets
 from efx_jax.pruning.selection import Counts, selection_counts
 from efx_jax.pruning.sparsegpt import slab_counts
 from efx_jax.pruning.statistics import Statistics
 
 Array = jax.Array
+
+
+def reads_importance(config: PruneConfig) -> bool:
+    """Whether the score reads gradients, which `prune_event` is given."""
+    return config.score in GRADIENT_SCORES or config.score == "foresight_loss"
 
 
 def needs_gram(config: PruneConfig) -> bool:
@@ -57,7 +62,8 @@ def prune_event(
         state: the state of the earlier events, or None at the first.
         spec: the model.
         config: score, group, sparsity, recovery and moving average of this event.
-        importance: name -> float32 `[L,O,I]` for the scores that read gradients; see `efx_jax.training.importance`.
+        importance: name -> float32 `[L,O,I]` for the scores that read gradients, `[L,O]` for "foresight_loss"; see
+            `efx_jax.training.importance`.
         packed: return the masks as bits, see `efx_jax.masks`.
 
     Returns:
@@ -125,13 +131,14 @@ def plan_event(
     The other arguments and the errors are those of `prune_event`.
     """
     state = check_event(params, adapters, state, config)
-    budgets = layer_budgets(params, adapters, stats, spec, config)
     names = prunable(params["layers"], config)
+    importance = _read_importance(importance or {}, params["layers"], names, config)
+    budgets = event_budgets(params, adapters, stats, importance, spec, config)
     return EventPlan(
         stacked=stack_layers(params, adapters, None if masks is None else _packed(masks)),
-        importance=_read_importance(importance or {}, params["layers"], names, config),
+        importance=importance,
         state=state,
-        counts=tuple(event_counts(params["layers"], names, config, sparsity) for sparsity in budgets),
+        counts=tuple(event_counts(params["layers"], config, budget) for budget in budgets),
         keys=jax.random.split(jax.random.fold_in(state.key, state.event), spec.num_layers),
         spec=spec,
         config=config,
@@ -237,29 +244,29 @@ def _read_importance(
     importance: Mapping[str, Array], layers: Mapping[str, Array], names: tuple[str, ...], config: PruneConfig
 ) -> dict[str, Array]:
     """What the score reads of the importance."""
-    if config.score not in GRADIENT_SCORES:
+    if not reads_importance(config):
         return {}
-    wrong = [name for name in names if name not in importance or importance[name].shape != layers[name].shape]
+    by_entry = config.score in GRADIENT_SCORES
+    shapes = {name: layers[name].shape if by_entry else layers[name].shape[:2] for name in names}
+    wrong = [name for name in names if name not in importance or importance[name].shape != shapes[name]]
     if wrong:
         raise InputError(
-            f"prune.score {config.score} reads gradients: expected an importance of the weight's shape for each of "
-            f"prune.targets, found none for {', '.join(wrong)}; pass it to prune_event"
+            f"prune.score {config.score} reads gradients: expected an importance {'[L,O,I]' if by_entry else '[L,O]'} "
+            f"for each of prune.targets, found none for {', '.join(wrong)}; pass it to prune_event"
         )
     return {name: importance[name] for name in names}
 
 
-def event_counts(
-    layers: Mapping[str, Array], names: tuple[str, ...], config: PruneConfig, sparsity: float
-) -> dict[str, Counts]:
-    """Exact counts per matrix of a layer, computed on the host so that a new sparsity needs no new program."""
+def event_counts(layers: Mapping[str, Array], config: PruneConfig, budget: Mapping[str, float]) -> dict[str, Counts]:
+    """Exact counts of a layer's matrices from their sparsities, on the host: a new one needs no new program."""
 
-    def counts(name: str) -> Counts:
+    def counts(name: str, sparsity: float) -> Counts:
         shape, group = layers[name].shape, matrix_group(name, config)
         if config.score == "sparsegpt":
             return slab_counts(shape, sparsity, group)
         return selection_counts(shape, sparsity, group, config.bound)
 
-    return {name: counts(name) for name in names}
+    return {name: counts(name, sparsity) for name, sparsity in budget.items()}
 
 
 _prune_block = functools.partial(jax.jit, static_argnames=("spec", "config", "scale"))(prune_block)

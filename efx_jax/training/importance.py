@@ -6,15 +6,23 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
-from efx_jax.config import GRADIENT_SCORES, Config
+from efx_jax.config import Config
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.parallel.partition import constrain_tree
+from efx_jax.pruning.event import reads_importance
 from efx_jax.pruning.general import general_importance
 from efx_jax.pruning.lora_gradient import lora_gradient_importance
 from efx_jax.training.feed import epoch_rows, mesh_batch, rows_per_pass
-from efx_jax.training.gradients import OptionsOf, Tree, as_it_stands, domain_importance, mean_adapter_gradient
+from efx_jax.training.gradients import (
+    OptionsOf,
+    Tree,
+    as_it_stands,
+    domain_importance,
+    mean_adapter_gradient,
+    output_gradient_energy,
+)
 from efx_jax.training.prepare import Prepared, calibration
 from efx_jax.training.schedule import Event, learning_rate, total_steps
 from efx_jax.training.state import RunState
@@ -29,12 +37,15 @@ _DOMAIN_WARMUP = 0.1
 def run_importance(
     config: Config, prepared: Prepared, state: RunState, event: Event, attention_path: Implementation
 ) -> dict[str, Array] | None:
-    """The importance that the run's score reads at an event, name -> float32 `[L,O,I]`; None if it reads none.
+    """The importance that the run's score reads at an event, see `prune_event`; None if it reads none.
 
-    The batches are those that training would take next, a pure function of the seed and the event's step.
+    `foresight_loss` takes the calibration rows. The batches of the other scores are those that training would take
+    next, a pure function of the seed and the event's step.
     """
-    if config.prune.score not in GRADIENT_SCORES:
+    if not reads_importance(config.prune):
         return None
+    if config.prune.score == "foresight_loss":
+        return _run_output_gradients(config, prepared, state, attention_path)
     mesh, rows = make_mesh(config.mesh), prepared.train
 
     def batches(count: int) -> Iterator[Batch]:
@@ -50,6 +61,27 @@ def run_importance(
     taken = batches(config.prune.gradient_batches)
     gradients = mean_adapter_gradient(state.params, adapters, masks, taken, spec, options_of)
     return _score_adapters(state.params["layers"], adapters, gradients, config.prune.targets)
+
+
+def _run_output_gradients(
+    config: Config, prepared: Prepared, state: RunState, attention_path: Implementation
+) -> dict[str, Array]:
+    """Energies `[L,O]` of the gradients by the linears' outputs, on the model as it computes before the event."""
+    options = StepOptions(
+        mask_forward=config.prune.mask_forward,
+        compute_dtype=config.model.compute_dtype,
+        remat=config.train.remat,
+        attention_path=attention_path,
+    )
+    return output_gradient_energy(
+        state.params,
+        state.train.adapters,
+        state.masks or None,
+        calibration(config, prepared),
+        prepared.spec,
+        options,
+        config.prune.targets,
+    )
 
 
 @functools.partial(jax.jit, static_argnames="names")

@@ -68,8 +68,12 @@ def model_loss(
     spec: ModelSpec,
     options: StepOptions,
     frozen: bool,
+    probes: Mapping[str, Array] | None = None,
 ) -> tuple[Array, Array]:
-    """Summed nll and entropy of one micro-batch; `frozen`: the base gets no gradient, which is faster on a CPU."""
+    """Summed nll and entropy of one micro-batch.
+
+    `frozen`: the base gets no gradient, which is faster on a CPU; `probes`: see `efx_jax.model.layers.probe_gradient`.
+    """
     hidden = hidden_states(
         params,
         batch["tokens"],
@@ -85,6 +89,7 @@ def model_loss(
         remat=options.remat,
         attention_path=options.attention_path,
         frozen=frozen,
+        probes=probes,
     )
     return cross_entropy(hidden, head_weight(params), batch["targets"], batch["weights"], options.compute_dtype)
 

@@ -25,7 +25,7 @@ from efx_jax.weights.source import DTYPES, TensorSource, leaves
 _PARAMS, _MANIFEST = "params", "manifest.json"
 # A layer, or some of its rows, can be read without the rest of its leaf.
 _CHUNK_BYTES = 1 << 22
-# Several files are kept in memory until they are full, the more of them the slower the disk; Orbax's own choice is 2 GB.
+# Files are kept in memory until they are full, several where the disk is slow; Orbax's own choice is 2 GB.
 _FILE_BYTES = 1 << 24
 
 

@@ -1,4 +1,4 @@
-"""Layer budgets by outliers (OWL) against plain loops, and events that keep to them."""
+"""Budgets by outliers (OWL) and by one threshold against plain loops, and events that keep to them."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from efx_jax.config import PruneConfig
 from efx_jax.errors import InputError
 from efx_jax.lora import merge
 from efx_jax.pruning.blockwise import prune_event_blockwise
-from efx_jax.pruning.budget import outlier_shares, owl_sparsities
+from efx_jax.pruning.budget import global_budgets, outlier_shares, owl_sparsities
 from efx_jax.pruning.event import plan_event, prune_event
 from efx_jax.pruning.statistics import Statistics, collect_statistics
 
@@ -110,7 +110,8 @@ def test_an_event_gives_every_layer_its_exact_count(llama: Any, stats: Statistic
     ("change", "message"),
     [
         ({"group": "2:4"}, "prune.budget must be uniform with prune.group 2:4"),
-        ({"budget": "owll"}, "prune.budget must be one of uniform, owl"),
+        ({"budget": "owll"}, "prune.budget must be one of uniform, owl, global"),
+        ({"budget": "global", "score": "sparsegpt"}, "prune.budget must be uniform or owl with prune.score sparsegpt"),
         ({}, "prune.budget owl: expected statistics of the whole model, found none"),
     ],
 )
@@ -118,4 +119,69 @@ def test_budgets_that_cannot_be_are_refused_with_one_line(llama: Any, change: di
     config = dataclasses.replace(OWL, **change)
     with pytest.raises(InputError, match=message) as caught:
         plan_event(llama.params, llama.adapters, None, None, llama.spec, config)
+    assert "\n" not in str(caught.value)
+
+
+GLOBAL = PruneConfig(budget="global", budget_spread=0.2, score="foresight_loss", group="matrix", targets=TWO)
+
+
+@pytest.fixture(scope="module")
+def energy(llama: Any) -> dict[str, np.ndarray]:
+    """Output gradients that differ by layer and matrix."""
+    rng = np.random.default_rng(6)
+    shapes = {name: llama.params["layers"][name].shape[:2] for name in TWO}
+    return {name: (rng.random(shape) * [[1], [3]]).astype(np.float32) for name, shape in shapes.items()}
+
+
+def scores_by_hand(llama: Any, stats: Statistics, energy: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    found = {}
+    for name in TWO:
+        adapters = llama.adapters
+        low_rank = np.asarray(adapters.lora_b[name], np.float64) @ np.asarray(adapters.lora_a[name], np.float64)
+        weight = np.asarray(llama.params["layers"][name], np.float64) + adapters.scale * low_rank
+        norm = np.asarray(stats.input_norm(name), np.float64)
+        found[name] = np.abs(weight) * norm[:, None, :] * np.sqrt(energy[name].astype(np.float64))[:, :, None]
+    return found
+
+
+@pytest.mark.parametrize(("sparsity", "spread"), [(0.5, 0.2), (0.5, 1.0), (0.7, 0.1), (0.5, 0.0)])
+def test_one_threshold_shares_out_the_zeros(
+    llama: Any, stats: Statistics, energy: dict[str, np.ndarray], sparsity: float, spread: float
+) -> None:
+    config = dataclasses.replace(GLOBAL, sparsity=sparsity, budget_spread=spread)
+    found = global_budgets(llama.params, llama.adapters, stats, energy, llama.spec, config)
+    scores = scores_by_hand(llama, stats, energy)
+    shares = np.asarray([[budget[name] for name in TWO] for budget in found])
+    sizes = np.asarray([scores[name][0].size for name in TWO])
+    assert (shares @ sizes).sum() / (2 * sizes.sum()) == pytest.approx(sparsity, abs=1e-9)
+    high = min(sparsity + spread, 1 - 0.1 * (1 - sparsity))
+    every = np.sort(np.concatenate([scores[name].ravel() for name in TWO]))
+    # Held within their bounds, the shares below some threshold are these, to an entry.
+    held = [
+        np.asarray(
+            [[np.clip((scores[name][layer] < t).mean(), sparsity - spread, high) for name in TWO] for layer in (0, 1)]
+        )
+        for t in every
+    ]
+    nearest = min(held, key=lambda candidate: abs((candidate @ sizes).sum() - (shares @ sizes).sum()))
+    np.testing.assert_allclose(shares, nearest, atol=1.5 / sizes.min())
+    assert (np.ptp(shares) > 0.01) == (spread > 0)
+
+
+def test_an_event_prunes_what_costs_the_loss_least_wherever_it_is(
+    llama: Any, stats: Statistics, energy: dict[str, np.ndarray]
+) -> None:
+    config = dataclasses.replace(GLOBAL, budget_spread=1.0)
+    _, _, masks, _ = prune_event(llama.params, llama.adapters, None, stats, None, llama.spec, config, importance=energy)
+    scores = scores_by_hand(llama, stats, energy)
+    kept = np.concatenate([scores[name][np.asarray(masks[name])] for name in TWO])
+    dropped = np.concatenate([scores[name][~np.asarray(masks[name])] for name in TWO])
+    # Counts of the four matrices are whole numbers: each may miss the threshold by one entry.
+    assert np.sum(dropped > kept.min()) <= 4
+    assert dropped.size == pytest.approx(0.5 * (kept.size + dropped.size), abs=4)
+
+
+def test_gradients_of_outputs_are_asked_for_by_name(llama: Any, stats: Statistics) -> None:
+    with pytest.raises(InputError, match=r"expected an importance \[L,O\] for each of prune.targets") as caught:
+        prune_event(llama.params, llama.adapters, None, stats, None, llama.spec, dataclasses.replace(GLOBAL))
     assert "\n" not in str(caught.value)
