@@ -171,6 +171,20 @@ class AtpConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """A dense teacher for the pruned model: what it would predict where rows have no labels. It acts from the first
+    event on."""
+
+    teacher: str = ""
+    """"base" (the model that training starts from), or whatever `model.path` takes, of the same vocabulary: another
+    base, a dense run. "" for none."""
+    weight: float = 1.0
+    """Of the mean divergence from the teacher beside the mean loss of the labels."""
+    share: float = 1.0
+    """Share of the tokens without a label that the teacher teaches in a step, drawn anew in each; less is cheaper."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The optimisation."""
 
@@ -279,6 +293,7 @@ class Config:
     prune: PruneConfig = PruneConfig()
     atp: AtpConfig = AtpConfig()
     train: TrainConfig = TrainConfig()
+    distill: DistillConfig = DistillConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
     profile: ProfileConfig = ProfileConfig()

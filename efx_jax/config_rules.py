@@ -3,7 +3,15 @@
 import re
 from collections.abc import Iterable
 
-from efx_jax.config import Config, DataConfig, EvalConfig, LoraConfig, MeshConfig, ProfileConfig, TrainConfig
+from efx_jax.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    MeshConfig,
+    ProfileConfig,
+    TrainConfig,
+)
 from efx_jax.config_prune import Rule, prune_rules, refuse, target_rule
 
 _BY_HAND = "set together with mesh.coordinator: processes at least 1, process from 0 to processes - 1"
@@ -24,6 +32,7 @@ def validate(config: Config) -> None:
         *prune_rules(config.prune, config.train),
         *_atp_rules(config),
         *_train_rules(config.train),
+        *_distill_rules(config),
         *_eval_rules(config.eval),
         *_mesh_rules(config.mesh),
         *_profile_rules(config.profile),
@@ -94,6 +103,27 @@ def _train_rules(train: TrainConfig) -> Iterable[Rule]:
         ("train.log_every", train.log_every, train.log_every >= 1, "at least 1"),
         ("train.checkpoint_every", train.checkpoint_every, train.checkpoint_every >= 0, "at least 0"),
         ("train.keep", train.keep, train.keep >= 1, "at least 1"),
+    ]
+
+
+def _distill_rules(config: Config) -> Iterable[Rule]:
+    distill = config.distill
+    reason = "the teacher teaches tokens without a label, of which that leaves none"
+    return [
+        ("distill.weight", distill.weight, distill.weight > 0, "above 0"),
+        ("distill.share", distill.share, 0 < distill.share <= 1, "in (0, 1]"),
+        (
+            "distill.teacher",
+            distill.teacher,
+            not distill.teacher or config.data.loss_on == "response",
+            f"empty with data.loss_on all: {reason}",
+        ),
+        (
+            "distill.teacher",
+            distill.teacher,
+            not distill.teacher or config.prune.score != "atp",
+            "empty with prune.score atp, whose masks change in every step of its search",
+        ),
     ]
 
 

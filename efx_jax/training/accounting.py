@@ -35,6 +35,7 @@ class Flops:
         attention: scores and mixing.
         head: logits and their gradient, as if every token carried loss.
         recompute: what rematerialisation computes again, attention included.
+        teacher: a teacher's forward pass, and the logits of both where it teaches.
     """
 
     linears: float
@@ -42,10 +43,11 @@ class Flops:
     attention: float
     head: float
     recompute: float
+    teacher: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.linears + self.lora + self.attention + self.head + self.recompute
+        return self.linears + self.lora + self.attention + self.head + self.recompute + self.teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,16 @@ def flops_per_token(spec: ModelSpec, config: Config, length: int, masked: bool) 
         attention=3 * attention,
         head=4 * spec.vocab_size * spec.hidden_size,
         recompute=recompute,
+        teacher=_teacher_flops(spec, config, attention) if masked else 0.0,
     )
+
+
+def _teacher_flops(spec: ModelSpec, config: Config, attention: int) -> float:
+    """Of one token, if the teacher is of the model's size."""
+    if not config.distill.teacher:
+        return 0.0
+    linears = spec.num_layers * sum(math.prod(shape) for shape in linear_shapes(spec).values())
+    return 2 * linears + attention + config.distill.share * 6 * spec.vocab_size * spec.hidden_size
 
 
 def flops_per_pass(spec: ModelSpec, config: Config, masked: bool) -> float:

@@ -216,7 +216,8 @@ def _update(loop: _Loop, state: RunState, batch: _Batch, sparsity: float) -> tup
         "sparsity": values["sparsity"],
         "tokens_per_second": values["tokens"] / seconds,
     }
-    row |= {name: value for name, value in values.items() if name.startswith("generator_")}
+    others = ("divergence", "generator_loss", "generator_kept")
+    row |= {name: values[name] for name in others if name in values}
     if (number + 1) % train.log_every == 0 and jax.process_index() == 0:
         log.append_row(loop.output / "metrics.jsonl", row)
         for sink in loop.sinks:
@@ -239,6 +240,7 @@ def _step(loop: _Loop, state: RunState, batch: _Batch) -> tuple[RunState, dict[s
         loop.prepared.spec,
         loop.tx,
         loop.options_of(batch),
+        loop.prepared.teacher if state.masks else None,
     )
     return dataclasses.replace(state, train=train), metrics
 

@@ -1,6 +1,7 @@
 """Next-token loss in chunks: one chunk of logits exists at a time, and only positions that carry loss are read."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,56 +85,95 @@ def _nll_and_gradient(
         weights: float32 `[B,T]`.
     """
     parts: tuple[str, ...] = () if batch is None else ("tensor",)
-    first = jnp.int32(0)
-    if parts:
-        head = jax.lax.all_gather(head, "fsdp", axis=0, tiled=True)
-        first = jax.lax.axis_index("tensor") * head.shape[0]
+    head = local_vocabulary(head, parts)
+    first = jax.lax.axis_index("tensor") * head.shape[0] if parts else jnp.int32(0)
+    vocabulary = jnp.arange(head.shape[0])
+
+    def chunk(weight: Array, x: Array, target: Array) -> tuple[Array, Array]:
+        logits = jnp.einsum("td,vd->tv", x, head, preferred_element_type=jnp.float32)
+        powers, total, log_total = exponentials(logits, parts)
+        here = (target >= 0) & (target < head.shape[0])
+        chosen_logit = jnp.take_along_axis(logits, jnp.where(here, target, 0)[:, None], axis=1)[:, 0]
+        nll = jnp.sum(weight * (log_total - over(jax.lax.psum, jnp.where(here, chosen_logit, 0), parts)))
+        mean_logit = sum_vocabulary(powers * logits, parts) / total
+        entropy = jnp.sum(weight * (log_total - mean_logit))
+        probs = powers * (1 / total)[:, None]
+        d_logits = (weight[:, None] * (probs - (vocabulary == target[:, None]))).astype(x.dtype)
+        d_x = jnp.einsum("tv,vd->td", d_logits, head, preferred_element_type=jnp.float32)
+        return jnp.stack([nll, entropy]), over(jax.lax.psum, d_x, parts)
+
+    (nll, entropy), d_hidden = by_chunks(chunk, weights, hidden, (targets - first,), head.dtype, 2)
+    return over(jax.lax.psum, nll, batch), over(jax.lax.psum, entropy, batch), d_hidden
+
+
+def by_chunks(
+    chunk: Callable[..., tuple[Array, Array]],
+    weights: Array,
+    hidden: Array,
+    others: tuple[Array, ...],
+    dtype: Any,
+    terms: int,
+) -> tuple[Array, Array]:
+    """Sums over the positions that carry weight, and their gradient, some hundred positions at a time.
+
+    Args:
+        chunk: (weights `[t]`, hidden states `[t,D]`, the others `[t,...]`) -> (`terms` sums, d sum / d hidden `[t,D]`).
+        weights: float32 `[B,T]`; positions of weight 0 are skipped.
+        hidden: `[B,T,D]`.
+        others: arrays `[B,T,...]` that a chunk reads besides.
+        dtype: of the hidden states in a chunk.
+        terms: number of sums.
+
+    Returns:
+        The sums `[terms]`, and the gradient `[B,T,D]` in the dtype of `hidden`.
+    """
     flat = weights.reshape(-1)
     order = jnp.argsort(flat == 0, stable=True)
     order = jnp.pad(order, (0, -flat.size % _CHUNK_TOKENS))
     chosen = jnp.where(jnp.arange(order.size) < flat.size, flat[order], 0.0)
-    states = hidden.reshape(flat.size, -1)[order].astype(head.dtype)
-    ordered_targets = targets.reshape(-1)[order] - first
-    vocabulary = jnp.arange(head.shape[0])
+    states = hidden.reshape(flat.size, -1)[order].astype(dtype)
+    ordered = [other.reshape(flat.size, *other.shape[2:])[order] for other in others]
 
-    def chunk(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        nll, entropy, d_states = carry
+    def add(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        sums, d_states = carry
         take = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=index * _CHUNK_TOKENS, slice_size=_CHUNK_TOKENS
         )
         weight = take(chosen)
         # The last chunk is filled up with skipped positions, whose states may be anything.
         x = jnp.where(weight[:, None] > 0, take(states), 0)
-        target = take(ordered_targets)
-        logits = jnp.einsum("td,vd->tv", x, head, preferred_element_type=jnp.float32)
-        # On a CPU a pass over the logits takes as long as their GEMM, and a sum with an exponential inside three times
-        # that: the exponentials are formed once.
-        largest = _over(jax.lax.pmax, jnp.max(logits, axis=-1), parts)
-        powers = jnp.exp(logits - largest[:, None])
-        total = _sum_vocabulary(powers, parts)
-        log_total = jnp.log(total) + largest
-        here = (target >= 0) & (target < head.shape[0])
-        chosen_logit = jnp.take_along_axis(logits, jnp.where(here, target, 0)[:, None], axis=1)[:, 0]
-        nll = nll + jnp.sum(weight * (log_total - _over(jax.lax.psum, jnp.where(here, chosen_logit, 0), parts)))
-        mean_logit = _sum_vocabulary(powers * logits, parts) / total
-        entropy = entropy + jnp.sum(weight * (log_total - mean_logit))
-        probs = powers * (1 / total)[:, None]
-        d_logits = (weight[:, None] * (probs - (vocabulary == target[:, None]))).astype(x.dtype)
-        d_x = jnp.einsum("tv,vd->td", d_logits, head, preferred_element_type=jnp.float32)
-        d_x = _over(jax.lax.psum, d_x, parts).astype(states.dtype)
-        return nll, entropy, jax.lax.dynamic_update_slice_in_dim(d_states, d_x, index * _CHUNK_TOKENS, 0)
+        found, d_x = chunk(weight, x, *(take(other) for other in ordered))
+        d_states = jax.lax.dynamic_update_slice(d_states, d_x.astype(states.dtype), (index * _CHUNK_TOKENS, 0))
+        return sums + found, d_states
 
     chunks = (jnp.sum(flat > 0) + _CHUNK_TOKENS - 1) // _CHUNK_TOKENS
-    zero = jnp.zeros((), jnp.float32)
-    nll, entropy, d_states = jax.lax.fori_loop(0, chunks, chunk, (zero, zero, jnp.zeros_like(states)))
+    sums, d_states = jax.lax.fori_loop(0, chunks, add, (jnp.zeros(terms, jnp.float32), jnp.zeros_like(states)))
     places = jnp.argsort(order[: flat.size])
-    d_hidden = d_states[places].reshape(hidden.shape).astype(hidden.dtype)
-    return _over(jax.lax.psum, nll, batch), _over(jax.lax.psum, entropy, batch), d_hidden
+    return sums, d_states[places].reshape(hidden.shape).astype(hidden.dtype)
 
 
-def _over(collective: Any, values: Array, axes: Axes | None) -> Array:
+def local_vocabulary(head: Array, parts: Axes) -> Array:
+    """This device's part of the output embedding `[V,D]`, whole over `fsdp`, inside `jax.shard_map` over `parts`."""
+    return jax.lax.all_gather(head, "fsdp", axis=0, tiled=True) if parts else head
+
+
+def exponentials(logits: Array, parts: Axes) -> tuple[Array, Array, Array]:
+    """exp(logit - largest) `[t,V]`, its sum over the vocabulary and the logarithm of the sum of exp(logit), `[t]`.
+
+    On a CPU a pass over the logits takes as long as their GEMM, and a sum with an exponential inside three times that:
+    the exponentials are formed once.
+    """
+    largest = over(jax.lax.pmax, jnp.max(logits, axis=-1), parts)
+    powers = jnp.exp(logits - largest[:, None])
+    total = sum_vocabulary(powers, parts)
+    return powers, total, jnp.log(total) + largest
+
+
+def over(collective: Any, values: Array, axes: Axes | None) -> Array:
+    """A collective over mesh axes, where there are any."""
     return collective(values, axes) if axes else values
 
 
-def _sum_vocabulary(values: Array, parts: Axes) -> Array:
-    return _over(jax.lax.psum, jnp.sum(values, axis=-1), parts)
+def sum_vocabulary(values: Array, parts: Axes) -> Array:
+    """The sum over the vocabulary, which the axes `parts` split."""
+    return over(jax.lax.psum, jnp.sum(values, axis=-1), parts)

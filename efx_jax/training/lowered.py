@@ -19,7 +19,7 @@ from efx_jax.parallel.partition import batch_axes, placed_shapes
 from efx_jax.training.memory import Layout
 from efx_jax.training.schedule import optimizer
 from efx_jax.training.state import init_train_state
-from efx_jax.training.step import jit_step, step_options, train_step
+from efx_jax.training.step import Teacher, jit_step, step_options, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +101,18 @@ def step_arguments(spec: ModelSpec, config: Config, layout: Layout, mesh: Mesh) 
         param_shapes(spec),
         is_leaf=lambda node: isinstance(node, tuple),
     )
+    placed = placed_shapes(mesh, params)
     return (
         placed_shapes(mesh, jax.eval_shape(init, params)),
-        placed_shapes(mesh, params),
+        placed,
         placed_shapes(mesh, mask_shapes(params["layers"], config.prune.targets)) if layout.events else None,
         _batch(config, layout, mesh),
         jax.eval_shape(lambda: jax.random.key(0)),
         spec,
         tx,
         step_options(config, layout.rows, choose_attention(spec, config.model.compute_dtype, packed=packing)),
+        # A teacher of another size is planned as one of the model's.
+        Teacher(placed, spec) if config.distill.teacher and layout.events else None,
     )
 
 

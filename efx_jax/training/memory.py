@@ -81,6 +81,7 @@ def resident_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
         "adapters": adapters,
         "optimizer": 2 * adapters,
         "generator": 3 * _FLOAT32 * generator_parameters(spec, config),
+        "teacher": _WIDTH[layout.dtype] * _teacher_weights(spec, config, along) if layout.events else 0,
         "moving average": _FLOAT32 * _average_entries(spec, config, along, layout.events),
     }
 
@@ -99,7 +100,8 @@ def step_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
         "soft masks": _search_bytes(spec, config, e),
         "U and dU": _matrix_buffers(spec, config, along, e, c, masked=layout.events > 0),
         "copies of weights": _weight_copies(spec, along, e, c),
-        "loss": 2 * _LOSS_TOKENS * -(-spec.vocab_size // along["tensor"]) * _FLOAT32
+        "teacher's pass": block_forward_set(spec, config, layout, rows) if config.distill.teacher else 0,
+        "loss": (4 if config.distill.teacher else 2) * _LOSS_TOKENS * -(-spec.vocab_size // along["tensor"]) * _FLOAT32
         + tokens * spec.hidden_size * (e + 2 * c),
     }
 
@@ -251,6 +253,13 @@ def _weights(spec: ModelSpec, along: Mapping[str, int]) -> int:
     shapes = param_shapes(spec)
     layers = sum(_entries(("layers", name), shape, along) for name, shape in shapes["layers"].items())
     return layers + sum(_entries((name,), shape, along) for name, shape in shapes.items() if name != "layers")
+
+
+def _teacher_weights(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> int:
+    """Weights of a teacher of the model's size; a base that no event moves is there anyway."""
+    if not config.distill.teacher or (config.distill.teacher == "base" and not moves_base(config.prune)):
+        return 0
+    return _weights(spec, along)
 
 
 def _adapter_parameters(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> int:

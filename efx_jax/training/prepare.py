@@ -16,6 +16,7 @@ from efx_jax.errors import FallbackWarning, InputError
 from efx_jax.evaluation.protocols import check_protocol
 from efx_jax.files import together
 from efx_jax.model.spec import ModelSpec, spec_from_config
+from efx_jax.training.step import Teacher
 from efx_jax.training.survey import check_shapes
 from efx_jax.training.validation import check_validation
 from efx_jax.weights.hf import load_pretrained, load_tokenizer, open_checkpoint
@@ -26,7 +27,8 @@ _CHOICE = 8
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
-    """Inputs of a run. `windows` is the perplexity text, `pool` the sequences that calibration draws from."""
+    """Inputs of a run. `windows` is the perplexity text, `pool` the sequences that calibration draws from, `teacher`
+    whom the pruned model learns from besides."""
 
     params: dict[str, Any]
     spec: ModelSpec
@@ -35,6 +37,7 @@ class Prepared:
     train: list[Tokenized]
     windows: list[Tokenized]
     pool: list[Tokenized]
+    teacher: Teacher | None = None
 
 
 def prepare(config: Config, mesh: Mesh) -> Prepared:
@@ -53,10 +56,21 @@ def prepare(config: Config, mesh: Mesh) -> Prepared:
         pool = _calibration_pool(config, train, tokenizer)
         check_vocabulary(tokenizer, spec.vocab_size)
         check_validation(config, data)
+        _check_teacher(config, spec)
         _check_evaluation(config, spec, windows, data.tasks, tokenizer)
     dtype = None if config.model.dtype == "keep" else config.model.dtype
-    params, _ = load_pretrained(config.model.path, dtype, mesh if mesh.size > 1 else None)
-    return Prepared(params, spec, tokenizer, data, train, windows, pool)
+    place = mesh if mesh.size > 1 else None
+    params, _ = load_pretrained(config.model.path, dtype, place)
+    teacher = None
+    if has_teacher(config):
+        is_base = config.distill.teacher == "base"
+        teacher = Teacher(*((params, spec) if is_base else load_pretrained(config.distill.teacher, dtype, place)))
+    return Prepared(params, spec, tokenizer, data, train, windows, pool, teacher)
+
+
+def has_teacher(config: Config) -> bool:
+    """Whether a teacher has a say: the dense model learns from the labels alone."""
+    return bool(config.distill.teacher) and config.prune.sparsity > 0
 
 
 def calibration(config: Config, prepared: Prepared) -> list[Batch]:
@@ -84,6 +98,18 @@ def _calibration_pool(config: Config, train: list[Tokenized], tokenizer: Any) ->
     # The last token of a sequence is never an input. More than the rows asked for, so that each seed draws others.
     window = config.prune.calibration_length + 1
     return text_windows(texts, tokenizer, window, _CHOICE * config.prune.calibration_rows * window)
+
+
+def _check_teacher(config: Config, spec: ModelSpec) -> None:
+    path = config.distill.teacher
+    if not has_teacher(config) or path == "base":
+        return
+    other = spec_from_config(open_checkpoint(path).config)
+    if other.vocab_size != spec.vocab_size:
+        raise InputError(
+            f"distill.teacher {path}: has a vocabulary of {other.vocab_size:,} tokens, expected the model's "
+            f"{spec.vocab_size:,}; take a teacher with the same tokenizer"
+        )
 
 
 def _check_evaluation(

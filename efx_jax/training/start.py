@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from efx_jax.config import AtpConfig, Config, PruneConfig
+from efx_jax.config import AtpConfig, Config, DistillConfig, PruneConfig
 from efx_jax.config_io import from_yaml
 from efx_jax.errors import InputError
 from efx_jax.files import atomic_write, meet
@@ -21,7 +21,7 @@ FREE_SECTIONS = ("mesh", "profile", "log")
 
 def unpruned(config: Config) -> Config:
     """The same training without pruning, where no setting of a method has a say."""
-    return dataclasses.replace(config, prune=PruneConfig(sparsity=0.0), atp=AtpConfig())
+    return dataclasses.replace(config, prune=PruneConfig(sparsity=0.0), atp=AtpConfig(), distill=DistillConfig())
 
 
 def different_settings(first: Config, second: Config) -> list[str]:

@@ -7,12 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from efx_jax.config import Config, MaskForward, Remat
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
 from efx_jax.model.decoder import head_weight, hidden_states
 from efx_jax.model.spec import ModelSpec
+from efx_jax.training.distillation import divergence, taught_weights
 from efx_jax.training.loss import cross_entropy
 from efx_jax.training.state import TrainState, trainable
 
@@ -30,6 +32,16 @@ class StepOptions:
     remat: Remat = "none"
     attention_path: Implementation = "xla"
     micro_batches: int = 1
+    teacher_weight: float = 1.0
+    teacher_share: float = 1.0
+
+
+@struct.dataclass
+class Teacher:
+    """A dense model whose next-token distributions the pruned one learns, see `efx_jax.training.distillation`."""
+
+    params: dict[str, Any]
+    spec: ModelSpec = struct.field(pytree_node=False)
 
 
 def step_options(config: Config, rows: int, attention_path: Implementation) -> StepOptions:
@@ -41,6 +53,8 @@ def step_options(config: Config, rows: int, attention_path: Implementation) -> S
         remat=config.train.remat,
         attention_path=attention_path,
         micro_batches=config.train.batch_size // rows,
+        teacher_weight=config.distill.weight,
+        teacher_share=config.distill.share,
     )
 
 
@@ -53,10 +67,29 @@ def summed_loss(
     key: Array,
     spec: ModelSpec,
     options: StepOptions,
-) -> tuple[Array, Array]:
-    """Summed nll of one micro-batch, differentiable in `arrays` (see `trainable`), and its summed entropy."""
+    teacher: Teacher | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """The summed loss of one micro-batch, differentiable in `arrays` (see `trainable`), and its parts.
+
+    Args:
+        batch: with a teacher also `taught` float `[B,T]`, see `taught_weights`.
+
+    Returns:
+        nll, with a teacher plus the weighted divergence; and the sums `nll`, `entropy` and, with a teacher,
+        `divergence` (weighted).
+    """
     adapters = dataclasses.replace(adapters, lora_a=arrays["lora_a"], lora_b=arrays["lora_b"])
-    return model_loss(params, adapters, masks, batch, key, spec, options, frozen=True)
+    hidden = _hidden(params, adapters, masks, batch, key, spec, options, frozen=True)
+    dtype = options.compute_dtype
+    nll, entropy = cross_entropy(hidden, head_weight(params), batch["targets"], batch["weights"], dtype)
+    sums = {"nll": nll, "entropy": entropy}
+    if teacher is None:
+        return nll, sums
+    plain = dataclasses.replace(options, dropout_rate=0.0, remat="none")
+    taught = _hidden(teacher.params, None, None, batch, key, teacher.spec, plain, frozen=True)
+    heads = head_weight(params), head_weight(teacher.params)
+    apart = divergence(hidden, heads[0], taught, heads[1], batch["taught"], dtype)
+    return nll + apart, sums | {"divergence": apart}
 
 
 def model_loss(
@@ -74,7 +107,22 @@ def model_loss(
 
     `frozen`: the base gets no gradient, which is faster on a CPU; `probes`: see `efx_jax.model.layers.probe_gradient`.
     """
-    hidden = hidden_states(
+    hidden = _hidden(params, adapters, masks, batch, key, spec, options, frozen, probes)
+    return cross_entropy(hidden, head_weight(params), batch["targets"], batch["weights"], options.compute_dtype)
+
+
+def _hidden(
+    params: Mapping[str, Any],
+    adapters: Adapters | None,
+    masks: Mapping[str, Array] | None,
+    batch: Batch,
+    key: Array,
+    spec: ModelSpec,
+    options: StepOptions,
+    frozen: bool,
+    probes: Mapping[str, Array] | None = None,
+) -> Array:
+    return hidden_states(
         params,
         batch["tokens"],
         spec,
@@ -91,33 +139,32 @@ def model_loss(
         frozen=frozen,
         probes=probes,
     )
-    return cross_entropy(hidden, head_weight(params), batch["targets"], batch["weights"], options.compute_dtype)
 
 
 def accumulate_gradient(
-    loss: Callable[[Any, Batch, Array], tuple[Array, Array]], arrays: Any, batch: Batch, micro_batches: int
-) -> tuple[Any, Array, Array]:
+    loss: Callable[[Any, Batch, Array], tuple[Array, Any]], arrays: Any, batch: Batch, micro_batches: int
+) -> tuple[Any, Array, Any]:
     """The gradient of a summed loss, in as many passes as the memory asks for.
 
     Args:
-        loss: (arrays, micro-batch, its number) -> (nll, entropy), both summed over tokens.
+        loss: (arrays, micro-batch, its number) -> (loss, other sums over its tokens, any tree).
         arrays: what the gradient is by.
         batch: arrays `[B,...]`.
         micro_batches: number of passes; must divide B.
 
     Returns:
-        (gradient like `arrays` in float32, nll, entropy), sums over the whole batch.
+        (gradient like `arrays` in float32, loss, the other sums), over the whole batch.
     """
     micro = jax.tree.map(lambda x: _micro_batches(x, micro_batches), dict(batch))
+    numbered = (micro, jnp.arange(micro_batches))
 
-    def accumulate(carry: tuple[Any, Array, Array], scanned: tuple[Batch, Array]) -> tuple[Any, None]:
-        grads, nll, entropy = carry
-        (part_nll, part_entropy), part_grads = jax.value_and_grad(loss, has_aux=True)(arrays, *scanned)
-        return (jax.tree.map(jnp.add, grads, part_grads), nll + part_nll, entropy + part_entropy), None
+    def accumulate(total: tuple[Any, Array, Any], scanned: tuple[Batch, Array]) -> tuple[Any, None]:
+        (value, others), grads = jax.value_and_grad(loss, has_aux=True)(arrays, *scanned)
+        return jax.tree.map(jnp.add, total, (grads, value, others)), None
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), arrays)
-    start = (zeros, jnp.float32(0), jnp.float32(0))
-    return jax.lax.scan(accumulate, start, (micro, jnp.arange(micro_batches)))[0]
+    sums = jax.eval_shape(loss, arrays, *jax.tree.map(lambda x: x[0], numbered))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (arrays, *sums))
+    return jax.lax.scan(accumulate, zeros, numbered)[0]
 
 
 def _step(
@@ -129,6 +176,7 @@ def _step(
     spec: ModelSpec,
     tx: optax.GradientTransformation,
     options: StepOptions,
+    teacher: Teacher | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update of the adapters.
 
@@ -145,29 +193,35 @@ def _step(
         spec: the model.
         tx: the optimizer.
         options: see `StepOptions`; `micro_batches` must divide B.
+        teacher: whom to learn from where there are no labels, or None.
 
     Returns:
         The new state and float32 scalars: `loss` and `entropy` (nats per loss-carrying token), `grad_norm` before
-        clipping, `tokens` (real ones).
+        clipping, `tokens` (real ones), with a teacher `divergence` from it (nats per token that it taught).
     """
     arrays = trainable(state.adapters)
     step_key = jax.random.fold_in(key, state.step)
+    if teacher is not None:
+        draw = jax.random.fold_in(step_key, options.micro_batches)
+        batch = {**batch, "taught": taught_weights(batch, draw, options.teacher_weight, options.teacher_share)}
 
-    def loss(arrays: Any, part: Batch, index: Array) -> tuple[Array, Array]:
+    def loss(arrays: Any, part: Batch, index: Array) -> tuple[Array, dict[str, Array]]:
         part_key = jax.random.fold_in(step_key, index)
-        return summed_loss(arrays, state.adapters, params, masks, part, part_key, spec, options)
+        return summed_loss(arrays, state.adapters, params, masks, part, part_key, spec, options, teacher)
 
-    grads, nll, entropy = accumulate_gradient(loss, arrays, batch, options.micro_batches)
+    grads, _, sums = accumulate_gradient(loss, arrays, batch, options.micro_batches)
     count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = tx.update(grads, state.opt_state, arrays)
     arrays = optax.apply_updates(arrays, updates)
     metrics = {
-        "loss": nll / count,
-        "entropy": entropy / count,
+        "loss": sums["nll"] / count,
+        "entropy": sums["entropy"] / count,
         "grad_norm": optax.tree.norm(grads),
         "tokens": jnp.sum(batch["lengths"]).astype(jnp.float32),
     }
+    if teacher is not None:
+        metrics["divergence"] = sums["divergence"] / jnp.maximum(jnp.sum(batch["taught"]), jnp.finfo(jnp.float32).tiny)
     adapters = dataclasses.replace(state.adapters, lora_a=arrays["lora_a"], lora_b=arrays["lora_b"])
     return TrainState(step=state.step + 1, adapters=adapters, opt_state=opt_state), metrics
 

@@ -102,10 +102,10 @@ def test_loss_and_gradient_are_means_over_the_tokens_that_carry_loss(spec, param
     arrays = trainable(adapters)
     count = batch["weights"].sum()
     gradient = jax.jit(jax.value_and_grad(summed_loss, has_aux=True), static_argnames=("spec", "options"))
-    (nll, entropy), grads = gradient(arrays, adapters, params, None, batch, KEY, spec=spec, options=OPTIONS)
+    (nll, sums), grads = gradient(arrays, adapters, params, None, batch, KEY, spec=spec, options=OPTIONS)
     norm = np.sqrt(sum(float(jnp.sum(jnp.square(leaf / count))) for leaf in jax.tree.leaves(grads)))
     found = [float(metrics[name]) for name in ("loss", "entropy", "grad_norm", "tokens")]
-    np.testing.assert_allclose(found, [nll / count, entropy / count, norm, 29 + 21 + 2 + 5], rtol=1e-5)
+    np.testing.assert_allclose(found, [nll / count, sums["entropy"] / count, norm, 29 + 21 + 2 + 5], rtol=1e-5)
 
 
 def test_only_adapters_and_their_moments_change(spec, params, adapters, batch) -> None:

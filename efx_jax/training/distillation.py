@@ -1,0 +1,129 @@
+"""What a dense teacher teaches: its next-token distributions, at the tokens that have no label."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from efx_jax.parallel.mesh import active_mesh
+from efx_jax.parallel.partition import VOCABULARY, Axes, batch_axes
+from efx_jax.pruning.statistics import real_tokens
+from efx_jax.training.loss import by_chunks, exponentials, local_vocabulary, over, sum_vocabulary
+
+Array = jax.Array
+
+
+def taught_weights(batch: Mapping[str, Array], key: Array, weight: float, share: float) -> Array:
+    """Weights of the positions that the teacher teaches: real tokens without a label, a share of them drawn by the key.
+
+    Divided by the number of labels, as the labels' loss is, the sum of the weighted divergences is `weight` times their
+    mean.
+
+    Args:
+        batch: `tokens` `[B,T]`, `lengths` `[B]`, and `weights` `[B,T]` of the labels.
+        key: PRNG key of the draw.
+        weight: of the teacher beside the labels.
+        share: of the positions, in (0, 1].
+
+    Returns:
+        float32 `[B,T]`.
+    """
+    free = real_tokens(batch["tokens"], batch["lengths"]) * (batch["weights"] == 0)
+    if share < 1:
+        free = free * jax.random.bernoulli(key, share, free.shape)
+    labels = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    return free * (weight * labels / jnp.maximum(jnp.sum(free), 1.0))
+
+
+def divergence(
+    hidden: Array,
+    head: Array,
+    teacher_hidden: Array,
+    teacher_head: Array,
+    weights: Array,
+    compute_dtype: Any = None,
+) -> Array:
+    """Summed Kullback-Leibler divergence of the model's next-token distributions from the teacher's, in nats.
+
+    sum_t weight_t sum_v p_tv (log p_tv - log q_tv), p the teacher's (Hinton et al., arXiv 1503.02531, temperature 1).
+    Its gradient by a logit of the model is q - p. Neither head gets one.
+
+    Args:
+        hidden: final-normed hidden states `[B,T,D]`, alone differentiable.
+        head: output embedding `[V,D]`.
+        teacher_hidden: `[B,T,E]`.
+        teacher_head: `[V,E]`.
+        weights: float `[B,T]`; positions of weight 0 are skipped.
+        compute_dtype: dtype of the matmul operands; None takes each head's.
+    """
+    dtypes = [each.dtype if compute_dtype is None else jnp.dtype(compute_dtype) for each in (head, teacher_head)]
+    mesh = active_mesh()
+    batch = None if mesh is None else batch_axes(hidden.shape[0], mesh.shape)
+    return _divergence(
+        batch,
+        hidden,
+        jax.lax.stop_gradient(head).astype(dtypes[0]),
+        jax.lax.stop_gradient(teacher_hidden).astype(dtypes[1]),
+        jax.lax.stop_gradient(teacher_head).astype(dtypes[1]),
+        jnp.asarray(weights, jnp.float32),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _divergence(
+    batch: Axes | None, hidden: Array, head: Array, teacher_hidden: Array, teacher_head: Array, weights: Array
+) -> Array:
+    return _divergence_fwd(batch, hidden, head, teacher_hidden, teacher_head, weights)[0]
+
+
+def _divergence_fwd(batch: Axes | None, *operands: Array) -> tuple[Array, tuple[Array, ...]]:
+    """On a mesh every device reads its own tokens and its part of the vocabulary."""
+    local = functools.partial(_divergence_and_gradient, batch)
+    if batch is not None:
+        states, heads = P(batch or None, None, None), P(VOCABULARY, None)
+        local = jax.shard_map(
+            local,
+            in_specs=(states, heads, states, heads, P(batch or None, None)),
+            out_specs=(P(), states),
+            check_vma=False,
+        )
+    found, d_hidden = local(*operands)
+    return found, (d_hidden, *operands[1:])
+
+
+def _divergence_bwd(
+    batch: Axes | None, residuals: tuple[Array, ...], cotangent: Array
+) -> tuple[Array, Array, Array, Array, None]:
+    d_hidden, head, teacher_hidden, teacher_head, _ = residuals
+    constants = (jnp.zeros_like(operand) for operand in (head, teacher_hidden, teacher_head))
+    return ((d_hidden * cotangent).astype(d_hidden.dtype), *constants, None)
+
+
+_divergence.defvjp(_divergence_fwd, _divergence_bwd)
+
+
+def _divergence_and_gradient(
+    batch: Axes | None, hidden: Array, head: Array, teacher_hidden: Array, teacher_head: Array, weights: Array
+) -> tuple[Array, Array]:
+    """The sum and its gradient by the hidden states `[B,T,D]`; on a mesh the heads are this device's parts."""
+    parts: tuple[str, ...] = () if batch is None else ("tensor",)
+    head, teacher_head = local_vocabulary(head, parts), local_vocabulary(teacher_head, parts)
+
+    def chunk(weight: Array, x: Array, teacher_x: Array) -> tuple[Array, Array]:
+        logits = jnp.einsum("td,vd->tv", x, head, preferred_element_type=jnp.float32)
+        # What fills up the last chunk may be anything, as the model's own states are there.
+        teacher_x = jnp.where(weight[:, None] > 0, teacher_x, 0)
+        goal = jnp.einsum("te,ve->tv", teacher_x, teacher_head, preferred_element_type=jnp.float32)
+        powers, total, log_total = exponentials(logits, parts)
+        goal_powers, goal_total, goal_log_total = exponentials(goal, parts)
+        goal_probs = goal_powers * (1 / goal_total)[:, None]
+        apart = sum_vocabulary(goal_probs * (goal - logits), parts) + log_total - goal_log_total
+        d_logits = weight[:, None] * (powers * (1 / total)[:, None] - goal_probs)
+        d_x = jnp.einsum("tv,vd->td", d_logits.astype(x.dtype), head, preferred_element_type=jnp.float32)
+        return jnp.sum(weight * apart)[None], over(jax.lax.psum, d_x, parts)
+
+    (found,), d_hidden = by_chunks(chunk, weights, hidden, (teacher_hidden,), head.dtype, 1)
+    return over(jax.lax.psum, found, batch), d_hidden

@@ -1,0 +1,201 @@
+"""A teacher's divergence and its gradient against the plain formula, and the steps and runs that learn from one."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from efx_jax.config import Config, DataConfig, DistillConfig, PruneConfig, TrainConfig
+from efx_jax.config_rules import validate
+from efx_jax.data.batches import pad_batch
+from efx_jax.data.tokens import Tokenized
+from efx_jax.errors import InputError
+from efx_jax.lora import init_lora
+from efx_jax.model.decoder import forward
+from efx_jax.model.spec import LINEARS, init_params
+from efx_jax.training.distillation import divergence, taught_weights
+from efx_jax.training.schedule import optimizer
+from efx_jax.training.start import unpruned
+from efx_jax.training.state import init_train_state, trainable
+from efx_jax.training.step import StepOptions, Teacher, summed_loss, train_step
+from efx_jax.weights.hf import save_pretrained
+from tests.tiny import LLAMA
+
+SPEC = dataclasses.replace(LLAMA, vocab_size=31)
+SMALLER = dataclasses.replace(SPEC, hidden_size=8, num_layers=1)
+KEY = jax.random.key(3)
+Tree = dict[str, Any]
+
+
+def plain_divergence(logits: jax.Array, goal: jax.Array, weights: Any) -> jax.Array:
+    log_q, log_p = jax.nn.log_softmax(logits), jax.nn.log_softmax(goal)
+    return jnp.sum(weights * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+
+@pytest.mark.parametrize("taught", [0, 7, 1000])
+def test_the_divergence_and_its_gradient_are_those_of_the_formula(taught: int) -> None:
+    """Of none, of some in one chunk and of some in several chunks of the positions; the teacher is of another width."""
+    rng = np.random.default_rng(0)
+    hidden, teacher = (jnp.asarray(rng.standard_normal((4, 300, n)), jnp.float32) for n in (6, 5))
+    head, teacher_head = (jnp.asarray(2 * rng.standard_normal((11, n)), jnp.float32) for n in (6, 5))
+    weights = np.zeros(1200, np.float32)
+    weights[rng.permutation(1200)[:taught]] = rng.random(taught).astype(np.float32) + 0.1
+    weights = weights.reshape(4, 300)
+    # What nobody reads may be anything.
+    teacher = jnp.where(weights[..., None] > 0, teacher, jnp.nan)
+
+    def ours(hidden: jax.Array) -> jax.Array:
+        return divergence(hidden, head, teacher, teacher_head, weights)
+
+    def plain(hidden: jax.Array) -> jax.Array:
+        goal = jnp.where(weights[..., None] > 0, teacher, 0.0) @ teacher_head.T
+        return plain_divergence(hidden @ head.T, goal, weights)
+
+    value, gradient = jax.jit(jax.value_and_grad(ours))(hidden)
+    expected, expected_gradient = jax.value_and_grad(plain)(hidden)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    largest = float(jnp.max(jnp.abs(expected_gradient)))
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=1e-5 * largest)
+    assert (largest > 0) == (taught > 0)
+
+
+def test_a_model_does_not_diverge_from_itself() -> None:
+    hidden = jax.random.normal(KEY, (2, 5, 6))
+    head = jax.random.normal(jax.random.key(1), (9, 6))
+    value, gradient = jax.value_and_grad(divergence)(hidden, head, hidden, head, jnp.ones((2, 5)))
+    assert abs(float(value)) < 1e-5
+    assert float(jnp.max(jnp.abs(gradient))) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def batch() -> Tree:
+    """Three rows of 29, 9 and 2 inputs, of which 5, 3 and 1 carry a label."""
+    rng = np.random.default_rng(4)
+    rows = [
+        Tokenized(rng.integers(0, 31, n).astype(np.int32), np.arange(n) >= n - k) for n, k in ((30, 5), (10, 3), (3, 1))
+    ]
+    return pad_batch([*rows, rows[0]], 4, 32)
+
+
+def test_the_teacher_teaches_real_tokens_without_a_label(batch: Tree) -> None:
+    taught = np.asarray(taught_weights(batch, KEY, 0.5, 1.0))
+    real = np.arange(32) < batch["lengths"][:, None]
+    np.testing.assert_array_equal(taught > 0, real & (batch["weights"] == 0))
+    labels = batch["weights"].sum()
+    np.testing.assert_allclose(taught.sum() / labels, 0.5, rtol=1e-6)
+    assert len(np.unique(taught)) == 2
+
+
+def test_a_share_of_them_is_drawn_anew_for_every_key(batch: Tree) -> None:
+    whole = np.asarray(taught_weights(batch, KEY, 1.0, 1.0)) > 0
+    draws = [np.asarray(taught_weights(batch, jax.random.key(seed), 1.0, 0.5)) for seed in range(40)]
+    assert all(not np.any((draw > 0) & ~whole) for draw in draws)
+    np.testing.assert_allclose([draw.sum() for draw in draws], batch["weights"].sum(), rtol=1e-5)
+    assert np.mean([np.sum(draw > 0) for draw in draws]) == pytest.approx(0.5 * whole.sum(), rel=0.1)
+    assert np.any((draws[0] > 0) != (draws[1] > 0))
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[Tree, Any, Tree, Teacher]:
+    """A model in the middle of training, its masks, and a smaller teacher."""
+    params = jax.tree.map(lambda leaf: leaf if leaf.ndim == 1 else 5 * leaf, init_params(jax.random.key(0), SPEC))
+    fresh = init_lora(jax.random.key(1), params, SPEC, 3)
+    lora_b = {name: 0.1 * jax.random.normal(KEY, leaf.shape) for name, leaf in fresh.lora_b.items()}
+    rng = np.random.default_rng(2)
+    masks = {name: jnp.asarray(rng.random(params["layers"][name].shape) < 0.5) for name in LINEARS}
+    other = jax.tree.map(lambda leaf: leaf if leaf.ndim == 1 else 5 * leaf, init_params(jax.random.key(5), SMALLER))
+    return params, dataclasses.replace(fresh, lora_b=lora_b), masks, Teacher(other, SMALLER)
+
+
+def test_the_loss_is_that_of_the_labels_plus_the_weighted_mean_divergence(
+    model: tuple[Tree, Any, Tree, Teacher], batch: Tree
+) -> None:
+    params, adapters, masks, teacher = model
+    taught = taught_weights(batch, KEY, 0.7, 1.0)
+    whole = {**batch, "taught": taught}
+    labels = batch["weights"].sum()
+
+    def plain(arrays: Tree) -> jax.Array:
+        moved = dataclasses.replace(adapters, lora_a=arrays["lora_a"], lora_b=arrays["lora_b"])
+        logits = forward(params, batch["tokens"], SPEC, moved, masks)
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
+        goal = forward(teacher.params, batch["tokens"], SMALLER)
+        free = (np.asarray(taught) > 0).astype(np.float32)
+        return jnp.sum(nll * batch["weights"]) / labels + 0.7 * plain_divergence(logits, goal, free) / free.sum()
+
+    def ours(arrays: Tree) -> tuple[jax.Array, Tree]:
+        return summed_loss(arrays, adapters, params, masks, whole, KEY, SPEC, StepOptions(), teacher)
+
+    expected, gradients = jax.jit(jax.value_and_grad(plain))(trainable(adapters))
+    (value, sums), found = jax.jit(jax.value_and_grad(ours, has_aux=True))(trainable(adapters))
+    np.testing.assert_allclose(value / labels, expected, rtol=1e-5)
+    np.testing.assert_allclose(sums["nll"] + sums["divergence"], value, rtol=1e-6)
+    for gradient, reference in zip(jax.tree.leaves(found), jax.tree.leaves(gradients), strict=True):
+        largest = float(jnp.max(jnp.abs(reference)))
+        np.testing.assert_allclose(gradient / labels, reference, rtol=0, atol=2e-5 * largest)
+
+
+def test_micro_batches_learn_what_one_batch_does(model: tuple[Tree, Any, Tree, Teacher], batch: Tree) -> None:
+    params, adapters, masks, teacher = model
+    tx = optimizer(TrainConfig(learning_rate=1e-2), 100)
+    found = []
+    for micro_batches in (1, 2):
+        state = init_train_state(jax.tree.map(jnp.copy, adapters), tx)
+        options = StepOptions(micro_batches=micro_batches, teacher_weight=0.7)
+        found.append(train_step(state, params, masks, batch, KEY, SPEC, tx, options, teacher))
+    (whole, metrics), (parts, part_metrics) = found
+    for name in ("loss", "divergence", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], part_metrics[name], rtol=1e-5)
+    assert float(metrics["divergence"]) > 0.01
+    for ours, theirs in zip(jax.tree.leaves(whole.adapters), jax.tree.leaves(parts.adapters), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"distill": DistillConfig("base", weight=0.0)}, "distill.weight must be above 0"),
+        ({"distill": DistillConfig("base", share=0.0)}, "distill.share must be in"),
+        ({"data": DataConfig(loss_on="all")}, "distill.teacher must be empty with data.loss_on all"),
+        (
+            {"prune": PruneConfig(score="atp", mask_forward="frozen", schedule="fractions")},
+            "distill.teacher must be empty with prune.score atp",
+        ),
+    ],
+)
+def test_what_leaves_the_teacher_nothing_to_teach_is_refused(change: Tree, message: str) -> None:
+    config = dataclasses.replace(Config(distill=DistillConfig("base")), **change)
+    with pytest.raises(InputError, match=message) as caught:
+        validate(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dense_run_has_no_teacher() -> None:
+    """So that runs with and without one share what they have learned before their first event."""
+    taught = Config(distill=DistillConfig("base"))
+    assert unpruned(taught) == unpruned(Config())
+
+
+@pytest.mark.parametrize("recovery", ["admm", "none"])
+def test_a_run_learns_from_its_base_from_the_first_event_on(launch: Any, tmp_path: Path, recovery: str) -> None:
+    """Moved by the event or not, the base that it started from is the teacher."""
+    early = ("--prune.schedule", "fractions", "--prune.fractions", "0.5", "--train.steps", "4")
+    run = launch(tmp_path / "run", "--distill.teacher", "base", "--prune.recovery", recovery, *early)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert ["divergence" in row for row in rows] == [False, False, True, True]
+    assert all(row["divergence"] > 0 for row in rows[2:])
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(
+    launch: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pretrained(tmp_path / "other", init_params(KEY, SPEC), SPEC)
+    launch(tmp_path / "run", "--distill.teacher", str(tmp_path / "other"), code=2)
+    told = capsys.readouterr().err.strip()
+    assert "has a vocabulary of 31 tokens, expected the model's 23" in told
+    assert "\n" not in told and not (tmp_path / "run").exists()
