@@ -25,12 +25,16 @@ from efx_jax.evaluation.perplexity import perplexity
 from efx_jax.lora import init_lora, merge
 from efx_jax.pruning.event import prune_event
 from efx_jax.pruning.statistics import Statistics, collect_statistics
+from efx_jax.training.gradients import output_gradient_energy
+from efx_jax.training.step import StepOptions
 from efx_jax.weights.hf import load_pretrained, load_tokenizer
 
 WANDA = PruneConfig(score="wanda", group="row")
 GATED = PruneConfig(
     score="foresight_gated", group="bounded", bound=0.2, row_targets=("v_proj", "down_proj"), admm_steps=20
 )
+LOSS = dataclasses.replace(GATED, score="foresight_loss", row_targets=())
+GLOBAL = dataclasses.replace(LOSS, budget="global", budget_spread=0.3)
 CASES: tuple[tuple[str, PruneConfig, int], ...] = (
     ("magnitude, row", dataclasses.replace(WANDA, score="magnitude"), 8),
     ("wanda, row", WANDA, 8),
@@ -39,11 +43,15 @@ CASES: tuple[tuple[str, PruneConfig, int], ...] = (
     ("foresight, matrix", dataclasses.replace(WANDA, score="foresight", group="matrix"), 8),
     ("foresight_gated, bounded 0.2, v and down by row", GATED, 8),
     ("foresight_gated, bounded 0.2, all", dataclasses.replace(GATED, row_targets=()), 8),
+    ("foresight_loss, bounded 0.2, all", LOSS, 8),
+    ("foresight_loss, bounded 0.2, global within 0.3", GLOBAL, 8),
     ("wanda, row + pbs r 8", dataclasses.replace(WANDA, recovery="pbs"), 8),
     ("wanda, row + gram_pbs r 8", dataclasses.replace(WANDA, recovery="gram_pbs"), 8),
     ("wanda, row + gram_pbs r 64", dataclasses.replace(WANDA, recovery="gram_pbs"), 64),
     ("wanda, row + admm", dataclasses.replace(WANDA, recovery="admm", admm_steps=20), 8),
     ("foresight_gated, bounded 0.2, v and down by row + admm", dataclasses.replace(GATED, recovery="admm"), 8),
+    ("foresight_loss, bounded 0.2, all + admm", dataclasses.replace(LOSS, recovery="admm"), 8),
+    ("foresight_loss, bounded 0.2, global within 0.3 + admm", dataclasses.replace(GLOBAL, recovery="admm"), 8),
 )
 
 
@@ -61,6 +69,8 @@ def main() -> None:
 
     batches = [{"tokens": jnp.asarray(window.tokens)[None]} for window in calibration]
     stats = collect_statistics(params, batches, spec, gram=True, compute_dtype=arguments.compute_dtype)
+    options = StepOptions(compute_dtype=arguments.compute_dtype, remat="block")
+    importance = output_gradient_energy(params, None, None, batches, spec, options)
     dense = measure(params)
     rows = [row("dense", 0.0, dense, dense, 0.0, sizes)]
     for sparsity in arguments.sparsity:
@@ -68,7 +78,7 @@ def main() -> None:
             if arguments.only and arguments.only not in name:
                 continue
             began = time.perf_counter()
-            pruned = prune_once(params, stats, spec, dataclasses.replace(config, sparsity=sparsity), rank)
+            pruned = prune_once(params, stats, importance, spec, dataclasses.replace(config, sparsity=sparsity), rank)
             seconds = time.perf_counter() - began
             rows.append(row(name, sparsity, measure(pruned), dense, seconds, sizes))
     if arguments.out:
@@ -76,10 +86,17 @@ def main() -> None:
         Path(arguments.out).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def prune_once(params: dict[str, Any], stats: Statistics, spec: Any, config: PruneConfig, rank: int) -> dict[str, Any]:
+def prune_once(
+    params: dict[str, Any],
+    stats: Statistics,
+    importance: dict[str, jax.Array],
+    spec: Any,
+    config: PruneConfig,
+    rank: int,
+) -> dict[str, Any]:
     """One event on fresh adapters, merged."""
     adapters = init_lora(jax.random.key(0), params, spec, rank=rank, alpha=2 * rank)
-    moved, changed, masks, _ = prune_event(params, adapters, None, stats, None, spec, config)
+    moved, changed, masks, _ = prune_event(params, adapters, None, stats, None, spec, config, importance=importance)
     return jax.block_until_ready(merge(moved, changed, masks))
 
 
