@@ -2,6 +2,7 @@
 
 import csv
 import io
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ TEXT = 11
 SMALL = 10
 _DPI = 200
 _DECADE = 10.0
+_LINE = 84  # letters of a title
 
 
 def require_matplotlib() -> None:
@@ -43,7 +45,7 @@ def new_canvas(height: float, title: str, x_label: str, y_label: str) -> tuple["
     """
     canvas = _blank(height)
     axes = canvas.add_subplot()
-    axes.set_title(title, fontsize=TEXT + 1)
+    axes.set_title(_wrapped(title), fontsize=TEXT + 1)
     axes.set_xlabel(x_label, fontsize=TEXT)
     axes.set_ylabel(y_label, fontsize=TEXT)
     _plain(axes)
@@ -72,9 +74,14 @@ def new_panels(
         # A label of the whole canvas would lie below the axes' own room, where a legend is.
         axes.set_xlabel(x_label if is_lowest else "", fontsize=TEXT)
         panels.append(axes)
-    canvas.suptitle(title, fontsize=TEXT + 1)
+    canvas.suptitle(_wrapped(title), fontsize=TEXT + 1)
     canvas.supylabel(y_label, fontsize=TEXT)
     return canvas, panels
+
+
+def _wrapped(title: str) -> str:
+    """A title whose lines are not wider than the canvas: the names of runs are the user's."""
+    return "\n".join(textwrap.fill(line, _LINE) for line in title.splitlines())
 
 
 def _blank(height: float) -> "Canvas":

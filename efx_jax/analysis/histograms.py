@@ -71,6 +71,8 @@ def draw_histograms(path: Path, figure: Histogram) -> None:
     canvas, panels = new_panels(height, figure.title, figure.x_label, figure.y_label, len(figure.panels), columns)
     for axes, panel in zip(panels, figure.panels, strict=True):
         _draw_panel(axes, panel, figure.edges, names, marks)
+    highest = max(y for panel in figure.panels for shares in panel.series for y in shares.y)
+    panels[0].set_ylim(0, 1.06 * highest or 1)
     handles = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
@@ -110,7 +112,6 @@ def _draw_panel(axes: "Axes", panel: Panel, edges: tuple[float, ...], names: lis
         style = DASHES[(marks.index(mark.label) + 1) % len(DASHES)]
         axes.axvline(mark.x, color="0.25", linestyle=style, linewidth=1.5, label=mark.label)
     axes.set_title(panel.title, fontsize=TEXT, loc="left")
-    axes.set_ylim(bottom=0)
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
 

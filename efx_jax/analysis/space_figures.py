@@ -119,9 +119,7 @@ def draw_relations(folder: Path, name: str, relations: Sequence[BaseRelation]) -
             x_label="matrix",
             y_label="projection energy, %",
             series=(
-                kind_series(
-                    relations, lambda each: 100 * each.adapter_energy, "adapter in the base's leading subspace"
-                ),
+                kind_series(relations, lambda each: 100 * each.adapter_energy, "adapter in base's leading subspace"),
                 kind_series(relations, lambda each: 100 * each.base_energy, "base in the adapter's subspace"),
                 kind_series(relations, lambda each: 100 * each.leading_energy, "base in its own leading subspace"),
                 kind_series(relations, lambda each: 100 * each.random_energy, "any matrix in a random subspace"),

@@ -83,8 +83,8 @@ def mask_events(run: Run, _: argparse.Namespace) -> Found:
             found.setdefault(checkpoint.events, checkpoint)
     if len(found) < 2:
         raise InputError(
-            f"{run.folder}: its checkpoints hold the masks of {len(found)} prune events; expected two or more; train "
-            "with several events and a large train.keep"
+            f"{run.folder}: expected checkpoints with the masks of two prune events or more, found those of "
+            f"{len(found)}; train with several events and a large train.keep"
         )
     widths = _widths(run)
     records = [

@@ -42,14 +42,12 @@ def draw_sparsity(folder: Path, name: str, records: Sequence[MatrixSparsity]) ->
     draw_bars(
         folder / "sparsity_kinds",
         Figure(
-            title=f"{name}: zeros by kind of matrix (mean over layers)",
+            title=f"{name}: zeros by kind of matrix (mean over layers; bars: least and most)",
             x_label="matrix",
             y_label="zeros, %",
             series=(
                 kind_series(records, lambda each: 100 * each.row_least, "fullest output row"),
-                kind_series(
-                    records, lambda each: 100 * each.sparsity, "the matrix (bars: least and most layer)", ends=True
-                ),
+                kind_series(records, lambda each: 100 * each.sparsity, "the matrix", ends=True),
                 kind_series(records, lambda each: 100 * each.row_most, "emptiest output row"),
             ),
         ),
