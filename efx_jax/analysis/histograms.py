@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from efx_jax.analysis.canvas import SMALL, TEXT, new_panels, save
 from efx_jax.analysis.plots import COLOURS, DASHES
@@ -85,7 +85,7 @@ def draw_histograms(path: Path, figure: Histogram) -> None:
         fontsize=SMALL,
         frameon=False,
     )
-    fields = [
+    fields: list[tuple[Any, ...]] = [
         (panel.title, shares.label, low, high, y)
         for panel in figure.panels
         for shares in panel.series

@@ -42,8 +42,8 @@ def layer_map(records: Sequence[Any], value: Value, title: str, value_label: str
 
 def kind_series(records: Sequence[Any], value: Value, label: str, ends: bool = False) -> Series:
     """The mean over layers of each kind of matrix, with the least and the most layer as the ends where asked for."""
-    found = [(kind, _values(records, value, lambda each, kind=kind: each.matrix == kind)) for kind in kinds(records)]
-    found = [(kind, values) for kind, values in found if values]
+    by_kind = {kind: _present(value(each) for each in records if each.matrix == kind) for kind in kinds(records)}
+    found = [(kind, values) for kind, values in by_kind.items() if values]
     return Series(
         label,
         tuple(kind for kind, _ in found),
@@ -65,7 +65,7 @@ def layer_series(records: Sequence[Any], value: Value, label: str) -> Series:
 
 def mean(values: Iterable[float | None]) -> float | None:
     """The mean of what there is."""
-    found = [value for value in values if value is not None]
+    found = _present(values)
     return sum(found) / len(found) if found else None
 
 
@@ -74,6 +74,5 @@ def percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _values(records: Sequence[Any], value: Value, chosen: Callable[[Any], bool]) -> list[float]:
-    found = [value(each) for each in records if chosen(each)]
-    return [each for each in found if each is not None]
+def _present(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]

@@ -52,7 +52,8 @@ class Level:
 class Figure:
     """Series and levels over one pair of axes; the labels name what is drawn and its unit.
 
-    `places` is the order of places that are no numbers; without it they stand as they come.
+    `places` is the order of places that are no numbers; without it they stand as they come. An axis of x whose numbers
+    span more than a decade is logarithmic, unless `is_linear`.
     """
 
     title: str
@@ -61,6 +62,7 @@ class Figure:
     series: tuple[Series, ...]
     levels: tuple[Level, ...] = ()
     places: tuple[Place, ...] = ()
+    is_linear: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +177,7 @@ def _draw_lines(axes: "Axes", figure: Figure) -> None:
     if is_named:
         name_places(axes, [_place_text(place) for place in places])
         return
-    if is_wide(numbers):
+    if is_wide(numbers) and not figure.is_linear:
         make_logarithmic(axes.xaxis, axes.set_xscale)
     if len(numbers) <= _FEW:
         axes.set_xticks(numbers, [_place_text(number) for number in numbers])

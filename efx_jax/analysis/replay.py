@@ -78,7 +78,7 @@ def event_settings(config: PruneConfig) -> PruneConfig:
             f"prune.score {config.score}: cannot be replayed, as it reads gradients of training; expected magnitude, "
             "wanda, ria, foresight, foresight_gated or sparsegpt"
         )
-    return dataclasses.replace(config, ema=1.0, merge_each_event=False, sequential=False, chunk_mib=config.chunk_mib)
+    return dataclasses.replace(config, ema=1.0, merge_each_event=False, sequential=False)
 
 
 def replay_recovery(

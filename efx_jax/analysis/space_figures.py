@@ -173,4 +173,4 @@ def draw_curves(folder: Path, curves: Sequence[Curve], window: int) -> None:
             for curve in curves
         )
         title = f"{quantity.capitalize()} along training{'' if is_share else smoothing}"
-        draw_lines(folder / f"curves_{quantity}", Figure(title, "training step", label, lines))
+        draw_lines(folder / f"curves_{quantity}", Figure(title, "training step", label, lines, is_linear=True))

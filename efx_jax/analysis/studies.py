@@ -10,6 +10,7 @@ from typing import Any
 from efx_jax.analysis import curves, replay, shifts, space_figures, subspaces, where, where_figures
 from efx_jax.analysis.blocks import look_at
 from efx_jax.analysis.runs import (
+    Checkpoint,
     Run,
     before_event,
     choose_step,
@@ -76,7 +77,7 @@ def sparsity(run: Run, _: argparse.Namespace) -> Found:
 
 def mask_events(run: Run, _: argparse.Namespace) -> Found:
     """What the masks of one event share with those of the next, as far as the checkpoints tell."""
-    found = {}
+    found: dict[int, Checkpoint] = {}
     for step in held_steps(run):
         checkpoint = read_checkpoint(run, step)
         if checkpoint.masked:
@@ -133,8 +134,8 @@ def recovery(run: Run, arguments: argparse.Namespace) -> Found:
     seen, unseen = split_rows(training_rows(run, spec, 2 * arguments.rows, arguments.length))
     step, adapters = before_event(run, params, spec)
     layers = spaced(spec.num_layers, arguments.layers)
-    models = (look_at(params, adapters, batch, spec) for batch in (seen, unseen))
-    records = list(replay.replay_recovery(params, adapters, *models, layers, prune))
+    calibration, held_out = (look_at(params, adapters, batch, spec) for batch in (seen, unseen))
+    records = list(replay.replay_recovery(params, adapters, calibration, held_out, layers, prune))
     tokens = {name: int(batch["lengths"].sum()) for name, batch in (("seen", seen), ("held_out", unseen))}
     fields = ("error_masked", "error_recovered", "moved", "move_norm")
     summary = by_kind(records, fields, ends=("error_masked", "error_recovered"))

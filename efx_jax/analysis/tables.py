@@ -110,7 +110,8 @@ def write_study(
     records: Sequence[Any],
     table: str,
 ) -> None:
-    """Writes FOLDER/NAME.json (what was asked, the summary, every record), NAME_records.csv (these) and NAME.md.
+    """Writes FOLDER/NAME.json (what was asked, the summary, every record), NAME_records.csv (their plain numbers) and
+    NAME.md.
 
     Args:
         folder: made if need be.
@@ -127,7 +128,8 @@ def write_study(
     whole = {"asked": asked, "summary": summary, "records": found}
     atomic_write(folder / f"{name}.json", json.dumps(whole, indent=1) + "\n")
     numbers = io.StringIO()
-    writer = csv.DictWriter(numbers, list(found[0]), lineterminator="\n")
+    plain = [key for key, value in found[0].items() if not isinstance(value, tuple)]
+    writer = csv.DictWriter(numbers, plain, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
     atomic_write(folder / f"{name}_records.csv", numbers.getvalue())

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from efx_jax.analysis.histograms import Histogram, Mark, Panel, Shares, draw_histograms
-from efx_jax.analysis.pictures import kind_series, kinds, layer_map, layer_series, percent
+from efx_jax.analysis.pictures import Value, kind_series, kinds, layer_map, layer_series, percent
 from efx_jax.analysis.plots import Figure, HeatMap, Level, draw_bars, draw_heat_map, draw_lines
 from efx_jax.analysis.replay import EDGES, Repair, ScoreSpread
 from efx_jax.analysis.shifts import SHIFTS
@@ -71,10 +71,7 @@ def draw_mask_events(folder: Path, name: str, changes: Sequence[MaskChange]) -> 
         for first, second in pairs
     }
     for side, verb in (("kept", "kept"), ("pruned", "pruned")):
-        series = tuple(
-            kind_series(found, lambda each, side=side: percent(getattr(each, side)), label)
-            for label, found in groups.items()
-        )
+        series = tuple(kind_series(found, _percent_of(side), label) for label, found in groups.items())
         draw_bars(
             folder / f"mask_events_{side}",
             Figure(
@@ -119,9 +116,7 @@ def draw_mask_runs(folder: Path, changes: Sequence[MaskChange], shift: Mapping[t
             title="Masks of two runs (mean over pairs and layers; bars: least and most)",
             x_label="matrix",
             y_label=_KEPT,
-            series=tuple(
-                kind_series(found, lambda each: percent(each.kept), name, ends=True) for name, found in groups.items()
-            ),
+            series=tuple(kind_series(found, _percent_of("kept"), name, ends=True) for name, found in groups.items()),
             levels=levels,
         ),
     )
@@ -196,10 +191,7 @@ def draw_repairs(folder: Path, title: str, repairs: Sequence[Repair]) -> None:
             title=f"{title}\nerror of the output on held-out rows (mean over layers; bars: least and most)",
             x_label="matrix",
             y_label="norm of the change / norm of the output, %",
-            series=tuple(
-                kind_series(repairs, lambda each, field=field: 100 * getattr(each, field), label, ends=True)
-                for label, field in states
-            ),
+            series=tuple(kind_series(repairs, _percent_of(field), label, ends=True) for label, field in states),
         ),
     )
     draw_heat_map(
@@ -256,6 +248,10 @@ def draw_moves(folder: Path, name: str, moves: Sequence[Move]) -> None:
             series=tuple(part for part in parts if part.y),
         ),
     )
+
+
+def _percent_of(field: str) -> Value:
+    return lambda each: percent(getattr(each, field))
 
 
 def _random_levels(groups: Mapping[str, Sequence[MaskChange]], side: str) -> tuple[Level, ...]:
