@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,17 +24,18 @@ ANALYSES = (*ablations.NAMES, *OF_SEVERAL, *OF_ONE)
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code: 2 for bad input, told in one line on stderr, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
-    return exit_code(lambda: _run(arguments), "error", "interrupted; of the analysis at hand nothing is written")
+    return exit_code(lambda: _run(arguments, argv), "error", "interrupted; of the analysis at hand nothing is written")
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     output = Path(arguments.output)
     refuse_unwritable(output)
     _check(arguments)
     runs = _open_all(arguments.runs)
     takes_all = "all" in arguments.what
     names = ANALYSES if takes_all else tuple(dict.fromkeys(arguments.what))
-    summary: dict[str, Any] = {"runs": {run.name: {} for run in runs}, "between": {}}
+    command = shlex.join(["python", "-m", "efx_jax.analysis", *argv])
+    summary: dict[str, Any] = {"command": command, "runs": {run.name: {} for run in runs}, "between": {}}
     missing: list[str] = []
     for name in (name for name in names if name in OF_SEVERAL):
         _attempt(

@@ -252,13 +252,17 @@ def _kinds(records: Sequence[Any]) -> list[list[Any]]:
 
 
 def _by_pair(
-    records: Sequence[Any], summarise: Callable[[list[Any]], Rows], kinds: Mapping[Any, str] | None = None
+    records: Sequence[Any], summarise: Callable[[list[Any]], Rows], kinds: Mapping[tuple[str, str], str] | None = None
 ) -> Rows:
+    """The summary of every pair of names; with `kinds` what sets each apart, and last the summary of each of these."""
     rows: Rows = []
     for first, second in dict.fromkeys((each.first, each.second) for each in records):
         pair = [each for each in records if (each.first, each.second) == (first, second)]
         head = {"first": first, "second": second} | ({"shift": kinds[first, second]} if kinds else {})
         rows += [head | row for row in summarise(pair)]
+    for shift in (name for name in shifts.SHIFTS if kinds and name in kinds.values()):
+        found = [each for each in records if kinds and kinds[each.first, each.second] == shift]
+        rows += [{"first": "all", "second": "all", "shift": shift} | row for row in summarise(found)]
     return rows
 
 

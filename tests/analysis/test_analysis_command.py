@@ -24,7 +24,7 @@ from efx_jax.analysis.runs import (
     run_masks,
     training_rows,
 )
-from efx_jax.config import Config
+from efx_jax.config import Config, ModelConfig
 from efx_jax.config_io import to_yaml
 from efx_jax.lora import merge
 from efx_jax.masks import unpack_mask
@@ -209,6 +209,30 @@ def test_what_is_no_dense_run_is_refused_in_one_line(tmp_path, capsys) -> None:
     (run / "config.yaml").write_text("prune:\n  sparsitty: 0.5\n")
     assert "sparsitty" in refused(run)
     assert not (tmp_path / "out").exists()
+
+
+def test_all_leaves_out_what_a_run_cannot_give_and_does_the_rest(tmp_path, capsys) -> None:
+    """The log of a run that has left nothing else, not even its model."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(Config(model=ModelConfig(path=str(tmp_path / "nowhere")))))
+    lines = [{"step": step, "loss": 2.0 / step, "entropy": 1.0, "sparsity": 0.0} for step in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert (
+        main([str(run), "--what", "all", "--output", str(tmp_path / "out"), "--summary", str(tmp_path / "s.json")]) == 0
+    )
+    told = capsys.readouterr()
+    left_out = [line for line in told.err.splitlines() if line.startswith("left out: ")]
+    assert len(left_out) == 9
+    assert sum("holds no checkpoint" in line for line in left_out) == 3
+    assert sum("holds no export" in line for line in left_out) == 2
+    assert "| run | 3 | 1.222 | 1.222 | 1 | 1 |" in told.out
+    summary = json.loads((tmp_path / "s.json").read_text())
+    assert summary["command"].startswith(f"python -m efx_jax.analysis {run} --what all")
+    assert list(summary["between"]) == ["curves"] and summary["runs"] == {"run": {}}
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    figures = {f"curves_{name}.{kind}" for name in ("loss", "entropy") for kind in ("png", "csv")}
+    assert found == figures | {"curves.json", "curves.md", "curves_records.csv"}
 
 
 def test_two_runs_of_one_name_are_refused(tmp_path, capsys) -> None:
