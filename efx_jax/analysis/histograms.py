@@ -67,7 +67,9 @@ def draw_histograms(path: Path, figure: Histogram) -> None:
     marks = list(dict.fromkeys(mark.label for panel in figure.panels for mark in panel.marks))
     columns = min(_COLUMNS, len(figure.panels))
     rows = -(-len(figure.panels) // columns)
-    height = 2.0 + (_ROW * rows if rows > 1 else 2.6)
+    legend_columns = max(1, 88 // (max(map(len, (*names, *marks))) + 7))
+    lines = -(-(len(names) + len(marks)) // legend_columns)
+    height = 1.7 + 0.24 * lines + (_ROW * rows if rows > 1 else 2.6)
     canvas, panels = new_panels(height, figure.title, figure.x_label, figure.y_label, len(figure.panels), columns)
     for axes, panel in zip(panels, figure.panels, strict=True):
         _draw_panel(axes, panel, figure.edges, names, marks)
@@ -76,12 +78,11 @@ def draw_histograms(path: Path, figure: Histogram) -> None:
     handles = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    longest = max(map(len, handles))
     canvas.legend(
         list(handles.values()),
         list(handles),
         loc="outside lower center",
-        ncols=min(len(handles), max(1, 88 // (longest + 7))),
+        ncols=min(len(handles), legend_columns),
         fontsize=SMALL,
         frameon=False,
     )

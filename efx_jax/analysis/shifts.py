@@ -13,7 +13,9 @@ DOMAINS = {
 }
 """The paper's tasks by its two domains, and the stand-ins for them."""
 
-SHIFTS = ("same data", "other task", "other domain")
+_OTHER_SEED = ", other seed"
+SHIFTS = tuple(what + seed for seed in ("", _OTHER_SEED) for what in ("same data", "other task", "other domain"))
+"""What may change between two runs."""
 
 
 def run_domain(run: Run) -> str:
@@ -47,15 +49,15 @@ def run_domains(runs: Sequence[Run], named: Sequence[str]) -> tuple[str, ...]:
     return tuple(named) if named else tuple(run_domain(run) for run in runs)
 
 
-def shift_of(first: tuple[str, str], second: tuple[str, str]) -> str:
-    """What changes between two runs, each a (domain, data): one of `SHIFTS`.
+def shift_of(first: tuple[str, str, int], second: tuple[str, str, int]) -> str:
+    """What changes between two runs, each a (domain, data, seed): one of `SHIFTS`.
 
     Runs of the same data differ in their seed or their settings: what these alone do to a distance. Of two mixes or
-    tasks of one domain, one may hold rows of the other.
+    tasks of one domain, one may hold rows of the other. Runs of one seed begin with the same A, which brings their
+    adapters together whatever they learn: they are told apart from others.
     """
-    if first[0] != second[0]:
-        return "other domain"
-    return "same data" if first[1] == second[1] else "other task"
+    what = "other domain" if first[0] != second[0] else "same data" if first[1] == second[1] else "other task"
+    return what if first[2] == second[2] else what + _OTHER_SEED
 
 
 def pairs_of(runs: Sequence[Run]) -> list[tuple[int, int]]:

@@ -65,13 +65,13 @@ def _shift_histogram(groups: Mapping[str, Sequence[Distance]]) -> Histogram:
     edges = np.linspace(min(low, 1) - 0.01, max(high, 1) + 0.01, _BINS + 1)
     counted = tuple(
         Shares(
-            f"{name} ({len(found)} matrices)",
+            f"{name} ({len(found)})",
             tuple(float(count) * 100 / len(found) for count in np.histogram(found, edges)[0]),
         )
         for name, found in shares.items()
     )
     return Histogram(
-        title="How far are the adapter subspaces of two runs apart?",
+        title="How far are the adapter subspaces of two runs apart? (in brackets: matrices)",
         x_label=_SHARE,
         y_label="matrices, %",
         edges=tuple(map(float, edges)),

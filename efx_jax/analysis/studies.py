@@ -269,7 +269,7 @@ def _by_pair(
 def _shifts(runs: Sequence[Run], arguments: argparse.Namespace) -> dict[tuple[str, str], str]:
     """What changes between every two runs, by their names."""
     known = [
-        (domain, run.config.data.train)
+        (domain, run.config.data.train, run.config.seed)
         for run, domain in zip(runs, shifts.run_domains(runs, arguments.domains), strict=True)
     ]
     return {

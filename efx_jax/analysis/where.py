@@ -34,7 +34,7 @@ class MatrixSparsity:
 
 @dataclasses.dataclass(frozen=True)
 class MaskChange:
-    """Two masks of one matrix, `first` and `second`.
+    """Two masks of one matrix, `first` and `second`; `first_kept` is the share of all entries that the first keeps.
 
     `kept`, `pruned`: the share of what the first keeps (prunes) that the second keeps (prunes) too, None where that is
     nothing. `random_kept`, `random_pruned`: what a random second mask of its size would share on average.
@@ -45,6 +45,7 @@ class MaskChange:
     layer: int
     matrix: str
     entries: int
+    first_kept: float
     kept: float | None
     pruned: float | None
     random_kept: float
@@ -52,11 +53,15 @@ class MaskChange:
 
     @property
     def beyond_chance(self) -> float | None:
-        """0 where the kept entries agree as random masks do, 1 where they agree entirely (Cohen's kappa, if equally
-        many are kept)."""
-        if self.kept is None or self.random_kept == 1:
+        """0 where the kept entries agree as random masks do, 1 where those of one mask lie within the other's.
+
+        With equally many kept this is Cohen's kappa; None where a mask keeps nothing or all.
+        """
+        kept = None if self.kept is None else self.kept * self.first_kept
+        least, most = sorted((self.first_kept, self.random_kept))
+        if kept is None or least == 0 or most == 1:
             return None
-        return (self.kept - self.random_kept) / (1 - self.random_kept)
+        return (kept / least - most) / (1 - most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +138,7 @@ def mask_changes(
                 layer=layer,
                 matrix=matrix,
                 entries=size,
+                first_kept=kept_one / size,
                 kept=both / kept_one if kept_one else None,
                 pruned=neither / (size - kept_one) if size > kept_one else None,
                 random_kept=kept_other / size,

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from efx_jax.analysis.histograms import Histogram, Mark, Panel, Shares, draw_histograms
-from efx_jax.analysis.pictures import Value, kind_series, kinds, layer_map, layer_series, percent
+from efx_jax.analysis.pictures import Value, kind_series, kinds, layer_map, layer_series, mean, percent
 from efx_jax.analysis.plots import Figure, HeatMap, Level, draw_bars, draw_heat_map, draw_lines
 from efx_jax.analysis.replay import EDGES, Repair, ScoreSpread
 from efx_jax.analysis.shifts import SHIFTS
 from efx_jax.analysis.where import MaskChange, MatrixSparsity, Move
 
-_KEPT = "kept entries in common, %"
+_AGREEMENT = "agreement beyond chance, %"
 
 
 def sparsity_map(name: str, records: Sequence[MatrixSparsity]) -> HeatMap:
@@ -87,8 +87,8 @@ def draw_mask_events(folder: Path, name: str, changes: Sequence[MaskChange]) -> 
         layer_map(
             changes,
             lambda each: percent(each.beyond_chance),
-            f"{name}: agreement of the masks of two events in turn, beyond chance (mean of the events)",
-            "0: random, 100: the same mask",
+            f"{name}: masks of two events in turn (mean of the events; 0: random, 100: one within the other)",
+            _AGREEMENT,
         ),
     )
 
@@ -109,15 +109,15 @@ def draw_mask_runs(folder: Path, changes: Sequence[MaskChange], shift: Mapping[t
         for name in SHIFTS
         if name in shift.values()
     }
-    levels = _random_levels({"": changes}, "kept")
     draw_bars(
         folder / "mask_runs",
         Figure(
             title="Masks of two runs (mean over pairs and layers; bars: least and most)",
             x_label="matrix",
-            y_label=_KEPT,
-            series=tuple(kind_series(found, _percent_of("kept"), name, ends=True) for name, found in groups.items()),
-            levels=levels,
+            y_label=_AGREEMENT,
+            series=tuple(
+                kind_series(found, _percent_of("beyond_chance"), name, ends=True) for name, found in groups.items()
+            ),
         ),
     )
     draw_lines(
@@ -125,9 +125,8 @@ def draw_mask_runs(folder: Path, changes: Sequence[MaskChange], shift: Mapping[t
         Figure(
             title="Masks of two runs (mean over pairs and matrices)",
             x_label="layer",
-            y_label=_KEPT,
-            series=tuple(layer_series(found, lambda each: percent(each.kept), name) for name, found in groups.items()),
-            levels=levels,
+            y_label=_AGREEMENT,
+            series=tuple(layer_series(found, _percent_of("beyond_chance"), name) for name, found in groups.items()),
         ),
     )
     draw_heat_map(folder / "mask_runs_pairs", _pair_map(changes))
@@ -271,14 +270,13 @@ def _pair_map(changes: Sequence[MaskChange]) -> HeatMap:
 
     def share(pair: tuple[str, str], kind: str) -> float | None:
         found = [each for each in changes if (each.first, each.second) == pair and each.matrix == kind]
-        values = [each.kept for each in found if each.kept is not None]
-        return 100 * sum(values) / len(values) if values else None
+        return percent(mean(each.beyond_chance for each in found))
 
     return HeatMap(
         title="Masks of two runs (mean over layers)",
         x_label="matrix",
         y_label="",
-        value_label=_KEPT,
+        value_label=_AGREEMENT,
         rows=tuple(f"{first}, {second}" for first, second in pairs),
         columns=tuple(columns),
         values=tuple(tuple(share(pair, kind) for kind in columns) for pair in pairs),

@@ -145,7 +145,7 @@ def test_all_that_two_runs_allow_is_written_and_the_rest_left_out_in_one_line_ea
     assert set(written["between"]) == {"subspaces", "curves"}
     assert set(written["runs"]["dense"]) == {"adapter_base", "sparsity", "moved"}
     assert set(written["runs"]["pruned"]) == set(studies) - {"subspaces", "curves"}
-    assert "| dense | pruned | other domain | q_proj |" in said.out
+    assert "| dense | pruned | other domain, other seed | q_proj |" in said.out
     for folder in (output, output / "dense", output / "pruned"):
         assert {path.stem for path in folder.glob("*.png")} <= {path.stem for path in folder.glob("*.csv")}
     zeros = json.loads((output / "pruned" / "sparsity.json").read_text())

@@ -57,8 +57,9 @@ def run(train: str) -> Run:
 )
 def test_runs_differ_in_task_or_domain(first, second, shift) -> None:
     runs = [run(first), run(second)]
-    known = list(zip(run_domains(runs, ()), (first, second), strict=True))
-    assert shift_of(*known) == shift
+    one, other = run_domains(runs, ())
+    assert shift_of((one, first, 0), (other, second, 0)) == shift
+    assert shift_of((one, first, 0), (other, second, 1)) == f"{shift}, other seed"
     assert pairs_of(runs) == [(0, 1)]
 
 

@@ -32,6 +32,10 @@ def test_shares_of_masks_are_those_of_their_entries(width) -> None:
     for each, one, other in zip(found, first, second, strict=True):
         assert each.kept == pytest.approx(other[one].mean())
         assert each.pruned == pytest.approx((~other)[~one].mean())
+        assert each.first_kept == one.mean()
+        shared, chance = (one & other).mean(), one.mean() * other.mean()
+        expected = (shared - chance) / (min(one.mean(), other.mean()) - chance)
+        assert each.beyond_chance == pytest.approx(expected)
         assert each.random_kept == pytest.approx(other.mean())
         assert each.random_pruned == pytest.approx((~other).mean())
 
@@ -43,6 +47,10 @@ def test_the_same_mask_agrees_beyond_all_chance_and_random_masks_by_chance() -> 
     (random,) = mask_changes(*masks, {"q_proj": 200}, ("a", "b"))
     assert (same.kept, same.pruned, same.beyond_chance) == (1.0, 1.0, 1.0)
     assert abs(random.beyond_chance) < 0.03
+    fewer = {"q_proj": masks[0]["q_proj"] & masks[1]["q_proj"]}
+    for pair in ((masks[0], fewer), (fewer, masks[0])):
+        (nested,) = mask_changes(*pair, {"q_proj": 200}, ("a", "b"))
+        assert nested.beyond_chance == pytest.approx(1)
     nothing_goes = {"q_proj": packed(np.ones((1, 2, 8), bool))}
     (whole,) = mask_changes(nothing_goes, nothing_goes, {"q_proj": 8}, ("a", "b"))
     assert whole.pruned is None and whole.beyond_chance is None
