@@ -38,17 +38,16 @@ def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     summary: dict[str, Any] = {"command": command, "runs": {run.name: {} for run in runs}, "between": {}}
     missing: list[str] = []
     for name in (name for name in names if name in OF_SEVERAL):
-        _attempt(
-            functools.partial(_study, name, OF_SEVERAL[name], runs, arguments, output, summary["between"]), missing
-        )
+        study = functools.partial(_study, name, OF_SEVERAL[name], runs, arguments, output, summary["between"])
+        _attempt(name, study, missing)
     for run in runs:
         folder, own = output / run.name, summary["runs"][run.name]
         asked = [name for name in ablations.NAMES if name in names]
         if asked:
-            _attempt(functools.partial(_ablations, run, asked, arguments, folder, own), missing)
+            _attempt(", ".join(asked), functools.partial(_ablations, run, asked, arguments, folder, own), missing)
         for name in (name for name in names if name in OF_ONE):
             print(f"{run.name}: {name}", file=sys.stderr)
-            _attempt(functools.partial(_study, name, OF_ONE[name], run, arguments, folder, own), missing)
+            _attempt(name, functools.partial(_study, name, OF_ONE[name], run, arguments, folder, own), missing)
     if arguments.summary:
         atomic_write(Path(arguments.summary), json.dumps(summary, indent=1) + "\n")
     for reason in missing:
@@ -58,12 +57,12 @@ def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     return 2 if missing and not takes_all else 0
 
 
-def _attempt(work: Callable[[], object], missing: list[str]) -> None:
+def _attempt(name: str, work: Callable[[], object], missing: list[str]) -> None:
     """What one analysis lacks need not keep the others from being done."""
     try:
         work()
     except InputError as error:
-        missing.append(" ".join(str(error).split()))
+        missing.append(f"{name}: {' '.join(str(error).split())}")
 
 
 def _study(
