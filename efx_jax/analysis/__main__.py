@@ -1,58 +1,116 @@
-"""`python -m efx_jax.analysis RUN [RUN ...]`: what scores promise and what they do, along a dense run."""
+"""`python -m efx_jax.analysis RUN [RUN ...]`: what runs learned, what they pruned, and what sets them apart."""
 
 import argparse
-import dataclasses
+import functools
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from efx_jax.analysis import mask_overlap, score_error
-from efx_jax.analysis.blocks import Model, look_at
+from efx_jax.analysis import ablations
 from efx_jax.analysis.canvas import require_matplotlib
-from efx_jax.analysis.figures import draw_overlaps, draw_score_errors
-from efx_jax.analysis.runs import Run, choose_steps, load_base, open_run, run_adapters, training_rows
-from efx_jax.analysis.tables import overlap_table, score_error_table
+from efx_jax.analysis.runs import Run, open_run
+from efx_jax.analysis.studies import OF_ONE, OF_SEVERAL, Found
+from efx_jax.analysis.tables import study_table, write_study
 from efx_jax.errors import InputError, OneLineParser, exit_code, positive_number, whole_number
 from efx_jax.files import atomic_write, refuse_unwritable
 from efx_jax.pruning.selection import selection_counts
 
-ANALYSES = ("score_error", "mask_overlap")
+ANALYSES = (*ablations.NAMES, *OF_SEVERAL, *OF_ONE)
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code: 2 for bad input, told in one line on stderr, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
-    return exit_code(lambda: _run(arguments), "error", "interrupted; of the run at hand nothing is written")
+    return exit_code(lambda: _run(arguments, argv), "error", "interrupted; of the analysis at hand nothing is written")
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     output = Path(arguments.output)
     refuse_unwritable(output)
     _check(arguments)
     runs = _open_all(arguments.runs)
-    steps = [choose_steps(run, tuple(arguments.steps)) for run in runs]
-    for run, chosen in zip(runs, steps, strict=True):
-        _analyse(run, chosen, arguments, output / _name(run))
-    return 0
+    takes_all = "all" in arguments.what
+    names = ANALYSES if takes_all else tuple(dict.fromkeys(arguments.what))
+    command = shlex.join(["python", "-m", "efx_jax.analysis", *argv])
+    summary: dict[str, Any] = {"command": command, "runs": {run.name: {} for run in runs}, "between": {}}
+    missing: list[str] = []
+    for name in (name for name in names if name in OF_SEVERAL):
+        study = functools.partial(_study, name, OF_SEVERAL[name], runs, arguments, output, summary["between"])
+        _attempt(name, study, missing)
+    for run in runs:
+        folder, own = output / run.name, summary["runs"][run.name]
+        asked = [name for name in ablations.NAMES if name in names]
+        if asked:
+            _attempt(", ".join(asked), functools.partial(_ablations, run, asked, arguments, folder, own), missing)
+        for name in (name for name in names if name in OF_ONE):
+            print(f"{run.name}: {name}", file=sys.stderr)
+            _attempt(name, functools.partial(_study, name, OF_ONE[name], run, arguments, folder, own), missing)
+    if arguments.summary:
+        atomic_write(Path(arguments.summary), json.dumps(summary, indent=1) + "\n")
+    for reason in missing:
+        print(f"{'left out' if takes_all else 'error'}: {reason}", file=sys.stderr)
+    if any(summary["runs"].values()) or summary["between"]:
+        print(f"written to {output}", file=sys.stderr)
+    return 2 if missing and not takes_all else 0
+
+
+def _attempt(name: str, work: Callable[[], object], missing: list[str]) -> None:
+    """What one analysis lacks need not keep the others from being done."""
+    try:
+        work()
+    except InputError as error:
+        missing.append(f"{name}: {' '.join(str(error).split())}")
+
+
+def _study(
+    name: str,
+    study: Callable[..., Found],
+    subject: Run | Sequence[Run],
+    arguments: argparse.Namespace,
+    folder: Path,
+    summary: dict[str, Any],
+) -> None:
+    """Makes a study of a run or of several, writes what it found, prints its table, and adds it to the summary."""
+    found = study(subject, arguments)
+    table = study_table(name, found.summary)
+    write_study(folder, name, found.asked, found.summary, found.records, table)
+    found.draw(folder)
+    print(f"\n{name}\n\n{table}")
+    summary[name] = {"asked": found.asked, "summary": found.summary}
+
+
+def _ablations(
+    run: Run, names: Sequence[str], arguments: argparse.Namespace, folder: Path, summary: dict[str, Any]
+) -> None:
+    summary.update(ablations.ablate(run, names, arguments, folder))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m efx_jax.analysis", description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folders that train.py has written")
-    add("--what", nargs="+", choices=ANALYSES, default=list(ANALYSES), help="which analyses; default: all")
-    add("--output", default="runs/analysis", metavar="DIR", help="writes into DIR/NAME of every run")
+    add(
+        "--what",
+        nargs="+",
+        choices=("all", *ANALYSES),
+        default=list(ablations.NAMES),
+        help=f"which analyses; all: what each run allows; default: {' '.join(ablations.NAMES)}, of dense runs",
+    )
+    add("--output", default="runs/analysis", metavar="DIR", help="writes into DIR, and DIR/NAME of every run")
+    add("--summary", default="", metavar="FILE", help="writes the summaries of all that is found, as one JSON")
     add(
         "--steps",
         nargs="+",
         type=whole_number,
         default=[],
-        help="checkpoints; 0: the base; default: 0 and every dense one",
+        help="checkpoints; 0: the base; default: 0 and every dense one, or the last where one is looked at",
     )
+    add("--domains", nargs="+", default=[], help="subspaces, mask_runs: one for every run; default: by its data")
     add("--layers", type=whole_number, default=8, help="so many layers, evenly spaced; 0: all")
-    add("--sparsity", type=float, default=0.5, help="of the masks; default: 0.5")
+    add("--sparsity", type=float, default=0.5, help="of the ablations' masks; default: 0.5")
     add("--group", default="bounded", help="score_error: entries that compete; default: bounded")
     add("--bound", type=float, default=0.2, help="of the group bounded; default: 0.2")
     add("--rows", type=positive_number, default=8, help="training sequences looked at; default: 8")
@@ -73,61 +131,11 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _open_all(folders: Sequence[str]) -> list[Run]:
     runs = [open_run(Path(folder)) for folder in folders]
-    names = [_name(run) for run in runs]
+    names = [run.name for run in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InputError(f"{twice}: expected runs of different names, found two; analyse them one by one")
     return runs
-
-
-def _name(run: Run) -> str:
-    return run.folder.resolve().name
-
-
-def _analyse(run: Run, steps: Sequence[int], arguments: argparse.Namespace, folder: Path) -> None:
-    """All analyses of one run: a table on stdout, DIR/NAME/ANALYSIS.json and figures."""
-    params, spec = load_base(run)
-    batch = training_rows(run, spec, arguments.rows, arguments.length)
-    layers = _spaced(spec.num_layers, arguments.layers)
-    found: dict[str, dict[int, list[Any]]] = {name: {} for name in arguments.what}
-    for step in steps:
-        model = look_at(params, run_adapters(run, step), batch, spec)
-        for name in arguments.what:
-            print(f"{_name(run)}, step {step}: {name}", file=sys.stderr)
-            found[name][step] = _measure(name, model, layers, arguments)
-    asked = vars(arguments) | {"runs": [str(run.folder)], "layers": layers, "tokens": int(batch["lengths"].sum())}
-    for name, by_step in found.items():
-        _write(name, by_step, asked, folder)
-    print(f"written to {folder}", file=sys.stderr)
-
-
-def _measure(name: str, model: Model, layers: Sequence[int], arguments: argparse.Namespace) -> list[Any]:
-    if name == "mask_overlap":
-        return list(mask_overlap.mask_overlaps(model, layers, arguments.sparsity, arguments.bound))
-    pruning = score_error.Pruning(arguments.sparsity, arguments.group, arguments.bound)
-    return list(
-        score_error.score_errors(model, layers, pruning, arguments.entries, arguments.loss_rows, arguments.seed)
-    )
-
-
-def _write(name: str, by_step: dict[int, list[Any]], asked: dict[str, Any], folder: Path) -> None:
-    summarise = mask_overlap.summarise if name == "mask_overlap" else score_error.summarise
-    summary = {step: summarise(found) for step, found in by_step.items()}
-    steps = [
-        {"step": step, "summary": summary[step], "matrices": [dataclasses.asdict(each) for each in found]}
-        for step, found in by_step.items()
-    ]
-    atomic_write(folder / f"{name}.json", json.dumps({"asked": asked, "steps": steps}, indent=1) + "\n")
-    draw, table = (draw_overlaps, overlap_table) if name == "mask_overlap" else (draw_score_errors, score_error_table)
-    draw(folder, by_step)
-    print(table(summary))
-
-
-def _spaced(count: int, wanted: int) -> list[int]:
-    """`wanted` of `count` layers, evenly spaced, the first and the last among them; all of them for 0."""
-    if wanted in (0, 1) or wanted >= count:
-        return list(range(count)) if wanted != 1 else [count // 2]
-    return [round(place * (count - 1) / (wanted - 1)) for place in range(wanted)]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ TEXT = 11
 SMALL = 10
 _DPI = 200
 _DECADE = 10.0
+_LINE = 84  # letters of a title
 
 
 def require_matplotlib() -> None:
@@ -41,19 +43,60 @@ def new_canvas(height: float, title: str, x_label: str, y_label: str) -> tuple["
     Raises:
         InputError: matplotlib is not installed.
     """
+    canvas = _blank(height)
+    axes = canvas.add_subplot()
+    axes.set_title(_wrapped(title), fontsize=TEXT + 1)
+    axes.set_xlabel(x_label, fontsize=TEXT)
+    axes.set_ylabel(y_label, fontsize=TEXT)
+    _plain(axes)
+    return canvas, axes
+
+
+def new_panels(
+    height: float, title: str, x_label: str, y_label: str, count: int, columns: int
+) -> tuple["Canvas", list["Axes"]]:
+    """A canvas as `new_canvas` makes it, of `count` axes in rows of `columns`, which share their labels and scales.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    canvas = _blank(height)
+    rows = -(-count // columns)
+    first: Axes | None = None
+    panels: list[Axes] = []
+    for number in range(count):
+        axes = canvas.add_subplot(rows, columns, number + 1, sharex=first, sharey=first)
+        first = first or axes
+        _plain(axes)
+        # Only the lowest of a column and the first of a row say what the marks are worth.
+        is_lowest = number + columns >= count
+        axes.tick_params(labelbottom=is_lowest, labelleft=number % columns == 0)
+        # A label of the whole canvas would lie below the axes' own room, where a legend is.
+        axes.set_xlabel(x_label if is_lowest else "", fontsize=TEXT)
+        panels.append(axes)
+    canvas.suptitle(_wrapped(title), fontsize=TEXT + 1)
+    canvas.supylabel(y_label, fontsize=TEXT)
+    return canvas, panels
+
+
+def _wrapped(title: str) -> str:
+    """A title whose lines are not wider than the canvas: the names of runs are the user's."""
+    return "\n".join(textwrap.fill(line, _LINE) for line in title.splitlines())
+
+
+def _blank(height: float) -> "Canvas":
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(WIDTH / _DPI, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(canvas)
-    axes = canvas.add_subplot()
-    axes.set_title(title, fontsize=TEXT + 1)
-    axes.set_xlabel(x_label, fontsize=TEXT)
-    axes.set_ylabel(y_label, fontsize=TEXT)
+    return canvas
+
+
+def _plain(axes: "Axes") -> None:
     axes.tick_params(labelsize=SMALL)
     axes.spines[["top", "right"]].set_visible(False)
-    return canvas, axes
 
 
 def save(path: Path, canvas: "Canvas", header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's palette, without the yellow, which is faint on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 _HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "oooo")
 _FEW = 8
-"""So many different values of x each have their own mark on the axis."""
+"""So many different values of x each have their own mark on the axis, and a longer line about as many marks."""
 
 Place = float | str
 """Where a value stands: a number, or the name of a group."""
@@ -52,7 +52,8 @@ class Level:
 class Figure:
     """Series and levels over one pair of axes; the labels name what is drawn and its unit.
 
-    `places` is the order of places that are no numbers; without it they stand as they come.
+    `places` is the order of places that are no numbers; without it they stand as they come. An axis of x whose numbers
+    span more than a decade is logarithmic, unless `is_linear`.
     """
 
     title: str
@@ -61,6 +62,7 @@ class Figure:
     series: tuple[Series, ...]
     levels: tuple[Level, ...] = ()
     places: tuple[Place, ...] = ()
+    is_linear: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,7 @@ def draw_heat_map(path: Path, heat: HeatMap) -> None:
     found = [value for row in heat.values for value in row if value is not None]
     if not found or not all(map(math.isfinite, found)):
         raise ValueError(f"{heat.title}: expected finite values")
-    canvas, axes = new_canvas(2.2 + 0.3 * len(heat.rows), heat.title, heat.x_label, heat.y_label)
+    canvas, axes = new_canvas(2.2 + 0.3 * max(_FEW // 2, len(heat.rows)), heat.title, heat.x_label, heat.y_label)
     filled = [[math.nan if value is None else value for value in row] for row in heat.values]
     is_log = is_wide(found)
     image = axes.imshow(filled, cmap="cividis", aspect="auto", norm="log" if is_log else "linear")
@@ -149,7 +151,7 @@ def _draw(path: Path, figure: Figure, draw: Callable[["Axes", Figure], None]) ->
     canvas, axes = new_canvas(5.0 + 0.24 * lines, figure.title, figure.x_label, figure.y_label)
     draw(axes, figure)
     for place, level in enumerate(figure.levels):
-        style = _DASHES[(place + 1) % len(_DASHES)]
+        style = DASHES[(place + 1) % len(DASHES)]
         axes.axhline(level.y, color="0.35", linestyle=style, linewidth=1.5, label=level.label)
         if level.low is not None and level.high is not None:
             axes.axhspan(level.low, level.high, color="0.35", alpha=0.12, linewidth=0)
@@ -168,11 +170,14 @@ def _draw_lines(axes: "Axes", figure: Figure) -> None:
     is_named = len(numbers) < len(places)
     for number, series in enumerate(figure.series):
         x = [places.index(place) if is_named else place for place in series.x]
-        axes.errorbar(x, series.y, yerr=_errors(series), label=series.label, **_line_style(number))
+        # A long curve shows its marks here and there, at other places than the others.
+        every = max(1, len(x) // _FEW)
+        style = _line_style(number) | {"markevery": (number % every, every)}
+        axes.errorbar(x, series.y, yerr=_errors(series), label=series.label, **style)
     if is_named:
         name_places(axes, [_place_text(place) for place in places])
         return
-    if is_wide(numbers):
+    if is_wide(numbers) and not figure.is_linear:
         make_logarithmic(axes.xaxis, axes.set_xscale)
     if len(numbers) <= _FEW:
         axes.set_xticks(numbers, [_place_text(number) for number in numbers])
@@ -190,7 +195,7 @@ def _draw_bars(axes: "Axes", figure: Figure) -> None:
             width * 0.92,
             yerr=_errors(series),
             label=series.label,
-            color=_COLOURS[number % len(_COLOURS)],
+            color=COLOURS[number % len(COLOURS)],
             hatch=_HATCHES[number % len(_HATCHES)],
             edgecolor="white",
             linewidth=0,
@@ -274,9 +279,9 @@ def _spread_out(x: Sequence[float], width: float) -> list[float]:
 
 def _line_style(number: int) -> dict[str, Any]:
     return {
-        "color": _COLOURS[number % len(_COLOURS)],
+        "color": COLOURS[number % len(COLOURS)],
         "marker": _MARKERS[number % len(_MARKERS)],
-        "linestyle": _DASHES[number % len(_DASHES)],
+        "linestyle": DASHES[number % len(DASHES)],
         "linewidth": 1.8,
         "markersize": 6,
         "elinewidth": 1.2,

@@ -1,12 +1,13 @@
-"""Reading a run's folder: its settings, the adapters of its checkpoints, and rows that it was trained on."""
+"""Reading a run's folder: its settings, what its checkpoints hold, and rows that it was trained on."""
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -17,8 +18,8 @@ from efx_jax.data.batches import Batch, calibration_batches, round_up
 from efx_jax.data.tasks import load_data
 from efx_jax.data.tokens import tokenize
 from efx_jax.errors import InputError
-from efx_jax.lora import Adapters, lora_scale
-from efx_jax.model.spec import ModelSpec
+from efx_jax.lora import Adapters, init_lora, lora_scale
+from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.weights.hf import load_pretrained, load_tokenizer
 
 _MULTIPLE = 32  # what calibration_batches rounds lengths up to
@@ -32,12 +33,27 @@ class Run:
     config: Config
     steps: tuple[int, ...]
 
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.folder.resolve().name
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What kind of checkpoint a step has: after how many events, under masks or not, with a base of its own or not."""
+
+    step: int
+    events: int
+    masked: bool
+    base_moved: bool
+
 
 def open_run(folder: Path) -> Run:
     """Reads what a run is; no array yet.
 
     Raises:
-        InputError: not a run, settings that this version does not know, or no checkpoint.
+        InputError: not a run, or settings that this version does not know.
     """
     path = folder / "config.yaml"
     if not path.is_file():
@@ -45,10 +61,36 @@ def open_run(folder: Path) -> Run:
     config = from_yaml(path.read_text(encoding="utf-8"), str(path))
     # A checkpoint that is not whole has a name with a suffix.
     names = [entry.name for entry in (folder / "checkpoints").glob("*") if (entry / "state").is_dir()]
-    steps = tuple(sorted(int(name) for name in names if name.isdigit()))
-    if not steps:
-        raise InputError(f"{folder}: holds no checkpoint; expected one in {folder / 'checkpoints'}; train it first")
-    return Run(folder, config, steps)
+    return Run(folder, config, tuple(sorted(int(name) for name in names if name.isdigit())))
+
+
+def held_steps(run: Run) -> tuple[int, ...]:
+    """The steps of a run's checkpoints, at least one.
+
+    Raises:
+        InputError: it holds none.
+    """
+    if not run.steps:
+        raise InputError(
+            f"{run.folder}: holds no checkpoint; expected one in {run.folder / 'checkpoints'}; train it first"
+        )
+    return run.steps
+
+
+def choose_step(run: Run, asked: tuple[int, ...]) -> int:
+    """The step to look at where only one is: the last of those asked for, else the run's last checkpoint.
+
+    Raises:
+        InputError: no checkpoint, or none of that step.
+    """
+    held = held_steps(run)
+    step = max(asked, default=held[-1])
+    if step not in held:
+        raise InputError(
+            f"{run.folder}: no checkpoint of step {step}; expected among {_listed(held)}; train with a larger "
+            "train.keep"
+        )
+    return step
 
 
 def dense_steps(run: Run) -> tuple[int, ...]:
@@ -57,7 +99,7 @@ def dense_steps(run: Run) -> tuple[int, ...]:
     Raises:
         InputError: every checkpoint holds masks or a base that an event has moved.
     """
-    dense = tuple(step for step in run.steps if not _pruned(run, step))
+    dense = tuple(step for step in held_steps(run) if not _pruned(run, step))
     if not dense:
         raise InputError(
             f"{run.folder}: every checkpoint ({_listed(run.steps)}) is pruned; expected one from before the first "
@@ -91,21 +133,76 @@ def run_adapters(run: Run, step: int) -> Adapters | None:
     if step == 0:
         return None
     lora = run.config.lora
-    names = dict.fromkeys(lora.targets, np.zeros(0, np.float32))
-    item = {"train": {"adapters": {"lora_a": names, "lora_b": names}}}
-    as_numpy = dict.fromkeys(lora.targets, ocp.RestoreArgs(restore_type=np.ndarray))
-    arguments = ocp.args.PyTreeRestore(
-        item=item,
-        restore_args={"train": {"adapters": {"lora_a": as_numpy, "lora_b": as_numpy}}},
-        partial_restore=True,
-    )
-    tree = _restore(run, step, "state", ocp.PyTreeCheckpointHandler(), arguments)["train"]["adapters"]
+    names = dict.fromkeys(lora.targets)
+    wanted = {"train": {"adapters": {"lora_a": names, "lora_b": names}}}
+    tree = _restore_arrays(run, step, wanted)["train"]["adapters"]
     scale = lora_scale(lora.rank, lora.alpha, lora.rslora)
     return Adapters(
         lora_a={name: jnp.asarray(array) for name, array in tree["lora_a"].items()},
         lora_b={name: jnp.asarray(array) for name, array in tree["lora_b"].items()},
         scale=scale,
     )
+
+
+def read_checkpoint(run: Run, step: int) -> Checkpoint:
+    """The kind of the checkpoint after `step` updates.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    meta = _restore(run, step, "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+    events = int(_restore_arrays(run, step, {"prune": {"event": None}})["prune"]["event"])
+    return Checkpoint(step, events, bool(meta["masked"]), bool(meta["base_moved"]))
+
+
+def run_masks(run: Run, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """The masks of a checkpoint, packed, uint8 `[L,O,ceil(I/8)]` (see `efx_jax.masks`); {} where there are none.
+
+    Raises:
+        InputError: the checkpoint cannot be read.
+    """
+    if not checkpoint.masked:
+        return {}
+    return _restore_arrays(run, checkpoint.step, {"masks": dict.fromkeys(run.config.prune.targets)})["masks"]
+
+
+def run_linears(run: Run, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """The base linears `[L,O,I]` that the events have rewritten, in their own dtype; {} where they stand as they were.
+
+    Raises:
+        InputError: the checkpoint cannot be read.
+    """
+    if not checkpoint.base_moved:
+        return {}
+    return _restore_arrays(run, checkpoint.step, {"layers": dict.fromkeys(LINEARS)})["layers"]
+
+
+def load_export(run: Run) -> dict[str, Any]:
+    """The stacked weights of what the run exported, name -> `[L,...]`, each in its own dtype.
+
+    Raises:
+        InputError: the run has not come to its end.
+    """
+    folder = run.folder / "export"
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{run.folder}: holds no export; expected {folder}; let the run come to its end")
+    return load_pretrained(folder, None)[0]["layers"]
+
+
+def before_event(run: Run, params: Mapping[str, Any], spec: ModelSpec) -> tuple[int, Adapters]:
+    """The latest step that no event has come before, and its adapters; at step 0 those that training begins with.
+
+    Raises:
+        InputError: a checkpoint cannot be read.
+    """
+    step = max((step for step in run.steps if not _pruned(run, step)), default=0)
+    adapters = run_adapters(run, step)
+    if adapters is None:
+        # As the run drew them: the first of three keys (efx_jax.training.loop).
+        key = jax.random.split(jax.random.key(run.config.seed), 3)[0]
+        lora = run.config.lora
+        adapters = init_lora(key, params, spec, lora.rank, lora.alpha, lora.targets, lora.rslora)
+    return step, adapters
 
 
 def load_base(run: Run) -> tuple[dict[str, Any], ModelSpec]:
@@ -139,6 +236,17 @@ def training_rows(run: Run, spec: ModelSpec, rows: int, length: int) -> Batch:
     return {"tokens": batch["tokens"][filled], "lengths": batch["lengths"][filled]}
 
 
+def split_rows(batch: Batch) -> tuple[Batch, Batch]:
+    """Two batches of every other row, which are about equally long.
+
+    Raises:
+        InputError: a single row.
+    """
+    if len(batch["lengths"]) < 2:
+        raise InputError("the run's training rows: expected two or more, one of them held out, found one")
+    return tuple({name: values[start::2] for name, values in batch.items()} for start in (0, 1))  # type: ignore[return-value]
+
+
 def first_and_last(steps: Iterable[int]) -> list[int]:
     """The two ends of some steps, or the only one."""
     found = sorted(steps)
@@ -148,6 +256,17 @@ def first_and_last(steps: Iterable[int]) -> list[int]:
 def _pruned(run: Run, step: int) -> bool:
     meta = _restore(run, step, "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
     return bool(meta["masked"] or meta["base_moved"])
+
+
+def _restore_arrays(run: Run, step: int, wanted: Any) -> Any:
+    """Some of a checkpoint's arrays, as NumPy's; `wanted` is their tree, with None in the place of each."""
+    item = jax.tree.map(lambda _: np.zeros(0, np.float32), wanted, is_leaf=lambda leaf: leaf is None)
+    arguments = ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item),
+        partial_restore=True,
+    )
+    return _restore(run, step, "state", ocp.PyTreeCheckpointHandler(), arguments)
 
 
 def _restore(run: Run, step: int, item: str, handler: Any, arguments: Any) -> Any:

@@ -12,10 +12,22 @@ import pytest
 
 import train
 from efx_jax.analysis.__main__ import main
-from efx_jax.analysis.runs import choose_steps, load_base, open_run, run_adapters, training_rows
-from efx_jax.config import Config
+from efx_jax.analysis.runs import (
+    before_event,
+    choose_steps,
+    load_base,
+    load_export,
+    open_run,
+    read_checkpoint,
+    run_adapters,
+    run_linears,
+    run_masks,
+    training_rows,
+)
+from efx_jax.config import Config, ModelConfig
 from efx_jax.config_io import to_yaml
 from efx_jax.lora import merge
+from efx_jax.masks import unpack_mask
 from efx_jax.weights.hf import load_pretrained
 
 SMALL = ["--rows", "3", "--length", "16", "--layers", "0", "--entries", "8"]
@@ -28,6 +40,26 @@ def dense_run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Pa
     rows = [("fever cough", "lung"), ("old rash mild", "skin"), ("joint pain", "joint"), ("heart pain", "heart")]
     lines = [json.dumps({"prompt": prompt, "response": response}) for prompt, response in rows * 2]
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return train_tiny(folder, tiny_folder, "dense", {"prune.sparsity": 0})
+
+
+@pytest.fixture(scope="module")
+def pruned_run(dense_run: Path, tiny_folder: Path) -> Path:
+    """The same rows under another seed, with two events, each of which refits the base and is trained after."""
+    pruning = {
+        "prune.score": "wanda",
+        "prune.group": "matrix",
+        "prune.sparsity": 0.5,
+        "prune.schedule": "fractions",
+        "prune.fractions": "0 0.5",
+        "prune.calibration_rows": 4,
+        "seed": 1,
+    }
+    return train_tiny(dense_run.parent, tiny_folder, "pruned", pruning)
+
+
+def train_tiny(folder: Path, tiny_folder: Path, name: str, changes: dict[str, object]) -> Path:
+    """A run of four steps on FOLDER/rows.jsonl."""
     settings = {
         "model.path": tiny_folder,
         "model.compute_dtype": "float32",
@@ -35,17 +67,16 @@ def dense_run(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Pa
         "data.holdout": 0,
         "data.max_length": 32,
         "lora.rank": 2,
-        "prune.sparsity": 0,
         "train.steps": 4,
         "train.batch_size": 2,
         "train.learning_rate": 1e-2,
         "train.remat": "none",
         "train.checkpoint_every": 2,
         "train.keep": 9,
-    }
-    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    assert train.main(["--preset", "efx", "--output", str(folder / "dense"), *flags]) == 0
-    return folder / "dense"
+    } | changes
+    flags = [text for key, value in settings.items() for text in (f"--{key}", *str(value).split(" "))]
+    assert train.main(["--preset", "efx", "--output", str(folder / name), *flags]) == 0
+    return folder / name
 
 
 def pruned_checkpoint(folder: Path, step: int) -> None:
@@ -96,6 +127,58 @@ def test_the_adapters_of_the_last_checkpoint_are_those_of_the_export(dense_run) 
 
 
 @pytest.mark.slow
+def test_all_that_two_runs_allow_is_written_and_the_rest_left_out_in_one_line_each(
+    dense_run, pruned_run, tmp_path, capsys
+) -> None:
+    studies = ["subspaces", "curves", "adapter_base", "sparsity", "mask_events", "scores", "recovery", "moved"]
+    command = [str(dense_run), str(pruned_run), "--what", *studies, "mask_runs", "--domains", "one", "other"]
+    output, summary = tmp_path / "out", tmp_path / "analysis.json"
+    flags = ["--rows", "2", "--length", "16", "--output", str(output), "--summary", str(summary)]
+    assert main([*command, *flags]) == 2
+    said = capsys.readouterr()
+    reasons = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert len(reasons) == 4
+    assert sum("dense: its checkpoint holds no masks" in reason for reason in reasons) == 1
+    assert sum("two prune events or more, found those of 0" in reason for reason in reasons) == 1
+    assert sum("a dense run has no prune event" in reason for reason in reasons) == 2
+    written = json.loads(summary.read_text())
+    assert set(written["between"]) == {"subspaces", "curves"}
+    assert set(written["runs"]["dense"]) == {"adapter_base", "sparsity", "moved"}
+    assert set(written["runs"]["pruned"]) == set(studies) - {"subspaces", "curves"}
+    assert "| dense | pruned | other domain, other seed | q_proj |" in said.out
+    for folder in (output, output / "dense", output / "pruned"):
+        assert {path.stem for path in folder.glob("*.png")} <= {path.stem for path in folder.glob("*.csv")}
+    zeros = json.loads((output / "pruned" / "sparsity.json").read_text())
+    assert all(each["sparsity"] == pytest.approx(0.5, abs=0.01) for each in zeros["records"])
+    assert written["runs"]["dense"]["sparsity"]["summary"][-1]["sparsity"] == 0
+    events = written["runs"]["pruned"]["mask_events"]
+    assert events["asked"]["steps"] == [0, 2]
+    assert 0.5 < events["summary"][-1]["kept"] <= 1
+    moved = written["runs"]["pruned"]["moved"]["summary"][-1]
+    assert moved["event_norm"] > moved["training_norm"] > 0
+    (curve, other) = (row["loss_last"] for row in written["between"]["curves"]["summary"])
+    assert np.isfinite(curve) and np.isfinite(other)
+
+
+@pytest.mark.slow
+def test_masks_of_a_run_are_those_of_its_export(pruned_run) -> None:
+    run = open_run(pruned_run)
+    checkpoint = read_checkpoint(run, run.steps[-1])
+    assert (checkpoint.events, checkpoint.masked, checkpoint.base_moved) == (2, True, True)
+    masks, exported, moved = run_masks(run, checkpoint), load_export(run), run_linears(run, checkpoint)
+    for name, mask in masks.items():
+        kept = np.asarray(unpack_mask(jax.numpy.asarray(mask), exported[name].shape[-1]))
+        np.testing.assert_array_equal(np.asarray(exported[name]) != 0, kept)
+        assert not np.any(moved[name][~kept])
+    params, spec = load_base(run)
+    step, adapters = before_event(run, params, spec)
+    assert step == 0 and not any(np.any(b) for b in adapters.lora_b.values())
+    trained = run_adapters(run, run.steps[-1])
+    for name, first in adapters.lora_a.items():
+        np.testing.assert_allclose(first, trained.lora_a[name], atol=0.1)  # four steps of 0.01 at most
+
+
+@pytest.mark.slow
 def test_a_step_without_checkpoint_and_a_damaged_one_are_one_line(dense_run, tmp_path, capsys) -> None:
     assert main([str(dense_run), "--steps", "3", "--output", str(tmp_path / "out")]) == 2
     assert "no dense checkpoint of step 3; expected among 0, 2, 4" in capsys.readouterr().err
@@ -126,6 +209,30 @@ def test_what_is_no_dense_run_is_refused_in_one_line(tmp_path, capsys) -> None:
     (run / "config.yaml").write_text("prune:\n  sparsitty: 0.5\n")
     assert "sparsitty" in refused(run)
     assert not (tmp_path / "out").exists()
+
+
+def test_all_leaves_out_what_a_run_cannot_give_and_does_the_rest(tmp_path, capsys) -> None:
+    """The log of a run that has left nothing else, not even its model."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(Config(model=ModelConfig(path=str(tmp_path / "nowhere")))))
+    lines = [{"step": step, "loss": 2.0 / step, "entropy": 1.0, "sparsity": 0.0} for step in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert (
+        main([str(run), "--what", "all", "--output", str(tmp_path / "out"), "--summary", str(tmp_path / "s.json")]) == 0
+    )
+    told = capsys.readouterr()
+    left_out = [line for line in told.err.splitlines() if line.startswith("left out: ")]
+    assert len(left_out) == 9
+    assert sum("holds no checkpoint" in line for line in left_out) == 3
+    assert sum("holds no export" in line for line in left_out) == 2
+    assert "| run | 3 | 1.222 | 1.222 | 1 | 1 |" in told.out
+    summary = json.loads((tmp_path / "s.json").read_text())
+    assert summary["command"].startswith(f"python -m efx_jax.analysis {run} --what all")
+    assert list(summary["between"]) == ["curves"] and summary["runs"] == {"run": {}}
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    figures = {f"curves_{name}.{kind}" for name in ("loss", "entropy") for kind in ("png", "csv")}
+    assert found == figures | {"curves.json", "curves.md", "curves_records.csv"}
 
 
 def test_two_runs_of_one_name_are_refused(tmp_path, capsys) -> None:

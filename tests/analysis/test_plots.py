@@ -2,6 +2,7 @@
 
 import builtins
 import csv
+import dataclasses
 import struct
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from efx_jax.analysis.canvas import WIDTH
+from efx_jax.analysis.canvas import WIDTH, new_canvas, new_panels
 from efx_jax.analysis.plots import (
     Figure,
     HeatMap,
@@ -107,6 +108,28 @@ def test_a_longer_legend_makes_the_picture_higher_not_the_axes_lower(tmp_path: P
     draw_lines(tmp_path / "one", LINES)
     draw_lines(tmp_path / "many", many)
     assert size(tmp_path / "many.png")[1] > size(tmp_path / "one.png")[1] + 300
+
+
+@pytest.mark.parametrize("make", ["canvas", "panels"])
+def test_a_long_title_stays_within_the_picture(make: str) -> None:
+    title = "a_run_with_a_name_of_forty_letters_or_so: " + "what is drawn of it, " * 6
+    if make == "canvas":
+        canvas, axes = new_canvas(5.0, title, "x", "y")
+        text = axes.title
+    else:
+        canvas, _ = new_panels(5.0, title, "x", "y", 3, 2)
+        (text,) = (each for each in canvas.texts if each.get_text().startswith("a_run"))
+    canvas.canvas.draw()
+    box = text.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= WIDTH and box.y1 <= canvas.bbox.height
+
+
+def test_a_wide_axis_of_x_is_logarithmic_unless_told(tmp_path: Path) -> None:
+    steps = Figure("loss", "step", "loss", (Series("a", (1.0, 10.0, 100.0), (3.0, 2.0, 1.0)),))
+    draw_lines(tmp_path / "wide", steps)
+    draw_lines(tmp_path / "linear", dataclasses.replace(steps, is_linear=True))
+    assert (tmp_path / "wide.csv").read_bytes() == (tmp_path / "linear.csv").read_bytes()
+    assert (tmp_path / "wide.png").read_bytes() != (tmp_path / "linear.png").read_bytes()
 
 
 def test_an_end_that_does_not_enclose_its_value_is_drawn_and_told(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""What a run's metrics.jsonl says along training."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from efx_jax.errors import InputError
+
+QUANTITIES = {
+    "loss": "training loss, nats per token",
+    "entropy": "entropy of the predictions, nats",
+    "sparsity": "zeros in the pruned matrices, %",
+}
+_SMOOTH = 40
+"""About so many windows of the moving mean fit into a run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """The logged steps of a run, ascending, and a number at each; `loss` and `entropy` in nats, `sparsity` a share."""
+
+    name: str
+    steps: tuple[int, ...]
+    loss: tuple[float, ...]
+    entropy: tuple[float, ...]
+    sparsity: tuple[float, ...]
+
+
+def read_curve(folder: Path, name: str) -> Curve:
+    """Reads FOLDER/metrics.jsonl; steps that are not whole lines of finite numbers are left out.
+
+    Raises:
+        InputError: no such file, or no step in it.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise InputError(f"{path}: is not there; expected the log of a run that train.py has written")
+    found: dict[int, list[float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+            values = [float(row[quantity]) for quantity in QUANTITIES]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if all(map(math.isfinite, values)):
+            found[int(row["step"])] = values
+    if not found:
+        raise InputError(f"{path}: expected lines with step, {', '.join(QUANTITIES)}, found none; train the run first")
+    steps = tuple(sorted(found))
+    loss, entropy, sparsity = zip(*(found[step] for step in steps), strict=True)
+    return Curve(name, steps, loss, entropy, sparsity)
+
+
+def window_of(curves: Sequence[Curve]) -> int:
+    """Logged steps of the moving mean that makes curves of several runs readable: a fortieth of the longest."""
+    return max(1, max(len(curve.steps) for curve in curves) // _SMOOTH)
+
+
+def moving_mean(values: Sequence[float], window: int) -> tuple[float, ...]:
+    """The mean of each value and up to `window` - 1 before it."""
+    return tuple(math.fsum(values[max(0, end - window) : end]) / min(end, window) for end in range(1, len(values) + 1))

@@ -1,0 +1,184 @@
+"""A run's prune event done once more, on a model before it: its scores around the threshold, and what recovery repairs.
+
+A run keeps what an event leaves, not what it saw. Its criterion, group, sparsity and recovery are all settings, so the
+same functions on the same model, with rows of the same data, do again what the event did; the last of several events
+is taken, at its sparsity, with neither a moving average nor earlier masks.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efx_jax.analysis.blocks import BlockView, Model, walk
+from efx_jax.config import GRADIENT_SCORES, PruneConfig
+from efx_jax.errors import InputError
+from efx_jax.lora import Adapters, effective_weight
+from efx_jax.masks import unpack_mask
+from efx_jax.pruning.block import block_scores, matrix_group
+from efx_jax.pruning.budget import budget_statistics
+from efx_jax.pruning.event import EventPlan, block_before, needs_gram, plan_event, prune_one
+from efx_jax.pruning.selection import drop_by_counts
+from efx_jax.pruning.statistics import INPUT_OF, block_statistics
+
+Array = jax.Array
+_FAR = 0.1
+EDGES = tuple(float(edge) for edge in np.linspace(-3, 2, 51))
+"""Of `ScoreSpread`'s bins, in powers of ten."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Repair:
+    """One matrix after the event, on rows that the event has not seen.
+
+    `error_masked`, `error_recovered`: norm of the change of its output, over that of the output, when the mask is all
+    that happens, and with the recovery. `moved`: share of the kept entries that the recovery moves by more than a tenth
+    of what they were. `move_norm`: norm of their move over theirs.
+    """
+
+    layer: int
+    matrix: str
+    error_masked: float
+    error_recovered: float
+    moved: float
+    move_norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreSpread:
+    """The scores of one matrix, counted in the bins of `EDGES`: log10 of score over threshold.
+
+    `threshold`: the score that the share of the entries which the event prunes lies below, over the whole matrix; bins
+    at the ends hold what lies beyond, scores of 0 too. `kept`, `pruned`: entries by what the group decides, `[50]`.
+    `across`: share of all entries that are pruned above the threshold or kept below it, which a comparison over the
+    whole matrix would decide the other way.
+    """
+
+    layer: int
+    matrix: str
+    threshold: float
+    kept: tuple[int, ...]
+    pruned: tuple[int, ...]
+    across: float
+
+
+def event_settings(config: PruneConfig) -> PruneConfig:
+    """The settings of one event by itself, at the run's full sparsity.
+
+    Raises:
+        InputError: a dense run, or a criterion that cannot be replayed on a few rows.
+    """
+    if config.sparsity == 0:
+        raise InputError("prune.sparsity 0: a dense run has no prune event to look at; choose a pruned one")
+    if config.score in (*GRADIENT_SCORES, "atp"):
+        raise InputError(
+            f"prune.score {config.score}: cannot be replayed, as it reads gradients of training; expected magnitude, "
+            "wanda, ria, foresight, foresight_gated or sparsegpt"
+        )
+    return dataclasses.replace(config, ema=1.0, merge_each_event=False, sequential=False)
+
+
+def replay_recovery(
+    params: Mapping[str, Any],
+    adapters: Adapters | None,
+    seen: Model,
+    unseen: Model,
+    layers: Sequence[int],
+    config: PruneConfig,
+) -> Iterator[Repair]:
+    """Prunes some layers by the run's event, calibrated on `seen`, and measures their outputs on `unseen`.
+
+    Args:
+        params: parameter tree before the event.
+        adapters: adapters before the event; `pbs` and `gram_pbs` move them.
+        seen: this model on calibration rows (`blocks.look_at`).
+        unseen: the same on other rows.
+        layers: numbers of the layers.
+        config: the run's settings.
+
+    Raises:
+        InputError: as `event_settings`, or whatever the event itself refuses.
+    """
+    config = event_settings(config)
+    plan = _plan(params, adapters, seen, config)
+    for (layer, view), (_, other) in zip(walk(seen, layers), walk(unseen, layers), strict=True):
+        before, memory = block_before(plan, layer)
+        stats = block_statistics(view.taps, view.real, gram=needs_gram(config))
+        after, _ = prune_one(plan, layer, before, stats, memory)
+        for matrix in plan.counts[layer]:
+            whole = view.weights[matrix]
+            mask = unpack_mask(after.masks[matrix], whole.shape[-1])
+            repaired = effective_weight(
+                after.weights.get(matrix, before.weights[matrix]),
+                after.lora_a.get(matrix),
+                after.lora_b.get(matrix),
+                plan.scale,
+            )
+            yield Repair(layer, matrix, *map(float, _repair(other, matrix, whole, mask, repaired)))
+
+
+def score_spreads(
+    params: Mapping[str, Any],
+    adapters: Adapters | None,
+    model: Model,
+    layers: Sequence[int],
+    config: PruneConfig,
+) -> Iterator[ScoreSpread]:
+    """The scores of every pruned matrix of some layers, and which of them the event's group keeps.
+
+    Args:
+        params: parameter tree before the event.
+        adapters: adapters before the event, or None.
+        model: this model on calibration rows.
+        layers: numbers of the layers.
+        config: the run's settings.
+
+    Raises:
+        InputError: as `event_settings`; SparseGPT, which scores columns one after the other as it moves them.
+    """
+    config = event_settings(config)
+    if config.score == "sparsegpt":
+        raise InputError("prune.score sparsegpt: has no scores of a matrix as it stands, it moves the weights between")
+    # The recovery has no part in the scores, and some need adapters.
+    plan = _plan(params, adapters, model, dataclasses.replace(config, recovery="none"))
+    for layer, view in walk(model, layers):
+        before, _ = block_before(plan, layer)
+        scores, _ = block_scores(before, view.weights, view.stats, {}, model.spec, config)
+        for matrix, score in scores.items():
+            dropped = drop_by_counts(score, matrix_group(matrix, config), plan.counts[layer][matrix])
+            yield _spread(layer, matrix, np.asarray(score, np.float64), np.asarray(dropped))
+
+
+def _plan(params: Mapping[str, Any], adapters: Adapters | None, model: Model, config: PruneConfig) -> EventPlan:
+    lengths = jnp.sum(model.real, axis=1).astype(jnp.int32)
+    batches = [{"tokens": model.tokens, "lengths": lengths}]
+    stats = budget_statistics(params, adapters, None, batches, model.spec, config, "float32")
+    return plan_event(params, adapters, None, None, model.spec, config, stats)
+
+
+@jax.jit
+def _norms(x: Array, real: Array, *weights: Array) -> list[Array]:
+    """Norm over real tokens of the output of each weight `[O,I]` on x `[B,T,I]`."""
+    x = x * real[..., None]
+    return [jnp.linalg.norm(jnp.einsum("bti,oi->bto", x, weight, precision="highest")) for weight in weights]
+
+
+def _repair(view: BlockView, matrix: str, whole: Array, mask: Array, repaired: Array) -> tuple[Array, ...]:
+    kept, repaired = jnp.where(mask, whole, 0.0), jnp.where(mask, repaired, 0.0)
+    output, masked, recovered = _norms(view.taps[INPUT_OF[matrix]], view.real, whole, kept - whole, repaired - whole)
+    move = repaired - kept
+    moved = jnp.sum(jnp.abs(move) > _FAR * jnp.abs(kept)) / jnp.sum(mask)
+    return masked / output, recovered / output, moved, jnp.linalg.norm(move) / jnp.linalg.norm(kept)
+
+
+def _spread(layer: int, matrix: str, score: np.ndarray, dropped: np.ndarray) -> ScoreSpread:
+    count = int(dropped.sum())
+    threshold = float(np.partition(score, count, axis=None)[count])
+    with np.errstate(divide="ignore"):
+        places = np.clip(np.log10(score / threshold), EDGES[0], np.nextafter(EDGES[-1], 0)) if threshold else score
+    kept, pruned = (np.histogram(places[chosen], EDGES)[0] for chosen in (~dropped, dropped))
+    across = float(np.mean(dropped != (score < threshold)))
+    return ScoreSpread(layer, matrix, threshold, tuple(map(int, kept)), tuple(map(int, pruned)), across)
