@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import resource
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,8 +56,12 @@ def write_summary(
     Returns:
         What was written.
     """
+    without = {
+        model: {name: value for name, value in found.items() if name != "samples"}
+        for model, found in journal.results.items()
+    }
     summary = {
-        "results": journal.results,
+        "results": without,
         "data": dict(prepared.data.report),
         "sparsity": matrix_sparsity(exported, linear_shapes(prepared.spec)),
         **({} if cut is None else {"cut": dict(cut)}),
@@ -68,6 +73,7 @@ def write_summary(
         "peak_memory_mib": _peak_memory_mib(),
         "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version()} | _versions(),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "seed": seed,
     }
     if jax.process_index() == 0:
@@ -106,6 +112,8 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
     phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds"].items())
     print(f"\nseconds: {phases}; peak memory {summary['peak_memory_mib']:.0f} MiB")
     print(f"the expert: {output / 'export'}")
+    if (output / "report.html").exists():
+        print(f"the report: {output / 'report.html'}")
 
 
 def _cut_text(cut: Mapping[str, Any]) -> str:
