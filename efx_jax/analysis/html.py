@@ -80,7 +80,7 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[Html]], n
     ]
     look = "numbers" if numbers else "words"
     whole = element("table", join(parts, "\n"), {"class": look})
-    return element("div", whole, {"class": "wide", "role": "region", "aria-label": caption, "tabindex": "0"})
+    return element("section", whole, {"class": "wide", "aria-label": caption, "tabindex": "0"})
 
 
 def page(title: str, style: str, parts: Iterable[Html]) -> Html:

@@ -54,13 +54,13 @@ def zeros(record: Record) -> Html:
         [text(name), *(text(f"{100 * share:.2f}") for share in (sum(found) / len(found), min(found), max(found)))]
         for name, found in sparsity.items()
     ]
+    drawing = [heat_map(title, names, rows, labels, "heat"), scale_legend(ends, "heat-legend")]
     parts = [
-        _figure(title, heat_map(title, names, rows, labels, "heat")),
-        element("figure", scale_legend(ends, "heat-legend")),
-        legend,
+        element("figure", join([element("figcaption", text(title)), *drawing, legend], "\n"), {"class": "heat"}),
         table(f"{word} weights of each kind of matrix, %", ["matrix", "all layers", "least", "most"], means),
     ]
-    return section("zeros", "Where the zeros are", parts)
+    both = element("div", join(parts, "\n"), {"class": "tables"})
+    return section("zeros", "Where the zeros are", [both])
 
 
 def _curve(rows: Sequence[Row], name: str, title: str, events: tuple[int, ...]) -> Html:
@@ -69,7 +69,7 @@ def _curve(rows: Sequence[Row], name: str, title: str, events: tuple[int, ...]) 
     known = [value for value in values if value is not None]
     if not known:
         return Html("")
-    lines = [Line(name, steps, values)]
+    lines = [Line(name, steps, values, is_stepped=name == "sparsity")]
     if name in _JITTERY and len(rows) >= _SMOOTH_FROM:
         width = max(3, len(rows) // 20)
         smooth = _running_mean(values, width)

@@ -25,7 +25,7 @@ from efx_jax.analysis.wording import (
     value_text,
 )
 
-_BEGINNING = 110
+_END = 110
 Answer = Mapping[str, Any]
 
 
@@ -54,18 +54,12 @@ def results(record: Record) -> Html:
     rows = measured(found)
     if not rows:
         return section("results", "Results", [paragraph("Nothing was measured: the run had neither text nor tasks.")])
-    models = list(found)
-    has_constant = any(row.constant is not None for row in rows)
-    header = ["metric", *models, *(["best constant answer"] if has_constant else [])]
-    cells = [_result_cells(row, models, has_constant) for row in rows]
-    caption = (
-        "Each model's value, and below it the 95 % bootstrap interval over rows, or over groups that share a text."
-    )
-    parts = [table(caption, header, cells)]
-    if has_constant:
-        parts.append(
-            paragraph("A model that always gives the commonest answer has the scores in the last column.", "soft")
-        )
+    groups: dict[str, list[Measured]] = {}
+    for row in rows:
+        groups.setdefault(row.task, []).append(row)
+    tables = [_result_table(task, of_task, list(found)) for task, of_task in groups.items()]
+    told = "In brackets: the 95 % bootstrap interval over rows, or over groups of rows that share a text."
+    parts = [element("div", join(tables, "\n"), {"class": "tables"}), paragraph(told, "soft")]
     best = record.summary.get("best")
     if best:
         chosen = f"Exported is the model of step {best['step']:,}, chosen by {best['metric']} {best['value']:.4g}."
@@ -81,7 +75,7 @@ def headline(record: Record) -> Html:
     for row in measured(found):
         first, last = value_text(row, before)[0], value_text(row, after)[0]
         if first and last and row.metric in ("perplexity", "accuracy", "rougeL"):
-            unit = " %" if row.in_percent else ""
+            unit = "\u00a0%" if row.in_percent else ""
             name = row.title.removesuffix(" (lower is better)").removesuffix(" %")
             told.append(f"{name} {first}{unit} → {last}{unit}")
     return paragraph(f"{before} → {after}: {'; '.join(told)}." if told else "Nothing was measured.", "lead")
@@ -107,7 +101,7 @@ def resources(record: Record) -> Html:
         ("device", str(record.summary.get("device", "unknown"))),
         *([("median speed", f"{speeds[len(speeds) // 2]:,.0f} tokens a second")] if speeds else []),
     ]
-    shares = table("Time by phase", ["phase", "time", "share", "as a bar"], rows)
+    shares = table("Time by phase", ["phase", "time", "share", "bar"], rows)
     return section("resources", "Time and memory", [shares, _facts(facts)])
 
 
@@ -123,6 +117,8 @@ def samples(record: Record) -> Html:
         f"The first rows of every scored task, {len(shown)} in all; nobody has picked them. The dense model here is "
         f"“{models[0]}”{', as no dense adapter was measured' if models[0] == 'base' else ''}."
     )
+    if any("margin" in answer for sample in shown for answer in sample["answers"].values()):
+        told += " Margin: by how many nats the answer is likelier than the next one."
     counts = [_right_text(shown, model) for model in models]
     articles = [_sample(number, sample, models) for number, sample in enumerate(shown, start=1)]
     return section("samples", title, [paragraph(told), paragraph("; ".join(filter(None, counts))), *articles])
@@ -172,15 +168,24 @@ def _facts(facts: Sequence[tuple[str, str]]) -> Html:
     return element("dl", join(pairs, "\n"), {"class": "facts"})
 
 
-def _result_cells(row: Measured, models: Sequence[str], has_constant: bool) -> list[Html]:
-    cells = [text(row.title)]
-    for model in models:
-        value, interval = value_text(row, model)
-        below = element("span", text(interval), {"class": "interval"}) if interval else Html("")
-        cells.append(join([text(value or "–"), below], " " if interval else ""))
-    if has_constant:
-        cells.append(text("–" if row.constant is None else f"{100 * row.constant:.1f}"))
-    return cells
+def _result_table(task: str, rows: Sequence[Measured], models: Sequence[str]) -> Html:
+    """A row per model, a column per metric, and the best constant answer where there is one."""
+    lines = [
+        [text(model), *(_value(row, model) for row in rows)]
+        for model in models
+        if any(model in row.values for row in rows)
+    ]
+    if any(row.constant is not None for row in rows):
+        constants = (text("–" if row.constant is None else f"{100 * row.constant:.1f}") for row in rows)
+        lines.append([text("best constant answer"), *constants])
+    names = [row.title.removeprefix(f"{task} ") for row in rows]
+    return table(task or "Held-out text", ["model", *names], lines)
+
+
+def _value(row: Measured, model: str) -> Html:
+    value, interval = value_text(row, model)
+    below = element("span", text(interval), {"class": "interval"}) if interval else Html("")
+    return join([text(value or "–"), below], " " if interval else "")
 
 
 def _duration(seconds: float) -> str:
@@ -198,8 +203,8 @@ def _answering(record: Record) -> list[str]:
 
 def _sample(number: int, sample: Mapping[str, Any], models: Sequence[str]) -> Html:
     prompt = sample["prompt"]
-    end = " ".join(prompt[-_BEGINNING:].split())
-    shortened = join([text("Prompt: … " if len(prompt) > _BEGINNING else "Prompt: "), text(end)])
+    end = " ".join(prompt[-_END:].split())
+    shown = fold(text(f"… {end}"), [code(prompt)]) if len(prompt) > _END else paragraph(end)
     groups = [_answer("gold", sample["gold"], "")]
     for model in models:
         answer = sample["answers"].get(model)
@@ -207,7 +212,7 @@ def _sample(number: int, sample: Mapping[str, Any], models: Sequence[str]) -> Ht
             groups.append(_answer(model, answer["answer"], _verdict(answer, sample["gold"])))
     parts = [
         element("h3", text(f"{number}. {sample['task']}, row {sample['row'] + 1}"), {"id": f"sample-{number}"}),
-        fold(shortened, [code(prompt)]),
+        shown,
         element("dl", join(groups, "\n"), {"class": "answers"}),
     ]
     return element("article", join(parts, "\n"), {"class": "sample", "aria-labelledby": f"sample-{number}"})
@@ -215,7 +220,7 @@ def _sample(number: int, sample: Mapping[str, Any], models: Sequence[str]) -> Ht
 
 def _answer(who: str, words: str, verdict: str) -> Html:
     told = element("span", text(verdict), {"class": "verdict"}) if verdict else Html("")
-    answer = element("dd", join([text(words.strip() or "(nothing)"), told]))
+    answer = element("dd", join([text(words.strip() or "(nothing)"), told], " " if verdict else ""))
     return element("div", join([element("dt", text(who)), answer]))
 
 
@@ -227,11 +232,11 @@ def _verdict(answer: Answer, gold: str) -> str:
         if read is not None and read != answer["answer"].strip():
             told += f", read as {read}"
         margin = answer.get("margin")
-        return told + ("" if margin is None else f", likelier than the next by {margin:.2f} nats")
+        return told + ("" if margin is None else f", margin {margin:.2f}")
     return f"ROUGE-L {100 * answer['rougeL']:.0f} %" if "rougeL" in answer else ""
 
 
 def _right_text(shown: Sequence[Mapping[str, Any]], model: str) -> str:
     chosen = [(s["answers"][model], s["gold"]) for s in shown if "prediction" in s["answers"].get(model, {})]
     right = sum(answer["prediction"] == gold for answer, gold in chosen)
-    return f"{model}: {right} of {len(chosen)} chosen answers are right" if chosen else ""
+    return f"right with {model}: {right} of {len(chosen)}" if chosen else ""

@@ -14,18 +14,23 @@ WIDTH = 360
 _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 200, 48, 12, 22, 34
 _MOST_POINTS = 400
 _MARKED_POINTS = 60
+_MOST_DIGITS = 4
 
 _Axis = Callable[[float], float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """Values by step. `is_thin` is for what jitters behind a smoother line; a null value is a gap."""
+    """Values by step; None is a gap.
+
+    `is_thin` is for what jitters behind a smoother line. `is_stepped`: a value holds since the step before.
+    """
 
     name: str
     steps: Sequence[float]
     values: Sequence[float | None]
     is_thin: bool = False
+    is_stepped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +54,7 @@ def line_chart(chart: Chart, name: str) -> Html:
         return Html("")
     ticks = nice_ticks(*_reach(values, chart.bounds))
     last = max(*steps, *chart.events, 1)
-    first = min(*steps, last - 1)
+    first = min(*steps, *chart.events, last - 1)
 
     def x(step: float) -> float:
         return _LEFT + (step - first) / (last - first) * (WIDTH - _LEFT - _RIGHT)
@@ -96,12 +101,10 @@ def nice_ticks(low: float, high: float) -> list[float]:
 
 
 def number(value: float, digits: int, percent: bool = False) -> str:
-    """A number for a label: plain, in percent, or with three significant digits where it is small."""
+    """A number for a label: in percent, with its digits, or with three significant ones where more than 4 are asked."""
     if percent:
         return f"{100 * value:.{digits}f} %"
-    if value and abs(value) < 1e-2:
-        return f"{value:.3g}".replace("e-0", "e-")
-    return f"{value:,.{digits}f}"
+    return f"{value:,.{digits}f}" if digits <= _MOST_DIGITS else f"{value:.3g}".replace("e-0", "e-")
 
 
 def label(words: str, x: float, y: float, anchor: str, look: str = "") -> Html:
@@ -154,6 +157,8 @@ def _drawn(line: Line, index: int, x: _Axis, y: _Axis, digits: int, percent: boo
         if value is None:
             pieces.append([])
             continue
+        if line.is_stepped and pieces[-1]:
+            pieces[-1].append(f"{pieces[-1][-1].partition(',')[0]},{_place(y(value))}")
         pieces[-1].append(f"{_place(x(step))},{_place(y(value))}")
         if len(line.steps) <= _MARKED_POINTS and not line.is_thin:
             told = element("title", text(f"{line.name}, step {step:,.0f}: {number(value, digits + 1, percent)}"))
@@ -173,7 +178,8 @@ def _reach(values: Sequence[float], bounds: tuple[float, float] | None) -> tuple
 def _digits(ticks: Sequence[float], percent: bool) -> int:
     """As many decimals as tell neighbouring ticks apart, and show them as they are."""
     step = (ticks[1] - ticks[0]) * (100 if percent else 1)
-    return next((digits for digits in range(4) if abs(step * 10**digits - round(step * 10**digits)) < 1e-6), 4)
+    shown = (digits for digits in range(_MOST_DIGITS + 1) if abs(step * 10**digits - round(step * 10**digits)) < 1e-6)
+    return next(shown, _MOST_DIGITS + 1)
 
 
 def _step_ticks(first: float, last: float) -> list[float]:

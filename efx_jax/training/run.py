@@ -110,9 +110,10 @@ def _work(
     steps = total_steps(config.train, epoch_rows(config, prepared.train))
     events = prune_events(config.prune, config.train, steps)
     is_first = jax.process_index() == 0
-    with together():
-        sinks = log.open_sinks(config, output) if is_first else []
-    state = train(config, prepared, mesh, steps, events, output, journal, sinks, trunk)
+    with contextlib.ExitStack() as stack:
+        with together():
+            sinks = stack.enter_context(log.open_sinks(config, output)) if is_first else []
+        state = train(config, prepared, mesh, steps, events, output, journal, sinks, trunk)
     if state is None:
         return {}
     with journal.announced("export"):
