@@ -83,7 +83,7 @@ def line_chart(chart: Chart, name: str) -> Html:
 def bar(share: float) -> Html:
     """A bar for a cell of a table whose number stands beside it."""
     filled = element("rect", attributes={"class": "bar", "width": 100 * share, "height": 8})
-    box = {"class": "track", "width": 100, "height": 8}
+    box: dict[str, str | float] = {"class": "track", "width": 100, "height": 8}
     shape = {"class": "bars", "viewBox": "0 0 100 8", "preserveAspectRatio": "none", "aria-hidden": "true"}
     return element("svg", join([element("rect", attributes=box), filled]), shape)
 
@@ -109,7 +109,7 @@ def number(value: float, digits: int, percent: bool = False) -> str:
 
 def label(words: str, x: float, y: float, anchor: str, look: str = "") -> Html:
     """Words whose `anchor` ("start", "middle" or "end") is at x, on the base line y."""
-    place: dict[str, str | float] = {"x": _place(x), "y": _place(y), "text-anchor": anchor}
+    place = {"x": _place(x), "y": _place(y), "text-anchor": anchor}
     return element("text", text(words), place | ({"class": look} if look else {}))
 
 

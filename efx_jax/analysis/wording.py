@@ -46,6 +46,9 @@ _GROUPS = {
 }
 
 
+Value = tuple[float | None, tuple[float, float] | None, float | None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Measured:
     """A metric of every model: (value, interval, deviation over runs), each None where it is missing.
@@ -57,7 +60,7 @@ class Measured:
     metric: str
     title: str
     in_percent: bool
-    values: dict[str, tuple[float | None, tuple[float, float] | None, float | None]]
+    values: Mapping[str, Value]
     constant: float | None = None
 
 
@@ -147,7 +150,7 @@ def measured(results: Mapping[str, Mapping[str, Any]]) -> list[Measured]:
     rows = []
     if any("perplexity" in found for found in results.values()):
         texts = {model: found["perplexity"] for model, found in results.items() if "perplexity" in found}
-        values = {model: (found["value"], _ends(found["interval"]), None) for model, found in texts.items()}
+        values: dict[str, Value] = {m: (found["value"], _ends(found["interval"]), None) for m, found in texts.items()}
         rows.append(Measured("", "perplexity", "perplexity (lower is better)", False, values))
     tasks = {name: task for found in results.values() for name, task in found.get("tasks", {}).items()}
     for task, example in tasks.items():

@@ -262,8 +262,10 @@ def _validate(loop: _Loop, state: RunState) -> bool:
     """Measures the model as it stands, writes the line of evaluations.jsonl; whether it is the best to ship so far."""
     evaluation, step = loop.config.eval, int(state.train.step)
     params, masks = masked_base(loop.search, state) if loop.search else (state.params, state.masks)
+    # Answers are kept of the models that the table shows.
+    config = dataclasses.replace(loop.config, eval=dataclasses.replace(evaluation, samples=0))
     with loop.journal.phase("evaluate", loop.progress.phase):
-        found = measure(loop.config, loop.prepared, params, state.train.adapters, masks or None, evaluation.tasks)
+        found = measure(config, loop.prepared, params, state.train.adapters, masks or None, evaluation.tasks)
     values = metric_values(found)
     if jax.process_index() == 0:
         log.append_row(loop.output / "evaluations.jsonl", {"step": step, **values})

@@ -14,7 +14,7 @@ from efx_jax.evaluation.results import TITLES, interval_cell, markdown_table, me
 from efx_jax.lora import Adapters
 from efx_jax.parallel.partition import constrain
 from efx_jax.training.prepare import Prepared
-from efx_jax.training.samples import kept_answers, rows_shown
+from efx_jax.training.samples import kept_answers, rows_shown, written_answers
 
 Array = jax.Array
 
@@ -66,7 +66,8 @@ def measure(
         )
         if shown[task.name]:
             results.setdefault("samples", {})[task.name] = kept_answers(records, shown[task.name])
-    return results
+    written = written_answers(config, prepared, params, adapters, masks)
+    return results | ({"samples": written} if written else {})
 
 
 def matrix_sparsity(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[float]]:

@@ -27,7 +27,7 @@ from efx_jax.training.loop import train
 from efx_jax.training.measure import measure
 from efx_jax.training.plan import plan_text
 from efx_jax.training.prepare import Prepared, prepare
-from efx_jax.training.samples import write_samples
+from efx_jax.training.samples import tasks_shown, write_samples
 from efx_jax.training.schedule import prune_events, total_steps
 from efx_jax.training.search import cut_out, cut_report
 from efx_jax.training.start import different_settings
@@ -125,7 +125,7 @@ def _work(
     cut = None if state.units is None else cut_report(state, prepared.spec, config.atp.space)
     if is_first:
         # Before the summary, which says that the run is done.
-        write_samples(output / "samples.jsonl", prepared.data.tasks, journal.results)
+        write_samples(output / "samples.jsonl", tasks_shown(config, prepared), journal.results)
     summary = write_summary(output, exported, prepared, journal, int(state.train.step), events, config.seed, cut)
     if is_first:
         _describe(output, replace=True)

@@ -5,12 +5,76 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from efx_jax.config import Config
 from efx_jax.data.tasks import Task
+from efx_jax.data.tokenizer import encode_prompts
+from efx_jax.evaluation.generation import generate_texts
 from efx_jax.evaluation.protocols import Record
 from efx_jax.evaluation.rouge import ROUGE
 from efx_jax.files import atomic_write
+from efx_jax.lora import Adapters
+from efx_jax.training.prepare import Prepared
 
+HELD_OUT = "held-out rows"
 _LONGEST = ROUGE[-1]
+_NEW_TOKENS = 48
+
+
+def tasks_shown(config: Config, prepared: Prepared) -> tuple[Task, ...]:
+    """The tasks whose answers are kept: those that are scored; without any the held-out rows, as free text.
+
+    Of these at most `eval.samples` rows, whose prompts leave room for an answer: nothing of them is scored.
+    """
+    rows, limit = prepared.data.held_out, config.data.max_length
+    if prepared.data.tasks or not config.eval.samples or not rows:
+        return prepared.data.tasks
+    limit = min(limit, prepared.spec.max_position_embeddings - _NEW_TOKENS)
+    chosen = []
+    for example in rows:
+        if 0 < len(encode_prompts([example.prompt], prepared.tokenizer)[0]) <= limit:
+            chosen.append(example)
+        if len(chosen) == config.eval.samples:
+            break
+    return (Task(HELD_OUT, chosen, (), _NEW_TOKENS),) if chosen else ()
+
+
+def written_answers(
+    config: Config,
+    prepared: Prepared,
+    params: Mapping[str, Any],
+    adapters: Adapters | None,
+    masks: Mapping[str, jax.Array] | None,
+) -> dict[str, list[dict[str, Any]]]:
+    """What the model writes, greedily, behind the held-out prompts of a run without tasks; {} of any other run.
+
+    Args:
+        config: the settings.
+        prepared: the rows.
+        params: parameter tree.
+        adapters: LoRA adapters, or None.
+        masks: what is kept, or None.
+    """
+    if prepared.data.tasks:
+        return {}
+    return {
+        task.name: [
+            {"answer": answer}
+            for answer in generate_texts(
+                params,
+                prepared.spec,
+                prepared.tokenizer,
+                task.test,
+                task.new_tokens,
+                adapters,
+                masks,
+                batch_size=config.eval.batch_size,
+                compute_dtype=config.model.compute_dtype,
+            )[0]
+        ]
+        for task in tasks_shown(config, prepared)
+    }
 
 
 def rows_shown(tasks: Sequence[Task], count: int) -> dict[str, int]:
