@@ -11,6 +11,7 @@ Html = NewType("Html", str)
 _VOID = ("meta", "circle", "line", "path", "polyline", "rect")
 # Control characters, halves of surrogate pairs and what is no character.
 _FORBIDDEN = re.compile("[^\t\n -~\u00a0-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]")
+_TITLE = 70  # what browsers and lists of results show
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -90,7 +91,7 @@ def page(title: str, style: str, parts: Iterable[Html]) -> Html:
         element("meta", attributes={"name": "viewport", "content": "width=device-width, initial-scale=1"}),
         element("meta", attributes={"name": "color-scheme", "content": "light dark"}),
         element("meta", attributes={"http-equiv": "Content-Security-Policy", "content": _POLICY}),
-        element("title", text(title)),
+        element("title", text(title if len(title) <= _TITLE else f"{title[: _TITLE - 1]}…")),
         element("style", Html(style)),
     ]
     body = element("main", join(parts, "\n"))

@@ -11,6 +11,9 @@ from efx_jax.errors import InputError
 
 Row = dict[str, Any]
 
+HELD_OUT = "held-out rows"
+"""The task of samples.jsonl that is none: prompts of held-out rows, in a run that scores no task."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from efx_jax.analysis.html import Html, code, element, fold, join, paragraph, section, table, text
-from efx_jax.analysis.record import Record
+from efx_jax.analysis.record import HELD_OUT, Record
 from efx_jax.analysis.svg import bar
 from efx_jax.analysis.wording import (
     LIMITS,
@@ -25,7 +25,7 @@ from efx_jax.analysis.wording import (
     value_text,
 )
 
-_END = 110
+_END, _LONG = 110, 60
 Answer = Mapping[str, Any]
 
 
@@ -113,10 +113,13 @@ def samples(record: Record) -> Html:
     if not shown:
         told = "No answers were kept: the run scores no task (data.test), or eval.samples is 0."
         return section("samples", title, [paragraph(told)])
-    told = (
-        f"The first rows of every scored task, {len(shown)} in all; nobody has picked them. The dense model here is "
-        f"“{models[0]}”{', as no dense adapter was measured' if models[0] == 'base' else ''}."
-    )
+    told = f"The first rows of every scored task, {len(shown)} in all; nobody has picked them."
+    if all(sample["task"] == HELD_OUT for sample in shown):
+        told = (
+            f"What the models write behind the prompts of {len(shown)} rows that were held out; none of it is scored."
+        )
+    missing = ", as no dense adapter was measured" if models[0] == "base" else ""
+    told += f" The dense model here is “{models[0]}”{missing}."
     if any("margin" in answer for sample in shown for answer in sample["answers"].values()):
         told += " Margin: by how many nats the answer is likelier than the next one."
     counts = [_right_text(shown, model) for model in models]
@@ -210,10 +213,11 @@ def _sample(number: int, sample: Mapping[str, Any], models: Sequence[str]) -> Ht
         answer = sample["answers"].get(model)
         if answer is not None:
             groups.append(_answer(model, answer["answer"], _verdict(answer, sample["gold"])))
+    is_long = max(len(sample["gold"]), *(len(sample["answers"].get(m, {}).get("answer", "")) for m in models)) > _LONG
     parts = [
         element("h3", text(f"{number}. {sample['task']}, row {sample['row'] + 1}"), {"id": f"sample-{number}"}),
         shown,
-        element("dl", join(groups, "\n"), {"class": "answers"}),
+        element("dl", join(groups, "\n"), {"class": "answers long" if is_long else "answers"}),
     ]
     return element("article", join(parts, "\n"), {"class": "sample", "aria-labelledby": f"sample-{number}"})
 

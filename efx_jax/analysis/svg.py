@@ -75,8 +75,8 @@ def line_chart(chart: Chart, name: str) -> Html:
         parts.append(stroke("event", x(event), _TOP, x(event), _HEIGHT - _BOTTOM, f"prune event after step {event:,}"))
         # A small triangle, so that events are not told by their dashes alone.
         parts.append(element("path", attributes={"class": "flag", "d": f"M{x(event) - 4:.1f} {_TOP - 7}h8l-4 7z"}))
-    for index, line in enumerate(lines):
-        parts += _drawn(line, index, x, y, digits, chart.percent)
+    for index, line in enumerate(sorted(lines, key=lambda line: not line.is_thin)):
+        parts += _drawn(line, index - sum(line.is_thin for line in lines), x, y, digits, chart.percent)
     return figure(_HEIGHT, name, chart.title, chart.description, parts)
 
 

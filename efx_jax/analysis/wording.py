@@ -175,8 +175,8 @@ def value_text(row: Measured, model: str) -> tuple[str, str]:
     scale = 100 if row.in_percent else 1
     digits = 1 if row.in_percent else 2
     spread = "" if deviation is None else f" ± {scale * deviation:.{digits}f}"
-    interval = "" if ends is None else f"[{scale * ends[0]:.{digits}f}, {scale * ends[1]:.{digits}f}]"
-    return f"{scale * value:.{digits}f}{spread}", interval
+    interval = "" if ends is None else f"[{scale * ends[0]:,.{digits}f}, {scale * ends[1]:,.{digits}f}]"
+    return f"{scale * value:,.{digits}f}{spread}", interval
 
 
 def scored_rows(results: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from efx_jax.analysis.record import HELD_OUT
 from efx_jax.config import Config
 from efx_jax.data.tasks import Task
 from efx_jax.data.tokenizer import encode_prompts
@@ -17,7 +18,6 @@ from efx_jax.files import atomic_write
 from efx_jax.lora import Adapters
 from efx_jax.training.prepare import Prepared
 
-HELD_OUT = "held-out rows"
 _LONGEST = ROUGE[-1]
 _NEW_TOKENS = 48
 

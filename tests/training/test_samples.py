@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from efx_jax.data.prompts import Example
-from efx_jax.data.tasks import Task
-from efx_jax.training.samples import kept_answers, rows_shown, write_samples
+from efx_jax.config import Config, DataConfig, EvalConfig, ModelConfig
+from efx_jax.data.prompts import Example, plain_text
+from efx_jax.data.tasks import Data, Task, load_data
+from efx_jax.training.prepare import Prepared
+from efx_jax.training.samples import kept_answers, rows_shown, tasks_shown, write_samples, written_answers
+from efx_jax.weights.hf import load_pretrained, load_tokenizer
+from tests.quick import quick_compilation
+from tests.tiny import ROWS, write_rows
 
 
 def task(name: str, rows: int) -> Task:
@@ -66,3 +71,29 @@ def test_a_line_holds_the_row_and_every_models_answer(tmp_path: Path) -> None:
 def test_without_answers_there_is_no_file(tmp_path: Path) -> None:
     write_samples(tmp_path / "samples.jsonl", [task("a", 5)], {"base": {"perplexity": {"value": 3.0}}})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_tasks_writes_behind_the_held_out_prompts_that_have_room(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    rows = [("fever " * 60, "lung"), *ROWS * 4]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    config = Config(
+        model=ModelConfig(compute_dtype="float32"),
+        data=DataConfig(train=str(tmp_path / "rows.jsonl"), holdout=0.9, max_length=16),
+        eval=EvalConfig(samples=2, batch_size=2),
+    )
+    data = load_data(config.data, seed=0)
+    assert plain_text(data.held_out) == data.text and len(data.text) > 10
+    params, spec = load_pretrained(tiny_folder)
+    prepared = Prepared(params, spec, load_tokenizer(tiny_folder), data, [], [], [])
+    (shown,) = tasks_shown(config, prepared)
+    short = [example for example in data.held_out if len(example.prompt.split()) < 16]
+    assert shown.test == short[:2] and len(short) < len(data.held_out)
+    with quick_compilation():
+        answers = written_answers(config, prepared, params, None, None)
+    assert list(answers) == [shown.name]
+    assert [len(kept["answer"].split()) <= 48 for kept in answers[shown.name]] == [True, True]
+    scored = Prepared(params, spec, None, Data([], (task("a", 2),), [], {}, data.held_out), [], [], [])
+    assert written_answers(config, scored, params, None, None) == {}
+    assert [shown.name for shown in tasks_shown(config, scored)] == ["a"]
