@@ -35,9 +35,10 @@ from efx_jax.evaluation.results import markdown_table
 NAME = "README.md"
 _TO_FILL_IN = "to-be-filled-in"
 _LICENCE = (
-    "To be filled in by whoever publishes this model, in the metadata above as well (`license`): it follows from the "
+    "The licence, by whoever publishes this model, in the metadata above as well (`license`): it follows from the "
     "licences of the base model and of the data."
 )
+_BASE = "The base model: its name on the Hub is not known here; add it to the metadata as `base_model`."
 
 
 def card_text(record: Record) -> str:
@@ -55,8 +56,9 @@ def card_text(record: Record) -> str:
         _training(record),
         "## Limits",
         "\n".join(f"- {told}" for told in _limits(record)),
-        "## Licence",
+        "## To be filled in",
         _LICENCE,
+        *([] if _base_on_hub(config) else [_BASE]),
     ]
     return f"---\n{metadata}---\n\n" + "\n\n".join(parts) + "\n"
 

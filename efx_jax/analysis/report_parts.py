@@ -82,26 +82,21 @@ def headline(record: Record) -> Html:
 
 
 def resources(record: Record) -> Html:
-    """Seconds by phase and peak memory."""
+    """Seconds and memory by phase."""
     seconds: dict[str, float] = record.summary["seconds"]
+    memory: dict[str, float] = record.summary.get("memory_mib", {})
     total = sum(seconds.values())
     rows = [
-        [
-            text(name),
-            text(_duration(spent)),
-            text(f"{100 * spent / max(total, 1e-9):.0f} %"),
-            bar(spent / max(total, 1e-9)),
-        ]
+        [text(name), text(_duration(spent)), _share(spent / max(total, 1e-9)), text(_mib(memory.get(name)))]
         for name, spent in seconds.items()
     ]
-    rows.append([text("all"), text(_duration(total)), text("100 %"), Html("")])
+    rows.append([text("all"), text(_duration(total)), text("100 %"), text(_mib(record.summary["peak_memory_mib"]))])
     speeds = sorted(row["tokens_per_second"] for row in record.metrics if row.get("tokens_per_second"))
     facts = [
-        ("peak memory", f"{record.summary['peak_memory_mib']:,.0f} MiB"),
         ("device", str(record.summary.get("device", "unknown"))),
         *([("median speed", f"{speeds[len(speeds) // 2]:,.0f} tokens a second")] if speeds else []),
     ]
-    shares = table("Time by phase", ["phase", "time", "share", "bar"], rows)
+    shares = table("Time by phase, and the most memory until its end", ["phase", "time", "share", "memory, MiB"], rows)
     return section("resources", "Time and memory", [shares, _facts(facts)])
 
 
@@ -122,9 +117,9 @@ def samples(record: Record) -> Html:
     told += f" The dense model here is “{models[0]}”{missing}."
     if any("margin" in answer for sample in shown for answer in sample["answers"].values()):
         told += " Margin: by how many nats the answer is likelier than the next one."
-    counts = [_right_text(shown, model) for model in models]
+    counts = "; ".join(filter(None, (_right_text(shown, model) for model in models)))
     articles = [_sample(number, sample, models) for number, sample in enumerate(shown, start=1)]
-    return section("samples", title, [paragraph(told), paragraph("; ".join(filter(None, counts))), *articles])
+    return section("samples", title, [paragraph(told), *([paragraph(counts)] if counts else []), *articles])
 
 
 def loading(record: Record) -> Html:
@@ -189,6 +184,14 @@ def _value(row: Measured, model: str) -> Html:
     value, interval = value_text(row, model)
     below = element("span", text(interval), {"class": "interval"}) if interval else Html("")
     return join([text(value or "–"), below], " " if interval else "")
+
+
+def _share(share: float) -> Html:
+    return join([text(f"{100 * share:.0f} %"), bar(share)], " ")
+
+
+def _mib(size: float | None) -> str:
+    return "–" if size is None else f"{size:,.0f}"
 
 
 def _duration(seconds: float) -> str:

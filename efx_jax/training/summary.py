@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import math
 import platform
-import resource
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ import jax
 
 from efx_jax.files import atomic_write
 from efx_jax.model.spec import linear_shapes
-from efx_jax.training.journal import Journal
+from efx_jax.training.journal import Journal, peak_memory_mib
 from efx_jax.training.measure import matrix_sparsity, result_table, rows_table, sparsity_table
 from efx_jax.training.prepare import Prepared
 from efx_jax.training.schedule import Event
@@ -70,7 +69,8 @@ def write_summary(
         "tokens": journal.tokens,
         "events": [dataclasses.asdict(event) for event in events],
         "seconds": {name: round(value, 2) for name, value in journal.seconds.items()},
-        "peak_memory_mib": _peak_memory_mib(),
+        "peak_memory_mib": peak_memory_mib(),
+        "memory_mib": {name: round(value, 1) for name, value in journal.memory.items()},
         "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version()} | _versions(),
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
@@ -129,15 +129,6 @@ def _cut_text(cut: Mapping[str, Any]) -> str:
 def _range(counts: Sequence[int]) -> str:
     low, high = min(counts), max(counts)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _peak_memory_mib() -> float:
-    """The device's peak where it reports one, else the process's largest resident set."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"] / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def _versions() -> dict[str, str]:

@@ -52,6 +52,7 @@ def summary(layers: int = 3) -> dict[str, Any]:
         "events": [{"step": 4, "sparsity": 0.5, "last": True}],
         "seconds": {"load": 1.5, "train": 30.0, "prune": 8.5},
         "peak_memory_mib": 1234.5,
+        "memory_mib": {"load": 300.0, "train": 1234.5},
         "device": "cpu",
         "versions": {"python": "3.12.1", "jax": "0.12.0"},
         "command": "python train.py --output '<b>runs</b>'",

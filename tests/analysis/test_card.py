@@ -77,6 +77,8 @@ def test_nothing_of_the_machine_is_in_the_card(record: Record) -> None:
     assert "base_model" not in card_metadata(named) and "datasets" not in card_metadata(named)
     assert "language" not in card_metadata(named)
     assert "# base, 50 % sparse rows expert" in card_text(named)
+    assert "add it to the metadata as `base_model`" in card_text(named)
+    assert "add it to the metadata" not in card_text(record)
 
 
 def test_the_quickstart_and_a_folder_that_looks_like_a_name_of_the_hub(

@@ -130,6 +130,10 @@ def test_what_was_asked_names_the_settings_that_differ(page: Page) -> None:
     assert "data.format" not in page.said("table")
 
 
+def test_time_and_memory_stand_there_by_phase(page: Page) -> None:
+    assert "load 1.5 s 4 % 300 train 30.0 s 75 % 1,234 prune 8.5 s 21 % – all 40.0 s 100 % 1,234" in page.said("table")
+
+
 def test_right_and_wrong_are_said_in_words(page: Page) -> None:
     said = page.said("article")
     assert "✗ wrong, margin 0.50" in said and "✓ right, margin 0.50" in said and "ROUGE-L 50 %" in said
