@@ -232,6 +232,9 @@ class EvalConfig:
     """Tokens of perplexity text scored; 0 means all."""
     window: int = 512
     """Tokens per perplexity window."""
+    samples: int = 20
+    """Answers of every measured model that the report shows, spread over the tasks; a run without tasks writes them
+    to held-out prompts. 0: none."""
     batch_size: int = 16
     every: int = 0
     """Steps between evaluations during training; 0 for none but those before, at the last event and after."""

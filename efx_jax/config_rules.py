@@ -132,6 +132,7 @@ def _eval_rules(evaluation: EvalConfig) -> Iterable[Rule]:
         ("eval.rows", evaluation.rows, evaluation.rows >= 0, "at least 0"),
         ("eval.text_tokens", evaluation.text_tokens, evaluation.text_tokens >= 0, "at least 0"),
         ("eval.window", evaluation.window, evaluation.window >= 2, "at least 2"),
+        ("eval.samples", evaluation.samples, evaluation.samples >= 0, "at least 0"),
         ("eval.batch_size", evaluation.batch_size, evaluation.batch_size >= 1, "at least 1"),
         ("eval.runs", evaluation.runs, evaluation.runs >= 1, "at least 1"),
         ("eval.every", evaluation.every, evaluation.every >= 0, "at least 0"),

@@ -59,13 +59,15 @@ class Data:
     """What a run learns and is measured on, in the configured format.
 
     `train`: what is learned, rows of text being examples without a prompt. `tasks`: what is scored (may be empty).
-    `text`: held-out documents for perplexity (may be empty). `report`: counts, as JSON can hold them.
+    `text`: held-out documents for perplexity (may be empty). `report`: counts, as JSON can hold them. `held_out`: the
+    training rows with a prompt that are held out, if `text` is made of them; not shortened.
     """
 
     train: list[Example]
     tasks: tuple[Task, ...]
     text: list[str]
     report: dict[str, Any]
+    held_out: list[Example] = dataclasses.field(default_factory=list)
 
 
 def load_data(config: DataConfig, seed: int, tokenizer: Tokenizer | None = None, rows: int = 0) -> Data:
@@ -112,6 +114,7 @@ def load_data(config: DataConfig, seed: int, tokenizer: Tokenizer | None = None,
         tasks=tasks,
         text=text,
         report={"train": {"rows": len(train), "shortened": shortened, **counts}, "test": tested},
+        held_out=apply_format([example for example in held_out if example.prompt], config.format, tokenizer),
     )
 
 

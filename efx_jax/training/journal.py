@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,12 +15,16 @@ from efx_jax.training.validation import Best
 
 @dataclasses.dataclass
 class Journal:
-    """Measurements by model, seconds by phase, real tokens trained on, and the best model so far (`eval.best`)."""
+    """Measurements by model, seconds by phase, real tokens trained on, and the best model so far (`eval.best`).
+
+    `memory`: the most that a session had taken up to the end of each phase, in MiB.
+    """
 
     results: dict[str, dict[str, Any]]
     seconds: dict[str, float]
     tokens: int
     best: Best | None = None
+    memory: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
     def phase(self, name: str, show: Callable[[str], object] | None = None) -> Iterator[None]:
@@ -33,6 +38,7 @@ class Journal:
             if show:
                 show("train")
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.memory[name] = max(self.memory.get(name, 0.0), peak_memory_mib())
 
     def announced(self, name: str) -> contextlib.AbstractContextManager[None]:
         """A phase without a bar, which would be silent for minutes: one line on stderr names it."""
@@ -47,3 +53,15 @@ class Journal:
         self.best = Best(**notes["best"]) if notes["best"] else None
         for name, seconds in notes["seconds"].items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        # Checkpoints of before it was counted have none.
+        for name, peak in notes.get("memory", {}).items():
+            self.memory[name] = max(self.memory.get(name, 0.0), peak)
+
+
+def peak_memory_mib() -> float:
+    """The device's peak where it reports one, else the process's largest resident set."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

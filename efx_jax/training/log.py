@@ -1,9 +1,10 @@
 """Where metrics go: a line of JSON per logged step, always; TensorBoard and W&B on request."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +55,26 @@ def check_sinks(config: Config) -> None:
                 raise InputError(f'log.{setting}: {package} is missing; pip install "efx_jax[{setting}]"') from error
 
 
-def open_sinks(config: Config, output: Path) -> list[Sink]:
-    """The extra destinations that the settings ask for; they write into the run's folder, which exists."""
-    sinks: list[Sink] = []
-    if config.log.tensorboard:
-        sinks.append(_tensorboard(output))
-    if config.log.wandb:
-        sinks.append(_wandb(config, output))
-    return sinks
+@contextlib.contextmanager
+def open_sinks(config: Config, output: Path) -> Iterator[list[Sink]]:
+    """The extra destinations that the settings ask for; they write into the run's folder, which exists.
+
+    They get the names of metrics.jsonl and evaluations.jsonl. On leaving, all that they hold back is written.
+    """
+    with contextlib.ExitStack() as stack:
+        sinks: list[Sink] = []
+        if config.log.tensorboard:
+            sinks.append(_tensorboard(output, stack))
+        if config.log.wandb:
+            sinks.append(_wandb(config, output, stack))
+        yield sinks
 
 
-def _tensorboard(output: Path) -> Sink:
+def _tensorboard(output: Path, stack: contextlib.ExitStack) -> Sink:
     from tensorboardX import SummaryWriter
 
     writer = SummaryWriter(str(output / "tensorboard"))
+    stack.callback(writer.close)
 
     def write(row: Row) -> None:
         for name, value in row.items():
@@ -76,10 +83,11 @@ def _tensorboard(output: Path) -> Sink:
     return write
 
 
-def _wandb(config: Config, output: Path) -> Sink:
+def _wandb(config: Config, output: Path, stack: contextlib.ExitStack) -> Sink:
     import wandb
 
     run: Any = wandb.init(project="efx_jax", name=output.name, dir=str(output), config=dataclasses.asdict(config))
+    stack.callback(run.finish)
 
     def write(row: Row) -> None:
         run.log(row, step=int(row["step"]))

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from efx_jax.config import Config
 from efx_jax.errors import InputError
@@ -26,6 +25,7 @@ from efx_jax.training.interrupt import asked, interruptible, say_interrupted
 from efx_jax.training.journal import Journal
 from efx_jax.training.measure import measure
 from efx_jax.training.prepare import Prepared
+from efx_jax.training.progress import Progress, progress
 from efx_jax.training.schedule import Event, learning_rate, optimizer, prune_events
 from efx_jax.training.search import Search, end_search, fresh_units, masked_base, plan_search, search_step
 from efx_jax.training.start import take_over, tidy
@@ -61,7 +61,7 @@ class _Loop:
     shippable: int
     attention_path: Implementation
     dropout_key: Array
-    bar: tqdm
+    progress: Progress
     trace: Callable[[int], None]
 
 
@@ -118,7 +118,7 @@ def train(
         start = int(state.train.step)
         if jax.process_index() == 0:
             tidy(output, start, steps, waiting)
-        with _progress(start, steps) as bar, tracing(config.profile, output / "profile") as trace:
+        with progress(start, steps) as shown, tracing(config.profile, output / "profile") as trace:
             pinned = (tree_shardings(mesh, state.train), NamedSharding(mesh, PartitionSpec()))
             loop = _Loop(
                 config=config,
@@ -137,7 +137,7 @@ def train(
                 shippable=max(by_step, default=0),
                 attention_path=attention_path,
                 dropout_key=dropout_key,
-                bar=bar,
+                progress=shown,
                 trace=trace,
             )
             save = checkpoint.saver(manager, origin, journal)
@@ -218,14 +218,12 @@ def _update(loop: _Loop, state: RunState, batch: _Batch, sparsity: float) -> tup
     }
     others = ("divergence", "generator_loss", "generator_kept")
     row |= {name: values[name] for name in others if name in values}
-    if (number + 1) % train.log_every == 0 and jax.process_index() == 0:
+    is_logged = (number + 1) % train.log_every == 0
+    if is_logged and jax.process_index() == 0:
         log.append_row(loop.output / "metrics.jsonl", row)
         for sink in loop.sinks:
             sink(row)
-    loop.bar.set_postfix_str(
-        f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, sparsity {row['sparsity']:.0%}", refresh=False
-    )
-    loop.bar.update()
+    loop.progress.step(row, is_logged)
     return new, following
 
 
@@ -251,13 +249,13 @@ def _event(loop: _Loop, state: RunState, event: Event) -> RunState:
     (Adapters that have learned beside ATP's search are not dense ones: they have met other masks in every step.)
     """
     if loop.search:
-        with loop.journal.phase("prune", loop.bar.set_description):
+        with loop.journal.phase("prune", loop.progress.phase):
             return end_search(loop.search, state, loop.mesh)
     if event.last and event.step and not state.masks:
-        with loop.journal.phase("evaluate dense", loop.bar.set_description):
+        with loop.journal.phase("evaluate dense", loop.progress.phase):
             found = measure(loop.config, loop.prepared, state.params, state.train.adapters)
             loop.journal.results[f"dense LoRA, step {event.step}"] = found
-    with loop.journal.phase("prune", loop.bar.set_description):
+    with loop.journal.phase("prune", loop.progress.phase):
         folder = loop.output / "event" / f"step-{event.step}"
         return prune_run(loop.config, loop.prepared, state, event, folder, loop.attention_path)
 
@@ -266,13 +264,15 @@ def _validate(loop: _Loop, state: RunState) -> bool:
     """Measures the model as it stands, writes the line of evaluations.jsonl; whether it is the best to ship so far."""
     evaluation, step = loop.config.eval, int(state.train.step)
     params, masks = masked_base(loop.search, state) if loop.search else (state.params, state.masks)
-    with loop.journal.phase("evaluate", loop.bar.set_description):
-        found = measure(loop.config, loop.prepared, params, state.train.adapters, masks or None, evaluation.tasks)
+    # Answers are kept of the models that the table shows.
+    config = dataclasses.replace(loop.config, eval=dataclasses.replace(evaluation, samples=0))
+    with loop.journal.phase("evaluate", loop.progress.phase):
+        found = measure(config, loop.prepared, params, state.train.adapters, masks or None, evaluation.tasks)
     values = metric_values(found)
     if jax.process_index() == 0:
         log.append_row(loop.output / "evaluations.jsonl", {"step": step, **values})
         for sink in loop.sinks:
-            sink({"step": step, **{f"eval/{name}": value for name, value in values.items()}})
+            sink({"step": step, **values})
     if not evaluation.best or step < loop.shippable:
         return False
     loop.journal.best = update_best(loop.journal.best, evaluation.best, step, values[evaluation.best])
@@ -288,15 +288,3 @@ def _enough(config: Config, journal: Journal) -> bool:
 def _agreed(path: Implementation) -> Implementation:
     """cuDNN's attention only where all hosts have found it to be right: they run one program."""
     return path if all(meet(path == "cudnn")) else "xla"
-
-
-def _progress(start: int, steps: int) -> tqdm:
-    return tqdm(
-        total=steps,
-        initial=start,
-        unit="step",
-        dynamic_ncols=True,
-        desc="train",
-        smoothing=0.1,
-        disable=jax.process_index() != 0,
-    )

@@ -14,6 +14,7 @@ from efx_jax.evaluation.results import TITLES, interval_cell, markdown_table, me
 from efx_jax.lora import Adapters
 from efx_jax.parallel.partition import constrain
 from efx_jax.training.prepare import Prepared
+from efx_jax.training.samples import kept_answers, rows_shown, written_answers
 
 Array = jax.Array
 
@@ -26,7 +27,9 @@ def measure(
     masks: Mapping[str, Array] | None = None,
     names: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Perplexity of the held-out text and the scores of the tasks, with 95 % intervals; {} where there is neither.
+    """Perplexity of the held-out text and the scores of the tasks, with 95 % intervals, and some of the answers.
+
+    {} where there is neither text nor task.
 
     Args:
         config: the settings.
@@ -46,8 +49,9 @@ def measure(
         )
         ends = list(found.interval) if found.interval else None
         results["perplexity"] = {"value": found.value, "interval": ends, "tokens": found.tokens}
+    shown = rows_shown(prepared.data.tasks, config.eval.samples)
     for task in (task for task in prepared.data.tasks if not names or task.name in names):
-        results.setdefault("tasks", {})[task.name], _ = evaluate_task(
+        results.setdefault("tasks", {})[task.name], records = evaluate_task(
             params,
             prepared.spec,
             prepared.tokenizer,
@@ -60,7 +64,10 @@ def measure(
             runs=config.eval.runs,
             seed=config.seed,
         )
-    return results
+        if shown[task.name]:
+            results.setdefault("samples", {})[task.name] = kept_answers(records, shown[task.name])
+    written = written_answers(config, prepared, params, adapters, masks)
+    return results | ({"samples": written} if written else {})
 
 
 def matrix_sparsity(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[float]]:

@@ -3,12 +3,15 @@
 import contextlib
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from efx_jax.analysis import card, report
+from efx_jax.analysis.record import read_record
 from efx_jax.config import Config
 from efx_jax.config_io import from_yaml, to_yaml
 from efx_jax.errors import InputError
@@ -24,6 +27,7 @@ from efx_jax.training.loop import train
 from efx_jax.training.measure import measure
 from efx_jax.training.plan import plan_text
 from efx_jax.training.prepare import Prepared, prepare
+from efx_jax.training.samples import tasks_shown, write_samples
 from efx_jax.training.schedule import prune_events, total_steps
 from efx_jax.training.search import cut_out, cut_report
 from efx_jax.training.start import different_settings
@@ -38,8 +42,8 @@ def run(config: Config, output: Path, dry_run: bool = False, trunk: Path | None 
 
     Args:
         config: the checked settings.
-        output: the run's folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `export/`, `summary.json`. Several
-            hosts need it on a disk that they share.
+        output: the run's folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `export/`, `summary.json`,
+            `samples.jsonl`, `report.html`. Several hosts need it on a disk that they share.
         dry_run: print the plan and write nothing.
         trunk: folder of a finished run of the same settings that prunes nothing; what it has learned before this run's
             first event need not be learned again.
@@ -65,6 +69,7 @@ def run(config: Config, output: Path, dry_run: bool = False, trunk: Path | None 
     if (output / "summary.json").exists():
         summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
         if is_first:
+            _describe(output, replace=False)
             print_summary(summary, output)
         return summary
     with together():
@@ -105,9 +110,10 @@ def _work(
     steps = total_steps(config.train, epoch_rows(config, prepared.train))
     events = prune_events(config.prune, config.train, steps)
     is_first = jax.process_index() == 0
-    with together():
-        sinks = log.open_sinks(config, output) if is_first else []
-    state = train(config, prepared, mesh, steps, events, output, journal, sinks, trunk)
+    with contextlib.ExitStack() as stack:
+        with together():
+            sinks = stack.enter_context(log.open_sinks(config, output)) if is_first else []
+        state = train(config, prepared, mesh, steps, events, output, journal, sinks, trunk)
     if state is None:
         return {}
     with journal.announced("export"):
@@ -117,10 +123,30 @@ def _work(
         from_disk = dataclasses.replace(prepared, params=exported, spec=spec)
         journal.results["sparse expert" if events else "dense expert"] = measure(config, from_disk, exported)
     cut = None if state.units is None else cut_report(state, prepared.spec, config.atp.space)
+    if is_first:
+        # Before the summary, which says that the run is done.
+        write_samples(output / "samples.jsonl", tasks_shown(config, prepared), journal.results)
     summary = write_summary(output, exported, prepared, journal, int(state.train.step), events, config.seed, cut)
     if is_first:
+        _describe(output, replace=True)
         print_summary(summary, output)
     return summary
+
+
+def _describe(output: Path, replace: bool) -> None:
+    """Writes the card of the export and the report, from what a run has left; none is lost for want of them.
+
+    Args:
+        output: the run's folder.
+        replace: whether files of an earlier attempt are replaced, or only missing ones written.
+    """
+    for path, write in ((output / "export" / card.NAME, card.card_text), (output / report.NAME, report.report_page)):
+        if not path.parent.is_dir() or (path.exists() and not replace):
+            continue
+        try:
+            atomic_write(path, write(read_record(output)))
+        except Exception as error:
+            warnings.warn(f"{path} is not written ({error}); the run itself is complete", stacklevel=2)
 
 
 def refuse_other_run(config: Config, output: Path) -> None:

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import math
 import platform
-import resource
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ import jax
 
 from efx_jax.files import atomic_write
 from efx_jax.model.spec import linear_shapes
-from efx_jax.training.journal import Journal
+from efx_jax.training.journal import Journal, peak_memory_mib
 from efx_jax.training.measure import matrix_sparsity, result_table, rows_table, sparsity_table
 from efx_jax.training.prepare import Prepared
 from efx_jax.training.schedule import Event
@@ -55,8 +55,12 @@ def write_summary(
     Returns:
         What was written.
     """
+    without = {
+        model: {name: value for name, value in found.items() if name != "samples"}
+        for model, found in journal.results.items()
+    }
     summary = {
-        "results": journal.results,
+        "results": without,
         "data": dict(prepared.data.report),
         "sparsity": matrix_sparsity(exported, linear_shapes(prepared.spec)),
         **({} if cut is None else {"cut": dict(cut)}),
@@ -65,9 +69,11 @@ def write_summary(
         "tokens": journal.tokens,
         "events": [dataclasses.asdict(event) for event in events],
         "seconds": {name: round(value, 2) for name, value in journal.seconds.items()},
-        "peak_memory_mib": _peak_memory_mib(),
+        "peak_memory_mib": peak_memory_mib(),
+        "memory_mib": {name: round(value, 1) for name, value in journal.memory.items()},
         "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version()} | _versions(),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "seed": seed,
     }
     if jax.process_index() == 0:
@@ -106,6 +112,8 @@ def print_summary(summary: Mapping[str, Any], output: Path) -> None:
     phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds"].items())
     print(f"\nseconds: {phases}; peak memory {summary['peak_memory_mib']:.0f} MiB")
     print(f"the expert: {output / 'export'}")
+    if (output / "report.html").exists():
+        print(f"the report: {output / 'report.html'}")
 
 
 def _cut_text(cut: Mapping[str, Any]) -> str:
@@ -121,15 +129,6 @@ def _cut_text(cut: Mapping[str, Any]) -> str:
 def _range(counts: Sequence[int]) -> str:
     low, high = min(counts), max(counts)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _peak_memory_mib() -> float:
-    """The device's peak where it reports one, else the process's largest resident set."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return stats["peak_bytes_in_use"] / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def _versions() -> dict[str, str]:

@@ -45,7 +45,9 @@ def test_without_metrics_there_is_nothing_to_cut(tmp_path: Path) -> None:
 
 def test_by_default_nothing_else_is_written(tmp_path: Path) -> None:
     log.check_sinks(Config())
-    assert log.open_sinks(Config(), tmp_path) == []
+    with log.open_sinks(Config(), tmp_path) as sinks:
+        assert sinks == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("setting", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
@@ -67,14 +69,18 @@ def test_tensorboard_gets_every_value_at_its_step(tmp_path: Path, monkeypatch: p
         def add_scalar(self, name: str, value: float, step: int) -> None:
             written.append((name, value, step))
 
+        def close(self) -> None:
+            written.append("closed")
+
     fake = types.ModuleType("tensorboardX")
     fake.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tensorboardX", fake)
     config = Config(log=LogConfig(tensorboard=True))
     log.check_sinks(config)
-    (sink,) = log.open_sinks(config, tmp_path)
-    sink(ROW)
-    assert written == [str(tmp_path / "tensorboard"), ("step", 3, 3), ("loss", 2.5, 3), ("tokens_per_second", 10.0, 3)]
+    with log.open_sinks(config, tmp_path) as (sink,):
+        sink(ROW)
+    values = [("step", 3, 3), ("loss", 2.5, 3), ("tokens_per_second", 10.0, 3)]
+    assert written == [str(tmp_path / "tensorboard"), *values, "closed"]
 
 
 def test_wandb_gets_the_settings_and_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,15 +89,17 @@ def test_wandb_gets_the_settings_and_the_row(tmp_path: Path, monkeypatch: pytest
 
     def init(**arguments: Any) -> types.SimpleNamespace:
         started.update(arguments)
-        return types.SimpleNamespace(log=lambda row, step: logged.append((row, step)))
+        return types.SimpleNamespace(
+            log=lambda row, step: logged.append((row, step)), finish=lambda: logged.append("finished")
+        )
 
     fake = types.ModuleType("wandb")
     fake.init = init  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = Config(log=LogConfig(wandb=True))
     log.check_sinks(config)
-    (sink,) = log.open_sinks(config, tmp_path)
-    sink(ROW)
-    assert logged == [(ROW, 3)]
+    with log.open_sinks(config, tmp_path) as (sink,):
+        sink(ROW)
+    assert logged == [(ROW, 3), "finished"]
     assert started["name"] == tmp_path.name and started["dir"] == str(tmp_path)
     assert started["config"]["prune"]["sparsity"] == 0.5

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import efx_jax
 import efx_jax.training.run as run_module
 from efx_jax.config_io import from_yaml
 from efx_jax.model.spec import LINEARS, ModelSpec
+from tests.tiny import TEST_ROWS
 
 TOKENS = np.asarray([[0, 3, 4, 9, 1], [0, 7, 8, 11, 12]], np.int32)
 METRICS = {"step", "tokens", "loss", "entropy", "learning_rate", "grad_norm", "sparsity", "tokens_per_second"}
@@ -56,9 +58,46 @@ def masked_model(run: Path, base: Path) -> tuple[dict[str, Any], efx_jax.Adapter
 
 def test_it_leaves_the_promised_files(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "export", "summary.json"}
+    read = {"config.yaml", "metrics.jsonl", "summary.json", "samples.jsonl", "report.html"}
+    assert names == read | {"checkpoints", "export"}
     exported = {path.name for path in (run / "export").iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= exported
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"} <= exported
+
+
+def test_samples_hold_every_measured_models_answer_to_every_row(run: Path) -> None:
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    results = json.loads((run / "summary.json").read_text())["results"]
+    assert [(row["prompt"], row["gold"]) for row in samples] == [(prompt, answer) for prompt, answer in TEST_ROWS]
+    for model, found in results.items():
+        right = sum(row["answers"][model]["prediction"] == row["gold"] for row in samples)
+        assert right / len(samples) == pytest.approx(found["tasks"]["test"]["accuracy"])
+        assert "samples" not in found
+
+
+def test_report_and_card_show_what_was_measured(run: Path) -> None:
+    results = json.loads((run / "summary.json").read_text())["results"]
+    page, card = ((run / name).read_text() for name in ("report.html", "export/README.md"))
+    for found in results.values():
+        value = f"{found['perplexity']['value']:.2f}"
+        assert value in page and value in card
+    assert str(run) not in card
+
+
+def test_what_cannot_be_described_is_not_lost(
+    launch, efx_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files_of
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(efx_run, run)
+    (run / "report.html").unlink()
+    (run / "export" / "README.md").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.report, "report_page", lambda record: 1 / 0)
+        with pytest.warns(UserWarning, match="report.html is not written"):
+            launch(run, "--preset", "efx")
+    assert not (run / "report.html").exists() and (run / "export" / "README.md").exists()
+    launch(run, "--preset", "efx")
+    assert (run / "report.html").exists()
+    assert files_of(run / "export") == files_of(efx_run / "export")
 
 
 def test_metrics_have_a_line_per_step_with_the_promised_keys(run: Path, metrics_of: MetricsOf) -> None:

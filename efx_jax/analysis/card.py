@@ -1,0 +1,207 @@
+"""The model card of an export: README.md with the metadata that a page on the Hub reads, in Markdown.
+
+It says nothing that differs between two runs of the same settings: no seconds, no folder, no date.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from efx_jax.analysis.record import Record
+from efx_jax.analysis.wording import (
+    HUB_NAME,
+    LIMITS,
+    QUICKSTART_BASE,
+    base_name,
+    domain,
+    expert,
+    expert_name,
+    learned,
+    measured,
+    method,
+    pattern,
+    scored_rows,
+    share_gone,
+    trained,
+    value_text,
+)
+from efx_jax.config import Config
+from efx_jax.data.catalogue import OFFICIAL
+from efx_jax.evaluation.results import markdown_table
+
+NAME = "README.md"
+_TO_FILL_IN = "to-be-filled-in"
+_LICENCE = (
+    "The licence, by whoever publishes this model, in the metadata above as well (`license`): it follows from the "
+    "licences of the base model and of the data."
+)
+_BASE = "The base model: its name on the Hub is not known here; add it to the metadata as `base_model`."
+
+
+def card_text(record: Record) -> str:
+    """The whole file: metadata between lines of dashes, then Markdown."""
+    config, summary = record.config, record.summary
+    metadata = yaml.safe_dump(card_metadata(record), sort_keys=False, allow_unicode=True, width=120)
+    parts = [
+        f"# {_plain(expert_name(config))}",
+        _about(record),
+        "## Results",
+        _results(summary["results"]),
+        "## Load it",
+        _loading(record),
+        "## Training",
+        _training(record),
+        "## Limits",
+        "\n".join(f"- {told}" for told in _limits(record)),
+        "## To be filled in",
+        _LICENCE,
+        *([] if _base_on_hub(config) else [_BASE]),
+    ]
+    return f"---\n{metadata}---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def card_metadata(record: Record) -> dict[str, Any]:
+    """What the Hub reads; a key that is not known is left out, and the licence is a placeholder."""
+    config, summary = record.config, record.summary
+    base = _base_on_hub(config)
+    names = _learned_tasks(config, summary)
+    datasets = _datasets_on_hub(config, names)
+    sparse = [f"sparsity-{100 * config.prune.sparsity:.4g}", "pruning"] if config.prune.sparsity else []
+    found: dict[str, Any] = {
+        **({"base_model": base, "base_model_relation": "finetune"} if base else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "other",
+        "license_name": _TO_FILL_IN,
+        # What these tasks and the codes are written in.
+        **({"language": ["en"]} if names and all(name in {*OFFICIAL, "icd10"} for name in names) else {}),
+        "tags": ["efx_jax", "lora", *sparse, _plain(domain(config))],
+        **({"datasets": datasets} if datasets else {}),
+    }
+    index = _model_index(record)
+    return found | ({"model-index": [{"name": _plain(expert_name(config)), "results": index}]} if index else {})
+
+
+def _about(record: Record) -> str:
+    config, summary = record.config, record.summary
+    gone = f"{100 * share_gone(config, summary):.2f} %"
+    if not config.prune.sparsity:
+        zeros = "No weight is pruned."
+    elif "cut" in summary:
+        zeros = f"{gone} of the weights of its linear layers are cut out: {pattern(config)}."
+    else:
+        zeros = f"{gone} of the weights of {', '.join(f'`{name}`' for name in config.prune.targets)} are exact zeros "
+        zeros += f"({pattern(config)}), stored as a dense checkpoint that every loader opens."
+    facts = [
+        ["base model", _base_on_hub(config) or _plain(base_name(config))],
+        ["domain", _plain(domain(config))],
+        ["sparsity", f"{gone}, {pattern(config)}"],
+        ["learned from", _plain(learned(config, summary))],
+    ]
+    told = (
+        f"{_plain(base_name(config))}, fine-tuned on {_plain(domain(config))} with "
+        "[EfficientXpert](https://arxiv.org/abs/2511.19935) in JAX (efx_jax), which prunes a model while it learns."
+    )
+    return f"{told} {zeros}\n\n{markdown_table(['', ''], facts)}"
+
+
+def _results(results: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = measured(results)
+    if not rows:
+        return "Nothing was measured."
+    models = list(results)
+    has_constant = any(row.constant is not None for row in rows)
+    header = ["metric", *models, *(["best constant answer"] if has_constant else [])]
+    lines = [
+        [
+            row.title,
+            *(" ".join(filter(None, value_text(row, model))) or "-" for model in models),
+            *(["-" if row.constant is None else f"{100 * row.constant:.1f}"] if has_constant else []),
+        ]
+        for row in rows
+    ]
+    return f"{markdown_table(header, lines)}\n\nValue [95 % bootstrap interval]."
+
+
+def _loading(record: Record) -> str:
+    return (
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n'
+        "```\n\n"
+        'In JAX: `params, spec = efx_jax.load_pretrained("THIS_FOLDER")`. Prompts are framed as in training: '
+        f"`{record.config.data.format}`."
+    )
+
+
+def _training(record: Record) -> str:
+    config, summary = record.config, record.summary
+    train = config.train
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    facts = [
+        ["method", method(config)],
+        ["training", trained(summary)],
+        ["optimisation", f"AdamW, learning rate {train.learning_rate:g} ({train.schedule}), {train.batch_size} rows"],
+        ["versions", versions],
+    ]
+    return markdown_table(["", ""], facts)
+
+
+def _limits(record: Record) -> list[str]:
+    scored = scored_rows(record.summary["results"])
+    told = "; ".join(scored) if scored else "nothing"
+    return [f"It was evaluated only on this: {told}.", *LIMITS]
+
+
+def _base_on_hub(config: Config) -> str:
+    """The base's name on the Hub, where it has been given by that name; a path of a machine is nobody's business."""
+    path = config.model.path
+    if path == "quickstart":
+        return QUICKSTART_BASE
+    return path if _is_on_hub(path) else ""
+
+
+def _learned_tasks(config: Config, summary: Mapping[str, Any]) -> list[str]:
+    tasks = summary["data"]["train"].get("tasks", {})
+    return list(tasks) if tasks else [config.data.train.partition(":")[0]]
+
+
+def _datasets_on_hub(config: Config, names: list[str]) -> list[str]:
+    tables = [split.hub for name in names if name in OFFICIAL for split in OFFICIAL[name].splits.values()]
+    found = [table.name for table in tables if table is not None and HUB_NAME.fullmatch(table.name)]
+    own = [config.data.train] if _is_on_hub(config.data.train) else []
+    return list(dict.fromkeys([*found, *own]))
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether a name with one slash is not a path: of nothing that lies here, and without the suffix of a file."""
+    suffixes = (".gguf", ".yaml", ".yml", ".jsonl", ".json", ".csv", ".parquet", ".gz")
+    return bool(HUB_NAME.fullmatch(name)) and not name.endswith(suffixes) and not Path(name).exists()
+
+
+def _model_index(record: Record) -> list[dict[str, Any]]:
+    """The exported model's results, as the Hub's model-index has them; shares, not percentages."""
+    results = record.summary["results"]
+    model = expert(results) if results else ""
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for row in measured(results):
+        value = row.values.get(model, (None, None, None))[0]
+        if value is not None and math.isfinite(value):
+            by_task.setdefault(row.task, []).append({"type": row.metric.lower(), "value": round(value, 4)})
+    return [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"type": _plain(task or domain(record.config)), "name": _plain(task or "held-out text")},
+            "metrics": metrics,
+        }
+        for task, metrics in by_task.items()
+    ]
+
+
+def _plain(name: str) -> str:
+    """A name in one line, with nothing that Markdown or HTML would act upon."""
+    return " ".join("".join(sign for sign in name if sign not in "<>[]`*\\|").split()) or "model"

@@ -1,0 +1,232 @@
+"""What a run is, in words: shared by its report and by its model card. Plain text, without the paths of a machine."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from efx_jax.config import Config
+from efx_jax.config_values import setting_types
+from efx_jax.evaluation.results import TITLES
+
+QUICKSTART_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Of a name on the Hub; a file's has a suffix.
+HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
+LIMITS = (
+    "Dense runtimes (transformers, vLLM, llama.cpp, XLA) gain neither speed nor memory from scattered zeros: they "
+    "multiply them like any other number. A packed file is smaller.",
+    "What the model was not scored on, nobody has measured: other domains, other languages, longer texts and safety "
+    "may have become worse, also against its base.",
+    "It inherits the base model's licence, biases and errors, and those of the data it has learned from.",
+    "It is the outcome of research and no basis for medical, legal or other decisions about people.",
+)
+_SCORES = {
+    "magnitude": "magnitude",
+    "wanda": "Wanda",
+    "ria": "RIA",
+    "foresight": "ForeSight",
+    "foresight_gated": "ForeSight with the activation function",
+    "sparsegpt": "SparseGPT",
+    "lora_gradient": "the adapters' gradient",
+    "dpruner": "D-Pruner",
+    "atp": "ATP",
+}
+_RECOVERIES = {
+    "none": "no repair",
+    "pbs": "Partial Brain Surgeon",
+    "gram_pbs": "Partial Brain Surgeon with the full Gram matrix",
+    "admm": "kept weights refitted by ADMM",
+    "obs": "SparseGPT's update of the kept weights",
+}
+_GROUPS = {
+    "row": "unstructured, every row alike",
+    "matrix": "unstructured, over whole matrices",
+    "slab": "unstructured, over slabs of 128 inputs",
+}
+
+
+Value = tuple[float | None, tuple[float, float] | None, float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A metric of every model: (value, interval, deviation over runs), each None where it is missing.
+
+    `in_percent`: the values are shares. `constant`: what the best constant answer has.
+    """
+
+    task: str
+    metric: str
+    title: str
+    in_percent: bool
+    values: Mapping[str, Value]
+    constant: float | None = None
+
+
+def base_name(config: Config) -> str:
+    """The base model's own name, without folders."""
+    path = QUICKSTART_BASE if config.model.path == "quickstart" else config.model.path
+    return PurePath(path).name.removesuffix(".gguf") or "base model"
+
+
+def domain(config: Config) -> str:
+    """What the model was trained on, by its short name."""
+    return PurePath(config.data.train).name.split(".")[0] or "own data"
+
+
+def expert_name(config: Config) -> str:
+    """A title for the exported model."""
+    kind = f"{_percent(config.prune.sparsity)} sparse" if config.prune.sparsity else "dense"
+    return f"{base_name(config)}, {kind} {domain(config)} expert"
+
+
+def pattern(config: Config) -> str:
+    """Which weights are zero, as a clause."""
+    prune = config.prune
+    if not prune.sparsity:
+        return "nothing pruned"
+    if prune.score == "atp":
+        return "structured: whole heads and hidden units cut out"
+    if ":" in prune.group:
+        keep, of = prune.group.split(":")
+        return f"semi-structured {prune.group}: {keep} of {of} consecutive inputs are kept"
+    return _GROUPS.get(prune.group, f"unstructured, every row within {_percent(prune.bound)} of its matrix")
+
+
+def method(config: Config) -> str:
+    """How the weights were chosen and made up for, as a sentence."""
+    prune, lora = config.prune, config.lora
+    adapters = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}"
+    if not prune.sparsity:
+        return f"{adapters}; nothing pruned."
+    if prune.score == "atp":
+        return f"{adapters}; units chosen by ATP while training."
+    events = {
+        "epochs": "an event after every epoch",
+        "fractions": f"events at {', '.join(_percent(share) for share in prune.fractions)} of training",
+        "cubic": f"{prune.events} events on a cubic ramp",
+    }[prune.schedule]
+    return (
+        f"{adapters}; entries chosen by {_SCORES[prune.score]}; {events}; {_RECOVERIES[prune.recovery]}; "
+        f"mask in training: {prune.mask_forward}."
+    )
+
+
+def learned(config: Config, summary: Mapping[str, Any]) -> str:
+    """What the model has learned from, with the number of rows."""
+    rows = summary["data"]["train"]
+    counts = {name: found.get("drawn") for name, found in rows.get("tasks", {}).items()}
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count is not None)
+    return f"{domain(config)}: {rows['rows']:,} rows" + (f" ({parts})" if parts else "")
+
+
+def trained(summary: Mapping[str, Any]) -> str:
+    """How long the model was trained."""
+    return f"{summary['steps']:,} updates, {summary['tokens']:,} tokens, seed {summary['seed']}"
+
+
+def share_gone(config: Config, summary: Mapping[str, Any]) -> float:
+    """Share of the weights of the pruned matrices that are zero or were cut out."""
+    if "cut" in summary:
+        return float(summary["cut"]["removed"])
+    shares = [share for name in config.prune.targets for share in summary["sparsity"].get(name, [])]
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def changed_settings(config: Config) -> list[tuple[str, str, str]]:
+    """(name, value, default) of every setting that is not at its default."""
+    default = Config()
+    found = []
+    for name in setting_types():
+        value, usual = _value(config, name), _value(default, name)
+        if value != usual:
+            found.append((name, _written(value), _written(usual)))
+    return found
+
+
+def measured(results: Mapping[str, Mapping[str, Any]]) -> list[Measured]:
+    """A row per metric: perplexity, then those of every task, in the order of `TITLES`."""
+    rows = []
+    if any("perplexity" in found for found in results.values()):
+        texts = {model: found["perplexity"] for model, found in results.items() if "perplexity" in found}
+        values: dict[str, Value] = {m: (found["value"], _ends(found["interval"]), None) for m, found in texts.items()}
+        rows.append(Measured("", "perplexity", "perplexity (lower is better)", False, values))
+    tasks = {name: task for found in results.values() for name, task in found.get("tasks", {}).items()}
+    for task, example in tasks.items():
+        of_task = {m: found["tasks"][task] for m, found in results.items() if task in found.get("tasks", {})}
+        for metric in (metric for metric in TITLES if metric in example):
+            values = {
+                model: (found[metric], _ends(found[f"{metric}_interval"]), found.get(f"{metric}_std"))
+                for model, found in of_task.items()
+            }
+            title = f"{task} {TITLES[metric]}"
+            rows.append(Measured(task, metric, title, True, values, example.get(f"constant_{metric}")))
+    return rows
+
+
+def value_text(row: Measured, model: str) -> tuple[str, str]:
+    """A metric of a model for a table, "" where it was not measured: the value with its deviation, and the interval."""
+    if model not in row.values:
+        return "", ""
+    value, ends, deviation = row.values[model]
+    if value is None:
+        return "not finite", ""
+    scale = 100 if row.in_percent else 1
+    digits = 1 if row.in_percent else 2
+    spread = "" if deviation is None else f" ± {scale * deviation:.{digits}f}"
+    interval = "" if ends is None else f"[{scale * ends[0]:,.{digits}f}, {scale * ends[1]:,.{digits}f}]"
+    return f"{scale * value:,.{digits}f}{spread}", interval
+
+
+def scored_rows(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the models were scored on, a clause per task and one for the text."""
+    last = list(results.values())[-1] if results else {}
+    told = [
+        f"{name}: {task['rows']:,} rows, {_protocol(task)}" + (f" ({task['note']})" if task.get("note") else "")
+        for name, task in last.get("tasks", {}).items()
+    ]
+    if "perplexity" in last:
+        told.append(f"perplexity: {last['perplexity']['tokens']:,} tokens of held-out text")
+    return told
+
+
+def expert(results: Mapping[str, Any]) -> str:
+    """The name under which the exported model's results stand."""
+    return next((name for name in ("sparse expert", "dense expert") if name in results), list(results)[-1])
+
+
+def dense(results: Mapping[str, Any]) -> str:
+    """The dense model to compare with: the dense adapter before the event, where it was measured, else the base."""
+    return next((name for name in results if name.startswith("dense LoRA")), "base")
+
+
+def _protocol(task: Mapping[str, Any]) -> str:
+    runs = f", mean of {task['runs']} runs" if task.get("runs", 1) > 1 else ""
+    return {
+        "likelihood": "the likeliest answer",
+        "greedy": "read from greedily generated text",
+        "sampled": "read from sampled text",
+    }.get(task.get("protocol", ""), "scored") + runs
+
+
+def _ends(interval: Any) -> tuple[float, float] | None:
+    if not interval or any(end is None for end in interval):
+        return None
+    return float(interval[0]), float(interval[1])
+
+
+def _value(config: Config, name: str) -> Any:
+    section, _, field = name.partition(".")
+    value = getattr(config, section)
+    return getattr(value, field) if field else value
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    return '""' if value == "" else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g} %"

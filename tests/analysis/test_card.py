@@ -1,0 +1,121 @@
+"""README.md of an export is a card that huggingface_hub accepts, and names no place of the machine it was made on."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from efx_jax.analysis.card import card_metadata, card_text
+from efx_jax.analysis.record import Record, read_record
+from efx_jax.config import Config, DataConfig, ModelConfig, PruneConfig
+from efx_jax.weights.config_json import copy_extras
+from tests.analysis.reported import leave_run
+
+HOME = "/home/somebody/secret"
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
+    data = DataConfig(train="pubmedqa", format="alpaca", root=HOME, text=f"{HOME}/text.jsonl")
+    prune = PruneConfig(score="foresight_gated", group="bounded", recovery="admm", schedule="fractions")
+    config = Config(model=ModelConfig(path="meta-llama/Llama-3.2-1B"), data=data, prune=prune)
+    return read_record(leave_run(tmp_path_factory.mktemp(HOME.strip("/").replace("/", "-")) / "run", config))
+
+
+def with_config(record: Record, **sections) -> Record:
+    return dataclasses.replace(record, config=dataclasses.replace(record.config, **sections))
+
+
+def test_the_hub_library_reads_the_card_and_its_results(record: Record) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    card = hub.ModelCard(card_text(record), ignore_metadata_errors=False)
+    data = card.data
+    assert (data.base_model, data.library_name, data.pipeline_tag) == (
+        "meta-llama/Llama-3.2-1B",
+        "transformers",
+        "text-generation",
+    )
+    assert (data.license, data.license_name, data.language) == ("other", "to-be-filled-in", ["en"])
+    assert data.datasets == ["qiaojin/PubMedQA"]
+    assert {"sparsity-50", "pruning", "lora", "pubmedqa"} <= set(data.tags)
+    found = {(each.dataset_name, each.metric_type): each.metric_value for each in data.eval_results}
+    assert found == {
+        ("held-out text", "perplexity"): 12.0,
+        ("pubmedqa", "accuracy"): 0.625,
+        ("pubmedqa", "macro_f1"): 0.3125,
+    }
+    again = hub.ModelCard(str(card))
+    assert again.data.to_dict() == data.to_dict()
+
+
+def test_the_card_says_what_it_is_what_it_scores_and_what_it_is_not(record: Record) -> None:
+    text = card_text(record)
+    for words in (
+        "# Llama-3.2-1B, 50 % sparse pubmedqa expert",
+        "unstructured, every row within 20 % of its matrix",
+        "pubmedqa: 1,200 rows (pubmedqa 1,200)",
+        "| pubmedqa accuracy % | 40.0 [30.0, 50.0] | 70.0 [60.0, 80.0] | 62.5 [52.5, 72.5] | 25.0 |",
+        "evaluated only on this: pubmedqa: 30 rows, the likeliest answer; perplexity: 900 tokens of held-out text.",
+        "gain neither speed nor memory",
+        "no basis for medical, legal",
+        "inherits the base model's licence, biases",
+        "AutoModelForCausalLM.from_pretrained",
+        "Prompts are framed as in training: `alpaca`.",
+        "kept weights refitted by ADMM",
+    ):
+        assert words in text
+
+
+def test_nothing_of_the_machine_is_in_the_card(record: Record) -> None:
+    named = with_config(
+        record, model=ModelConfig(path=f"{HOME}/models/base.gguf"), data=DataConfig(train=f"{HOME}/rows.jsonl")
+    )
+    named = dataclasses.replace(named, summary=record.summary | {"data": {"train": {"rows": 5}, "test": {}}})
+    for told in (card_text(record), card_text(named)):
+        assert "somebody" not in told and str(record.folder) not in told and "train.py" not in told
+    assert "base_model" not in card_metadata(named) and "datasets" not in card_metadata(named)
+    assert "language" not in card_metadata(named)
+    assert "# base, 50 % sparse rows expert" in card_text(named)
+    assert "add it to the metadata as `base_model`" in card_text(named)
+    assert "add it to the metadata" not in card_text(record)
+
+
+def test_the_quickstart_and_a_folder_that_looks_like_a_name_of_the_hub(
+    record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quickstart = with_config(record, model=ModelConfig(path="quickstart"))
+    assert card_metadata(quickstart)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    (tmp_path / "meta-llama" / "Llama-3.2-1B").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "base_model" not in card_metadata(record)
+
+
+def test_names_that_yaml_or_markdown_would_read_otherwise_stay_names(record: Record) -> None:
+    evil = with_config(record, data=DataConfig(train="---\n<b>a: [b](http://c)|d`"))
+    head, _, body = card_text(evil).removeprefix("---\n").partition("\n---\n")
+    assert yaml.safe_load(head)["tags"][-1] == "c)d"
+    assert body.startswith("\n# Llama-3.2-1B, 50 % sparse c)d expert\n")
+
+
+@pytest.mark.parametrize(
+    ("prune", "words"),
+    [
+        (PruneConfig(group="2:4"), "semi-structured 2:4: 2 of 4 consecutive inputs are kept"),
+        (PruneConfig(score="atp"), "structured: whole heads and hidden units cut out"),
+        (PruneConfig(sparsity=0.0), "No weight is pruned."),
+        (PruneConfig(schedule="cubic"), "10 events on a cubic ramp"),
+    ],
+)
+def test_every_pattern_has_its_words(record: Record, prune: PruneConfig, words: str) -> None:
+    changed = with_config(record, prune=prune)
+    if prune.score == "atp":
+        changed = dataclasses.replace(changed, summary=record.summary | {"cut": {"removed": 0.5}})
+    assert words in card_text(changed)
+
+
+def test_a_card_of_the_base_is_not_taken_for_the_experts(tmp_path: Path) -> None:
+    for name in ("README.md", "LICENSE", "tokenizer.json"):
+        (tmp_path / name).write_text("of the base")
+    copy_extras(tmp_path, tmp_path / "export")
+    assert {path.name for path in (tmp_path / "export").iterdir()} == {"LICENSE", "tokenizer.json"}

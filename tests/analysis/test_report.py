@@ -1,0 +1,184 @@
+"""report.html is one well-formed page that loads nothing, lets no text act, and says what the run has measured."""
+
+import dataclasses
+import itertools
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from efx_jax.analysis import report
+from efx_jax.analysis.record import read_record
+from efx_jax.config import Config, DataConfig, ModelConfig, PruneConfig
+from tests.analysis.reported import EVIL, leave_run, samples, summary
+
+CONFIG = Config(
+    model=ModelConfig(path="/home/somebody/<b>base</b>"),
+    data=DataConfig(train="pubmedqa", template="<i>{question}</i>"),
+)
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and the words below each; complains of tags that do not match."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.words: dict[str, list[str]] = {}
+        self.feed(source)
+        self.close()
+        assert self.open == [], "elements are left open"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), f"{tag} has an attribute twice"
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        for tag in set(self.open):
+            self.words.setdefault(tag, []).append(data)
+
+    def said(self, tag: str = "body") -> str:
+        return " ".join(" ".join(self.words.get(tag, [])).split())
+
+    def all(self, name: str) -> list[str]:
+        return [attributes[name] for _, attributes in self.elements if name in attributes]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return Page(report.write_report(leave_run(tmp_path_factory.mktemp("runs") / "<run>", CONFIG)).read_text())
+
+
+def test_the_page_is_well_formed_with_unique_ids_that_all_references_find(page: Page) -> None:
+    ids = page.all("id")
+    assert len(ids) == len(set(ids)) > 10
+    targets = [
+        target for name in ("aria-labelledby", "aria-describedby") for all_ in page.all(name) for target in all_.split()
+    ]
+    assert set(targets) | {link.removeprefix("#") for link in page.all("href")} <= set(ids)
+    assert [tag for tag, _ in page.elements].count("h1") == 1
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert all(below - above <= 1 for above, below in itertools.pairwise(levels))
+
+
+def test_the_page_loads_nothing_and_runs_nothing(page: Page) -> None:
+    assert not {tag for tag, _ in page.elements} & {
+        "script",
+        "link",
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+    }
+    assert all(link.startswith("#") for link in page.all("href"))
+    assert not page.all("src") and not page.all("srcset") and not page.all("style")
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    style = page.said("style")
+    assert "url(" not in style and "@import" not in style and "http" not in style
+    policies = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
+
+
+def test_text_of_data_and_paths_is_shown_and_never_acts(page: Page) -> None:
+    shown = " ".join(EVIL.replace("\x07", "\ufffd").replace("\ud800", "\ufffd").split())
+    said = page.said()
+    assert said.count(shown) >= 4  # the prompt (its end and whole), the gold answer, both written answers
+    for words in ("/home/somebody/<b>base</b>", "<i>{question}</i>", "python train.py --output '<b>runs</b>'"):
+        assert words in said
+    assert not {"b", "i", "img", "script"} & {tag for tag, _ in page.elements}
+
+
+def test_every_table_has_a_caption_and_every_heading_of_a_cell_its_scope(page: Page) -> None:
+    tags = [tag for tag, _ in page.elements]
+    assert tags.count("table") == tags.count("caption") > 3
+    assert {attributes.get("scope") for tag, attributes in page.elements if tag == "th"} == {"col", "row"}
+
+
+def test_every_picture_has_a_name_and_is_described_or_hidden(page: Page) -> None:
+    pictures = [attributes for tag, attributes in page.elements if tag == "svg"]
+    assert len(pictures) >= 8
+    named = [a for a in pictures if a.get("role") == "img" and a.get("aria-labelledby")]
+    assert len(named) + sum(a.get("aria-hidden") == "true" for a in pictures) == len(pictures)
+
+
+def test_results_stand_there_with_their_intervals_and_the_constant_answer(page: Page) -> None:
+    said = page.said("table")
+    assert "model perplexity (lower is better) base 20.00 [19.00, 21.00] dense LoRA, step 4 10.00 [9.00, 11.00]" in said
+    assert "sparse expert 62.5 [52.5, 72.5] 31.2 best constant answer 25.0 10.0" in said
+    assert (
+        "dense LoRA, step 4 → sparse expert: perplexity 10.00 → 12.00; pubmedqa accuracy 70.0 % → 62.5 %"
+        in page.said("p")
+    )
+
+
+def test_what_was_asked_names_the_settings_that_differ(page: Page) -> None:
+    assert "data.train pubmedqa icd10" in page.said("table")
+    assert "data.format" not in page.said("table")
+
+
+def test_time_and_memory_stand_there_by_phase(page: Page) -> None:
+    assert "load 1.5 s 4 % 300 train 30.0 s 75 % 1,234 prune 8.5 s 21 % – all 40.0 s 100 % 1,234" in page.said("table")
+
+
+def test_right_and_wrong_are_said_in_words(page: Page) -> None:
+    said = page.said("article")
+    assert "✗ wrong, margin 0.50" in said and "✓ right, margin 0.50" in said and "ROUGE-L 50 %" in said
+    assert "right with dense LoRA, step 4: 0 of 1; right with sparse expert: 1 of 1" in page.said("p")
+
+
+def test_without_a_dense_adapter_the_base_is_compared_and_named(tmp_path: Path) -> None:
+    rows = [
+        row | {"answers": {"base" if "dense" in name else name: a for name, a in row["answers"].items()}}
+        for row in samples()
+    ]
+    record = dataclasses.replace(read_record(leave_run(tmp_path / "run")), samples=rows)
+    assert "“base”, as no dense adapter was measured" in Page(report.report_page(record)).said()
+
+
+def test_a_run_without_training_tasks_or_zeros_has_a_page_too(tmp_path: Path) -> None:
+    results = {"base": {}, "dense expert": {}}
+    changed = {"results": results, "steps": 0, "events": [], "sparsity": {"q_proj": [0.0, 0.0]}, "seconds": {}}
+    folder = leave_run(tmp_path / "run", Config(prune=PruneConfig(sparsity=0.0)), **changed)
+    for name in ("metrics", "evaluations", "samples"):
+        (folder / f"{name}.jsonl").unlink()
+    said = Page(report.write_report(folder).read_text()).said()
+    for words in ("Nothing was measured", "Nothing was trained", "No weight is zero", "No answers were kept"):
+        assert words in said
+
+
+def test_a_ruined_model_has_a_page_too(tmp_path: Path) -> None:
+    results = summary()["results"]
+    results["sparse expert"]["perplexity"] |= {"value": None, "interval": [None, None]}
+    said = Page(report.write_report(leave_run(tmp_path / "run", results=results)).read_text()).said("table")
+    assert "sparse expert not finite" in said
+
+
+def test_the_command_writes_the_page_of_each_run_and_refuses_what_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [leave_run(tmp_path / name) for name in ("one", "two")]
+    assert report.main([str(run) for run in runs]) == 0
+    assert capsys.readouterr().out.split() == [str(run / "report.html") for run in runs]
+    (runs[0] / "summary.json").unlink()
+    (runs[1] / "samples.jsonl").write_text("{}\n[]\n")
+    for run, said in (
+        (runs[0], "is not finished"),
+        (runs[1], "samples.jsonl:2: holds a list"),
+        (tmp_path, "is not a run"),
+    ):
+        assert report.main([str(run)]) == 2
+        assert said in capsys.readouterr().err
