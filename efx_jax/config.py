@@ -135,6 +135,8 @@ class PruneConfig:
     """Damping of `pbs`, absolute; `gram_pbs` takes 1e-3 of the mean diagonal."""
     admm_steps: int = 30
     admm_damping: float = 1e-2
+    admm_refine: int = 0
+    """The first of these steps, in which every row chooses again which entries it keeps, as many as before."""
     gradient_batches: int = 16
     """With score "lora_gradient": training batches of whose mean loss the adapters' gradient is taken at an event."""
     domain_steps: int = 0

@@ -123,6 +123,7 @@ def _range_rules(prune: PruneConfig) -> Iterable[Rule]:
         ("prune.ema", prune.ema, 0 < prune.ema <= 1, "in (0, 1]"),
         ("prune.ridge", prune.ridge, prune.ridge >= 0, "at least 0"),
         ("prune.admm_steps", prune.admm_steps, prune.admm_steps >= 1, "at least 1"),
+        ("prune.admm_refine", prune.admm_refine, 0 <= prune.admm_refine < prune.admm_steps, "from 0 to admm_steps - 1"),
         ("prune.admm_damping", prune.admm_damping, prune.admm_damping >= 0, "at least 0"),
     ]
     if pattern:

@@ -16,9 +16,9 @@ from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import constrain_tree, linear_axes, split_rows
 from efx_jax.pruning.average import Memory, moves_base, moving_average, prunable, refits_base
-from efx_jax.pruning.recovery import admm_update, gram_brain_surgeon, partial_brain_surgeon
+from efx_jax.pruning.recovery import admm_refit, gram_brain_surgeon, partial_brain_surgeon
 from efx_jax.pruning.scores import activation_reach, matrix_score, weight_reach
-from efx_jax.pruning.selection import Counts, drop_by_counts
+from efx_jax.pruning.selection import Counts, drop_by_counts, parse_pattern
 from efx_jax.pruning.sparsegpt import Inverse, Sweep, inverse_factor, obs_by_factor, sparsegpt_on_mesh
 from efx_jax.pruning.statistics import INPUT_OF, INPUTS, Statistics
 
@@ -101,7 +101,7 @@ def prune_block(
         with jax.named_scope("select"):
             masks = _select(scores, counts, config)
     with jax.named_scope("recover"):
-        layer = _recover(layer, effective, masks, swept, stats, config, scale)
+        layer, masks = _recover(layer, effective, masks, swept, stats, config, scale)
     layer = dataclasses.replace(layer, masks=layer.masks | {name: pack_mask(mask) for name, mask in masks.items()})
     if config.merge_each_event:
         layer = _merge_and_redraw(layer, key, scale)
@@ -159,10 +159,14 @@ def _recover(
     stats: Statistics,
     config: PruneConfig,
     scale: float,
-) -> Layer:
-    """Moves B (pbs, gram_pbs) or the base (admm, obs) to make up for what the new masks drop."""
+) -> tuple[Layer, dict[str, Array]]:
+    """Moves B (pbs, gram_pbs) or the base (admm, obs) to make up for what the new masks drop.
+
+    Returns:
+        The block, and the masks, which ADMM may refine.
+    """
     if config.recovery == "none":
-        return layer
+        return layer, masks
     if refits_base(config):
         return _refit_base(layer, effective, masks, swept, stats, config)
     lora_b = dict(layer.lora_b)
@@ -190,7 +194,7 @@ def _recover(
                     (lora_a, stats.input_gram(name)),
                 )
         lora_b[name] = lora_b[name] + delta / scale
-    return dataclasses.replace(layer, lora_b=lora_b)
+    return dataclasses.replace(layer, lora_b=lora_b), masks
 
 
 def weight_before(layer: Layer, effective: Array, name: str, config: PruneConfig) -> Array:
@@ -218,19 +222,19 @@ def _refit_base(
     swept: dict[str, Sweep],
     stats: Statistics,
     config: PruneConfig,
-) -> Layer:
-    """New kept weights; the base takes them and the adapters start again at B = 0."""
+) -> tuple[Layer, dict[str, Array]]:
+    """New kept weights; the base takes them and the adapters start again at B = 0. And the masks."""
     targets = {name: weight_before(layer, effective[name], name, config) for name in masks}
     with jax.named_scope(config.recovery):
         if config.recovery == "admm":
-            refitted = _admm(targets, masks, stats, config)
+            refitted, masks = _admm(targets, masks, stats, config)
         elif swept:
             refitted = {name: sweep.weight for name, sweep in swept.items()}
         else:
             refitted = _obs(targets, masks, stats)
     weights = {name: new.astype(layer.weights[name].dtype) for name, new in refitted.items()}
     lora_b = {name: jnp.zeros_like(b) if name in masks else b for name, b in layer.lora_b.items()}
-    return dataclasses.replace(layer, weights=layer.weights | weights, lora_b=lora_b)
+    return dataclasses.replace(layer, weights=layer.weights | weights, lora_b=lora_b), masks
 
 
 def _obs(targets: dict[str, Array], masks: dict[str, Array], stats: Statistics) -> dict[str, Array]:
@@ -244,28 +248,40 @@ def _obs(targets: dict[str, Array], masks: dict[str, Array], stats: Statistics) 
 
 def _admm(
     targets: dict[str, Array], masks: dict[str, Array], stats: Statistics, config: PruneConfig
-) -> dict[str, Array]:
-    """ADMM on the kept weights."""
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """ADMM on the kept weights, and the masks that it ends with."""
     refitted: dict[str, Array] = {}
+    refined: dict[str, Array] = {}
     for source in INPUTS:
         names = [name for name in masks if INPUT_OF[name] == source]
         if not names:
             continue
         parts = split_rows(
-            functools.partial(_refit, steps=config.admm_steps, damping=config.admm_damping),
+            functools.partial(_refit, config=config),
             names[0],
             ([targets[name] for name in names], [masks[name] for name in names]),
             (stats.gram[source],),
         )
-        refitted |= dict(zip(names, parts, strict=True))
-    return refitted
+        refitted |= dict(zip(names, parts[0], strict=True))
+        refined |= dict(zip(names, parts[1], strict=True))
+    return refitted, refined
 
 
-def _refit(targets: list[Array], masks: list[Array], gram: Array, steps: int, damping: float) -> list[Array]:
+def _refit(
+    targets: list[Array], masks: list[Array], gram: Array, config: PruneConfig
+) -> tuple[list[Array], list[Array]]:
     """ADMM for linears that read the same input, and so share its Gram and one factorisation of it."""
-    refitted = admm_update(jnp.concatenate(targets), jnp.concatenate(masks), gram, steps=steps, damping=damping)
-    ends = itertools.accumulate(target.shape[0] for target in targets)
-    return jnp.split(refitted, list(ends)[:-1])
+    found = admm_refit(
+        jnp.concatenate(targets),
+        jnp.concatenate(masks),
+        gram,
+        steps=config.admm_steps,
+        damping=config.admm_damping,
+        refine=config.admm_refine,
+        pattern=parse_pattern(config.group),
+    )
+    ends = list(itertools.accumulate(target.shape[0] for target in targets))[:-1]
+    return jnp.split(found[0], ends), jnp.split(found[1], ends)
 
 
 def _merge_and_redraw(layer: Layer, key: Array, scale: float) -> Layer:

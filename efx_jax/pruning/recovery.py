@@ -10,6 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from efx_jax.pruning.selection import lowest, score_bits
+
 Array = jax.Array
 _TRIES = 6
 
@@ -188,6 +190,37 @@ def admm_update(
     Returns:
         The new weight `[O,I]`, float32, exactly 0 where pruned.
     """
+    return admm_refit(weight, mask, gram, target, steps, damping)[0]
+
+
+def admm_refit(
+    weight: Array,
+    mask: Array,
+    gram: Array,
+    target: Array | None = None,
+    steps: int = 30,
+    damping: float = 1e-2,
+    refine: int = 0,
+    pattern: tuple[int, int] | None = None,
+) -> tuple[Array, Array]:
+    """As `admm_update`, and in its first `refine` steps every row chooses again which entries it keeps.
+
+    A row keeps as many as its mask says: those of the largest |X + Y|, the weight that ADMM asks for times the norm of
+    its input, in which the others already make up for what is gone. A score knows each entry only by itself.
+
+    Args:
+        weight: as there.
+        mask: as there.
+        gram: as there.
+        target: as there.
+        steps: as there.
+        damping: as there.
+        refine: number of these steps, static; 0 leaves the mask as it is.
+        pattern: (N, M): every M consecutive inputs keep N; static.
+
+    Returns:
+        The new weight `[O,I]`, float32, exactly 0 where pruned, and the mask, bool `[O,I]`.
+    """
     diagonal = jnp.sqrt(jnp.diagonal(gram))
     scale = jnp.where(diagonal > 0, diagonal, 1.0)
     identity = jnp.eye(gram.shape[0], dtype=jnp.float32)
@@ -196,12 +229,27 @@ def admm_update(
     rho = 1.0
     inverse = matrix_solve(damped(matrix_cholesky, gram, jnp.float32(rho)), identity)
     goal_gram = _einsum("oi,ij->oj", goal, gram)
+    dropped = jnp.sum(~mask, axis=1, keepdims=True, dtype=jnp.int32)
 
-    def step(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        x, y = state
+    def choose(wanted: Array) -> Array:
+        bits = score_bits(wanted)
+        if pattern is None:
+            return ~lowest(bits, dropped)
+        blocks = bits.reshape(bits.shape[0], -1, pattern[1])
+        return ~lowest(blocks, pattern[1] - pattern[0]).reshape(bits.shape)
+
+    def step(x: Array, y: Array, mask: Array) -> tuple[Array, Array]:
         z = jnp.where(mask, x + y, 0.0)
         y = y + x - z
         return _einsum("oi,ij->oj", goal_gram + rho * (z - y), inverse), y
 
-    x, y = jax.lax.fori_loop(0, steps, step, (goal, jnp.zeros_like(goal)))
-    return jnp.where(mask, (x + y) / scale, 0.0)
+    def choosing_step(_: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        x, y, _ = state
+        mask = choose(x + y)
+        return *step(x, y, mask), mask
+
+    x, y = goal, jnp.zeros_like(goal)
+    if refine:
+        x, y, mask = jax.lax.fori_loop(0, refine, choosing_step, (x, y, mask))
+    x, y = jax.lax.fori_loop(refine, steps, lambda _, state: step(*state, mask), (x, y))
+    return jnp.where(mask, (x + y) / scale, 0.0), mask

@@ -98,8 +98,8 @@ def _divergence_bwd(
     batch: Axes | None, residuals: tuple[Array, ...], cotangent: Array
 ) -> tuple[Array, Array, Array, Array, None]:
     d_hidden, head, teacher_hidden, teacher_head, _ = residuals
-    constants = (jnp.zeros_like(operand) for operand in (head, teacher_hidden, teacher_head))
-    return ((d_hidden * cotangent).astype(d_hidden.dtype), *constants, None)
+    zeros = jnp.zeros_like(head), jnp.zeros_like(teacher_hidden), jnp.zeros_like(teacher_head)
+    return (d_hidden * cotangent).astype(d_hidden.dtype), *zeros, None
 
 
 _divergence.defvjp(_divergence_fwd, _divergence_bwd)

@@ -66,7 +66,7 @@ def _adapter_gradient(
 ) -> tuple[Tree, Array]:
     """The summed gradient of one batch and its number of loss-carrying tokens."""
 
-    def loss(arrays: Tree, part: Batch, _: Array) -> tuple[Array, Array]:
+    def loss(arrays: Tree, part: Batch, _: Array) -> tuple[Array, dict[str, Array]]:
         return summed_loss(arrays, adapters, params, masks, part, jax.random.key(0), spec, options)
 
     grads, _, _ = accumulate_gradient(loss, trainable(adapters), batch, options.micro_batches)

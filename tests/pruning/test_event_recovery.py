@@ -1,5 +1,6 @@
 """What an event mends under a mask that is already there, and what a merge leaves."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -38,6 +39,23 @@ def test_admm_refits_to_the_masked_model_before_the_event(llama: Any, stats: Sta
     for name in set(LINEARS) - set(SOME):
         np.testing.assert_array_equal(params["layers"][name], llama.params["layers"][name])
         np.testing.assert_array_equal(adapters.lora_b[name], llama.adapters.lora_b[name])
+
+
+@pytest.mark.parametrize("group", ["bounded", "2:4"])
+def test_an_event_keeps_the_refined_masks_and_their_counts(llama: Any, stats: Statistics, group: str) -> None:
+    plain = PruneConfig(score="wanda", recovery="admm", group=group, targets=TWO)
+    refining = dataclasses.replace(plain, admm_refine=12)
+    found = [
+        prune_event(llama.params, llama.adapters, None, stats, None, llama.spec, config) for config in (plain, refining)
+    ]
+    for name in TWO:
+        (_, _, fixed, _), (moved, _, refined, _) = found
+        np.testing.assert_array_equal(jnp.sum(refined[name], axis=-1), jnp.sum(fixed[name], axis=-1))
+        assert np.any(np.asarray(refined[name]) != np.asarray(fixed[name]))
+        assert not np.any(np.asarray(moved["layers"][name])[~np.asarray(refined[name])])
+        if group == "2:4":
+            blocks = np.asarray(refined[name]).reshape(*refined[name].shape[:2], -1, 4)
+            assert (blocks.sum(-1) == 2).all()
 
 
 def test_gram_pbs_mends_what_the_new_mask_changes_and_not_what_the_old_one_did(llama: Any, stats: Statistics) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from efx_jax.pruning.recovery import (
+    admm_refit,
     admm_update,
     damped,
     gram_brain_surgeon,
@@ -25,6 +27,7 @@ OUT, IN, RANK, TOKENS = 12, 16, 3, 80
 pbs = jax.jit(partial_brain_surgeon)
 gram_pbs = jax.jit(gram_brain_surgeon, static_argnames="chunk_rows")
 admm = jax.jit(admm_update, static_argnames="steps")
+refit = jax.jit(admm_refit, static_argnames=("steps", "refine", "pattern"))
 cholesky = jax.jit(functools.partial(damped, matrix_cholesky))
 
 
@@ -219,6 +222,48 @@ def test_admm_fits_its_target_and_not_the_weight(layer: Problem) -> None:
     found = admm(*single(layer.weight, layer.mask, layer.gram, target), steps=20)
     assert_close(found, admm_by_the_book(target, layer.mask, layer.gram, 20, 1e-2))
     assert (layer.error(np.asarray(found), target) < layer.error(layer.mask * layer.weight, target)).all()
+
+
+def refined_by_the_book(problem: Problem, steps: int, refine: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """The recursion with the mask chosen again: of every `block` inputs of a row as many stay as before."""
+    scale = np.sqrt(np.diag(problem.gram))
+    gram = problem.gram / np.outer(scale, scale) + 1e-2 * np.eye(IN)
+    goal = problem.weight * scale
+    x, y, mask = goal.copy(), np.zeros_like(goal), problem.mask.copy()
+    for step in range(steps):
+        for row, first in itertools.product(range(OUT), range(0, IN, block) if step < refine else ()):
+            part = slice(first, first + block)
+            kept = int(mask[row, part].sum())
+            order = np.argsort(-np.abs((x + y)[row, part]), kind="stable")
+            mask[row, part] = np.isin(np.arange(block), order[:kept])
+        z = mask * (x + y)
+        y = y + x - z
+        x = np.linalg.solve(gram + np.eye(IN), (goal @ gram + z - y).T).T
+    return mask * (x + y) / scale, mask
+
+
+@pytest.mark.parametrize(("refine", "pattern"), [(0, None), (7, None), (7, (2, 4))])
+def test_a_refined_mask_is_chosen_by_what_the_others_cannot_make_up_for(
+    layer: Problem, refine: int, pattern: tuple[int, int] | None
+) -> None:
+    problem = layer
+    if pattern:
+        # Two of every four consecutive inputs.
+        blocks = np.argsort(np.random.default_rng(5).random((OUT, IN // 4, 4)), axis=-1) < 2
+        problem = dataclasses.replace(layer, mask=blocks.reshape(OUT, IN))
+    weight, mask = refit(*single(problem.weight, problem.mask, problem.gram), steps=15, refine=refine, pattern=pattern)
+    expected, expected_mask = refined_by_the_book(problem, 15, refine, pattern[1] if pattern else IN)
+    np.testing.assert_array_equal(mask, expected_mask)
+    assert_close(weight, expected)
+    assert np.any(np.asarray(mask) != problem.mask) == (refine > 0)
+    np.testing.assert_array_equal(np.asarray(mask).sum(1), problem.mask.sum(1))
+    assert not np.asarray(weight)[~np.asarray(mask)].any()
+
+
+def test_refining_the_mask_lowers_the_calibration_error(layer: Problem) -> None:
+    fixed, _ = refit(*single(layer.weight, layer.mask, layer.gram), steps=30)
+    moved, _ = refit(*single(layer.weight, layer.mask, layer.gram), steps=30, refine=15)
+    assert layer.error(np.asarray(moved)).sum() < 0.9 * layer.error(np.asarray(fixed)).sum()
 
 
 def test_surgeons_run_under_vmap_over_layers(layer: Problem) -> None:
