@@ -26,11 +26,15 @@ _MULTIPLE = 32  # what calibration_batches rounds lengths up to
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A folder that `train.py` has written: its settings, and the steps of which it holds a checkpoint, ascending."""
+    """A folder that `train.py` has written: its settings, and the steps of which it holds a checkpoint, ascending.
+
+    `kind` is the folder of those checkpoints: "checkpoints", or "best" for that of `eval.best`.
+    """
 
     folder: Path
     config: Config
     steps: tuple[int, ...]
+    kind: str = "checkpoints"
 
 
 def open_run(folder: Path) -> Run:
@@ -43,12 +47,23 @@ def open_run(folder: Path) -> Run:
     if not path.is_file():
         raise InputError(f"{folder}: is not a run; expected a folder that train.py has written, with config.yaml")
     config = from_yaml(path.read_text(encoding="utf-8"), str(path))
-    # A checkpoint that is not whole has a name with a suffix.
-    names = [entry.name for entry in (folder / "checkpoints").glob("*") if (entry / "state").is_dir()]
-    steps = tuple(sorted(int(name) for name in names if name.isdigit()))
+    steps = _steps(folder / "checkpoints")
     if not steps:
         raise InputError(f"{folder}: holds no checkpoint; expected one in {folder / 'checkpoints'}; train it first")
     return Run(folder, config, steps)
+
+
+def open_shipped(folder: Path) -> Run:
+    """The run with the one checkpoint whose model it exports: its best, where `eval.best` has found one, or its last.
+
+    Raises:
+        InputError: as `open_run`.
+    """
+    run = open_run(folder)
+    best = _steps(folder / "best") if run.config.eval.best else ()
+    if best:
+        return dataclasses.replace(run, steps=best[-1:], kind="best")
+    return dataclasses.replace(run, steps=run.steps[-1:])
 
 
 def dense_steps(run: Run) -> tuple[int, ...]:
@@ -108,6 +123,16 @@ def run_adapters(run: Run, step: int) -> Adapters | None:
     )
 
 
+def moved_and_masked(run: Run, step: int) -> tuple[bool, bool]:
+    """Whether an event before the checkpoint has rewritten the base, and whether it holds masks.
+
+    Raises:
+        InputError: the checkpoint cannot be read.
+    """
+    meta = _restore(run, step, "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+    return bool(meta["base_moved"]), bool(meta["masked"])
+
+
 def load_base(run: Run) -> tuple[dict[str, Any], ModelSpec]:
     """The model that the run started from, each tensor in its own dtype."""
     return load_pretrained(run.config.model.path, None)
@@ -145,13 +170,18 @@ def first_and_last(steps: Iterable[int]) -> list[int]:
     return sorted({found[0], found[-1]})
 
 
+def _steps(folder: Path) -> tuple[int, ...]:
+    # A checkpoint that is not whole has a name with a suffix.
+    names = [entry.name for entry in folder.glob("*") if (entry / "state").is_dir()]
+    return tuple(sorted(int(name) for name in names if name.isdigit()))
+
+
 def _pruned(run: Run, step: int) -> bool:
-    meta = _restore(run, step, "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
-    return bool(meta["masked"] or meta["base_moved"])
+    return any(moved_and_masked(run, step))
 
 
 def _restore(run: Run, step: int, item: str, handler: Any, arguments: Any) -> Any:
-    path = run.folder / "checkpoints" / str(step) / item
+    path = run.folder / run.kind / str(step) / item
     try:
         with _quiet(), ocp.Checkpointer(handler) as checkpointer:
             return checkpointer.restore(path.absolute(), args=arguments)

@@ -76,6 +76,15 @@ def adapter_settings(path: str | os.PathLike[str]) -> AdapterSettings:
     return _settings(config, _modules(folder, entries))
 
 
+def check_adapter(path: str | os.PathLike[str], spec: ModelSpec) -> None:
+    """Refuses a PEFT adapter that does not fit a model; reads no tensor.
+
+    Raises:
+        InputError: as `load_adapter`, but for numbers that are not finite.
+    """
+    _checked(Path(path), spec)
+
+
 def load_adapter(path: str | os.PathLike[str], spec: ModelSpec) -> Adapters:
     """Reads a LoRA adapter that PEFT has written.
 
@@ -91,10 +100,7 @@ def load_adapter(path: str | os.PathLike[str], spec: ModelSpec) -> Adapters:
         InputError: a missing or damaged file, an option that is not supported, a tensor that is missing, of the wrong
             shape, not finite, or of no module that the settings name.
     """
-    folder = Path(path)
-    config, entries = _open(folder)
-    modules = _modules(folder, entries)
-    _check_modules(folder, config, modules, spec)
+    config, entries, modules = _checked(Path(path), spec)
     settings = _settings(config, modules)
     scale = lora_scale(settings.rank, settings.alpha, settings.rslora)
     shapes = linear_shapes(spec)
@@ -104,11 +110,10 @@ def load_adapter(path: str | os.PathLike[str], spec: ModelSpec) -> Adapters:
         lora_a[name] = np.zeros((spec.num_layers, settings.rank, in_dim), np.float32)
         lora_b[name] = np.zeros((spec.num_layers, out_dim, settings.rank), np.float32)
     for module in modules:
-        rank, (out_dim, in_dim) = module_rank(config, module.name), shapes[module.linear]
-        half_a = _read(entries, module.tensors["A"], (rank, in_dim))
-        half_b = _read(entries, module.tensors["B"], (out_dim, rank))
-        lora_a[module.linear][module.layer, :rank] = half_a
-        lora_b[module.linear][module.layer, :, :rank] = half_b * np.float32(module_scale(config, module.name) / scale)
+        rank = module_rank(config, module.name)
+        lora_a[module.linear][module.layer, :rank] = _read(entries, module.tensors["A"])
+        factor = np.float32(module_scale(config, module.name) / scale)
+        lora_b[module.linear][module.layer, :, :rank] = factor * _read(entries, module.tensors["B"])
     return Adapters(
         lora_a={name: jnp.asarray(array) for name, array in lora_a.items()},
         lora_b={name: jnp.asarray(array) for name, array in lora_b.items()},
@@ -154,6 +159,18 @@ def save_adapter(
         save_file(tensors, partial / _WEIGHTS_FILE, metadata={"format": "pt"})
         text = peft_config_text(rank, alpha, rslora, targets, base)
         (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def _checked(folder: Path, spec: ModelSpec) -> tuple[PeftConfig, dict[str, Entry], list[_Module]]:
+    """A folder's settings, tensors and modules, all of which have their place in the model."""
+    config, entries = _open(folder)
+    modules = _modules(folder, entries)
+    _check_modules(folder, config, modules, spec)
+    for module in modules:
+        rank, (out_dim, in_dim) = module_rank(config, module.name), linear_shapes(spec)[module.linear]
+        _check_shape(entries, module.tensors["A"], (rank, in_dim))
+        _check_shape(entries, module.tensors["B"], (out_dim, rank))
+    return config, entries, modules
 
 
 def _open(folder: Path) -> tuple[PeftConfig, dict[str, Entry]]:
@@ -234,14 +251,19 @@ def _settings(config: PeftConfig, modules: list[_Module]) -> AdapterSettings:
     return AdapterSettings(rank, alpha, config.rslora, tuple(name for name in LINEARS if name in adapted))
 
 
-def _read(entries: Mapping[str, Entry], key: str, shape: tuple[int, int]) -> np.ndarray:
+def _check_shape(entries: Mapping[str, Entry], key: str, shape: tuple[int, int]) -> None:
     entry = entries[key]
     if entry.shape != shape:
         raise InputError(
             f"{entry.path}: tensor {key} has shape {list(entry.shape)}, expected {list(shape)}; choose the base that "
             f"the adapter was trained on, and check the ranks in {CONFIG_FILE}"
         )
-    values = read_part(entry, key, whole(shape)).astype(np.float32)
+
+
+def _read(entries: Mapping[str, Entry], key: str) -> np.ndarray:
+    """One tensor, float32."""
+    entry = entries[key]
+    values = read_part(entry, key, whole(entry.shape)).astype(np.float32)
     if not np.isfinite(values).all():
         place = np.argwhere(~np.isfinite(values))[0].tolist()
         raise InputError(f"{entry.path}: tensor {key} holds {values[tuple(place)]} at {place}; expected finite numbers")

@@ -47,7 +47,7 @@ _IDLE = (
     "runtime_config",
     "task_type",
 )
-_UNSET = (None, False, "", "none", [], {})
+_UNSET: tuple[Any, ...] = (None, False, "", "none", [], {})
 # Ways to draw A and B that leave the base as it is; all others (pissa, olora, corda, loftq, lora_ga) move it.
 _HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -148,7 +148,7 @@ def peft_config_text(rank: int, alpha: float, rslora: bool, targets: Sequence[st
         targets: last parts of the names of the adapted modules, which are adapted in every layer.
         base: path or Hub name of the model that the adapter belongs to.
     """
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
