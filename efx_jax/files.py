@@ -137,6 +137,8 @@ def atomic_file(dst: str | os.PathLike[str], needs: int = 0) -> Iterator[Path]:
     """
     dst = Path(dst)
     with _user_errors(dst):
+        if dst.is_dir():
+            raise InputError(f"{dst}: is a folder; expected the path of a new file; choose another")
         _check_place(dst, replace=False, needs=needs)
         partial = _partial(dst, secrets.randbelow(2**31))
         try:

@@ -102,7 +102,7 @@ def restore(
         (state, base_moved, waiting, notes), see `save`; or None without a checkpoint.
 
     Raises:
-        InputError: the checkpoint belongs to another base or other training data.
+        InputError: the checkpoint belongs to another base, adapter to start from, or other training data.
     """
     step = manager.latest_step() if step is None else step
     if step is None:
@@ -110,9 +110,9 @@ def restore(
     meta = _meta(manager, step)
     if meta["origin"] != origin:
         raise InputError(
-            f"{manager.directory}: was written on another base model, other training data or another adapter "
-            f"(fingerprint {meta['origin']}, found {origin}); bring back what model.path, data.train and lora.adapter "
-            "held, or choose another --output"
+            f"{manager.directory}: was written on another base model or adapter, or on other training data (fingerprint "
+            f"{meta['origin']}, found {origin}); bring back what model.path, lora.adapter and data.train held, or "
+            "choose another --output"
         )
     prune = fresh.prune
     if meta["averaged"]:

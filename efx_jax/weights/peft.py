@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from efx_jax.errors import InputError
 from efx_jax.files import atomic_folder
@@ -156,7 +156,8 @@ def save_adapter(
                 if not np.isfinite(tensors[key].astype(np.float32)).all():
                     raise InputError(f"{path}: {key} has numbers that are not finite in {dtype}; choose float32")
     with atomic_folder(path, needs=sum(tensor.nbytes for tensor in tensors.values())) as partial:
-        save_file(tensors, partial / _WEIGHTS_FILE, metadata={"format": "pt"})
+        # Not by `save_file`, whose files nobody else may read.
+        (partial / _WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
         text = peft_config_text(rank, alpha, rslora, targets, base)
         (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
 
