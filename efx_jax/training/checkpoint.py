@@ -110,9 +110,9 @@ def restore(
     meta = _meta(manager, step)
     if meta["origin"] != origin:
         raise InputError(
-            f"{manager.directory}: was written on another base model or adapter, or on other training data (fingerprint "
-            f"{meta['origin']}, found {origin}); bring back what model.path, lora.adapter and data.train held, or "
-            "choose another --output"
+            f"{manager.directory}: was written on another base model or adapter, or on other training data "
+            f"(fingerprint {meta['origin']}, found {origin}); bring back what model.path, lora.adapter and data.train "
+            "held, or choose another --output"
         )
     prune = fresh.prune
     if meta["averaged"]:

@@ -152,7 +152,8 @@ def save_adapter(
         for half, stacked in (("A", adapters.lora_a[name]), ("B", adapters.lora_b[name])):
             for layer, values in enumerate(np.asarray(stacked)):
                 key = f"base_model.model.{_module_name(name, layer)}.lora_{half}.weight"
-                tensors[key] = np.ascontiguousarray(values.astype(DTYPES[dtype]))
+                with np.errstate(over="ignore"):
+                    tensors[key] = np.ascontiguousarray(values.astype(DTYPES[dtype]))
                 if not np.isfinite(tensors[key].astype(np.float32)).all():
                     raise InputError(f"{path}: {key} has numbers that are not finite in {dtype}; choose float32")
     with atomic_folder(path, needs=sum(tensor.nbytes for tensor in tensors.values())) as partial:
