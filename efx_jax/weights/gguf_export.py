@@ -46,7 +46,7 @@ def export_gguf(src: str | os.PathLike[str], dst: str | os.PathLike[str], dtype:
     source = open_checkpoint(src)
     spec = spec_from_config(source.config)
     check_names_and_shapes(source, spec)
-    _check_biases(spec)
+    _check_architecture(spec)
     vocabulary = vocabulary_metadata(source, spec)
     metadata = _model_metadata(source, spec, dtype) | vocabulary
     names = stored_names(_plain_config(spec))
@@ -106,7 +106,13 @@ def _plain_config(spec: ModelSpec) -> dict[str, Any]:
     return config_from_spec(spec, "float32") | {"attention_bias": own_biases, "mlp_bias": "gate_proj" in spec.biases}
 
 
-def _check_biases(spec: ModelSpec) -> None:
+def _check_architecture(spec: ModelSpec) -> None:
+    """Refuses what llama.cpp's code for this architecture does not read."""
+    if spec.model_type == "qwen2" and spec.num_heads * spec.head_dim != spec.hidden_size:
+        raise InputError(
+            f"config.json: head_dim {spec.head_dim} times num_attention_heads {spec.num_heads} is not hidden_size "
+            f"{spec.hidden_size}, which llama.cpp takes for granted in a qwen2 model; export it to --format hf"
+        )
     known = {"llama": set(spec.biases), "qwen2": {"q_proj", "k_proj", "v_proj"}, "qwen3": set()}[spec.model_type]
     if set(spec.biases) - known:
         raise InputError(

@@ -54,7 +54,7 @@ def make_model(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, Any], Mode
             "num_hidden_layers": 2,
             "num_attention_heads": N,
             "num_key_value_heads": K,
-            "head_dim": H,
+            "head_dim": 4 if model_type == "qwen2" else H,
             "max_position_embeddings": 128,
             "rms_norm_eps": 1e-5,
             "rope_theta": 50000.0,
@@ -203,6 +203,7 @@ def test_gguf_file_keeps_its_own_tokenizer(make_model: Callable, tmp_path: Path)
         ({"rope_parameters": {**ROPES["yarn"], "attention_factor": 1.5}}, "yarn's attention factor is 1.5"),
         ({"rope_parameters": {**ROPES["yarn"], "truncate": False}}, "yarn with truncate false"),
         ({"model_type": "qwen3", "attention_bias": True}, "biases of k_proj, o_proj, q_proj, v_proj are unknown"),
+        ({"model_type": "qwen2", "head_dim": 8}, "head_dim 8 times num_attention_heads 4 is not hidden_size 16"),
         ({"kind": "none"}, "no tokenizer that transformers can load"),
     ],
 )
