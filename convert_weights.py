@@ -3,6 +3,9 @@
 
     python convert_weights.py import SRC DST [--dtype D]    Hugging Face folder or GGUF file -> Orbax folder
     python convert_weights.py export SRC DST [--dtype D]    Orbax or run folder -> Hugging Face folder
+        [--max-shard-size 2GB]
+    python convert_weights.py export SRC FILE.gguf --format gguf [--dtype D]    ... -> GGUF file for llama.cpp
+    python convert_weights.py adapter RUN DST [--dtype D]   adapters of a run -> PEFT folder
     python convert_weights.py inspect PATH                  shapes, dtypes, sparsity, size
     python convert_weights.py verify A B                    tensor by tensor; exit code 1 if they differ
 
@@ -12,7 +15,7 @@ A mistake in the input is one line on stderr and exit code 2.
 import argparse
 import sys
 
-from efx_jax.errors import OneLineParser, exit_code
+from efx_jax.errors import InputError, OneLineParser, byte_size, exit_code
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,14 +23,28 @@ def parser() -> argparse.ArgumentParser:
     top = OneLineParser("convert_weights.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     read = commands.add_parser("import", help="Hugging Face folder or GGUF file -> Orbax folder")
-    write = commands.add_parser("export", help="Orbax or run folder -> Hugging Face folder")
-    for command in (read, write):
+    write = commands.add_parser("export", help="Orbax or run folder -> Hugging Face folder or GGUF file")
+    adapter = commands.add_parser("adapter", help="adapters of a run -> PEFT folder")
+    for command, default in (
+        (read, "every tensor keeps its own"),
+        (write, "every tensor keeps its own; of gguf float16"),
+        (adapter, "float32"),
+    ):
         command.add_argument("src", metavar="SRC")
-        command.add_argument("dst", metavar="DST", help="folder to make; must not exist")
-        command.add_argument(
-            "--dtype", choices=("float32", "bfloat16", "float16"), help="default: every tensor keeps its own"
-        )
-    write.add_argument("--format", choices=("hf",), default="hf", help="hf: config.json, safetensors, tokenizer")
+        command.add_argument("dst", metavar="DST", help="folder (or file) to make; must not exist")
+        command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=f"default: {default}")
+    write.add_argument(
+        "--format",
+        choices=("hf", "gguf"),
+        default="hf",
+        help="hf: config.json, safetensors, tokenizer; gguf: one file for llama.cpp",
+    )
+    write.add_argument(
+        "--max-shard-size",
+        type=byte_size,
+        metavar="SIZE",
+        help="of hf: size from which the weights are split into several files, such as 500MB; default: 5GB",
+    )
     commands.add_parser("inspect", help="describe a checkpoint").add_argument("path", metavar="PATH")
     compare = commands.add_parser("verify", help="compare two checkpoints; exit code 1 if they differ")
     compare.add_argument("a", metavar="A")
@@ -50,10 +67,13 @@ def run(options: argparse.Namespace) -> int:
         print(f"wrote {options.dst}")
         return 0
     if options.command == "export":
-        from efx_jax.weights.convert import export_checkpoint
-
-        export_checkpoint(options.src, options.dst, options.dtype)
+        export(options)
         print(f"wrote {options.dst}")
+        return 0
+    if options.command == "adapter":
+        from efx_jax.training.adapter import export_adapter
+
+        print(export_adapter(options.src, options.dst, options.dtype or "float32"))
         return 0
     from efx_jax.weights.inspect import inspect, verify
 
@@ -63,6 +83,20 @@ def run(options: argparse.Namespace) -> int:
     report, code = verify(options.a, options.b)
     print(report)
     return code
+
+
+def export(options: argparse.Namespace) -> None:
+    """Writes a checkpoint in the format that was asked for."""
+    from efx_jax.weights.convert import export_checkpoint
+
+    if options.format == "gguf":
+        from efx_jax.weights.gguf_export import export_gguf
+
+        if options.max_shard_size:
+            raise InputError("--max-shard-size: a GGUF file is one file; leave it out, or choose --format hf")
+        export_gguf(options.src, options.dst, options.dtype or "float16")
+        return
+    export_checkpoint(options.src, options.dst, options.dtype, options.max_shard_size)
 
 
 if __name__ == "__main__":

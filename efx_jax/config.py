@@ -82,6 +82,8 @@ class LoraConfig:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     rslora: bool = False
     """Scale alpha / sqrt(rank) instead of alpha / rank."""
+    adapter: str = ""
+    """Folder of a PEFT adapter that training starts from; it brings rank, alpha, rslora and targets with it."""
 
 
 @dataclasses.dataclass(frozen=True)

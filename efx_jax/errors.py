@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -50,6 +51,15 @@ def whole_number(text: str, least: int = 0) -> int:
 def positive_number(text: str) -> int:
     """As `whole_number`, of at least 1."""
     return whole_number(text, 1)
+
+
+def byte_size(text: str) -> int:
+    """The type of an argument that is a number of bytes: 500MB and 2GB (powers of 1000), 2GiB (of 1024), or digits."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B|B?)", text.strip().upper())
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GB, found {text!r}")
+    power = "KMGT".index(match[2]) + 1 if match[2] else 0
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def exit_code(work: Callable[[], int], speaker: str, farewell: str = "") -> int:

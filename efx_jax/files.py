@@ -124,6 +124,33 @@ def atomic_folder(
             raise
 
 
+@contextlib.contextmanager
+def atomic_file(dst: str | os.PathLike[str], needs: int = 0) -> Iterator[Path]:
+    """Gives a temporary sibling to write; on leaving it is synced and becomes the file `dst`, on an error it goes.
+
+    Args:
+        dst: the file to make.
+        needs: bytes that must be free on that disk before any work begins.
+
+    Raises:
+        InputError: `dst` exists, the disk is full, or the place is not writable.
+    """
+    dst = Path(dst)
+    with _user_errors(dst):
+        if dst.is_dir():
+            raise InputError(f"{dst}: is a folder; expected the path of a new file; choose another")
+        _check_place(dst, replace=False, needs=needs)
+        partial = _partial(dst, secrets.randbelow(2**31))
+        try:
+            yield partial
+            _sync(partial)
+            os.rename(partial, dst)
+            _sync(dst.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
 def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Writes a whole file (text as UTF-8), replacing what stood there in one step.
 
@@ -173,15 +200,20 @@ def _user_errors(path: Path) -> Iterator[None]:
 
 def _make_partial(dst: Path, replace: bool, needs: int) -> int:
     """Makes the temporary sibling of `dst` and returns its number."""
+    _check_place(dst, replace, needs)
+    number = secrets.randbelow(2**31)
+    _partial(dst, number).mkdir()
+    return number
+
+
+def _check_place(dst: Path, replace: bool, needs: int) -> None:
+    """Refuses a place where something stands, or a disk without room."""
     if not replace and _is_filled(dst):
         raise InputError(f"{dst}: exists already; expected a new path; choose another or remove it first")
     dst.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(dst.parent).free
     if free < needs:
         raise InputError(f"{dst}: needs {needs:,} bytes, but the disk has {free:,} free; choose another disk")
-    number = secrets.randbelow(2**31)
-    _partial(dst, number).mkdir()
-    return number
 
 
 def _partial(dst: Path, number: int) -> Path:

@@ -1,5 +1,6 @@
 """How commands end: with one line for what the user can mend, and with everything for what is our own fault."""
 
+import argparse
 import errno
 import os
 import warnings
@@ -13,7 +14,7 @@ import train
 from efx_jax.compare import train_one
 from efx_jax.config import Config
 from efx_jax.config_io import to_yaml
-from efx_jax.errors import FallbackWarning, InputError, exit_code
+from efx_jax.errors import FallbackWarning, InputError, byte_size, exit_code
 
 Finish = Callable[[BaseException], int]
 
@@ -92,3 +93,17 @@ def test_a_comparison_does_not_calibrate_on_something_else(
     with pytest.warns(UserWarning, match="2 rows"):
         assert train_one.main([str(tmp_path / "run.yaml"), str(tmp_path / "run")]) == 2
     assert "nothing else than its file says: calibration on the training rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("500MB", 500 * 10**6), ("2GB", 2 * 10**9), ("1.5 gb", 15 * 10**8), ("2GiB", 2 << 30), ("10kB", 10**4), ("7", 7)],
+)
+def test_size_is_read_in_the_usual_units(text: str, size: int) -> None:
+    assert byte_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "big", "-1GB", "0", "5 G B", "GB"])
+def test_size_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a size such as"):
+        byte_size(text)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from efx_jax.errors import InputError
-from efx_jax.files import atomic_folder, atomic_write, meet, sha256_of
+from efx_jax.files import atomic_file, atomic_folder, atomic_write, meet, sha256_of
 
 
 def _break_off(dst: Path, error: BaseException) -> None:
@@ -30,6 +30,33 @@ def test_nothing_is_left_behind_after_an_error(tmp_path: Path, error: BaseExcept
     with pytest.raises(type(error)):
         _break_off(tmp_path / "dst", error)
     assert os.listdir(tmp_path) == []
+
+
+def _break_off_file(dst: Path, error: BaseException) -> None:
+    with atomic_file(dst) as partial:
+        partial.write_text("half")
+        raise error
+
+
+def test_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
+    dst = tmp_path / "deep" / "dst"
+    with atomic_file(dst) as partial:
+        partial.write_text("whole")
+        assert not dst.exists()
+    assert dst.read_text() == "whole"
+    with pytest.raises(ValueError, match="a bug"):
+        _break_off_file(tmp_path / "deep" / "other", ValueError("a bug"))
+    assert os.listdir(dst.parent) == ["dst"]
+
+
+def test_place_that_a_new_file_cannot_take_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("old")
+    for name, words, needs in (("folder", "is a folder", 0), ("file", "exists already", 0), ("new", "needs", 1 << 60)):
+        with pytest.raises(InputError, match=words), atomic_file(tmp_path / name, needs):
+            pytest.fail("the body ran")
+    assert (tmp_path / "file").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
 def test_shared_folder_of_one_process_is_like_its_own(tmp_path: Path) -> None:

@@ -21,17 +21,22 @@ from efx_jax.errors import InputError
 from efx_jax.lora import Adapters, init_lora, lora_scale
 from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.weights.hf import load_pretrained, load_tokenizer
+from efx_jax.weights.peft import load_adapter
 
 _MULTIPLE = 32  # what calibration_batches rounds lengths up to
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A folder that `train.py` has written: its settings, and the steps of which it holds a checkpoint, ascending."""
+    """A folder that `train.py` has written: its settings, and the steps of which it holds a checkpoint, ascending.
+
+    `kind` is the folder of those checkpoints: "checkpoints", or "best" for that of `eval.best`.
+    """
 
     folder: Path
     config: Config
     steps: tuple[int, ...]
+    kind: str = "checkpoints"
 
     @property
     def name(self) -> str:
@@ -59,9 +64,7 @@ def open_run(folder: Path) -> Run:
     if not path.is_file():
         raise InputError(f"{folder}: is not a run; expected a folder that train.py has written, with config.yaml")
     config = from_yaml(path.read_text(encoding="utf-8"), str(path))
-    # A checkpoint that is not whole has a name with a suffix.
-    names = [entry.name for entry in (folder / "checkpoints").glob("*") if (entry / "state").is_dir()]
-    return Run(folder, config, tuple(sorted(int(name) for name in names if name.isdigit())))
+    return Run(folder, config, _steps(folder / "checkpoints"))
 
 
 def held_steps(run: Run) -> tuple[int, ...]:
@@ -91,6 +94,19 @@ def choose_step(run: Run, asked: tuple[int, ...]) -> int:
             "train.keep"
         )
     return step
+
+
+def open_shipped(folder: Path) -> Run:
+    """The run with the one checkpoint whose model it exports: its best, where `eval.best` has found one, or its last.
+
+    Raises:
+        InputError: as `open_run`.
+    """
+    run = open_run(folder)
+    best = _steps(folder / "best") if run.config.eval.best else ()
+    if best:
+        return dataclasses.replace(run, steps=best[-1:], kind="best")
+    return dataclasses.replace(run, steps=held_steps(run)[-1:])
 
 
 def dense_steps(run: Run) -> tuple[int, ...]:
@@ -197,12 +213,24 @@ def before_event(run: Run, params: Mapping[str, Any], spec: ModelSpec) -> tuple[
     """
     step = max((step for step in run.steps if not _pruned(run, step)), default=0)
     adapters = run_adapters(run, step)
+    if adapters is None and run.config.lora.adapter:
+        return step, load_adapter(run.config.lora.adapter, spec)
     if adapters is None:
         # As the run drew them: the first of three keys (efx_jax.training.loop).
         key = jax.random.split(jax.random.key(run.config.seed), 3)[0]
         lora = run.config.lora
         adapters = init_lora(key, params, spec, lora.rank, lora.alpha, lora.targets, lora.rslora)
     return step, adapters
+
+
+def moved_and_masked(run: Run, step: int) -> tuple[bool, bool]:
+    """Whether an event before the checkpoint has rewritten the base, and whether it holds masks.
+
+    Raises:
+        InputError: the checkpoint cannot be read.
+    """
+    meta = _restore(run, step, "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+    return bool(meta["base_moved"]), bool(meta["masked"])
 
 
 def load_base(run: Run) -> tuple[dict[str, Any], ModelSpec]:
@@ -253,9 +281,14 @@ def first_and_last(steps: Iterable[int]) -> list[int]:
     return sorted({found[0], found[-1]})
 
 
+def _steps(folder: Path) -> tuple[int, ...]:
+    # A checkpoint that is not whole has a name with a suffix.
+    names = [entry.name for entry in folder.glob("*") if (entry / "state").is_dir()]
+    return tuple(sorted(int(name) for name in names if name.isdigit()))
+
+
 def _pruned(run: Run, step: int) -> bool:
-    meta = _restore(run, step, "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
-    return bool(meta["masked"] or meta["base_moved"])
+    return any(moved_and_masked(run, step))
 
 
 def _restore_arrays(run: Run, step: int, wanted: Any) -> Any:
@@ -270,7 +303,7 @@ def _restore_arrays(run: Run, step: int, wanted: Any) -> Any:
 
 
 def _restore(run: Run, step: int, item: str, handler: Any, arguments: Any) -> Any:
-    path = run.folder / "checkpoints" / str(step) / item
+    path = run.folder / run.kind / str(step) / item
     try:
         with _quiet(), ocp.Checkpointer(handler) as checkpointer:
             return checkpointer.restore(path.absolute(), args=arguments)

@@ -20,9 +20,11 @@ from efx_jax.evaluation.protocols import Record, check_protocol, describe_task, 
 from efx_jax.evaluation.relative import Records, Results, check_pairs, check_ratios, read_evaluation, relative
 from efx_jax.evaluation.report import results_tables, write_evaluation
 from efx_jax.files import refuse_unwritable
+from efx_jax.lora import Adapters
 from efx_jax.model.decoder import Params
 from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.weights.hf import load_pretrained, load_tokenizer, open_checkpoint
+from efx_jax.weights.peft import load_adapter
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _DATA_FLAGS = ("template", "context", "new_tokens", "format", "root", "max_length")
@@ -39,6 +41,7 @@ class _Work:
     """All that is measured, read and checked before the weights are."""
 
     spec: ModelSpec
+    adapters: Adapters | None
     tokenizer: Tokenizer
     config: Config
     windows: list[Tokenized]
@@ -64,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m efx_jax.evaluation", description=__doc__)
     add = parser.add_argument
     add("path", help="Hugging Face folder, run folder, .gguf file, Hub name or quickstart")
+    add("--adapter", default="", metavar="DIR", help="PEFT adapter that is measured on top of it")
     add("--tasks", nargs="+", default=[], metavar="TASK", help="names, mixes, or files of prompt and response rows")
     add("--protocol", choices=("likelihood", "greedy", "sampled"), default="likelihood", help="how answers are got")
     add("--runs", type=positive_number, default=4, help="runs of the protocol sampled")
@@ -110,6 +114,7 @@ def _prepare(arguments: argparse.Namespace) -> _Work:
         _check_output(Path(arguments.output), arguments.relative_to)
     dense = read_evaluation(Path(arguments.relative_to)) if arguments.relative_to else None
     spec = spec_from_config(open_checkpoint(arguments.path).config)
+    adapters = load_adapter(arguments.adapter, spec) if arguments.adapter else None
     config = _settings(arguments, spec)
     names, text = _sources(arguments, config.data)
     tokenizer = load_tokenizer(arguments.path)
@@ -124,7 +129,7 @@ def _prepare(arguments: argparse.Namespace) -> _Work:
         check_pairs(described, dense[0], Path(arguments.relative_to))
         check_ratios(*dense, Path(arguments.relative_to))
     windows = _windows(text, config, spec, tokenizer) if text else []
-    return _Work(spec, tokenizer, config, windows, tasks, dense)
+    return _Work(spec, adapters, tokenizer, config, windows, tasks, dense)
 
 
 def _check_output(folder: Path, dense: str) -> None:
@@ -219,7 +224,12 @@ def _measure_text(params: Params, work: _Work, arguments: argparse.Namespace) ->
         return None
     print("perplexity ...", file=sys.stderr)
     return perplexity(
-        params, work.windows, work.spec, batch_size=arguments.batch_size, compute_dtype=arguments.compute_dtype
+        params,
+        work.windows,
+        work.spec,
+        work.adapters,
+        batch_size=arguments.batch_size,
+        compute_dtype=arguments.compute_dtype,
     )
 
 
@@ -232,6 +242,7 @@ def _measure_task(
         work.tokenizer,
         task,
         arguments.protocol,
+        work.adapters,
         batch_size=arguments.batch_size,
         compute_dtype=arguments.compute_dtype,
         runs=arguments.runs,

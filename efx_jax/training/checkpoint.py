@@ -17,6 +17,7 @@ from efx_jax.config import EvalConfig
 from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import InputError
 from efx_jax.files import meet
+from efx_jax.lora import Adapters
 from efx_jax.parallel.partition import to_host
 from efx_jax.pruning.average import PruneState
 from efx_jax.training.journal import Journal
@@ -101,7 +102,7 @@ def restore(
         (state, base_moved, waiting, notes), see `save`; or None without a checkpoint.
 
     Raises:
-        InputError: the checkpoint belongs to another base or other training data.
+        InputError: the checkpoint belongs to another base, adapter to start from, or other training data.
     """
     step = manager.latest_step() if step is None else step
     if step is None:
@@ -109,9 +110,9 @@ def restore(
     meta = _meta(manager, step)
     if meta["origin"] != origin:
         raise InputError(
-            f"{manager.directory}: was written on another base model or other training data (fingerprint "
-            f"{meta['origin']}, found {origin}); bring back what model.path and data.train held, or choose another "
-            "--output"
+            f"{manager.directory}: was written on another base model or adapter, or on other training data "
+            f"(fingerprint {meta['origin']}, found {origin}); bring back what model.path, lora.adapter and data.train "
+            "held, or choose another --output"
         )
     prune = fresh.prune
     if meta["averaged"]:
@@ -166,16 +167,20 @@ def _blocks(stacked: jax.Array) -> tuple[jax.ShapeDtypeStruct, ...]:
     return (block,) * stacked.shape[0]
 
 
-def fingerprint(params: _Tree, sequences: Sequence[Tokenized]) -> str:
-    """Checksums of all weights, computed where they lie, and of the training tokens: enough to notice another file."""
+def fingerprint(params: _Tree, sequences: Sequence[Tokenized], adapters: Adapters | None = None) -> str:
+    """Checksums of all weights, computed where they lie, and of the training tokens: enough to notice another file.
+
+    Of a run that starts from an adapter, one of that too.
+    """
     data = 0
     for sequence in sequences:
         data = zlib.crc32(sequence.loss.tobytes(), zlib.crc32(sequence.tokens.tobytes(), data))
-    return f"{int(_checksum(params)):08x}-{data:08x}"
+    start = "" if adapters is None else f"-{int(_checksum(adapters)):08x}"
+    return f"{int(_checksum(params)):08x}-{data:08x}{start}"
 
 
 @jax.jit
-def _checksum(params: _Tree) -> jax.Array:
+def _checksum(params: _Tree | Adapters) -> jax.Array:
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(params):
         unsigned = jnp.uint32 if leaf.dtype.itemsize == 4 else jnp.uint16

@@ -23,7 +23,7 @@ from efx_jax.training.events import forget_blocks, mask_sparsity, prune_run
 from efx_jax.training.feed import epoch_rows, mesh_batch, rows_per_pass
 from efx_jax.training.interrupt import asked, interruptible, say_interrupted
 from efx_jax.training.journal import Journal
-from efx_jax.training.measure import measure
+from efx_jax.training.measure import measure, measure_start
 from efx_jax.training.prepare import Prepared
 from efx_jax.training.progress import Progress, progress
 from efx_jax.training.schedule import Event, learning_rate, optimizer, prune_events
@@ -80,7 +80,7 @@ def train(
 
     The start may be what `trunk` has learned, see `efx_jax.training.start`.
     """
-    adapter_key, prune_key, dropout_key = jax.random.split(jax.random.key(config.seed), 3)
+    *keys, dropout_key = jax.random.split(jax.random.key(config.seed), 3)
     tx, rate = optimizer(config.train, steps), learning_rate(config.train, steps)
     packing = config.data.batching == "packing"
     attention_path = _agreed(choose_attention(prepared.spec, config.model.compute_dtype, packed=packing))
@@ -92,7 +92,7 @@ def train(
 
     def at_step_0(config: Config) -> RunState:
         count = max(1, len(prune_events(config.prune, config.train, steps)))
-        return fresh_state(config, prepared.params, prepared.spec, mesh, tx, adapter_key, prune_key, count)
+        return fresh_state(config, prepared.params, prepared.spec, mesh, tx, keys, count, prepared.adapters)
 
     state = at_step_0(config)
     fresh = state = dataclasses.replace(state, units=fresh_units(search, mesh) if search else None)
@@ -103,7 +103,7 @@ def train(
         checkpoint.open_best(config.eval, output / "best") as best_manager,
         interruptible() as stop,
     ):
-        origin = checkpoint.fingerprint(prepared.params, prepared.train)
+        origin = checkpoint.fingerprint(prepared.params, prepared.train, prepared.adapters)
         masks = placed_shapes(mesh, mask_shapes(prepared.params["layers"], config.prune.targets))
         restored = checkpoint.restore(manager, state, masks, origin)
         is_new = restored is None
@@ -114,7 +114,7 @@ def train(
             journal.take_up(notes)
         else:
             with journal.announced("evaluate base"):
-                journal.results["base"] = measure(config, prepared, prepared.params)
+                journal.results.update(measure_start(config, prepared))
         start = int(state.train.step)
         if jax.process_index() == 0:
             tidy(output, start, steps, waiting)

@@ -70,6 +70,14 @@ def measure(
     return results | ({"samples": written} if written else {})
 
 
+def measure_start(config: Config, prepared: Prepared) -> dict[str, dict[str, Any]]:
+    """What a run starts with, by name: the base and, where there is one, the base with the adapter to start from."""
+    results = {"base": measure(config, prepared, prepared.params)}
+    if prepared.adapters is not None:
+        results["base with adapter"] = measure(config, prepared, prepared.params, prepared.adapters)
+    return results
+
+
 def matrix_sparsity(params: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[float]]:
     """Share of the entries of every linear of every layer that are exactly zero or were cut out: name -> L numbers.
 

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from efx_jax.config import Config
@@ -15,11 +16,14 @@ from efx_jax.data.tokens import Tokenized, text_windows, tokenize
 from efx_jax.errors import FallbackWarning, InputError
 from efx_jax.evaluation.protocols import check_protocol
 from efx_jax.files import together
+from efx_jax.lora import Adapters
 from efx_jax.model.spec import ModelSpec, spec_from_config
+from efx_jax.parallel.partition import tree_shardings
 from efx_jax.training.step import Teacher
 from efx_jax.training.survey import check_shapes
 from efx_jax.training.validation import check_validation
 from efx_jax.weights.hf import load_pretrained, load_tokenizer, open_checkpoint
+from efx_jax.weights.peft import load_adapter
 
 _CHOICE = 8
 """So many times the calibration rows are cut from a text, as far as it goes, and drawn from."""
@@ -27,8 +31,11 @@ _CHOICE = 8
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
-    """Inputs of a run. `windows` is the perplexity text, `pool` the sequences that calibration draws from, `teacher`
-    whom the pruned model learns from besides."""
+    """Inputs of a run.
+
+    `windows` is the perplexity text, `pool` the sequences that calibration draws from, `adapters` those of
+    `lora.adapter` that training starts from, or None, `teacher` whom the pruned model learns from besides, or None.
+    """
 
     params: dict[str, Any]
     spec: ModelSpec
@@ -37,6 +44,7 @@ class Prepared:
     train: list[Tokenized]
     windows: list[Tokenized]
     pool: list[Tokenized]
+    adapters: Adapters | None = None
     teacher: Teacher | None = None
 
 
@@ -49,6 +57,7 @@ def prepare(config: Config, mesh: Mesh) -> Prepared:
     with together():
         spec = spec_from_config(open_checkpoint(config.model.path).config)
         check_shapes(config, spec)
+        adapters = load_adapter(config.lora.adapter, spec) if config.lora.adapter else None
         tokenizer = load_tokenizer(config.model.path)
         data = load_data(config.data, config.seed, tokenizer, config.eval.rows)
         train = tokenize(data.train, tokenizer, config.data.max_length, config.data.loss_on)
@@ -65,7 +74,9 @@ def prepare(config: Config, mesh: Mesh) -> Prepared:
     if has_teacher(config):
         is_base = config.distill.teacher == "base"
         teacher = Teacher(*((params, spec) if is_base else load_pretrained(config.distill.teacher, dtype, place)))
-    return Prepared(params, spec, tokenizer, data, train, windows, pool, teacher)
+    if adapters is not None:
+        adapters = jax.device_put(adapters, tree_shardings(mesh, adapters))
+    return Prepared(params, spec, tokenizer, data, train, windows, pool, adapters, teacher)
 
 
 def has_teacher(config: Config) -> bool:

@@ -30,7 +30,7 @@ from efx_jax.training.prepare import Prepared, prepare
 from efx_jax.training.samples import tasks_shown, write_samples
 from efx_jax.training.schedule import prune_events, total_steps
 from efx_jax.training.search import cut_out, cut_report
-from efx_jax.training.start import different_settings
+from efx_jax.training.start import different_settings, with_adapter
 from efx_jax.training.state import RunState
 from efx_jax.training.summary import print_summary, write_summary
 from efx_jax.weights.hf import load_pretrained, save_pretrained
@@ -56,6 +56,7 @@ def run(config: Config, output: Path, dry_run: bool = False, trunk: Path | None 
     """
     if config.train.deterministic:
         ask_for_determinism()
+    config = with_adapter(config)
     if dry_run:
         # Before anything touches a device: a plan may simulate more of them than there are.
         refuse_other_run(config, output)
@@ -161,7 +162,7 @@ def refuse_other_run(config: Config, output: Path) -> None:
             raise InputError(f"{output}: is not an empty folder and holds no run; choose another --output")
         return
     found = from_yaml(path.read_text(), str(path))
-    differing = different_settings(found, config)
+    differing = different_settings(found, with_adapter(config))
     if differing:
         raise InputError(
             f"{output}: holds a run with other settings ({', '.join(differing)}); choose another --output, or remove "

@@ -8,15 +8,48 @@ from typing import Any
 
 import jax
 
-from efx_jax.config import AtpConfig, Config, DistillConfig, PruneConfig
+from efx_jax.config import AtpConfig, Config, DistillConfig, LoraConfig, PruneConfig
 from efx_jax.config_io import from_yaml
+from efx_jax.config_rules import validate
 from efx_jax.errors import InputError
 from efx_jax.files import atomic_write, meet
 from efx_jax.training import checkpoint, log
 from efx_jax.training.state import RunState
+from efx_jax.weights.peft import adapter_settings
 
 FREE_SECTIONS = ("mesh", "profile", "log")
 """Settings that say where and how a run is computed, not what it is: they may change when it is resumed."""
+
+
+def with_adapter(config: Config) -> Config:
+    """The settings with the rank, alpha, rslora and targets of the adapter that the run starts from, if it does.
+
+    Raises:
+        InputError: no adapter there, one of these is set to something else than the adapter's and than its default, or
+            the settings exclude what the adapter brings.
+    """
+    if not config.lora.adapter:
+        return config
+    found, default = adapter_settings(config.lora.adapter), LoraConfig()
+    lora = dataclasses.replace(config.lora, **dataclasses.asdict(found))
+    for field in dataclasses.fields(found):
+        asked, own = getattr(config.lora, field.name), getattr(lora, field.name)
+        if asked not in (getattr(default, field.name), own) and set(_several(asked)) != set(_several(own)):
+            raise InputError(
+                f"lora.{field.name}: expected {_text(own)}, that of lora.adapter {config.lora.adapter}, found "
+                f"{_text(asked)}; leave lora.{field.name} out, or start without the adapter"
+            )
+    adapted = dataclasses.replace(config, lora=lora)
+    validate(adapted)
+    return adapted
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _text(value: Any) -> str:
+    return " ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in _several(value))
 
 
 def unpruned(config: Config) -> Config:

@@ -1,5 +1,6 @@
 """What training carries from step to step."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -69,11 +70,11 @@ def fresh_state(
     spec: ModelSpec,
     mesh: Mesh,
     tx: optax.GradientTransformation,
-    adapter_key: Array,
-    prune_key: Array,
+    keys: Sequence[Array],
     events: int,
+    start: Adapters | None = None,
 ) -> RunState:
-    """A run at step 0, laid out on the mesh: new adapters, no masks.
+    """A run at step 0, laid out on the mesh: new adapters or those to start from, no masks.
 
     Args:
         config: gives the adapters' and the pruning's settings.
@@ -81,12 +82,16 @@ def fresh_state(
         spec: the model.
         mesh: the devices.
         tx: the optimizer.
-        adapter_key: draws A.
-        prune_key: draws the adapters of later events.
+        keys: two, of which one draws A, the other the adapters of later events.
         events: number of prune events, at least 1.
+        start: adapters that training goes on from; None draws new ones.
     """
-    lora = config.lora
-    adapters = init_lora(adapter_key, params, spec, lora.rank, lora.alpha, lora.targets, lora.rslora)
+    lora, (adapter_key, prune_key) = config.lora, keys
+    if start is None:
+        adapters = init_lora(adapter_key, params, spec, lora.rank, lora.alpha, lora.targets, lora.rslora)
+    else:
+        # The first step donates them.
+        adapters = jax.tree.map(jnp.copy, start)
     prune = init_prune_state(params, adapters, config.prune, prune_key, events)
     placed = {"train": init_train_state(adapters, tx), "prune": prune}
     placed = jax.device_put(placed, tree_shardings(mesh, placed))

@@ -26,6 +26,7 @@ from efx_jax.training.memory import Layout
 from efx_jax.training.schedule import prune_events
 from efx_jax.training.validation import check_validation
 from efx_jax.weights.hf import load_tokenizer
+from efx_jax.weights.peft import check_adapter
 from efx_jax.weights.shapes import FoundSpec
 
 
@@ -53,7 +54,7 @@ class RowCounts:
 
 
 def check_shapes(config: Config, spec: ModelSpec) -> None:
-    """Refuses settings that do not fit the model: row length, sparsity and group of every matrix, mesh.
+    """Refuses settings that do not fit the model: row length, adapter, sparsity and group of every matrix, mesh.
 
     Raises:
         InputError: the first that does not fit.
@@ -64,6 +65,8 @@ def check_shapes(config: Config, spec: ModelSpec) -> None:
             f"data.max_length: expected at most the model's context of {spec.max_position_embeddings} tokens, "
             f"found {config.data.max_length}; lower data.max_length"
         )
+    if config.lora.adapter:
+        check_adapter(config.lora.adapter, spec)
     shapes = linear_shapes(spec)
     if prune.score == "atp" and prune.sparsity:
         _check_ratio(spec, config)

@@ -8,7 +8,7 @@ import jax
 from efx_jax.files import atomic_folder
 from efx_jax.model.spec import spec_from_config
 from efx_jax.weights.assemble import assemble, tree_bytes
-from efx_jax.weights.hf import open_checkpoint, write_extras, write_folder
+from efx_jax.weights.hf import MAX_SHARD_BYTES, open_checkpoint, write_extras, write_folder
 from efx_jax.weights.orbax import write_orbax
 from efx_jax.weights.source import cast, leaves
 
@@ -36,7 +36,12 @@ def import_checkpoint(src: str | os.PathLike[str], dst: str | os.PathLike[str], 
         write_orbax(partial, params, source.config, dtypes)
 
 
-def export_checkpoint(src: str | os.PathLike[str], dst: str | os.PathLike[str], dtype: str | None = None) -> None:
+def export_checkpoint(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+) -> None:
     """Converts an Orbax folder, or a run's export, to a Hugging Face folder.
 
     Tensors that nobody touched come out byte for byte as they went in.
@@ -45,6 +50,7 @@ def export_checkpoint(src: str | os.PathLike[str], dst: str | os.PathLike[str], 
         src: whatever `load_pretrained` accepts.
         dst: the folder to make.
         dtype: "float32", "bfloat16" or "float16"; None keeps every tensor's own.
+        max_shard_bytes: size from which the weights are split into several files; None: 5 GB.
 
     Raises:
         InputError: `src` is damaged or unsupported, `dst` exists, or the disk is full.
@@ -52,7 +58,7 @@ def export_checkpoint(src: str | os.PathLike[str], dst: str | os.PathLike[str], 
     source = open_checkpoint(src)
     spec = spec_from_config(source.config)
     tensors = source if dtype is None else cast(source, dtype)
-    write_folder(dst, tensors, spec, source.config, Path(source.path))
+    write_folder(dst, tensors, spec, source.config, Path(source.path), max_shard_bytes or MAX_SHARD_BYTES)
 
 
 def _host() -> jax.Device:

@@ -4,7 +4,7 @@ Tensors come under their Hugging Face names and in Hugging Face's layout. Names,
 the rows of q and k: `gguf-py/gguf/tensor_mapping.py` and `LlamaModel.permute` of github.com/ggml-org/llama.cpp.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ _BLOCK_NAMES = {
 }
 _QK_NORMS = ("attn_q_norm", "attn_k_norm")
 # Folded into the configuration as a rotary scaling, not a weight.
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 
 
 def open_gguf(path: str | Path) -> TensorSource:
@@ -49,7 +49,7 @@ def open_gguf(path: str | Path) -> TensorSource:
             supported, a missing or an unknown tensor.
     """
     file = read_header(path)
-    factors = _read_all(file, _ROPE_FACTORS) if _ROPE_FACTORS in file.tensors else None
+    factors = _read_all(file, ROPE_FACTORS) if ROPE_FACTORS in file.tensors else None
     config = config_from_metadata(file, factors)
     gguf_names = _hugging_face_names(file, config)
 
@@ -75,12 +75,11 @@ def _read_all(file: GGUFFile, name: str) -> np.ndarray:
 
 def _hugging_face_names(file: GGUFFile, config: dict[str, Any]) -> dict[str, str]:
     """Hugging Face name -> GGUF name, for exactly the tensors of this architecture."""
-    names = {}
-    for name, hf_name in _expected_names(config):
-        if name not in file.tensors:
-            raise InputError(f"{file.path}: tensor {name!r} is missing; the file is damaged or not a whole model")
-        names[hf_name] = name
-    unknown = sorted(set(file.tensors) - set(names.values()) - {_ROPE_FACTORS})
+    names = {hf_name: name for name, hf_name in stored_names(config).items()}
+    missing = next((name for name in names.values() if name not in file.tensors), None)
+    if missing is not None:
+        raise InputError(f"{file.path}: tensor {missing!r} is missing; the file is damaged or not a whole model")
+    unknown = sorted(set(file.tensors) - set(names.values()) - {ROPE_FACTORS})
     if unknown:
         raise InputError(
             f"{file.path}: {len(unknown)} tensors do not belong to a {config['model_type']} model, the first is "
@@ -89,8 +88,18 @@ def _hugging_face_names(file: GGUFFile, config: dict[str, Any]) -> dict[str, str
     return names
 
 
-def _expected_names(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """GGUF name and Hugging Face name of every tensor that the configuration asks for."""
+def stored_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """GGUF name -> Hugging Face name of every tensor that a configuration asks for, in llama.cpp's order."""
+    return dict(_expected_names(config))
+
+
+def stored_order(gguf_name: str, rows: int, config: Mapping[str, Any]) -> np.ndarray | None:
+    """Number of Hugging Face's row for each row of a tensor of `rows` rows in a file; None where they agree."""
+    heads = _rotated_heads(gguf_name, config)
+    return None if heads is None else np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+def _expected_names(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "token_embd.weight", "model.embed_tokens.weight"
     for layer in range(config["num_hidden_layers"]):
         for leaf, hf_leaf in _BLOCK_NAMES.items():
@@ -103,7 +112,7 @@ def _expected_names(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "output.weight", "lm_head.weight"
 
 
-def _has_bias(leaf: str, config: dict[str, Any]) -> bool:
+def _has_bias(leaf: str, config: Mapping[str, Any]) -> bool:
     if leaf in ("attn_q", "attn_k", "attn_v"):
         return config["model_type"] == "qwen2" or config["attention_bias"]
     if leaf == "attn_output":
@@ -112,10 +121,15 @@ def _has_bias(leaf: str, config: dict[str, Any]) -> bool:
 
 
 def _row_order(gguf_name: str, file: GGUFFile, config: dict[str, Any]) -> np.ndarray | None:
-    """llama.cpp rotates neighbouring rows (2j, 2j+1) of a llama head, Hugging Face rows (j, j + H/2)."""
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    leaf = gguf_name.split(".")[-2]
-    if config["model_type"] != "llama" or leaf not in heads:
+    """Number of the file's row for each row of Hugging Face's tensor; None where they agree."""
+    heads = _rotated_heads(gguf_name, config)
+    if heads is None:
         return None
     num_rows = file.tensors[gguf_name].shape[0]
-    return np.arange(num_rows).reshape(heads[leaf], -1, 2).swapaxes(1, 2).reshape(-1)
+    return np.arange(num_rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _rotated_heads(gguf_name: str, config: Mapping[str, Any]) -> int | None:
+    """Heads of q or k of a llama, whose rows (2j, 2j+1) llama.cpp rotates, and Hugging Face (j, j + H/2)."""
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    return heads.get(gguf_name.split(".")[-2]) if config["model_type"] == "llama" else None

@@ -22,7 +22,7 @@ from efx_jax.weights.safetensors_file import Entry, create, fill, read_header, r
 from efx_jax.weights.source import TensorSource, check_names_and_shapes, leaves
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 5_000_000_000
 
 
 def open_folder(path: str | os.PathLike[str]) -> TensorSource:
@@ -96,7 +96,7 @@ def save_pretrained(
     params: Mapping[str, Any],
     spec: ModelSpec,
     source: str | os.PathLike[str] | None = None,
-    max_shard_bytes: int = _MAX_SHARD_BYTES,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens.
 
@@ -125,7 +125,7 @@ def write_folder(
     spec: ModelSpec,
     original: Mapping[str, Any] | None,
     extras: Path | None,
-    max_shard_bytes: int = _MAX_SHARD_BYTES,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a Hugging Face folder from any source, a block of rows in memory at a time.
 

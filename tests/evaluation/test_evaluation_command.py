@@ -10,6 +10,10 @@ from efx_jax.config import Config, DataConfig, EvalConfig
 from efx_jax.config_io import to_yaml
 from efx_jax.evaluation import protocols
 from efx_jax.evaluation.__main__ import main
+from efx_jax.lora import merge
+from efx_jax.weights.hf import load_pretrained, save_pretrained
+from efx_jax.weights.peft import load_adapter
+from tests.weights.adapter_folders import tensors_for, write_adapter
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
@@ -79,6 +83,35 @@ def test_perplexity_of_a_text(folder, text, tmp_path, capsys: pytest.CaptureFixt
     assert (summary["perplexity"]["tokens"], summary["perplexity"]["windows"]) == (17, 3)
     assert (summary["tasks"], records) == ({}, [])
     assert f"| {summary['perplexity']['value']:.3f} [" in capsys.readouterr().out
+
+
+def test_adapter_on_a_base_is_worth_what_the_merged_model_is(folder, text, rows, tmp_path) -> None:
+    params, spec = load_pretrained(folder)
+    tensors = tensors_for(spec, lambda layer, name: 3)
+    adapter = write_adapter(tmp_path / "adapter", tensors)
+    merged = merge(params, load_adapter(adapter, spec), None)
+    save_pretrained(tmp_path / "merged", merged, spec, source=folder)
+    flags = ["--text", text, "--window", "8", "--text-tokens", "20", "--tasks", rows, *TEMPLATE]
+    flags += ["--compute-dtype", "float32"]
+    for name, asked in (
+        ("on", [folder, "--adapter", str(adapter)]),
+        ("of", [str(tmp_path / "merged")]),
+        ("base", [folder]),
+    ):
+        assert main([*asked, *flags, "--output", str(tmp_path / name)]) == 0
+    (on, on_rows), (of, of_rows), (base, _) = (read(tmp_path / name) for name in ("on", "of", "base"))
+    assert on["perplexity"]["value"] == pytest.approx(of["perplexity"]["value"], rel=1e-5)
+    assert on["perplexity"]["value"] != pytest.approx(base["perplexity"]["value"], rel=1e-3)
+    for mine, theirs in zip(on_rows, of_rows, strict=True):
+        assert mine["scores"] == pytest.approx(theirs["scores"], rel=1e-4)
+
+
+def test_adapter_of_another_model_is_refused_in_one_line(folder, text, tmp_path, capsys) -> None:
+    _, spec = load_pretrained(folder)
+    adapter = write_adapter(tmp_path / "adapter", tensors_for(spec, lambda layer, name: 3), use_dora=True)
+    assert main([folder, "--text", text, "--adapter", str(adapter)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "option use_dora = true is not supported" in error
 
 
 def test_one_window_of_text_has_a_perplexity_without_an_interval(folder, text, tmp_path, capsys) -> None:

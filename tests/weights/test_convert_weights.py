@@ -48,6 +48,18 @@ def test_import_export_and_verify(capsys: pytest.CaptureFixture[str], make_folde
     assert "largest absolute difference" in out
 
 
+def test_shards_are_as_small_as_asked_for(capsys: pytest.CaptureFixture[str], make_folder: Callable) -> None:
+    src = make_folder()
+    out = src.parent / "out"
+    assert _run(capsys, "export", src, out, "--max-shard-size", "6kB")[0] == 0
+    sizes = [file.stat().st_size for file in out.glob("*.safetensors")]
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len(sizes) == len(set(index["weight_map"].values())) > 2
+    # Beside its tensors a file has a header.
+    assert max(sizes) < 6000 + 3000
+    assert _run(capsys, "verify", src, out)[:2] == (0, "all 30 tensors are identical\n")
+
+
 def _write_gguf(path: Path, vocabulary: dict[str, Any]) -> Path:
     """A qwen2 model of one layer with a tokenizer; its matrices are float16."""
     gguf = pytest.importorskip("gguf")
@@ -213,7 +225,11 @@ def test_existing_destination_is_refused(
     [
         ("import", "a", "b", "--dtpye", "float32"),
         ("import", "a", "b", "--dtype", "int8"),
+        ("export", "a", "b", "--format", "onnx"),
         ("export", "a", "b", "--format", "gguf"),
+        ("export", "a", "b", "--max-shard-size", "large"),
+        ("export", "a", "b", "--max-shard-size", "0GB"),
+        ("adapter", "a", "b"),
         ("import", "a"),
         ("pack", "a", "b"),
         (),

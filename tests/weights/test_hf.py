@@ -281,13 +281,18 @@ def test_transformers_opens_the_export(model_type: str, rope: str, tmp_path: Pat
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
     config = transformers.AutoConfig.for_model(
-        model_type, **sizes, **heads, rope_parameters={**ROPES[rope], "rope_theta": 50000.0}
+        model_type,
+        **sizes,
+        **heads,
+        rope_parameters={**ROPES[rope], "rope_theta": 50000.0},
+        tie_word_embeddings=rope in ("linear", "yarn"),
     )
     original = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     original.save_pretrained(tmp_path / "hf")
     params, spec = load_pretrained(tmp_path / "hf", dtype=None)
     save_pretrained(tmp_path / "with_source", params, spec, source=tmp_path / "hf", max_shard_bytes=10_000)
     save_pretrained(tmp_path / "without_source", params, spec)
+    assert len(list((tmp_path / "with_source").glob("*.safetensors"))) > 1
     tokens = torch.arange(40)[None]
     with torch.no_grad():
         expected = original(tokens).logits
