@@ -151,9 +151,11 @@ class PruneConfig:
     precision. 1 makes the score that of magnitudes (docs/method.md)."""
     general_weight: float = 0.1
     """Weight of the general importance, measured on `calibration`, in the domain pass; 0 leaves it out."""
-    calibration: str = "train"
-    """Calibration rows: "train", a file, or a name known to `data.text`; every seed draws others."""
+    calibration: tuple[str, ...] = ("train",)
+    """Calibration rows: "train", a file, or a name known to `data.text`; of several equally many. Every seed draws
+    others."""
     calibration_rows: int = 128
+    """Of all of them together."""
     calibration_length: int = 2048
     calibration_tokens: int = 4096
     """Tokens per calibration batch, padding included: bounds the memory of an event."""

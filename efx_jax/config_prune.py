@@ -139,7 +139,14 @@ def _range_rules(prune: PruneConfig) -> Iterable[Rule]:
 
 def _calibration_rules(prune: PruneConfig) -> Iterable[Rule]:
     return [
-        ("prune.calibration", prune.calibration, prune.calibration != "", "train, a file or a name"),
+        (
+            "prune.calibration",
+            " ".join(prune.calibration),
+            len(prune.calibration) > 0
+            and all(prune.calibration)
+            and len(set(prune.calibration)) == len(prune.calibration),
+            "train, files or names, each once",
+        ),
         ("prune.calibration_rows", prune.calibration_rows, prune.calibration_rows >= 1, "at least 1"),
         ("prune.calibration_length", prune.calibration_length, prune.calibration_length >= 1, "at least 1"),
         ("prune.calibration_tokens", prune.calibration_tokens, prune.calibration_tokens >= 1, "at least 1"),

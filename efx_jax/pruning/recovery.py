@@ -244,12 +244,11 @@ def admm_refit(
         return _einsum("oi,ij->oj", goal_gram + rho * (z - y), inverse), y
 
     def choosing_step(_: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        x, y, _ = state
-        mask = choose(x + y)
-        return *step(x, y, mask), mask
+        mask = choose(state[0] + state[1])
+        return *step(state[0], state[1], mask), mask
 
     x, y = goal, jnp.zeros_like(goal)
     if refine:
         x, y, mask = jax.lax.fori_loop(0, refine, choosing_step, (x, y, mask))
-    x, y = jax.lax.fori_loop(refine, steps, lambda _, state: step(*state, mask), (x, y))
+    x, y = jax.lax.fori_loop(refine, steps, lambda _, state: step(state[0], state[1], mask), (x, y))
     return jnp.where(mask, (x + y) / scale, 0.0), mask

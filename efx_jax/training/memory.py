@@ -112,7 +112,7 @@ def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
     if prune.score == "atp":
         return {"new masks": mask_bytes(spec, config, along)}
     e = _WIDTH[layout.dtype]
-    longest = config.data.max_length if prune.calibration == "train" else prune.calibration_length
+    longest = config.data.max_length if prune.calibration == ("train",) else prune.calibration_length
     length = min(prune.calibration_length, longest, spec.max_position_embeddings)
     shards = axes_size(BATCH, along)
     rows = -(-max(1, min(prune.calibration_rows, prune.calibration_tokens // length)) // shards)

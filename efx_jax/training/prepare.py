@@ -33,7 +33,7 @@ _CHOICE = 8
 class Prepared:
     """Inputs of a run.
 
-    `windows` is the perplexity text, `pool` the sequences that calibration draws from, `adapters` those of
+    `windows` is the perplexity text, `pools` the sequences that calibration draws from, by source, `adapters` those of
     `lora.adapter` that training starts from, or None, `teacher` whom the pruned model learns from besides, or None.
     """
 
@@ -43,7 +43,7 @@ class Prepared:
     data: Data
     train: list[Tokenized]
     windows: list[Tokenized]
-    pool: list[Tokenized]
+    pools: tuple[list[Tokenized], ...]
     adapters: Adapters | None = None
     teacher: Teacher | None = None
 
@@ -62,7 +62,7 @@ def prepare(config: Config, mesh: Mesh) -> Prepared:
         data = load_data(config.data, config.seed, tokenizer, config.eval.rows)
         train = tokenize(data.train, tokenizer, config.data.max_length, config.data.loss_on)
         windows = text_windows(data.text, tokenizer, config.eval.window, config.eval.text_tokens) if data.text else []
-        pool = _calibration_pool(config, train, tokenizer)
+        pools = _calibration_pools(config, train, tokenizer)
         check_vocabulary(tokenizer, spec.vocab_size)
         check_validation(config, data)
         _check_teacher(config, spec)
@@ -76,7 +76,7 @@ def prepare(config: Config, mesh: Mesh) -> Prepared:
         teacher = Teacher(*((params, spec) if is_base else load_pretrained(config.distill.teacher, dtype, place)))
     if adapters is not None:
         adapters = jax.device_put(adapters, tree_shardings(mesh, adapters))
-    return Prepared(params, spec, tokenizer, data, train, windows, pool, adapters, teacher)
+    return Prepared(params, spec, tokenizer, data, train, windows, pools, adapters, teacher)
 
 
 def has_teacher(config: Config) -> bool:
@@ -89,14 +89,30 @@ def calibration(config: Config, prepared: Prepared) -> list[Batch]:
     prune = config.prune
     length = min(prune.calibration_length, prepared.spec.max_position_embeddings)
     shards = config.mesh.data * config.mesh.fsdp
-    tokens = prune.calibration_tokens
-    return list(calibration_batches(prepared.pool, config.seed, prune.calibration_rows, length, tokens, shards))
+    share, rest = divmod(prune.calibration_rows, len(prepared.pools))
+    return [
+        batch
+        for index, pool in enumerate(prepared.pools)
+        if share + (index < rest)
+        for batch in calibration_batches(
+            pool, config.seed, share + (index < rest), length, prune.calibration_tokens, shards
+        )
+    ]
 
 
-def _calibration_pool(config: Config, train: list[Tokenized], tokenizer: Any) -> list[Tokenized]:
-    source = config.prune.calibration
-    if source == "train" or config.prune.sparsity == 0 or config.prune.score == "atp":
-        return train
+def _calibration_pools(config: Config, train: list[Tokenized], tokenizer: Any) -> tuple[list[Tokenized], ...]:
+    """The sequences of every source, the training rows once."""
+    if config.prune.sparsity == 0 or config.prune.score == "atp":
+        return (train,)
+    pools: list[list[Tokenized]] = []
+    for source in config.prune.calibration:
+        pool = train if source == "train" else _text_pool(source, config, train, tokenizer)
+        if not any(pool is other for other in pools):
+            pools.append(pool)
+    return tuple(pools)
+
+
+def _text_pool(source: str, config: Config, train: list[Tokenized], tokenizer: Any) -> list[Tokenized]:
     try:
         texts = load_text(source, config.data)
     except InputError as error:

@@ -28,5 +28,5 @@ def start(config: Config, spec: ModelSpec) -> tuple[Prepared, RunState]:
     prune = init_prune_state(params, adapters, config.prune, jax.random.key(2), 2)
     tree = {"train": init_train_state(adapters, optimizer(config.train, 4)), "params": params, "prune": prune}
     tree = jax.device_put(tree, tree_shardings(make_mesh(config.mesh), tree))
-    prepared = Prepared(tree["params"], spec, None, None, rows, [], rows)  # type: ignore[arg-type]
+    prepared = Prepared(tree["params"], spec, None, None, rows, [], (rows,))  # type: ignore[arg-type]
     return prepared, RunState(tree["train"], tree["params"], {}, tree["prune"])

@@ -14,8 +14,8 @@ from efx_jax.parallel.mesh import make_mesh
 from efx_jax.training import prepare
 
 
-def calibrated_on(source: str) -> Config:
-    return dataclasses.replace(Config(), prune=PruneConfig(calibration=source))
+def calibrated_on(*sources: str) -> Config:
+    return dataclasses.replace(Config(), prune=PruneConfig(calibration=sources))
 
 
 def test_without_c4_the_training_rows_calibrate_and_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,15 +24,18 @@ def test_without_c4_the_training_rows_calibrate_and_a_warning_says_so(monkeypatc
 
     monkeypatch.setattr(prepare, "load_text", unreachable)
     rows = [Tokenized(np.arange(4, dtype=np.int32), np.ones(4, bool))]
-    with pytest.warns(FallbackWarning, match="training rows instead of C4: c4: cannot be read"):
-        assert prepare._calibration_pool(calibrated_on("c4"), rows, None) is rows
+    for sources in (("c4",), ("train", "c4")):
+        with pytest.warns(FallbackWarning, match="training rows instead of C4: c4: cannot be read"):
+            # Once: both sources would draw the same rows.
+            (pool,) = prepare._calibration_pools(calibrated_on(*sources), rows, None)
+        assert pool is rows
     with pytest.raises(InputError, match=r"other\.jsonl"):
-        prepare._calibration_pool(calibrated_on("other.jsonl"), rows, None)
-    assert prepare._calibration_pool(calibrated_on("train"), rows, None) is rows
+        prepare._calibration_pools(calibrated_on("other.jsonl"), rows, None)
+    assert prepare._calibration_pools(calibrated_on("train"), rows, None) == (rows,)
 
 
-@pytest.mark.parametrize("source", ["train", "text.txt"])
-def test_each_seed_calibrates_on_other_rows(source: str, tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sources", [("train",), ("text.txt",), ("train", "text.txt")])
+def test_each_seed_calibrates_on_other_rows(sources: tuple[str, ...], tiny_folder: Path, tmp_path: Path) -> None:
     """Of a text too, whose windows are more than the rows that are drawn."""
     words = ["fever", "cough", "rash", "joint", "pain", "heart", "lung", "skin", "blood"]
     lines = [" ".join(row) for row in np.random.default_rng(0).choice(words, (40, 6)).tolist()]
@@ -42,13 +45,15 @@ def test_each_seed_calibrates_on_other_rows(source: str, tiny_folder: Path, tmp_
         model=ModelConfig(path=str(tiny_folder)),
         data=DataConfig(train=str(tmp_path / "rows.jsonl"), root=str(tmp_path), max_length=32, holdout=0),
         eval=EvalConfig(window=32),
-        prune=PruneConfig(calibration=source, calibration_rows=3, calibration_length=5),
+        prune=PruneConfig(calibration=sources, calibration_rows=3, calibration_length=5),
     )
 
     def drawn(seed: int) -> list[list[int]]:
         seeded: Any = dataclasses.replace(config, seed=seed)
-        (batch,) = prepare.calibration(seeded, prepare.prepare(seeded, make_mesh(config.mesh)))
-        rows = zip(batch["tokens"], batch["lengths"], strict=True)
+        batches = prepare.calibration(seeded, prepare.prepare(seeded, make_mesh(config.mesh)))
+        assert len(batches) == len(sources)
+        rows = [row for batch in batches for row in zip(batch["tokens"], batch["lengths"], strict=True)]
+        assert [sum(batch["lengths"] > 0) for batch in batches] == ([3] if len(sources) == 1 else [2, 1])
         return sorted(tokens[:length].tolist() for tokens, length in rows if length)
 
     first = drawn(0)

@@ -86,7 +86,7 @@ def test_a_run_without_tasks_writes_behind_the_held_out_prompts_that_have_room(
     data = load_data(config.data, seed=0)
     assert plain_text(data.held_out) == data.text and len(data.text) > 10
     params, spec = load_pretrained(tiny_folder)
-    prepared = Prepared(params, spec, load_tokenizer(tiny_folder), data, [], [], [])
+    prepared = Prepared(params, spec, load_tokenizer(tiny_folder), data, [], [], ())
     (shown,) = tasks_shown(config, prepared)
     short = [example for example in data.held_out if len(example.prompt.split()) < 16]
     assert shown.test == short[:2] and len(short) < len(data.held_out)
@@ -94,6 +94,6 @@ def test_a_run_without_tasks_writes_behind_the_held_out_prompts_that_have_room(
         answers = written_answers(config, prepared, params, None, None)
     assert list(answers) == [shown.name]
     assert [len(kept["answer"].split()) <= 48 for kept in answers[shown.name]] == [True, True]
-    scored = Prepared(params, spec, None, Data([], (task("a", 2),), [], {}, data.held_out), [], [], [])
+    scored = Prepared(params, spec, None, Data([], (task("a", 2),), [], {}, data.held_out), [], [], ())
     assert written_answers(config, scored, params, None, None) == {}
     assert [shown.name for shown in tasks_shown(config, scored)] == ["a"]
