@@ -179,7 +179,7 @@ class AtpConfig:
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
     """A dense teacher for the pruned model: what it would predict where rows have no labels. It acts from the first
-    event on."""
+    event on; where all tokens are labels (`data.loss_on` all) there is nothing left to teach."""
 
     teacher: str = ""
     """"base" (the model that training starts from), or whatever `model.path` takes, of the same vocabulary: another

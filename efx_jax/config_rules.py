@@ -108,16 +108,9 @@ def _train_rules(train: TrainConfig) -> Iterable[Rule]:
 
 def _distill_rules(config: Config) -> Iterable[Rule]:
     distill = config.distill
-    reason = "the teacher teaches tokens without a label, of which that leaves none"
     return [
         ("distill.weight", distill.weight, distill.weight > 0, "above 0"),
         ("distill.share", distill.share, 0 < distill.share <= 1, "in (0, 1]"),
-        (
-            "distill.teacher",
-            distill.teacher,
-            not distill.teacher or config.data.loss_on == "response",
-            f"empty with data.loss_on all: {reason}",
-        ),
         (
             "distill.teacher",
             distill.teacher,

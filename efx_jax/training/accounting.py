@@ -13,6 +13,7 @@ from efx_jax.config import Config, Space
 from efx_jax.model.spec import ModelSpec, linear_shapes, param_shapes
 from efx_jax.structural.generator import init_generator
 from efx_jax.structural.units import units_of
+from efx_jax.training.step import has_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def flops_per_token(spec: ModelSpec, config: Config, length: int, masked: bool) 
 
 def _teacher_flops(spec: ModelSpec, config: Config, attention: int) -> float:
     """Of one token, if the teacher is of the model's size."""
-    if not config.distill.teacher:
+    if not has_teacher(config):
         return 0.0
     linears = spec.num_layers * sum(math.prod(shape) for shape in linear_shapes(spec).values())
     return 2 * linears + attention + config.distill.share * 6 * spec.vocab_size * spec.hidden_size

@@ -19,7 +19,7 @@ from efx_jax.parallel.partition import batch_axes, placed_shapes
 from efx_jax.training.memory import Layout
 from efx_jax.training.schedule import optimizer
 from efx_jax.training.state import init_train_state
-from efx_jax.training.step import Teacher, jit_step, step_options, train_step
+from efx_jax.training.step import Teacher, has_teacher, jit_step, step_options, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def step_arguments(spec: ModelSpec, config: Config, layout: Layout, mesh: Mesh) 
         tx,
         step_options(config, layout.rows, choose_attention(spec, config.model.compute_dtype, packed=packing)),
         # A teacher of another size is planned as one of the model's.
-        Teacher(placed, spec) if config.distill.teacher and layout.events else None,
+        Teacher(placed, spec) if has_teacher(config) and layout.events else None,
     )
 
 

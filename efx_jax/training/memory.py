@@ -17,6 +17,7 @@ from efx_jax.pruning.event import needs_gram
 from efx_jax.pruning.statistics import INPUT_OF, INPUTS
 from efx_jax.training.accounting import generator_parameters, softened_weights
 from efx_jax.training.gradients import importance_bytes
+from efx_jax.training.step import has_teacher
 
 Bytes = dict[str, int]
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -100,8 +101,8 @@ def step_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
         "soft masks": _search_bytes(spec, config, e),
         "U and dU": _matrix_buffers(spec, config, along, e, c, masked=layout.events > 0),
         "copies of weights": _weight_copies(spec, along, e, c),
-        "teacher's pass": block_forward_set(spec, config, layout, rows) if config.distill.teacher else 0,
-        "loss": (4 if config.distill.teacher else 2) * _LOSS_TOKENS * -(-spec.vocab_size // along["tensor"]) * _FLOAT32
+        "teacher's pass": block_forward_set(spec, config, layout, rows) if has_teacher(config) else 0,
+        "loss": (4 if has_teacher(config) else 2) * _LOSS_TOKENS * -(-spec.vocab_size // along["tensor"]) * _FLOAT32
         + tokens * spec.hidden_size * (e + 2 * c),
     }
 
@@ -257,7 +258,7 @@ def _weights(spec: ModelSpec, along: Mapping[str, int]) -> int:
 
 def _teacher_weights(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> int:
     """Weights of a teacher of the model's size; a base that no event moves is there anyway."""
-    if not config.distill.teacher or (config.distill.teacher == "base" and not moves_base(config.prune)):
+    if not has_teacher(config) or (config.distill.teacher == "base" and not moves_base(config.prune)):
         return 0
     return _weights(spec, along)
 

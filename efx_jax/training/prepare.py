@@ -19,7 +19,7 @@ from efx_jax.files import together
 from efx_jax.lora import Adapters
 from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.parallel.partition import tree_shardings
-from efx_jax.training.step import Teacher
+from efx_jax.training.step import Teacher, has_teacher
 from efx_jax.training.survey import check_shapes
 from efx_jax.training.validation import check_validation
 from efx_jax.weights.hf import load_pretrained, load_tokenizer, open_checkpoint
@@ -77,11 +77,6 @@ def prepare(config: Config, mesh: Mesh) -> Prepared:
     if adapters is not None:
         adapters = jax.device_put(adapters, tree_shardings(mesh, adapters))
     return Prepared(params, spec, tokenizer, data, train, windows, pools, adapters, teacher)
-
-
-def has_teacher(config: Config) -> bool:
-    """Whether a teacher has a say: the dense model learns from the labels alone."""
-    return bool(config.distill.teacher) and config.prune.sparsity > 0
 
 
 def calibration(config: Config, prepared: Prepared) -> list[Batch]:

@@ -44,6 +44,11 @@ class Teacher:
     spec: ModelSpec = struct.field(pytree_node=False)
 
 
+def has_teacher(config: Config) -> bool:
+    """Whether a teacher has a say: it has none in a dense run, and none where every token is a label."""
+    return bool(config.distill.teacher) and config.prune.sparsity > 0 and config.data.loss_on == "response"
+
+
 def step_options(config: Config, rows: int, attention_path: Implementation) -> StepOptions:
     """The static part of a run's step, in forward passes of `rows` sequences."""
     return StepOptions(

@@ -22,7 +22,7 @@ from efx_jax.training.distillation import divergence, taught_weights
 from efx_jax.training.schedule import optimizer
 from efx_jax.training.start import unpruned
 from efx_jax.training.state import init_train_state, trainable
-from efx_jax.training.step import StepOptions, Teacher, summed_loss, train_step
+from efx_jax.training.step import StepOptions, Teacher, has_teacher, summed_loss, train_step
 from efx_jax.weights.hf import save_pretrained
 from tests.tiny import LLAMA
 
@@ -161,7 +161,6 @@ def test_micro_batches_learn_what_one_batch_does(model: tuple[Tree, Any, Tree, T
     [
         ({"distill": DistillConfig("base", weight=0.0)}, "distill.weight must be above 0"),
         ({"distill": DistillConfig("base", share=0.0)}, "distill.share must be in"),
-        ({"data": DataConfig(loss_on="all")}, "distill.teacher must be empty with data.loss_on all"),
         (
             {"prune": PruneConfig(score="atp", mask_forward="frozen", schedule="fractions")},
             "distill.teacher must be empty with prune.score atp",
@@ -175,10 +174,12 @@ def test_what_leaves_the_teacher_nothing_to_teach_is_refused(change: Tree, messa
     assert "\n" not in str(caught.value)
 
 
-def test_a_dense_run_has_no_teacher() -> None:
-    """So that runs with and without one share what they have learned before their first event."""
+def test_a_dense_run_and_one_of_nothing_but_labels_have_no_teacher() -> None:
+    """So runs with and without one share what they have learned before their first event."""
     taught = Config(distill=DistillConfig("base"))
     assert unpruned(taught) == unpruned(Config())
+    assert has_teacher(taught) and not has_teacher(unpruned(taught))
+    assert not has_teacher(dataclasses.replace(taught, data=DataConfig(loss_on="all")))
 
 
 @pytest.mark.parametrize("recovery", ["admm", "none"])
