@@ -3,7 +3,9 @@
 
     python convert_weights.py import SRC DST [--dtype D]    Hugging Face folder or GGUF file -> Orbax folder
     python convert_weights.py export SRC DST [--dtype D]    Orbax or run folder -> Hugging Face folder
-    python convert_weights.py inspect PATH                  shapes, dtypes, sparsity, size
+    python convert_weights.py pack SRC DST                  dense Hugging Face folder -> packed folder, lossless
+    python convert_weights.py unpack SRC DST                packed folder -> the dense folder that it was
+    python convert_weights.py inspect PATH                  shapes, dtypes, sparsity, patterns, sizes
     python convert_weights.py verify A B                    tensor by tensor; exit code 1 if they differ
 
 A mistake in the input is one line on stderr and exit code 2.
@@ -28,6 +30,10 @@ def parser() -> argparse.ArgumentParser:
             "--dtype", choices=("float32", "bfloat16", "float16"), help="default: every tensor keeps its own"
         )
     write.add_argument("--format", choices=("hf",), default="hf", help="hf: config.json, safetensors, tokenizer")
+    for name, words in (("pack", "dense folder -> packed folder"), ("unpack", "packed folder -> dense folder")):
+        command = commands.add_parser(name, help=words)
+        command.add_argument("src", metavar="SRC")
+        command.add_argument("dst", metavar="DST", help="folder to make; must not exist")
     commands.add_parser("inspect", help="describe a checkpoint").add_argument("path", metavar="PATH")
     compare = commands.add_parser("verify", help="compare two checkpoints; exit code 1 if they differ")
     compare.add_argument("a", metavar="A")
@@ -53,6 +59,17 @@ def run(options: argparse.Namespace) -> int:
         from efx_jax.weights.convert import export_checkpoint
 
         export_checkpoint(options.src, options.dst, options.dtype)
+        print(f"wrote {options.dst}")
+        return 0
+    if options.command == "pack":
+        from efx_jax.weights.packed import pack
+
+        print(pack(options.src, options.dst).text(options.dst))
+        return 0
+    if options.command == "unpack":
+        from efx_jax.weights.packed import unpack
+
+        unpack(options.src, options.dst)
         print(f"wrote {options.dst}")
         return 0
     from efx_jax.weights.inspect import inspect, verify

@@ -44,7 +44,7 @@ def params_source(params: Mapping[str, Any], spec: ModelSpec, path: Path) -> Ten
     def read_part(name: str, part: Part) -> np.ndarray:
         array, layer = arrays[name]
         index = part if layer is None else (slice(layer, layer + 1), *part)
-        return _to_host(array, index).reshape(part_shape(part))
+        return host_part(array, index).reshape(part_shape(part))
 
     def own_parts(name: str) -> list[Part]:
         array, layer = arrays[name]
@@ -72,8 +72,12 @@ def _held_parts(array: Any) -> list[Part]:
     return [normalized(shard.index, array.shape) for shard in array.addressable_shards if shard.replica_id == 0]
 
 
-def _to_host(array: Any, part: Part) -> np.ndarray:
-    """A part that lies within one shard."""
+def host_part(array: Any, part: Part) -> np.ndarray:
+    """A part of a numpy array, or of a jax array where it lies within one shard, on the host.
+
+    Raises:
+        ValueError: no device of this process holds all of it.
+    """
     if not isinstance(array, jax.Array):
         return np.asarray(array[part])
     for shard in array.addressable_shards:
