@@ -5,6 +5,8 @@
     python convert_weights.py export SRC DST [--dtype D]    Orbax or run folder -> Hugging Face folder
     python convert_weights.py pack SRC DST                  dense Hugging Face folder -> packed folder, lossless
     python convert_weights.py unpack SRC DST                packed folder -> the dense folder that it was
+    python convert_weights.py bundle RUN DST                what a run has made of its base, without the base
+    python convert_weights.py apply BASE BUNDLE DST         the run's export from the base and a bundle, bit for bit
     python convert_weights.py inspect PATH                  shapes, dtypes, sparsity, patterns, sizes
     python convert_weights.py verify A B                    tensor by tensor; exit code 1 if they differ
 
@@ -13,6 +15,7 @@ A mistake in the input is one line on stderr and exit code 2.
 
 import argparse
 import sys
+from pathlib import Path
 
 from efx_jax.errors import OneLineParser, exit_code
 
@@ -34,6 +37,13 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=words)
         command.add_argument("src", metavar="SRC")
         command.add_argument("dst", metavar="DST", help="folder to make; must not exist")
+    make = commands.add_parser("bundle", help="what a run has made of its base, without the base")
+    make.add_argument("run", metavar="RUN", help="folder of a finished run")
+    make.add_argument("dst", metavar="DST", help="folder to make; must not exist")
+    rebuild = commands.add_parser("apply", help="base and bundle -> the run's export, bit for bit")
+    rebuild.add_argument("base", metavar="BASE", help="the model that the run started from")
+    rebuild.add_argument("bundle", metavar="BUNDLE")
+    rebuild.add_argument("dst", metavar="DST", help="folder to make; must not exist")
     commands.add_parser("inspect", help="describe a checkpoint").add_argument("path", metavar="PATH")
     compare = commands.add_parser("verify", help="compare two checkpoints; exit code 1 if they differ")
     compare.add_argument("a", metavar="A")
@@ -70,6 +80,18 @@ def run(options: argparse.Namespace) -> int:
         from efx_jax.weights.packed import unpack
 
         unpack(options.src, options.dst)
+        print(f"wrote {options.dst}")
+        return 0
+    if options.command == "bundle":
+        from efx_jax.analysis.runs import open_run, run_outcome
+        from efx_jax.weights.bundle_write import sizes_text, write_bundle
+
+        print(f"wrote {options.dst}\n{sizes_text(write_bundle(run_outcome(open_run(Path(options.run))), options.dst))}")
+        return 0
+    if options.command == "apply":
+        from efx_jax.weights.bundle import apply_bundle
+
+        apply_bundle(options.base, options.bundle, options.dst)
         print(f"wrote {options.dst}")
         return 0
     from efx_jax.weights.inspect import inspect, verify

@@ -1,12 +1,14 @@
 """Reading a run's folder: its settings, the adapters of its checkpoints, and rows that it was trained on."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -19,7 +21,9 @@ from efx_jax.data.tokens import tokenize
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters, lora_scale
 from efx_jax.model.spec import ModelSpec
+from efx_jax.weights.bundle_write import Outcome
 from efx_jax.weights.hf import load_pretrained, load_tokenizer
+from efx_jax.weights.sparsity import Asked, pattern_of
 
 _MULTIPLE = 32  # what calibration_batches rounds lengths up to
 
@@ -92,19 +96,55 @@ def run_adapters(run: Run, step: int) -> Adapters | None:
         return None
     lora = run.config.lora
     names = dict.fromkeys(lora.targets, np.zeros(0, np.float32))
-    item = {"train": {"adapters": {"lora_a": names, "lora_b": names}}}
-    as_numpy = dict.fromkeys(lora.targets, ocp.RestoreArgs(restore_type=np.ndarray))
-    arguments = ocp.args.PyTreeRestore(
-        item=item,
-        restore_args={"train": {"adapters": {"lora_a": as_numpy, "lora_b": as_numpy}}},
-        partial_restore=True,
-    )
-    tree = _restore(run, step, "state", ocp.PyTreeCheckpointHandler(), arguments)["train"]["adapters"]
+    place = run.folder / "checkpoints" / str(step)
+    tree = _restore_arrays(place, {"train": {"adapters": {"lora_a": names, "lora_b": names}}})["train"]["adapters"]
     scale = lora_scale(lora.rank, lora.alpha, lora.rslora)
     return Adapters(
         lora_a={name: jnp.asarray(array) for name, array in tree["lora_a"].items()},
         lora_b={name: jnp.asarray(array) for name, array in tree["lora_b"].items()},
         scale=scale,
+    )
+
+
+def run_outcome(run: Run) -> Outcome:
+    """What a finished run has exported, from its checkpoint of that step.
+
+    Raises:
+        InputError: the run is not finished, cut out whole units (ATP), or its checkpoint is gone or damaged.
+    """
+    config = run.config
+    if config.prune.score == "atp" and config.prune.sparsity:
+        raise InputError(
+            f"{run.folder}: has cut out whole units (prune.score atp): its export has other shapes than its base "
+            "and is small as it is; ship the export"
+        )
+    if not (run.folder / "summary.json").is_file() or not (run.folder / "export").is_dir():
+        raise InputError(f"{run.folder}: is not finished; expected summary.json and export/; let the run finish first")
+    step = json.loads((run.folder / "summary.json").read_text())["steps"]
+    place = run.folder / "best" / str(step)
+    if not config.eval.best or not place.is_dir():
+        place = run.folder / "checkpoints" / str(step)
+    meta = _restore_item(place, "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+    lora = config.lora
+    names = dict.fromkeys(lora.targets, np.zeros(0, np.float32))
+    tree = _restore_arrays(place, {"train": {"adapters": {"lora_a": names, "lora_b": names}}})["train"]["adapters"]
+    masks: dict[str, np.ndarray] = {}
+    if meta["masked"]:
+        masks = _restore_arrays(place, {"masks": dict.fromkeys(config.prune.targets, np.zeros(0, np.uint8))})["masks"]
+
+    def moved(name: str) -> np.ndarray:
+        return _restore_arrays(place, {"layers": {name: np.zeros(0, np.float32)}})["layers"][name]
+
+    return Outcome(
+        base=config.model.path,
+        dtype=None if config.model.dtype == "keep" else config.model.dtype,
+        adapters=Adapters(
+            lora_a=tree["lora_a"], lora_b=tree["lora_b"], scale=lora_scale(lora.rank, lora.alpha, lora.rslora)
+        ),
+        masks=masks,
+        moved=moved if meta["base_moved"] else None,
+        asked=Asked(dict.fromkeys(masks, pattern_of(config.prune.group)), config.prune.sparsity),
+        export=run.folder / "export",
     )
 
 
@@ -146,12 +186,20 @@ def first_and_last(steps: Iterable[int]) -> list[int]:
 
 
 def _pruned(run: Run, step: int) -> bool:
-    meta = _restore(run, step, "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+    place = run.folder / "checkpoints" / str(step)
+    meta = _restore_item(place, "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
     return bool(meta["masked"] or meta["base_moved"])
 
 
-def _restore(run: Run, step: int, item: str, handler: Any, arguments: Any) -> Any:
-    path = run.folder / "checkpoints" / str(step) / item
+def _restore_arrays(place: Path, tree: dict[str, Any]) -> Any:
+    """Some arrays of a checkpoint as numpy arrays, without the rest; `tree` has theirs in the same places."""
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    arguments = ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True)
+    return _restore_item(place, "state", ocp.PyTreeCheckpointHandler(), arguments)
+
+
+def _restore_item(place: Path, item: str, handler: Any, arguments: Any) -> Any:
+    path = place / item
     try:
         with _quiet(), ocp.Checkpointer(handler) as checkpointer:
             return checkpointer.restore(path.absolute(), args=arguments)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,8 @@ def write_folder(
     original: Mapping[str, Any] | None,
     extras: Path | None,
     max_shard_bytes: int = _MAX_SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a Hugging Face folder from any source, a block of rows in memory at a time.
 
@@ -147,6 +149,8 @@ def write_folder(
         original: raw `config.json` to carry over, or None.
         extras: folder or .gguf file that the tokenizer comes from, or None.
         max_shard_bytes: size from which the weights are split into several files.
+        metadata: tensor name -> what the metadata of its file say of it.
+        finish: called by the first process with the complete folder, before it gets its name.
 
     Raises:
         InputError: `path` exists, the disk is full, or the tensors, `original` and `spec` disagree.
@@ -156,16 +160,22 @@ def write_folder(
     config = config_to_write(spec, _main_dtype(source, names), original)
     needs = sum(tensor_bytes(source, name) for name in names)
     files = _split(source, names, max_shard_bytes)
+    leads = not source.shared or jax.process_index() == 0
     with atomic_folder(path, needs=needs, shared=source.shared) as partial:
-        if not source.shared or jax.process_index() == 0:
+        if leads:
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if extras is not None:
                 write_extras(extras, partial)
-            _create_files(partial, source, files)
+            _create_files(partial, source, files, metadata or {})
         if source.shared:
             meet()
         for file in files:
             fill(partial / file, source)
+        if finish is not None:
+            if source.shared:
+                meet()
+            if leads:
+                finish(partial)
 
 
 def write_extras(extras: Path, folder: Path) -> None:
@@ -258,10 +268,12 @@ def _split(source: TensorSource, names: list[str], max_bytes: int) -> dict[str, 
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, start=1)}
 
 
-def _create_files(folder: Path, source: TensorSource, files: Mapping[str, list[str]]) -> None:
+def _create_files(
+    folder: Path, source: TensorSource, files: Mapping[str, list[str]], metadata: Mapping[str, str]
+) -> None:
     """Makes the files in their full size, and the index of several; the tensors are yet to be filled in."""
     for file, names in files.items():
-        create(folder / file, source, names)
+        create(folder / file, source, names, {name: metadata[name] for name in names if name in metadata})
     if len(files) == 1:
         return
     weight_map = {name: file for file, names in files.items() for name in names}

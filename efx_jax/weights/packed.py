@@ -39,21 +39,14 @@ from efx_jax.weights.packed_file import (
     read_manifest,
     stored_tensors,
 )
-from efx_jax.weights.safetensors_file import (
-    STORED,
-    Entry,
-    lay_out,
-    read_header,
-    read_header_text,
-    read_part,
-)
+from efx_jax.weights.safetensors_file import STORED, Entry, lay_out, read_header, read_header_text, read_part
 from efx_jax.weights.sealed import check_files, file_table, write_sealed
 from efx_jax.weights.source import check_names_and_shapes, leaves
 
 # Weights of other formats, pickles and code: a packed folder carries none of them on.
-_LEFT_OUT = (
-    ".safetensors .bin .pt .pth .ckpt .pkl .pickle .h5 .msgpack .onnx .gguf .bitmask .py .so .dll .dylib .exe"
-).split()
+_WEIGHTS = (".safetensors", ".bitmask", ".gguf", ".h5", ".msgpack", ".onnx")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_CODE = (".py", ".pyc", ".so", ".dll", ".dylib", ".exe", ".sh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,5 +255,5 @@ def _other_files(folder: Path, weights: set[str]) -> tuple[list[str], list[str]]
         if name in weights or name == INDEX:
             continue
         hidden = any(part.startswith(".") for part in name.split("/"))
-        (left_out if hidden or file.suffix.lower() in _LEFT_OUT else carried).append(name)
+        (left_out if hidden or file.suffix.lower() in (*_WEIGHTS, *_PICKLES, *_CODE) else carried).append(name)
     return carried, left_out
