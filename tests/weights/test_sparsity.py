@@ -23,7 +23,7 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
 def masks_of(kept: int, size: int) -> dict[str, np.ndarray]:
-    """Random masks of all linears that keep exactly so many of `size` consecutive inputs, of whole rows where it is 0."""
+    """Random masks of all linears that keep so many of `size` consecutive inputs, half of a row where it is 0."""
     rng = np.random.default_rng(0)
     masks = {}
     for name in LINEARS:
