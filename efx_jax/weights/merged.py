@@ -112,8 +112,8 @@ def merged_source(
         a = b = None
         if leaf in lora_a:
             every = slice(0, lora_a[leaf].shape[1])
-            a = layer_part(lora_a[leaf], layer, (every, columns))
-            b = layer_part(lora_b[leaf], layer, (rows, every))
+            a = layer_part(lora_a[leaf], layer, (every, columns), small=True)
+            b = layer_part(lora_b[leaf], layer, (rows, every), small=True)
         kept = mask_part(masks[leaf], layer, rows, columns) if leaf in masks else None
         return merged_rows(weight, a, b, kept, scale)
 
@@ -128,9 +128,9 @@ def layer_places(spec: ModelSpec) -> dict[str, tuple[str, int]]:
     }
 
 
-def layer_part(stacked: Any, layer: int, part: Part) -> np.ndarray:
-    """A part of one layer of an array `[L,...]`, on the host."""
-    return host_part(stacked, (slice(layer, layer + 1), *part))[0]
+def layer_part(stacked: Any, layer: int, part: Part, small: bool = False) -> np.ndarray:
+    """A part of one layer of an array `[L,...]`, on the host; `small`: see `host_part`."""
+    return host_part(stacked, (slice(layer, layer + 1), *part), small)[0]
 
 
 def mask_part(mask: Any, layer: int, rows: slice, columns: slice) -> np.ndarray:

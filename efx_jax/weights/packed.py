@@ -167,9 +167,9 @@ def unpack(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
 def _worth_packing(name: str, entry: Entry) -> int | None:
     """How many entries of a matrix have a bit set; None if packing it saves nothing."""
     entries = sum(int(np.count_nonzero(bits_of(read_part(entry, name, block)))) for block in _blocks(entry))
+    out_dim, in_dim = entry.shape
     itemsize = STORED[entry.dtype].itemsize
-    dense = entry.shape[0] * entry.shape[1] * itemsize
-    return entries if packed_bytes(*entry.shape, entries, itemsize) < dense else None
+    return entries if packed_bytes(out_dim, in_dim, entries, itemsize) < out_dim * in_dim * itemsize else None
 
 
 def _blocks(entry: Entry) -> Iterator[Part]:
@@ -249,7 +249,8 @@ def _write(descriptor: int, place: Entry, values: np.ndarray, part: Part) -> Non
 
 def _other_files(folder: Path, weights: set[str]) -> tuple[list[str], list[str]]:
     """Names of the files beside the weights: those to carry over, and those to leave."""
-    carried, left_out = [], []
+    carried: list[str] = []
+    left_out: list[str] = []
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder).as_posix()
         if name in weights or name == INDEX:

@@ -117,7 +117,7 @@ def pattern_of(group: str) -> str:
 
 def pruned_entries(masks: Mapping[str, Any], spec: ModelSpec) -> dict[str, int]:
     """Hugging Face name -> how many entries of the tensor the masks `[L,O,I]`, bool or packed, prune."""
-    pruned = {}
+    pruned: dict[str, int] = {}
     for leaf in leaves(spec):
         mask = masks.get(leaf.path[-1])
         if leaf.stacked and mask is not None:
