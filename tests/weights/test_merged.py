@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,8 @@ import numpy as np
 import pytest
 
 from efx_jax.config import MeshConfig
-from efx_jax.lora import Adapters, init_lora, merge
-from efx_jax.masks import pack_mask
-from efx_jax.model.spec import LINEARS, ModelSpec, init_params
+from efx_jax.lora import Adapters, merge
+from efx_jax.model.spec import LINEARS, ModelSpec, param_shapes
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.parallel.partition import tree_shardings
 from efx_jax.weights.byte_ranges import whole
@@ -104,27 +104,32 @@ def test_without_an_adapter_the_weights_keep_their_bits() -> None:
     assert (found.view(np.uint32)[~kept] == 0).all()
 
 
-def expert(spec: ModelSpec, dtype: str = "float32") -> tuple[dict, Adapters, dict[str, jax.Array]]:
-    """Parameters, adapters that matter, and masks in bits for all linears but one, which has no adapter either."""
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(jax.random.key(0), spec))
-    targets = [name for name in LINEARS if name != "k_proj"]
-    adapters = init_lora(jax.random.key(1), params, spec, rank=3, alpha=5, targets=targets)
-    keys = dict(zip(targets, jax.random.split(jax.random.key(2), len(targets)), strict=True))
-    lora_b = {name: 0.1 * jax.random.normal(keys[name], leaf.shape) for name, leaf in adapters.lora_b.items()}
-    masks = {
-        name: pack_mask(jax.random.bernoulli(keys[name], 0.5, params["layers"][name].shape))
-        for name in targets
-        if name != "o_proj"
-    }
-    return params, Adapters(lora_a=adapters.lora_a, lora_b=lora_b, scale=adapters.scale), masks
+def expert(spec: ModelSpec, dtype: str = "float32") -> tuple[dict[str, Any], Adapters, dict[str, np.ndarray]]:
+    """Parameters, adapters that matter, and masks in bits for all linears but two, one of them without adapter."""
+    rng = np.random.default_rng(0)
+    shapes = param_shapes(spec)
+
+    def draw(shape: tuple[int, ...]) -> np.ndarray:
+        return rng.standard_normal(shape).astype(DTYPES[dtype])
+
+    params = {name: draw(shape) for name, shape in shapes.items() if name != "layers"}
+    params["layers"] = {name: draw(shape) for name, shape in shapes["layers"].items()}
+    linears = {name: shapes["layers"][name] for name in LINEARS if name != "k_proj"}
+    adapters = Adapters(
+        lora_a={name: rng.random((count, 3, i), np.float32) for name, (count, _, i) in linears.items()},
+        lora_b={name: 0.1 * rng.random((count, o, 3), np.float32) for name, (count, o, _) in linears.items()},
+        scale=5 / 3,
+    )
+    kept = {name: rng.random(shape) < 0.5 for name, shape in linears.items() if name != "o_proj"}
+    return params, adapters, {name: np.packbits(k, axis=-1, bitorder="little") for name, k in kept.items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_merged_source_is_the_merge_to_one_rounding(dtype: str) -> None:
     """`efx_jax.merge` sums in float32: rank + 2 roundings of the terms apart; 16 bits may then take the next number."""
-    params, adapters, masks = jax.device_get(expert(LLAMA, dtype))
+    params, adapters, masks = expert(LLAMA, dtype)
     source = merged_source(params_source(params, LLAMA, Path("x")), LLAMA, adapters, masks)
-    layers = merge(params, adapters, masks)["layers"]
+    layers = merge(*jax.tree.map(jnp.asarray, (params, adapters, masks)))["layers"]
     step = 0.0 if dtype == "float32" else float(jnp.finfo(dtype).eps)
     for name in LINEARS:
         module = f"self_attn.{name}" if name[0] in "qkvo" else f"mlp.{name}"
@@ -136,19 +141,16 @@ def test_a_merged_source_is_the_merge_to_one_rounding(dtype: str) -> None:
             found, expected = found.astype(np.float64), expected.astype(np.float64)
             terms = np.abs(np.asarray(params["layers"][name][layer], np.float64))
             if name in adapters.lora_a:
-                a, b = np.abs(np.array(adapters.lora_a[name][layer])), np.abs(np.array(adapters.lora_b[name][layer]))
+                a, b = adapters.lora_a[name][layer], adapters.lora_b[name][layer]
                 terms += adapters.scale * (b.astype(np.float64) @ a)
             assert (np.abs(found - expected) <= 5 * 2.0**-24 * terms + step * np.abs(expected)).all()
 
 
 def test_parts_and_shards_are_those_of_the_whole() -> None:
-    params, adapters, masks = jax.device_get(expert(EVEN))
+    params, adapters, masks = expert(EVEN)
     base = params_source(params, EVEN, Path("x"))
     whole_source = merged_source(base, EVEN, adapters, masks)
-    bare = {
-        name: jnp.asarray(np.unpackbits(np.asarray(m), axis=-1, bitorder="little")).astype(bool)
-        for name, m in masks.items()
-    }
+    bare = {name: np.unpackbits(mask, axis=-1, bitorder="little").astype(bool) for name, mask in masks.items()}
     for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"):
         expected = whole_source.read(name)
         rows, columns = slice(3, 9), slice(5, 27)
