@@ -36,7 +36,7 @@ from efx_jax.weights.hf import open_checkpoint
 from efx_jax.weights.merged import layer_places, leaf_dtypes, merged_source
 from efx_jax.weights.params import params_source
 from efx_jax.weights.safetensors_file import Entry, read_header, read_part, tensor_bytes
-from efx_jax.weights.sealed import check_files, file_table, read_sealed
+from efx_jax.weights.sealed import check_files, check_names, file_table, read_sealed
 from efx_jax.weights.source import TensorSource, cast, check_names_and_shapes, leaves
 from efx_jax.weights.sparsity import Asked, pruned_entries
 
@@ -83,6 +83,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         found = f"{manifest.get('format')} {manifest.get('version')}"
         raise InputError(f"{folder / MANIFEST}: expected {FORMAT} {VERSION}, found {found}; update efx_jax")
+    check_names(folder / MANIFEST, [*manifest["files"], *manifest["others"], *manifest["export"]])
     check_files(folder, manifest["files"])
     masks = load_file(folder / MASKS) if MASKS in manifest["files"] else {}
     adapters = None

@@ -23,7 +23,7 @@ from efx_jax.weights.bitmask import BITMASK, COMPRESSED, ROW_OFFSETS, SHAPE, SUF
 from efx_jax.weights.byte_ranges import Part, part_shape
 from efx_jax.weights.config_json import check_tokenizer_fits, read_json
 from efx_jax.weights.safetensors_file import STORED, Entry, parse_header, read_header, read_part
-from efx_jax.weights.sealed import read_sealed
+from efx_jax.weights.sealed import check_names, read_sealed
 from efx_jax.weights.source import TensorSource
 
 MANIFEST = "packed.json"
@@ -80,12 +80,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """`packed.json`, whole and of a version that is known.
 
     Raises:
-        InputError: it is not.
+        InputError: it is not, or it names files outside its folder.
     """
     manifest = read_sealed(folder / MANIFEST)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         found = f"{manifest.get('format')} {manifest.get('version')}"
         raise InputError(f"{folder / MANIFEST}: expected {FORMAT} {VERSION}, found {found}; update efx_jax")
+    packed = [fields["packed"] for fields in manifest["files"].values()]
+    check_names(folder / MANIFEST, [*manifest["files"], *packed, *manifest["others"]])
     return manifest
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from efx_jax.errors import InputError
@@ -40,6 +40,22 @@ def file_table(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in sorted(names)
     }
+
+
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """Refuses names of files that lead out of the folder that they are meant for: whoever can write a file can seal it.
+
+    Args:
+        path: the sealed file that has them.
+        names: with "/" between folders.
+
+    Raises:
+        InputError: an absolute one, or one with "..".
+    """
+    for name in names:
+        parts = PurePosixPath(name).parts
+        if not parts or ".." in parts or parts[0] == "/" or "\\" in name or PureWindowsPath(name).drive:
+            raise InputError(f"{path}: names the file {name!r}, expected one within its folder; do not trust it")
 
 
 def check_files(folder: Path, table: Mapping[str, Mapping[str, Any]]) -> None:

@@ -22,6 +22,7 @@ from efx_jax.weights.convert import export_checkpoint
 from efx_jax.weights.hf import load_pretrained, load_tokenizer, open_checkpoint, save_pretrained
 from efx_jax.weights.inspect import inspect, verify
 from efx_jax.weights.packed import pack, unpack
+from efx_jax.weights.sealed import read_sealed, write_sealed
 from tests.tiny import EVEN, LLAMA
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -224,6 +225,16 @@ def test_only_dense_folders_are_packed_and_only_packed_ones_unpacked(packed: Pat
         unpack(dense, tmp_path / "twice")
     with pytest.raises(InputError, match="exists already"):
         pack(dense, packed)
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/etc/hostname", "a/../../b", "..\\b", "C:b"])
+def test_a_manifest_that_names_files_outside_its_folder_is_refused(name: str, packed: Path, tmp_path: Path) -> None:
+    """Its seal is right: whoever made it can seal it."""
+    manifest = read_sealed(packed / "packed.json")
+    manifest["others"] = {name: manifest["others"]["config.json"]}
+    write_sealed(packed / "packed.json", manifest)
+    with pytest.raises(InputError, match="expected one within its folder"):
+        unpack(packed, tmp_path / "again")
 
 
 def test_inspect_says_what_packing_would_give(packed: Path, dense: Path) -> None:
