@@ -6,7 +6,11 @@
         [--max-shard-size 2GB]
     python convert_weights.py export SRC FILE.gguf --format gguf [--dtype D]    ... -> GGUF file for llama.cpp
     python convert_weights.py adapter RUN DST [--dtype D]   adapters of a run -> PEFT folder
-    python convert_weights.py inspect PATH                  shapes, dtypes, sparsity, size
+    python convert_weights.py pack SRC DST                  dense Hugging Face folder -> packed folder, lossless
+    python convert_weights.py unpack SRC DST                packed folder -> the dense folder that it was
+    python convert_weights.py bundle RUN DST                what a run has made of its base, without the base
+    python convert_weights.py apply BASE BUNDLE DST         the run's export from the base and a bundle, bit for bit
+    python convert_weights.py inspect PATH                  shapes, dtypes, sparsity, patterns, sizes
     python convert_weights.py verify A B                    tensor by tensor; exit code 1 if they differ
 
 A mistake in the input is one line on stderr and exit code 2.
@@ -14,6 +18,7 @@ A mistake in the input is one line on stderr and exit code 2.
 
 import argparse
 import sys
+from pathlib import Path
 
 from efx_jax.errors import InputError, OneLineParser, byte_size, exit_code
 
@@ -45,6 +50,17 @@ def parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="of hf: size from which the weights are split into several files, such as 500MB; default: 5GB",
     )
+    for name, words in (("pack", "dense folder -> packed folder"), ("unpack", "packed folder -> dense folder")):
+        command = commands.add_parser(name, help=words)
+        command.add_argument("src", metavar="SRC")
+        command.add_argument("dst", metavar="DST", help="folder to make; must not exist")
+    make = commands.add_parser("bundle", help="what a run has made of its base, without the base")
+    make.add_argument("run", metavar="RUN", help="folder of a finished run")
+    make.add_argument("dst", metavar="DST", help="folder to make; must not exist")
+    rebuild = commands.add_parser("apply", help="base and bundle -> the run's export, bit for bit")
+    rebuild.add_argument("base", metavar="BASE", help="the model that the run started from")
+    rebuild.add_argument("bundle", metavar="BUNDLE")
+    rebuild.add_argument("dst", metavar="DST", help="folder to make; must not exist")
     commands.add_parser("inspect", help="describe a checkpoint").add_argument("path", metavar="PATH")
     compare = commands.add_parser("verify", help="compare two checkpoints; exit code 1 if they differ")
     compare.add_argument("a", metavar="A")
@@ -74,6 +90,29 @@ def run(options: argparse.Namespace) -> int:
         from efx_jax.training.adapter import export_adapter
 
         print(export_adapter(options.src, options.dst, options.dtype or "float32"))
+        return 0
+    if options.command == "pack":
+        from efx_jax.weights.packed import pack
+
+        print(pack(options.src, options.dst).text(options.dst))
+        return 0
+    if options.command == "unpack":
+        from efx_jax.weights.packed import unpack
+
+        unpack(options.src, options.dst)
+        print(f"wrote {options.dst}")
+        return 0
+    if options.command == "bundle":
+        from efx_jax.analysis.outcome import run_outcome
+        from efx_jax.weights.bundle_write import sizes_text, write_bundle
+
+        print(f"wrote {options.dst}\n{sizes_text(write_bundle(run_outcome(Path(options.run)), options.dst))}")
+        return 0
+    if options.command == "apply":
+        from efx_jax.weights.bundle import apply_bundle
+
+        apply_bundle(options.base, options.bundle, options.dst)
+        print(f"wrote {options.dst}")
         return 0
     from efx_jax.weights.inspect import inspect, verify
 

@@ -11,7 +11,7 @@ from efx_jax.pruning.scores import foresight_score, wanda_score
 from efx_jax.pruning.selection import select_mask
 from efx_jax.pruning.statistics import collect_statistics
 
-_FROM_WEIGHTS = ("load_pretrained", "load_tokenizer", "save_pretrained")
+_FROM_WEIGHTS = ("load_bundle", "load_pretrained", "load_tokenizer", "save_pretrained")
 
 __all__ = [
     "Adapters",
@@ -22,6 +22,7 @@ __all__ = [
     "forward",
     "gram_brain_surgeon",
     "init_lora",
+    "load_bundle",
     "load_pretrained",
     "load_tokenizer",
     "merge",
@@ -37,9 +38,10 @@ def __getattr__(name: str) -> Any:
     """Imports `weights` on first use, so that the core never waits for file formats."""
     if name not in _FROM_WEIGHTS:
         raise AttributeError(f"module 'efx_jax' has no attribute {name!r}")
-    from efx_jax.weights import hf
+    from efx_jax.weights import bundle, hf
 
     return {
+        "load_bundle": bundle.load_bundle,
         "load_pretrained": hf.load_pretrained,
         "load_tokenizer": hf.load_tokenizer,
         "save_pretrained": hf.save_pretrained,

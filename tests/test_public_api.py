@@ -20,6 +20,7 @@ SIGNATURES = {
     "forward": "params, tokens, spec, adapters=None, masks=None",
     "save_pretrained": "path, params, spec, source=None",
     "load_tokenizer": "path",
+    "load_bundle": "path",
     "init_lora": "key, params, spec, rank=8, alpha=16, targets=None",
     "collect_statistics": "params, batches, spec, adapters=None, masks=None, gram=False",
     "prune_event": "params, adapters, masks, stats, state, spec, config",

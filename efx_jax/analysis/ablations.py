@@ -11,7 +11,8 @@ from typing import Any
 from efx_jax.analysis import mask_overlap, score_error
 from efx_jax.analysis.blocks import Model, look_at
 from efx_jax.analysis.figures import draw_overlaps, draw_score_errors
-from efx_jax.analysis.runs import Run, choose_steps, load_base, run_adapters, training_rows
+from efx_jax.analysis.held import choose_steps, run_adapters
+from efx_jax.analysis.runs import Run, load_base, training_rows
 from efx_jax.analysis.studies import spaced
 from efx_jax.analysis.tables import overlap_table, score_error_table
 from efx_jax.files import atomic_write

@@ -9,21 +9,8 @@ from typing import Any
 
 from efx_jax.analysis import curves, replay, shifts, space_figures, subspaces, where, where_figures
 from efx_jax.analysis.blocks import look_at
-from efx_jax.analysis.runs import (
-    Checkpoint,
-    Run,
-    before_event,
-    choose_step,
-    held_steps,
-    load_base,
-    load_export,
-    read_checkpoint,
-    run_adapters,
-    run_linears,
-    run_masks,
-    split_rows,
-    training_rows,
-)
+from efx_jax.analysis.held import Checkpoint, before_event, read_checkpoint, run_adapters, run_linears, run_masks
+from efx_jax.analysis.runs import Run, choose_step, held_steps, load_base, load_export, split_rows, training_rows
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
 from efx_jax.model.spec import LINEARS, linear_shapes, spec_from_config

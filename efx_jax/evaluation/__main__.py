@@ -23,6 +23,7 @@ from efx_jax.files import refuse_unwritable
 from efx_jax.lora import Adapters
 from efx_jax.model.decoder import Params
 from efx_jax.model.spec import ModelSpec, spec_from_config
+from efx_jax.weights.bundle import Bundle, bundle_params, check_base, content_sha256, open_bundle
 from efx_jax.weights.hf import load_pretrained, load_tokenizer, open_checkpoint
 from efx_jax.weights.peft import load_adapter
 
@@ -47,6 +48,7 @@ class _Work:
     windows: list[Tokenized]
     tasks: tuple[Task, ...]
     dense: tuple[Results, Records] | None
+    bundles: tuple[Bundle, ...]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,6 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("path", help="Hugging Face folder, run folder, .gguf file, Hub name or quickstart")
     add("--adapter", default="", metavar="DIR", help="PEFT adapter that is measured on top of it")
+    add(
+        "--bundle",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="bundles of convert_weights.py bundle: each expert in turn on PATH, its base, which is read once",
+    )
     add("--tasks", nargs="+", default=[], metavar="TASK", help="names, mixes, or files of prompt and response rows")
     add("--protocol", choices=("likelihood", "greedy", "sampled"), default="likelihood", help="how answers are got")
     add("--runs", type=positive_number, default=4, help="runs of the protocol sampled")
@@ -111,9 +120,11 @@ def _flag(setting: re.Match[str]) -> str:
 def _prepare(arguments: argparse.Namespace) -> _Work:
     """Reads all but the weights, and refuses what cannot be measured."""
     if arguments.output:
-        _check_output(Path(arguments.output), arguments.relative_to)
+        for folder in _outputs(arguments):
+            _check_output(folder, arguments.relative_to)
     dense = read_evaluation(Path(arguments.relative_to)) if arguments.relative_to else None
-    spec = spec_from_config(open_checkpoint(arguments.path).config)
+    source = open_checkpoint(arguments.path)
+    spec = spec_from_config(source.config)
     adapters = load_adapter(arguments.adapter, spec) if arguments.adapter else None
     config = _settings(arguments, spec)
     names, text = _sources(arguments, config.data)
@@ -129,7 +140,24 @@ def _prepare(arguments: argparse.Namespace) -> _Work:
         check_pairs(described, dense[0], Path(arguments.relative_to))
         check_ratios(*dense, Path(arguments.relative_to))
     windows = _windows(text, config, spec, tokenizer) if text else []
-    return _Work(spec, adapters, tokenizer, config, windows, tasks, dense)
+    bundles = tuple(open_bundle(folder) for folder in arguments.bundle)
+    if bundles:
+        digest = content_sha256(source, spec)
+        for bundle in bundles:
+            check_base(bundle, source, spec, digest)
+    return _Work(spec, adapters, tokenizer, config, windows, tasks, dense, bundles)
+
+
+def _outputs(arguments: argparse.Namespace) -> list[Path]:
+    """Where the results go: of bundles each into a folder of its name."""
+    if not arguments.bundle:
+        return [Path(arguments.output)]
+    names = [Path(folder).resolve().name for folder in arguments.bundle]
+    if len(set(names)) < len(names):
+        raise InputError(
+            f"--bundle: expected folders of different names, found {' '.join(names)}; rename one, or leave --output out"
+        )
+    return [Path(arguments.output) / name for name in names]
 
 
 def _check_output(folder: Path, dense: str) -> None:
@@ -196,7 +224,20 @@ def _windows(text: str, config: Config, spec: ModelSpec, tokenizer: Tokenizer) -
 
 
 def _evaluate(arguments: argparse.Namespace, work: _Work) -> None:
-    params, _ = load_pretrained(arguments.path, arguments.dtype)
+    outputs = _outputs(arguments) if arguments.output else [None] * max(1, len(work.bundles))
+    if not work.bundles:
+        _measure(load_pretrained(arguments.path, arguments.dtype)[0], work, arguments, outputs[0])
+        return
+    base, _ = load_pretrained(arguments.path, None)
+    for bundle, output in zip(work.bundles, outputs, strict=True):
+        print(f"## {bundle.folder}\n")
+        params = bundle_params(bundle, base, work.spec, arguments.dtype)
+        _measure(params, work, argparse.Namespace(**vars(arguments) | {"bundle": str(bundle.folder)}), output)
+        print()
+
+
+def _measure(params: Params, work: _Work, arguments: argparse.Namespace, output: Path | None) -> None:
+    """Measures one model, prints its tables, and writes them if there is a place."""
     text = _measure_text(params, work, arguments)
     results: dict[str, dict[str, Any]] = {}
     records: list[Record] = []
@@ -212,11 +253,11 @@ def _evaluate(arguments: argparse.Namespace, work: _Work) -> None:
     if work.dense is not None:
         compared = {"to": arguments.relative_to} | relative(results, records, *work.dense)
     print(results_tables(text, results, compared))
-    if arguments.output:
+    if output is not None:
         data, measured = dataclasses.asdict(work.config.data), dataclasses.asdict(work.config.eval)
         asked = vars(arguments) | {name: data[name] for name in _DATA_FLAGS}
         asked |= {name: measured[name] for name in _EVAL_FLAGS}
-        write_evaluation(Path(arguments.output), asked, text, results, compared, seconds, records)
+        write_evaluation(output, asked, text, results, compared, seconds, records)
 
 
 def _measure_text(params: Params, work: _Work, arguments: argparse.Namespace) -> Perplexity | None:

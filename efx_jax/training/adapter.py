@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from efx_jax.analysis.runs import Run, moved_and_masked, open_shipped, run_adapters
+from efx_jax.analysis.held import moved_and_masked, run_adapters
+from efx_jax.analysis.runs import Run, open_shipped
 from efx_jax.errors import InputError
 from efx_jax.model.spec import spec_from_config
 from efx_jax.weights.hf import open_checkpoint

@@ -16,7 +16,6 @@ from efx_jax.config import Config
 from efx_jax.config_io import from_yaml, to_yaml
 from efx_jax.errors import InputError
 from efx_jax.files import atomic_write, meet, refuse_unwritable, together
-from efx_jax.lora import merge
 from efx_jax.parallel.mesh import make_mesh, start_hosts
 from efx_jax.training import log
 from efx_jax.training.claim import claimed
@@ -33,8 +32,11 @@ from efx_jax.training.search import cut_out, cut_report
 from efx_jax.training.start import different_settings, with_adapter
 from efx_jax.training.state import RunState
 from efx_jax.training.summary import print_summary, write_summary
-from efx_jax.weights.hf import load_pretrained, save_pretrained
+from efx_jax.weights.expert import write_expert
+from efx_jax.weights.hf import load_pretrained
+from efx_jax.weights.params import params_source
 from efx_jax.weights.sliced import save_sliced
+from efx_jax.weights.sparsity import Asked, pattern_of, pruned_entries
 
 
 def run(config: Config, output: Path, dry_run: bool = False, trunk: Path | None = None) -> dict[str, Any]:
@@ -177,6 +179,12 @@ def _export(config: Config, state: RunState, prepared: Prepared, folder: Path) -
     if state.units is not None:
         smaller, spec = cut_out(state, prepared.spec, config.atp.space)
         save_sliced(folder, smaller, spec, source=config.model.path)
-    else:
-        merged = merge(state.params, state.train.adapters, state.masks or None)
-        save_pretrained(folder, merged, prepared.spec, source=config.model.path)
+        return
+    spec, masks = prepared.spec, state.masks
+    asked = Asked(
+        patterns=dict.fromkeys(masks, pattern_of(config.prune.group)),
+        sparsity=config.prune.sparsity,
+        pruned=pruned_entries(masks, spec),
+    )
+    base = params_source(state.params, spec, folder)
+    write_expert(folder, base, spec, state.train.adapters, masks or None, config.model.path, asked)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.weights.assemble import assemble
 from efx_jax.weights.config_json import check_tokenizer_fits, config_to_write, copy_extras, read_json
 from efx_jax.weights.fetch import local_path
+from efx_jax.weights.packed_file import is_packed_folder, open_packed
 from efx_jax.weights.params import params_source
 from efx_jax.weights.safetensors_file import Entry, create, fill, read_header, read_part, tensor_bytes
 from efx_jax.weights.source import TensorSource, check_names_and_shapes, leaves
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -36,17 +37,25 @@ def open_folder(path: str | os.PathLike[str]) -> TensorSource:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a Hugging Face folder with config.json")
     config = read_json(folder / "config.json")
-    entries: dict[str, Entry] = {}
-    promised = _promised_files(folder)
-    for file in sorted(set(promised.values())):
-        entries |= read_header(file)
-    for name, file in promised.items():
-        if name and (name not in entries or entries[name].path != file):
-            raise InputError(f"{file}: tensor {name} is missing, though {_INDEX} lists it here; download it again")
+    entries = {name: entry for file in folder_files(folder).values() for name, entry in file.items()}
     check_tokenizer_fits(folder, config)
     shapes = {name: entry.shape for name, entry in entries.items()}
     dtypes = {name: entry.dtype for name, entry in entries.items()}
     return TensorSource(folder, config, shapes, dtypes, lambda name, part: read_part(entries[name], name, part))
+
+
+def folder_files(folder: Path) -> dict[Path, dict[str, Entry]]:
+    """The safetensors files of a Hugging Face folder with the tensors of each, in the order of its header.
+
+    Raises:
+        InputError: a missing, truncated or garbled file, or a tensor that the index promises and its shard lacks.
+    """
+    promised = _promised_files(folder)
+    files = {file: read_header(file) for file in sorted(set(promised.values()))}
+    for name, file in promised.items():
+        if name and name not in files[file]:
+            raise InputError(f"{file}: tensor {name} is missing, though {INDEX} lists it here; download it again")
+    return files
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource:
@@ -62,6 +71,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource:
         return open_gguf(place)
     from efx_jax.weights.orbax import is_orbax_folder, open_orbax
 
+    if is_packed_folder(place):
+        return open_packed(place)
     return open_orbax(place) if is_orbax_folder(place) else open_folder(place)
 
 
@@ -74,8 +85,8 @@ def load_pretrained(
     of quantised rows more, which it then drops); an error in one of them is an error in all.
 
     Args:
-        path: Hugging Face folder, .gguf file, Orbax folder of `convert_weights.py import`, run folder (its export),
-            Hub name, or "quickstart".
+        path: Hugging Face folder, .gguf file, Orbax folder of `convert_weights.py import`, packed folder of
+            `convert_weights.py pack`, run folder (its export), Hub name, or "quickstart".
         dtype: "float32", "bfloat16", "float16", or None to keep the checkpoint's own.
         mesh: `data` x `fsdp` x `tensor`, see `parallel.mesh.make_mesh`; None: the default device.
 
@@ -126,6 +137,8 @@ def write_folder(
     original: Mapping[str, Any] | None,
     extras: Path | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a Hugging Face folder from any source, a block of rows in memory at a time.
 
@@ -136,6 +149,8 @@ def write_folder(
         original: raw `config.json` to carry over, or None.
         extras: folder or .gguf file that the tokenizer comes from, or None.
         max_shard_bytes: size from which the weights are split into several files.
+        metadata: tensor name -> what the metadata of its file say of it.
+        finish: called by the first process with the complete folder, before it gets its name.
 
     Raises:
         InputError: `path` exists, the disk is full, or the tensors, `original` and `spec` disagree.
@@ -145,16 +160,22 @@ def write_folder(
     config = config_to_write(spec, _main_dtype(source, names), original)
     needs = sum(tensor_bytes(source, name) for name in names)
     files = _split(source, names, max_shard_bytes)
+    leads = not source.shared or jax.process_index() == 0
     with atomic_folder(path, needs=needs, shared=source.shared) as partial:
-        if not source.shared or jax.process_index() == 0:
+        if leads:
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             if extras is not None:
                 write_extras(extras, partial)
-            _create_files(partial, source, files)
+            _create_files(partial, source, files, metadata or {})
         if source.shared:
             meet()
         for file in files:
             fill(partial / file, source)
+        if finish is not None:
+            if source.shared:
+                meet()
+            if leads:
+                finish(partial)
 
 
 def write_extras(extras: Path, folder: Path) -> None:
@@ -203,7 +224,7 @@ def _promised_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file by the index, every file present; a checkpoint without index has one file, under ""."""
     if (folder / _SINGLE).is_file():
         return {"": folder / _SINGLE}
-    if not (folder / _INDEX).is_file():
+    if not (folder / INDEX).is_file():
         pickles = sorted(folder.glob("pytorch_model*.bin"))
         if pickles:
             raise InputError(
@@ -211,15 +232,15 @@ def _promised_files(folder: Path) -> dict[str, Path]:
                 "get the checkpoint's safetensors version"
             )
         raise InputError(
-            f"{folder}: has neither {_SINGLE} nor {_INDEX}; expected a Hugging Face folder with safetensors"
+            f"{folder}: has neither {_SINGLE} nor {INDEX}; expected a Hugging Face folder with safetensors"
         )
-    weight_map = read_json(folder / _INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
-        raise InputError(f"{folder / _INDEX}: has no weight_map; download the file again")
+        raise InputError(f"{folder / INDEX}: has no weight_map; download the file again")
     files = {name: folder / shard for name, shard in weight_map.items()}
     for file in sorted(set(files.values())):
         if not file.is_file():
-            raise InputError(f"{file}: shard is missing, though {_INDEX} lists it; download the file")
+            raise InputError(f"{file}: shard is missing, though {INDEX} lists it; download the file")
     return files
 
 
@@ -247,13 +268,15 @@ def _split(source: TensorSource, names: list[str], max_bytes: int) -> dict[str, 
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, start=1)}
 
 
-def _create_files(folder: Path, source: TensorSource, files: Mapping[str, list[str]]) -> None:
+def _create_files(
+    folder: Path, source: TensorSource, files: Mapping[str, list[str]], metadata: Mapping[str, str]
+) -> None:
     """Makes the files in their full size, and the index of several; the tensors are yet to be filled in."""
     for file, names in files.items():
-        create(folder / file, source, names)
+        create(folder / file, source, names, {name: metadata[name] for name in names if name in metadata})
     if len(files) == 1:
         return
     weight_map = {name: file for file, names in files.items() for name in names}
     total = sum(tensor_bytes(source, name) for name in weight_map)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

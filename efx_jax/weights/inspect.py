@@ -9,8 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from efx_jax.model.spec import ModelSpec, spec_from_config
+from efx_jax.weights.bitmask import packed_bytes
 from efx_jax.weights.hf import open_checkpoint
-from efx_jax.weights.source import TensorSource, check_names_and_shapes, leaves
+from efx_jax.weights.safetensors_file import tensor_bytes
+from efx_jax.weights.source import DTYPES, TensorSource, check_names_and_shapes, leaves
+from efx_jax.weights.sparsity import found_pattern, inspect_zeros
+
+# Four bits and a 16-bit scale for every 32 of them, as GGUF's Q4_0.
+_FOUR_BITS = 4.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +32,18 @@ class Difference:
     relative: float
 
 
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Bytes of some tensors as they are, packed by `weights.packed`, and quantised to about four bits."""
+
+    dense: int
+    packed: int
+    four_bit: int
+
+    def plus(self, other: "_Sizes") -> "_Sizes":
+        return _Sizes(self.dense + other.dense, self.packed + other.packed, self.four_bit + other.four_bit)
+
+
 def inspect(path: str | os.PathLike[str]) -> str:
     """Describes a checkpoint as a text table.
 
@@ -33,25 +51,30 @@ def inspect(path: str | os.PathLike[str]) -> str:
         path: whatever `load_pretrained` accepts.
 
     Returns:
-        Model type, number of parameters, dtypes, size on disk; then a line per kind of tensor with its shape, dtype,
-        number of entries and share of exact zeros.
+        Model type, number of parameters, dtypes, sizes; then a line per kind of tensor with its shape, dtype, number of
+        entries, share of exact zeros and, of matrices of the layers, their pattern.
 
     Raises:
         InputError: the checkpoint is missing, damaged or unsupported.
     """
     source, spec = _open(path)
-    rows = [("tensor", "layers", "shape", "dtype", "entries", "zeros")]
+    rows = [("tensor", "layers", "shape", "dtype", "entries", "zeros", "pattern")]
     total = linear_total = linear_zeros = 0
+    sizes = _Sizes(0, 0, 0)
     for leaf in leaves(spec):
-        entries, zeros = math.prod(leaf.shape), sum(_zeros(source.read(name)) for name in leaf.names)
+        is_linear = leaf.stacked and len(leaf.tensor_shape) == 2
+        found = {name: inspect_zeros(source, name) for name in leaf.names}
+        entries, zeros = math.prod(leaf.shape), sum(tensor.zeros for tensor in found.values())
         total += entries
-        if leaf.stacked and len(leaf.tensor_shape) == 2:
+        if is_linear:
             linear_total, linear_zeros = linear_total + entries, linear_zeros + zeros
+        for name, tensor in found.items():
+            sizes = sizes.plus(_sizes(source, name, tensor.stored if is_linear else None))
         shape = " x ".join(str(length) for length in leaf.tensor_shape)
         layers = str(len(leaf.names)) if leaf.stacked else ""
-        rows.append(
-            (leaf.path[-1], layers, shape, _dtypes(source, leaf.names), f"{entries:,}", f"{zeros / entries:.4%}")
-        )
+        pattern = found_pattern(found.values()) if is_linear else ""
+        dtypes = _dtypes(source, leaf.names)
+        rows.append((leaf.path[-1], layers, shape, dtypes, f"{entries:,}", f"{zeros / entries:.4%}", pattern))
     head = [
         f"path        {source.path}",
         f"model_type  {spec.model_type}, {spec.num_layers} layers{', tied head' if spec.tie_word_embeddings else ''}",
@@ -59,6 +82,9 @@ def inspect(path: str | os.PathLike[str]) -> str:
         f"dtype       {_dtypes(source, [name for leaf in leaves(spec) for name in leaf.names])}",
         f"sparsity    {linear_zeros / linear_total:.4%} of the {linear_total:,} entries of the layers' matrices",
         f"on disk     {_bytes_on_disk(source.path):,} bytes",
+        f"dense       {sizes.dense:,} bytes of weights",
+        f"packed      {sizes.packed:,} bytes, {sizes.packed / sizes.dense:.2%} of dense",
+        f"4-bit       {sizes.four_bit:,} bytes, for scale: the layers' matrices quantised to {_FOUR_BITS:g} bits each",
         "",
     ]
     return "\n".join(head + _aligned(rows))
@@ -119,8 +145,14 @@ def _difference(a: TensorSource, b: TensorSource, name: str) -> Difference | Non
     return Difference(float(apart.max()), float((apart / np.where(size > 0, size, 1)).max()))
 
 
-def _zeros(tensor: np.ndarray) -> int:
-    return tensor.size - int(np.count_nonzero(tensor))
+def _sizes(source: TensorSource, name: str, stored: int | None) -> "_Sizes":
+    """Bytes of a tensor; `stored`: entries with a bit set of a matrix that can be packed, None: it cannot."""
+    dense = tensor_bytes(source, name)
+    if stored is None:
+        return _Sizes(dense, dense, dense)
+    out_dim, in_dim = source.shapes[name]
+    packed = packed_bytes(out_dim, in_dim, stored, DTYPES[source.dtypes[name]].itemsize)
+    return _Sizes(dense, min(dense, packed), math.ceil(out_dim * in_dim * _FOUR_BITS / 8))
 
 
 def _dtypes(source: TensorSource, names: Sequence[str]) -> str:
@@ -135,7 +167,7 @@ def _bytes_on_disk(path: Path) -> int:
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     # Words to the left, numbers to the right.
-    left = (0, 2, 3)
+    left = (0, 2, 3, 6)
     return [
         "  ".join(
             cell.ljust(width) if column in left else cell.rjust(width)

@@ -44,7 +44,7 @@ def params_source(params: Mapping[str, Any], spec: ModelSpec, path: Path) -> Ten
     def read_part(name: str, part: Part) -> np.ndarray:
         array, layer = arrays[name]
         index = part if layer is None else (slice(layer, layer + 1), *part)
-        return _to_host(array, index).reshape(part_shape(part))
+        return host_part(array, index).reshape(part_shape(part))
 
     def own_parts(name: str) -> list[Part]:
         array, layer = arrays[name]
@@ -72,16 +72,29 @@ def _held_parts(array: Any) -> list[Part]:
     return [normalized(shard.index, array.shape) for shard in array.addressable_shards if shard.replica_id == 0]
 
 
-def _to_host(array: Any, part: Part) -> np.ndarray:
-    """A part that lies within one shard."""
+def host_part(array: Any, part: Part, small: bool = False) -> np.ndarray:
+    """A part of a numpy array, or of a jax array where it lies within one shard, on the host.
+
+    Args:
+        array: numpy or jax array.
+        part: a slice per axis.
+        small: whether all of the shard may come to the host and stay there; else a program slices it on its device.
+
+    Raises:
+        ValueError: no device of this process holds all of it.
+    """
     if not isinstance(array, jax.Array):
         return np.asarray(array[part])
     for shard in array.addressable_shards:
         held = normalized(shard.index, array.shape)
         if all(have.start <= want.start and want.stop <= have.stop for have, want in zip(held, part, strict=True)):
             starts = [want.start - have.start for have, want in zip(held, part, strict=True)]
+            lengths = part_shape(part)
+            if small:
+                within = tuple(slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
+                return np.asarray(shard.data)[within]
             # Sliced on the device: numpy's view of a jax array brings it whole to the host, where it stays. Under the
             # caller's mesh jax would refuse an array of one device.
             with jax.set_mesh(Mesh(np.array([shard.device]), ("device",))):
-                return np.asarray(jax.lax.dynamic_slice(shard.data, starts, part_shape(part)))
+                return np.asarray(jax.lax.dynamic_slice(shard.data, starts, lengths))
     raise ValueError(f"no device of this process holds {part} of an array {array.shape}")

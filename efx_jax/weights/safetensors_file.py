@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from efx_jax.weights import byte_ranges
 from efx_jax.weights.byte_ranges import Part, part_shape, row_blocks
 from efx_jax.weights.source import DTYPES, TensorSource
 
-_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "uint8": "U8"}
 _NAMES = {code: name for name, code in _CODES.items()}
+STORED = DTYPES | {"int64": np.dtype(np.int64), "uint8": np.dtype(np.uint8)}
+"""What a file may hold; `DTYPES` are those of a checkpoint's tensors, the others are those of our own files."""
 # What is brought to the host at a time: large enough for any disk, small beside any model.
 _BLOCK_BYTES = 1 << 26
 
@@ -36,28 +38,47 @@ class Entry:
     start: int
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file by name; reads none of them.
+def read_header(path: Path, integers: bool = False) -> dict[str, Entry]:
+    """The tensors of a safetensors file by name, in the order of the header; reads none of them.
+
+    Args:
+        path: the file.
+        integers: whether int64 and uint8 tensors are expected too.
 
     Raises:
-        InputError: the file is missing, truncated, no safetensors file, or holds an integer or float8 tensor.
+        InputError: the file is missing, truncated, no safetensors file, or holds an integer or float8 tensor that is
+            not expected.
+    """
+    return parse_header(read_header_text(path), path, integers)
+
+
+def parse_header(text: bytes, path: Path, integers: bool = False) -> dict[str, Entry]:
+    """What `read_header` returns, from the header's text."""
+    header = json.loads(text)
+    header.pop("__metadata__", None)
+    allowed = [code for name, code in _CODES.items() if integers or name in DTYPES]
+    for name, fields in header.items():
+        if fields["dtype"] not in allowed:
+            raise InputError(f"{path}: tensor {name} has dtype {fields['dtype']}, expected one of {', '.join(allowed)}")
+    return {
+        name: Entry(path, tuple(fields["shape"]), _NAMES[fields["dtype"]], 8 + len(text) + fields["data_offsets"][0])
+        for name, fields in header.items()
+    }
+
+
+def read_header_text(path: Path) -> bytes:
+    """The JSON header of a safetensors file as it stands there, with the blanks that fill it up.
+
+    Raises:
+        InputError: the file is missing, truncated or no safetensors file.
     """
     try:
         # Checks that the header is sound and that the file holds every byte that it promises.
         with safe_open(path, framework="numpy"), open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            return file.read(int.from_bytes(file.read(8), "little"))
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: cannot be read as safetensors ({reason}); download the file again") from error
-    header.pop("__metadata__", None)
-    for name, fields in header.items():
-        if fields["dtype"] not in _NAMES:
-            raise InputError(f"{path}: tensor {name} has dtype {fields['dtype']}, expected one of {', '.join(_NAMES)}")
-    return {
-        name: Entry(path, tuple(fields["shape"]), _NAMES[fields["dtype"]], 8 + length + fields["data_offsets"][0])
-        for name, fields in header.items()
-    }
 
 
 def read_part(entry: Entry, name: str, part: Part) -> np.ndarray:
@@ -66,7 +87,7 @@ def read_part(entry: Entry, name: str, part: Part) -> np.ndarray:
     Raises:
         InputError: the file changed or cannot be read.
     """
-    out = np.empty(part_shape(part), DTYPES[entry.dtype])
+    out = np.empty(part_shape(part), STORED[entry.dtype])
     try:
         byte_ranges.read_part(entry.path, entry.start, out, entry.shape, part)
     except (OSError, EOFError) as error:
@@ -74,30 +95,60 @@ def read_part(entry: Entry, name: str, part: Part) -> np.ndarray:
     return out
 
 
-def create(path: Path, source: TensorSource, names: Iterable[str]) -> None:
+def create(path: Path, source: TensorSource, names: Iterable[str], metadata: Mapping[str, str] | None = None) -> None:
     """Makes a file with its header and in its full size, for `fill`; its tensors are zeros until then.
 
     Args:
         path: the file.
         source: where the tensors will be read from.
-        names: the tensors to write; wider dtypes come first in the file, so every tensor is aligned.
+        names: the tensors to write.
+        metadata: what the header says beside the format.
     """
+    names = list(names)
+    shapes = {name: source.shapes[name] for name in names}
     # transformers refuses a file whose metadata does not name the framework's layout.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    lay_out(path, shapes, {name: source.dtypes[name] for name in names}, {"format": "pt"} | dict(metadata or {}))
+
+
+def lay_out(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], metadata: Mapping[str, str]
+) -> None:
+    """Makes a file of tensors that are zeros until they are written.
+
+    Args:
+        path: the file.
+        shapes: name -> shape.
+        dtypes: name -> a name of `STORED`; wider ones come first in the file, so every tensor is aligned.
+        metadata: of the header.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name in sorted(names, key=lambda name: -DTYPES[source.dtypes[name]].itemsize):
-        start, end = end, end + tensor_bytes(source, name)
-        header[name] = {
-            "dtype": _CODES[source.dtypes[name]],
-            "shape": list(source.shapes[name]),
-            "data_offsets": [start, end],
-        }
+    for name in sorted(shapes, key=lambda name: -STORED[dtypes[name]].itemsize):
+        start, end = end, end + math.prod(shapes[name]) * STORED[dtypes[name]].itemsize
+        header[name] = {"dtype": _CODES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         file.truncate(8 + len(text) + end)
+
+
+def change_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes other values, as long as those that stand there, under some keys of a file's metadata.
+
+    Raises:
+        ValueError: the header would become longer.
+    """
+    text = read_header_text(path)
+    header = json.loads(text)
+    header["__metadata__"] |= metadata
+    changed = json.dumps(header, separators=(",", ":")).encode().ljust(len(text))
+    if len(changed) != len(text):
+        raise ValueError(f"{path}: the header has room for {len(text)} bytes, not for {len(changed)}")
+    with open(path, "r+b") as file:
+        file.seek(8)
+        file.write(changed)
 
 
 def fill(path: Path, source: TensorSource) -> None:

@@ -12,23 +12,14 @@ import pytest
 
 import train
 from efx_jax.analysis.__main__ import main
-from efx_jax.analysis.runs import (
-    before_event,
-    choose_steps,
-    load_base,
-    load_export,
-    open_run,
-    read_checkpoint,
-    run_adapters,
-    run_linears,
-    run_masks,
-    training_rows,
-)
+from efx_jax.analysis.held import before_event, choose_steps, read_checkpoint, run_adapters, run_linears, run_masks
+from efx_jax.analysis.runs import load_base, load_export, open_run, training_rows
 from efx_jax.config import Config, ModelConfig
 from efx_jax.config_io import to_yaml
-from efx_jax.lora import merge
 from efx_jax.masks import unpack_mask
-from efx_jax.weights.hf import load_pretrained
+from efx_jax.weights.hf import open_folder
+from efx_jax.weights.merged import merged_source
+from efx_jax.weights.params import params_source
 
 SMALL = ["--rows", "3", "--length", "16", "--layers", "0", "--entries", "8"]
 
@@ -118,10 +109,11 @@ def test_the_adapters_of_the_last_checkpoint_are_those_of_the_export(dense_run) 
     assert run_adapters(run, 0) is None
     early, late = (run_adapters(run, step) for step in (2, 4))
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), early.lora_b, late.lora_b)))
-    exported, _ = load_pretrained(dense_run / "export", None)
-    merged = merge(base, late, None)
-    for name, weight in exported["layers"].items():
-        np.testing.assert_array_equal(merged["layers"][name], weight)
+    # (`merge` sums in float32, an export in float64.)
+    exported = open_folder(dense_run / "export")
+    merged = merged_source(params_source(base, spec, dense_run), spec, late, None)
+    for name in exported.shapes:
+        np.testing.assert_array_equal(merged.read(name), exported.read(name))
     batch = training_rows(run, spec, 3, 16)
     assert batch["tokens"].shape[0] == 3 and (batch["lengths"] > 0).all()
 

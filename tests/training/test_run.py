@@ -1,5 +1,6 @@
 """A run on the user's own model and rows: what it writes, and that the parts of it agree."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -130,6 +131,17 @@ def test_every_row_of_the_export_has_exactly_its_zeros(preset: str, request: pyt
         assert (found.sum(axis=-1) == found.shape[-1] // 2).all(), name
 
 
+def test_the_export_says_what_is_zero_in_it(run: Path) -> None:
+    report = json.loads((run / "export" / "efx_sparsity.json").read_text())
+    assert (report["pattern"], report["sparsity_asked"]) == ("unstructured", 0.5)
+    found = zeros(run)
+    assert report["linears"]["zeros"] == sum(int(gone.sum()) for gone in found.values())
+    down = report["tensors"]["model.layers.1.mlp.down_proj.weight"]
+    assert (down["zeros"], down["sparsity"]) == (found["down_proj"][1].sum(), 0.5)
+    kept = np.packbits(~found["down_proj"][1], axis=-1, bitorder="little")
+    assert down["mask_sha256"] == hashlib.sha256(kept.tobytes()).hexdigest()
+
+
 def test_bounded_groups_are_exact_in_total_and_bounded_by_row(efx_run: Path) -> None:
     for name, found in zeros(efx_run).items():
         width = found.shape[-1]
@@ -209,6 +221,7 @@ def test_two_of_four_refitted_block_by_block_and_merged_at_each_event(launch, tm
     run = launch(tmp_path / "run", *flags.split(), "--prune.schedule", "fractions", "--prune.fractions", "0.3", "0.7")
     for name, gone in zeros(run).items():
         assert (gone.reshape(*gone.shape[:2], -1, 4).sum(axis=-1) == 2).all(), name
+    assert json.loads((run / "export" / "efx_sparsity.json").read_text())["pattern"] == "2:4"
 
 
 def test_without_sparsity_the_run_is_plain_lora(launch, tmp_path: Path, metrics_of: MetricsOf) -> None:

@@ -111,7 +111,7 @@ def test_run_folder_is_exported(capsys: pytest.CaptureFixture[str], make_folder:
 def test_inspect_prints_a_line_per_kind_of_tensor(capsys: pytest.CaptureFixture[str], make_folder: Callable) -> None:
     code, out, _ = _run(capsys, "inspect", make_folder(model_type="qwen3"))
     assert code == 0
-    names = [line.split()[0] for line in out.splitlines()[7:]]
+    names = [line.split()[0] for line in out.splitlines()[10:]]
     linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     norms = ["input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"]
     assert sorted(names) == sorted(["tensor", "embed_tokens", *linears, *norms, "norm", "lm_head"])

@@ -28,5 +28,5 @@ def test_conversions_hold_two_stacked_arrays_and_not_the_model(streaming: Module
     limit = 2 * largest + SLACK
     # Else a copy of the whole model would pass too.
     assert limit < total
-    for case in ("load_sharded", "save_sharded", "import", "export"):
+    for case in ("load_sharded", "save_sharded", "import", "export", "pack", "load_packed", "unpack"):
         assert streaming.run(case, tmp_path)["above"] < limit, case

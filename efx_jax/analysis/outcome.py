@@ -1,0 +1,48 @@
+"""What a finished run has made of its base, as a bundle keeps it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from efx_jax.analysis.held import held_adapters, read_checkpoint, run_linears, run_masks
+from efx_jax.analysis.runs import open_run
+from efx_jax.errors import InputError
+from efx_jax.weights.bundle_write import Outcome
+from efx_jax.weights.sparsity import Asked, pattern_of
+
+
+def run_outcome(folder: Path) -> Outcome:
+    """What a finished run has exported, from its checkpoint of that step.
+
+    Raises:
+        InputError: no run, not finished, cut into whole units (ATP), or its checkpoint is gone or damaged.
+    """
+    run = open_run(folder)
+    config = run.config
+    if config.prune.score == "atp" and config.prune.sparsity:
+        raise InputError(
+            f"{folder}: has cut out whole units (prune.score atp): its export has other shapes than its base "
+            "and is small as it is; ship the export"
+        )
+    if not (folder / "summary.json").is_file() or not (folder / "export").is_dir():
+        raise InputError(f"{folder}: is not finished; expected summary.json and export/; let the run finish first")
+    step = json.loads((folder / "summary.json").read_text())["steps"]
+    if config.eval.best and (folder / "best" / str(step)).is_dir():
+        run = dataclasses.replace(run, steps=(step,), kind="best")
+    checkpoint = read_checkpoint(run, step)
+    masks = run_masks(run, checkpoint)
+
+    def moved(name: str) -> np.ndarray:
+        return run_linears(run, checkpoint, [name])[name]
+
+    return Outcome(
+        base=config.model.path,
+        dtype=None if config.model.dtype == "keep" else config.model.dtype,
+        adapters=held_adapters(run, step),
+        masks=masks,
+        moved=moved if checkpoint.base_moved else None,
+        asked=Asked(dict.fromkeys(masks, pattern_of(config.prune.group)), config.prune.sparsity),
+        export=folder / "export",
+    )

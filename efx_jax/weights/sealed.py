@@ -1,0 +1,85 @@
+"""A JSON file that notices when a byte of it has changed, and a table of the files beside it."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from efx_jax.errors import InputError
+from efx_jax.files import atomic_write, sha256_of
+from efx_jax.weights.config_json import read_json
+
+_SEAL = "sha256"
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object with the SHA-256 of its own text under "sha256".
+
+    Raises:
+        InputError: the disk is full or the place is not writable.
+    """
+    atomic_write(path, _text(content))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Reads what `write_sealed` has written, without its seal.
+
+    Raises:
+        InputError: the file is missing, or not byte for byte what was written.
+    """
+    content = read_json(path)
+    content.pop(_SEAL, None)
+    if path.read_bytes() != _text(content).encode():
+        raise InputError(f"{path}: is damaged: its SHA-256 is not the one that it names; copy the folder again")
+    return content
+
+
+def file_table(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Name -> size in bytes and SHA-256 of some files of a folder."""
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in sorted(names)
+    }
+
+
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """Refuses names of files that lead out of the folder that they are meant for: whoever can write a file can seal it.
+
+    Args:
+        path: the sealed file that has them.
+        names: with "/" between folders.
+
+    Raises:
+        InputError: an absolute one, or one with "..".
+    """
+    for name in names:
+        parts = PurePosixPath(name).parts
+        if not parts or ".." in parts or parts[0] == "/" or "\\" in name or PureWindowsPath(name).drive:
+            raise InputError(f"{path}: names the file {name!r}, expected one within its folder; do not trust it")
+
+
+def check_files(folder: Path, table: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses a folder whose files are not those of a `file_table`.
+
+    Raises:
+        InputError: the first that is missing or differs.
+    """
+    for name, expected in table.items():
+        file = folder / name
+        if not file.is_file():
+            raise InputError(f"{file}: is missing; copy the folder again")
+        found = file.stat().st_size
+        if found != expected["bytes"]:
+            raise InputError(f"{file}: has {found:,} bytes, expected {expected['bytes']:,}; copy the folder again")
+        digest = sha256_of(file)
+        if digest != expected["sha256"]:
+            raise InputError(
+                f"{file}: is damaged: its SHA-256 is {digest[:12]}..., expected {expected['sha256'][:12]}...; "
+                "copy the folder again"
+            )
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    bare = json.dumps(content, indent=1)
+    seal = hashlib.sha256(bare.encode()).hexdigest()
+    return json.dumps({**content, _SEAL: seal}, indent=1) + "\n"
