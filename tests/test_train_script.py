@@ -158,7 +158,10 @@ def test_a_test_prompt_beyond_the_context_is_named(tmp_path: Path, refusal: Say)
     [
         (["--prune.sparsity", "1.0"], ["prune.sparsity", "[0, 1)", "1.0"]),
         (["--prune.group", "2:4", "--prune.sparsity", "0.4"], ["prune.sparsity", "2:4", "0.5", "0.4"]),
-        (["--prune.group", "5:10", "--prune.sparsity", "0.5"], ["5:10", "divisible by 10", "16"]),
+        (
+            ["--prune.group", "5:10", "--prune.sparsity", "0.5", "--prune.budget", "uniform"],
+            ["5:10", "divisible by 10", "16"],
+        ),
         (["--prune.sparsty", "0.5"], ["--prune.sparsty", "the nearest is --prune.sparsity"]),
         (["--train.steps", "many"], ["--train.steps", "an integer", "many"]),
         (["--data.max_length", "65"], ["data.max_length", "context of 64 tokens", "found 65"]),

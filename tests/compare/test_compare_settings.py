@@ -192,7 +192,7 @@ def test_every_shipped_comparison_ends_in_figures_of_what_it_has(path: Path) -> 
 def test_the_calibration_ablation_prunes_once_on_either_text_with_30_seeds() -> None:
     cells = list_cells(read_comparison(config_folder() / "ablations" / "calibration.yaml"))
     assert len(cells) == len({cell.run for cell in cells}) == 30 * 2 * 2
-    assert {cell.axes for cell in cells} == {("train",), ("c4",)}
+    assert {cell.axes for cell in cells} == {(("train",),), (("c4",),)}
     assert {(cell.config.train.epochs, cell.config.train.steps, cell.config.prune.sparsity) for cell in cells} == {
         (0.0, 0, 0.5)
     }

@@ -166,7 +166,7 @@ def test_inspect_counts_parameters_and_exact_zeros(make_folder: Callable, make_t
     assert "qwen2, 3 layers, tied head" in text
     assert "dtype       bfloat16\n" in text
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line}
-    assert rows["up_proj"] == ["up_proj", "3", "24", "x", "16", "bfloat16", "1,152", "50.0000%"]
+    assert rows["up_proj"] == ["up_proj", "3", "24", "x", "16", "bfloat16", "1,152", "50.0000%", "unstructured"]
     assert rows["q_proj_bias"] == ["q_proj_bias", "3", "32", "bfloat16", "96", "0.0000%"]
     # 12 of 24 rows of 16 in one of the seven matrices.
     linear = 32 * 16 + 2 * 16 * 16 + 16 * 32 + 3 * 24 * 16
