@@ -56,10 +56,13 @@ def positive_number(text: str) -> int:
 def byte_size(text: str) -> int:
     """The type of an argument that is a number of bytes: 500MB and 2GB (powers of 1000), 2GiB (of 1024), or digits."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B|B?)", text.strip().upper())
-    if match is None or float(match[1]) == 0:
+    size = 0.0
+    if match is not None:
+        power = "KMGT".index(match[2]) + 1 if match[2] else 0
+        size = float(match[1]) * (1024 if match[3] else 1000) ** power
+    if not 1 <= size < 1 << 63:
         raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GB, found {text!r}")
-    power = "KMGT".index(match[2]) + 1 if match[2] else 0
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    return int(size)
 
 
 def exit_code(work: Callable[[], int], speaker: str, farewell: str = "") -> int:

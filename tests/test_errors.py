@@ -103,7 +103,7 @@ def test_size_is_read_in_the_usual_units(text: str, size: int) -> None:
     assert byte_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "big", "-1GB", "0", "5 G B", "GB"])
+@pytest.mark.parametrize("text", ["", "big", "-1GB", "0", "5 G B", "GB", "0.1B", "9" * 400])
 def test_size_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="expected a size such as"):
         byte_size(text)

@@ -60,7 +60,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         InputError: a missing field, an unsupported `model_type`, activation, attention or RoPE option.
     """
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise InputError(
             f"config.json: model_type {model_type!r} is not supported; expected one of "
             f"{', '.join(ARCHITECTURES)}; use a LLaMA, Qwen2 or Qwen3 checkpoint"

@@ -23,11 +23,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file
 
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
-from efx_jax.model.spec import ModelSpec, config_from_spec, spec_from_config
+from efx_jax.model.spec import ModelSpec, config_from_spec, linear_shapes, spec_from_config
 from efx_jax.weights.assemble import assemble
 from efx_jax.weights.bitmask import COMPRESSED, SUFFIX, count_bits, expand_rows
 from efx_jax.weights.byte_ranges import Part, row_blocks, whole
@@ -36,7 +35,7 @@ from efx_jax.weights.hf import open_checkpoint
 from efx_jax.weights.merged import layer_places, leaf_dtypes, merged_source
 from efx_jax.weights.params import params_source
 from efx_jax.weights.safetensors_file import Entry, read_header, read_part, tensor_bytes
-from efx_jax.weights.sealed import check_files, check_names, file_table, read_sealed
+from efx_jax.weights.sealed import FILE_TABLE, check_files, check_layout, check_names, file_table, read_sealed
 from efx_jax.weights.source import TensorSource, cast, check_names_and_shapes, leaves
 from efx_jax.weights.sparsity import Asked, pruned_entries
 
@@ -49,6 +48,17 @@ MANIFEST, MASKS, ADAPTER, MOVED, OTHERS = (
 )
 FORMAT, VERSION = "efx-bundle", 1
 _BLOCK_BYTES = 1 << 24
+_LAYOUT = {
+    "base": {"path": str, "sha256": str, "config": {}},
+    "dtype": (str, type(None)),
+    "scale": (int, float),
+    "patterns": {"*": str},
+    "sparsity": (int, float),
+    "transformers": (str, type(None)),
+    "others": [str],
+    "files": FILE_TABLE,
+    "export": FILE_TABLE,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +84,7 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Opens a bundle once every byte of it has been checked; moved weights stay on the disk.
 
     Raises:
-        InputError: not a bundle, one of a later version, or a file that is missing or damaged.
+        InputError: not a bundle, one of a later version, a file that is missing or damaged, or arrays of another model.
     """
     folder = Path(path)
     if not (folder / MANIFEST).is_file():
@@ -83,17 +93,20 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         found = f"{manifest.get('format')} {manifest.get('version')}"
         raise InputError(f"{folder / MANIFEST}: expected {FORMAT} {VERSION}, found {found}; update efx_jax")
+    check_layout(folder / MANIFEST, manifest, _LAYOUT)
     check_names(folder / MANIFEST, [*manifest["files"], *manifest["others"], *manifest["export"]])
     check_files(folder, manifest["files"])
-    masks = load_file(folder / MASKS) if MASKS in manifest["files"] else {}
+    masks = _arrays(folder / MASKS) if MASKS in manifest["files"] else {}
     adapters = None
     if ADAPTER in manifest["files"]:
-        arrays = load_file(folder / ADAPTER)
+        arrays = _arrays(folder / ADAPTER)
         lora_a, lora_b = (_below(arrays, name) for name in ("lora_a", "lora_b"))
         adapters = Adapters(lora_a=lora_a, lora_b=lora_b, scale=manifest["scale"])
     moved = read_header(folder / MOVED) if MOVED in manifest["files"] else {}
     by_name = {name.removesuffix(COMPRESSED).removesuffix(SUFFIX) + SUFFIX: entry for name, entry in moved.items()}
-    return Bundle(folder, manifest, adapters, masks, by_name)
+    bundle = Bundle(folder, manifest, adapters, masks, by_name)
+    _check_arrays(bundle, spec_from_config(manifest["base"]["config"]))
+    return bundle
 
 
 def load_bundle(
@@ -245,6 +258,37 @@ def different_files(folder: Path, table: Mapping[str, Mapping[str, Any]]) -> lis
     there = [name for name in table if (folder / name).is_file()]
     found = file_table(folder, there)
     return sorted(name for name in table if found.get(name) != table[name])
+
+
+def _check_arrays(bundle: Bundle, spec: ModelSpec) -> None:
+    """Refuses arrays that do not fit the bundle's own model: whoever can write them can seal them."""
+    linears, masks = linear_shapes(spec), bundle.masks
+    places = {name: place for name, place in layer_places(spec).items() if place[0] in linears}
+    lora_a, lora_b = ({}, {}) if bundle.adapters is None else (bundle.adapters.lora_a, bundle.adapters.lora_b)
+    fits = lora_a.keys() == lora_b.keys() and lora_a.keys() | masks.keys() <= linears.keys()
+    for name, (out_dim, in_dim) in linears.items() if fits else ():
+        rank = lora_b[name].shape[-1] if name in lora_b and lora_b[name].ndim else 0
+        for arrays, shape, dtype in (
+            (masks, (out_dim, -(-in_dim // 8)), np.uint8),
+            (lora_a, (rank, in_dim), np.float32),
+            (lora_b, (out_dim, rank), np.float32),
+        ):
+            if name in arrays:
+                fits = fits and arrays[name].shape == (spec.num_layers, *shape) and arrays[name].dtype == dtype
+    # Events rewrite all linears or none.
+    fits = fits and bundle.moved.keys() in (set(), places.keys())
+    for name, entry in bundle.moved.items() if fits else ():
+        leaf, layer = places[name]
+        kept = (int(count_bits(masks[leaf][layer]).sum()),) if leaf in masks else linears[leaf]
+        fits = fits and entry.shape == kept
+    if not fits:
+        raise InputError(f"{bundle.folder}: its arrays are not those of the model that {MANIFEST} names; make it again")
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    return {
+        name: read_part(entry, name, whole(entry.shape)) for name, entry in read_header(path, integers=True).items()
+    }
 
 
 def _below(arrays: Mapping[str, np.ndarray], kind: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from efx_jax.weights.packed_file import (
     stored_tensors,
 )
 from efx_jax.weights.safetensors_file import STORED, Entry, lay_out, read_header, read_header_text, read_part
-from efx_jax.weights.sealed import check_files, file_table, write_sealed
+from efx_jax.weights.sealed import check_files, file_table, is_inner_name, write_sealed
 from efx_jax.weights.source import check_names_and_shapes, leaves
 
 # Weights of other formats, pickles and code: a packed folder carries none of them on.
@@ -56,7 +56,8 @@ class Packing:
     Attributes:
         dense_bytes: bytes of the safetensors files.
         packed_bytes: bytes of the files that took their place.
-        left_out: files that were not carried over: pickles, code, weights of other formats, what is hidden.
+        left_out: files that were not carried over: pickles, code, weights of other formats, what is hidden,
+            names with a backslash.
     """
 
     dense_bytes: int
@@ -255,6 +256,7 @@ def _other_files(folder: Path, weights: set[str]) -> tuple[list[str], list[str]]
         name = file.relative_to(folder).as_posix()
         if name in weights or name == INDEX:
             continue
-        hidden = any(part.startswith(".") for part in name.split("/"))
+        # `unpack` refuses a name that leads out of a folder on another system.
+        hidden = not is_inner_name(name) or any(part.startswith(".") for part in name.split("/"))
         (left_out if hidden or file.suffix.lower() in (*_WEIGHTS, *_PICKLES, *_CODE) else carried).append(name)
     return carried, left_out

@@ -11,6 +11,7 @@ No other loader takes the folder for a dense checkpoint: it holds neither a `.sa
 """
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +24,19 @@ from efx_jax.weights.bitmask import BITMASK, COMPRESSED, ROW_OFFSETS, SHAPE, SUF
 from efx_jax.weights.byte_ranges import Part, part_shape
 from efx_jax.weights.config_json import check_tokenizer_fits, read_json
 from efx_jax.weights.safetensors_file import STORED, Entry, parse_header, read_header, read_part
-from efx_jax.weights.sealed import check_names, read_sealed
+from efx_jax.weights.sealed import FILE_TABLE, check_layout, check_names, read_sealed
 from efx_jax.weights.source import TensorSource
 
 MANIFEST = "packed.json"
 FORMAT, VERSION = "efx-packed", 1
 # Rows that are checked together: so little more than is asked for is read where a part is.
 BLOCK_BYTES = 1 << 22
+_LAYOUT = {
+    "files": {"*": {"packed": str, "bytes": int, "sha256": str, "header": str}},
+    "tensors": {"*": {"rows": int, "crc32": [int]}},
+    "index": (str, type(None)),
+    "others": FILE_TABLE,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +87,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """`packed.json`, whole and of a version that is known.
 
     Raises:
-        InputError: it is not, or it names files outside its folder.
+        InputError: it is not, a field is missing or of another kind, or it names files outside its folder.
     """
     manifest = read_sealed(folder / MANIFEST)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         found = f"{manifest.get('format')} {manifest.get('version')}"
         raise InputError(f"{folder / MANIFEST}: expected {FORMAT} {VERSION}, found {found}; update efx_jax")
+    check_layout(folder / MANIFEST, manifest, _LAYOUT)
     packed = [fields["packed"] for fields in manifest["files"].values()]
     check_names(folder / MANIFEST, [*manifest["files"], *packed, *manifest["others"]])
     return manifest
@@ -103,8 +111,17 @@ def stored_tensors(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Store
         if not path.is_file():
             raise InputError(f"{path}: is missing, though {MANIFEST} lists it; copy the folder again")
         entries = read_header(path, integers=True)
-        for name, dense in parse_header(fields["header"].encode(), folder / dense_name).items():
-            checks = manifest["tensors"][name]
+        header = fields["header"].encode()
+        dense_entries = parse_header(header, folder / dense_name)
+        ends = [dense.start + _bytes(dense) for dense in dense_entries.values()]
+        if fields["bytes"] != max(ends, default=8 + len(header)):
+            raise InputError(
+                f"{folder / MANIFEST}: {dense_name} has not the size of its tensors; copy the folder again"
+            )
+        for name, dense in dense_entries.items():
+            checks = manifest["tensors"].get(name)
+            if not checks or not checks["rows"]:
+                raise InputError(f"{folder / MANIFEST}: tensor {name} has no checksums; copy the folder again")
             pieces = _pieces(name, dense, entries, path)
             tensors[name] = Stored(dense, pieces, tuple(checks["crc32"]), checks["rows"])
     return tensors
@@ -144,6 +161,10 @@ def _pieces(name: str, dense: Entry, entries: Mapping[str, Entry], path: Path) -
     if tuple(shape.tolist()) != dense.shape:
         raise InputError(f"{path}: {stem}{SHAPE} says {shape.tolist()}, expected {list(dense.shape)}; copy it again")
     return pieces
+
+
+def _bytes(entry: Entry) -> int:
+    return math.prod(entry.shape) * STORED[entry.dtype].itemsize
 
 
 def _check_piece(entry: Entry, shape: tuple[int, ...], dtype: str, name: str) -> None:

@@ -6,7 +6,6 @@ that would change what the adapter computes, and is not computed here, is refuse
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,6 +49,9 @@ _IDLE = (
 _UNSET: tuple[Any, ...] = (None, False, "", "none", [], {})
 # Ways to draw A and B that leave the base as it is; all others (pissa, olora, corda, loftq, lora_ga) move it.
 _HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+# Of a float32, in which adapters are computed.
+_LARGEST = 3.4e38
 
 Names = str | tuple[str, ...]
 
@@ -105,7 +107,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
         targets=_targets(path, raw),
         excluded=_names(path, "exclude_modules", raw.get("exclude_modules") or ()),
         layers=_layers(path, raw.get("layers_to_transform")),
-        layers_pattern=_listed(_names(path, "layers_pattern", raw.get("layers_pattern") or ())),
+        layers_pattern=_layers_pattern(path, raw),
     )
 
 
@@ -211,10 +213,6 @@ def _names(path: Path, option: str, value: Any) -> Names:
     return tuple(value)
 
 
-def _listed(names: Names) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else names
-
-
 def _layers(path: Path, value: Any) -> tuple[int, ...] | None:
     numbers = [value] if isinstance(value, int) else value
     if numbers in (None, []):
@@ -222,6 +220,17 @@ def _layers(path: Path, value: Any) -> tuple[int, ...] | None:
     if not isinstance(numbers, list) or not all(isinstance(number, int) for number in numbers):
         raise InputError(f"{path}: layers_to_transform is {value!r}, expected a number or a list of numbers")
     return tuple(numbers)
+
+
+def _layers_pattern(path: Path, raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """Expressions without groups: PEFT takes the first group for the number of the layer."""
+    found = _names(path, "layers_pattern", raw.get("layers_pattern") or ())
+    listed = (found,) if isinstance(found, str) else found
+    for text in listed:
+        _check_expression(path, "layers_pattern", text)
+        if re.compile(text).groups:
+            raise InputError(f"{path}: layers_pattern {text!r} has a group, which PEFT cannot read; name each list")
+    return listed
 
 
 def _pattern(path: Path, raw: Mapping[str, Any], option: str) -> dict[str, Any]:
@@ -235,7 +244,8 @@ def _pattern(path: Path, raw: Mapping[str, Any], option: str) -> dict[str, Any]:
 
 def _check_expression(path: Path, option: str, text: str) -> None:
     try:
-        re.compile(text)
+        # Within a larger one, as PEFT uses it: there flags for all of it, such as (?i), are an error too.
+        re.compile(rf"(.*\.)?({text})$" if option.endswith("_pattern") else text)
     except re.error as error:
         raise InputError(f"{path}: {option} {text!r} is no regular expression ({error})") from None
 
@@ -247,8 +257,8 @@ def _positive_int(path: Path, option: str, value: Any) -> int:
 
 
 def _positive(path: Path, option: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise InputError(f"{path}: {option} is {value!r}, expected a number above 0")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST:
+        raise InputError(f"{path}: {option} is {value!r}, expected a number above 0 that float32 holds")
     return float(value)
 
 

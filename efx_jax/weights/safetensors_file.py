@@ -53,9 +53,15 @@ def read_header(path: Path, integers: bool = False) -> dict[str, Entry]:
 
 
 def parse_header(text: bytes, path: Path, integers: bool = False) -> dict[str, Entry]:
-    """What `read_header` returns, from the header's text."""
-    header = json.loads(text)
-    header.pop("__metadata__", None)
+    """What `read_header` returns, from the header's text, which may come from elsewhere than from the file itself."""
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        sound = all(map(_is_sound, header.values()))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise InputError(f"{path}: its header is none of a safetensors file; download the file again")
     allowed = [code for name, code in _CODES.items() if integers or name in DTYPES]
     for name, fields in header.items():
         if fields["dtype"] not in allowed:
@@ -64,6 +70,15 @@ def parse_header(text: bytes, path: Path, integers: bool = False) -> dict[str, E
         name: Entry(path, tuple(fields["shape"]), _NAMES[fields["dtype"]], 8 + len(text) + fields["data_offsets"][0])
         for name, fields in header.items()
     }
+
+
+def _is_sound(fields: Any) -> bool:
+    """Whether a tensor has a dtype, a shape and where it begins and ends."""
+    if not isinstance(fields, dict) or not isinstance(fields.get("dtype"), str):
+        return False
+    shape, place = fields.get("shape"), fields.get("data_offsets")
+    numbers = [*shape, *place] if isinstance(shape, list) and isinstance(place, list) and len(place) == 2 else [-1]
+    return all(type(number) is int and number >= 0 for number in numbers)
 
 
 def read_header_text(path: Path) -> bytes:

@@ -11,6 +11,8 @@ from efx_jax.files import atomic_write, sha256_of
 from efx_jax.weights.config_json import read_json
 
 _SEAL = "sha256"
+FILE_TABLE = {"*": {"bytes": int, "sha256": str}}
+"""A `file_table`, for `check_layout`."""
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
@@ -53,9 +55,44 @@ def check_names(path: Path, names: Iterable[str]) -> None:
         InputError: an absolute one, or one with "..".
     """
     for name in names:
-        parts = PurePosixPath(name).parts
-        if not parts or ".." in parts or parts[0] == "/" or "\\" in name or PureWindowsPath(name).drive:
+        if not is_inner_name(name):
             raise InputError(f"{path}: names the file {name!r}, expected one within its folder; do not trust it")
+
+
+def is_inner_name(name: str) -> bool:
+    """Whether a file of that name lies within its folder, on any system."""
+    parts = PurePosixPath(name).parts
+    outside = not parts or ".." in parts or parts[0] == "/" or "\\" in name or "\0" in name
+    return not outside and not PureWindowsPath(name).drive
+
+
+def check_layout(path: Path, value: Any, layout: Any, where: str = "") -> None:
+    """Refuses a sealed file that somebody has written by hand: fields that are missing or of another kind.
+
+    Args:
+        path: the file.
+        value: its content, or a part of it.
+        layout: what it must be: a type or a tuple of types (an int is never negative), `[layout]` for a list,
+            `{"*": layout}` for an object with any names, or name -> layout for one with at least these.
+        where: names of the fields around the part.
+
+    Raises:
+        InputError: the first field that does not fit.
+    """
+    if isinstance(layout, dict):
+        fits = isinstance(value, dict) and ("*" in layout or layout.keys() <= value.keys())
+    elif isinstance(layout, list):
+        fits = isinstance(value, list)
+    else:
+        fits = isinstance(value, layout) and not isinstance(value, bool) and not (type(value) is int and value < 0)
+    if not fits:
+        raise InputError(f"{path}: {where or 'the file'} is not what efx_jax writes there; copy the folder again")
+    if isinstance(layout, dict):
+        for name in value if "*" in layout else layout:
+            check_layout(path, value[name], layout.get(name, layout.get("*")), f"{where} {name}".strip())
+    elif isinstance(layout, list):
+        for item in value:
+            check_layout(path, item, layout[0], where)
 
 
 def check_files(folder: Path, table: Mapping[str, Mapping[str, Any]]) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 import efx_jax
 from convert_weights import main
@@ -19,6 +20,7 @@ from efx_jax.evaluation.__main__ import main as evaluate
 from efx_jax.weights.bundle import apply_bundle, bundle_params, content_sha256, open_bundle
 from efx_jax.weights.bundle_write import write_bundle
 from efx_jax.weights.hf import load_pretrained, open_checkpoint, save_pretrained
+from efx_jax.weights.sealed import file_table, read_sealed, write_sealed
 
 # B on a frozen base, a base merged with its adapters at every event, and a base refitted by ADMM.
 RUNS = ("paper_run", "official_run", "efx_run")
@@ -104,6 +106,45 @@ def test_a_flipped_byte_in_any_file_is_found(bundles: dict[str, tuple[Path, Path
                 open_bundle(tmp_path / name)
             file.write_bytes(data)
         open_bundle(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("masks", lambda arrays: {name: array[1:] for name, array in arrays.items()}),
+        ("masks", lambda arrays: arrays | {"other_proj": arrays["q_proj"]}),
+        ("adapter", lambda arrays: {name: array for name, array in arrays.items() if name != "lora_b.q_proj"}),
+        ("adapter", lambda arrays: arrays | {"lora_a.q_proj": arrays["lora_a.q_proj"][0]}),
+        ("moved", lambda arrays: dict(list(arrays.items())[1:])),
+        ("moved", lambda arrays: {name: array[:-1] for name, array in arrays.items()}),
+        ("masks", None),
+    ],
+)
+def test_sealed_arrays_of_another_model_are_refused(
+    file: str, change: Any, bundles: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(bundles["efx_run"][1], tmp_path / "bundle")
+    path, manifest = folder / f"{file}.safetensors", read_sealed(folder / "bundle.json")
+    if change is None:
+        path.write_bytes(b"none")
+    else:
+        save_file(change(load_file(path)), path)
+    manifest["files"] |= file_table(folder, [path.name])
+    write_sealed(folder / "bundle.json", manifest)
+    with pytest.raises(InputError, match=r"not those of the model|cannot be read as safetensors"):
+        open_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("base", None), ("scale", "2"), ("export", []), ("patterns", {"q_proj": 1}), ("others", [1])]
+)
+def test_a_bundle_json_written_by_hand_is_an_input_error(
+    name: str, value: Any, bundles: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(bundles["paper_run"][1], tmp_path / "bundle")
+    write_sealed(folder / "bundle.json", read_sealed(folder / "bundle.json") | {name: value})
+    with pytest.raises(InputError, match=f"{name}.* is not what efx_jax writes there"):
+        open_bundle(folder)
 
 
 def test_another_base_is_refused(bundles: dict[str, tuple[Path, Path]], tiny_folder: Path, tmp_path: Path) -> None:

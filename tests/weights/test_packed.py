@@ -237,6 +237,39 @@ def test_a_manifest_that_names_files_outside_its_folder_is_refused(name: str, pa
         unpack(packed, tmp_path / "again")
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("files",), None),
+        (("files", "model.safetensors", "bytes"), -1),
+        (("files", "model.safetensors", "bytes"), 1 << 40),
+        (("files", "model.safetensors", "header"), "[" * 100_000),
+        (("files", "model.safetensors", "header"), '{"model.norm.weight":{"dtype":"F32","shape":[-1]}}'),
+        (("tensors", "model.norm.weight", "rows"), 0),
+        (("tensors", "model.norm.weight"), []),
+        (("others", "config.json", "sha256"), 1),
+        (("index",), 7),
+    ],
+)
+def test_a_manifest_written_by_hand_is_an_input_error(place: Any, value: Any, packed: Path, tmp_path: Path) -> None:
+    fields = manifest = read_sealed(packed / "packed.json")
+    for name in place[:-1]:
+        fields = fields[name]
+    fields[place[-1]] = value
+    write_sealed(packed / "packed.json", manifest)
+    for work in (lambda: unpack(packed, tmp_path / "again"), lambda: load_pretrained(packed)):
+        with pytest.raises(InputError, match=r"packed\.json|model\.safetensors"):
+            work()
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_name_that_no_unpacking_takes_is_left_out(dense: Path, tmp_path: Path) -> None:
+    (dense / "a\\b.txt").write_text("x")
+    assert pack(dense, tmp_path / "packed").left_out == ("a\\b.txt",)
+    unpack(tmp_path / "packed", tmp_path / "again")
+    assert "a\\b.txt" not in contents(tmp_path / "again")
+
+
 def test_inspect_says_what_packing_would_give(packed: Path, dense: Path) -> None:
     for folder in (packed, dense):
         lines = dict(line.split(None, 1) for line in inspect(folder).splitlines() if line)
