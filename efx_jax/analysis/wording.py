@@ -27,6 +27,7 @@ _SCORES = {
     "ria": "RIA",
     "foresight": "ForeSight",
     "foresight_gated": "ForeSight with the activation function",
+    "foresight_loss": "ForeSight through to the loss",
     "sparsegpt": "SparseGPT",
     "lora_gradient": "the adapters' gradient",
     "dpruner": "D-Pruner",
@@ -38,6 +39,11 @@ _RECOVERIES = {
     "gram_pbs": "Partial Brain Surgeon with the full Gram matrix",
     "admm": "kept weights refitted by ADMM",
     "obs": "SparseGPT's update of the kept weights",
+}
+_BUDGETS = {
+    "uniform": "",
+    "owl": ", layers with more outliers losing less (OWL)",
+    "global": ", by one threshold for all matrices",
 }
 _GROUPS = {
     "row": "unstructured, every row alike",
@@ -107,10 +113,16 @@ def method(config: Config) -> str:
         "fractions": f"events at {', '.join(_percent(share) for share in prune.fractions)} of training",
         "cubic": f"{prune.events} events on a cubic ramp",
     }[prune.schedule]
+    refined = ", which chooses the mask again" if prune.recovery == "admm" and prune.admm_refine else ""
+    teacher = f"; taught by {_teacher(config)} where rows have no labels" if config.distill.teacher else ""
     return (
-        f"{adapters}; entries chosen by {_SCORES[prune.score]}; {events}; {_RECOVERIES[prune.recovery]}; "
-        f"mask in training: {prune.mask_forward}."
+        f"{adapters}; entries chosen by {_SCORES[prune.score]}{_BUDGETS[prune.budget]}; {events}; "
+        f"{_RECOVERIES[prune.recovery]}{refined}; mask in training: {prune.mask_forward}{teacher}."
     )
+
+
+def _teacher(config: Config) -> str:
+    return "the base" if config.distill.teacher == "base" else PurePath(config.distill.teacher).name
 
 
 def learned(config: Config, summary: Mapping[str, Any]) -> str:
@@ -130,8 +142,12 @@ def share_gone(config: Config, summary: Mapping[str, Any]) -> float:
     """Share of the weights of the pruned matrices that are zero or were cut out."""
     if "cut" in summary:
         return float(summary["cut"]["removed"])
-    shares = [share for name in config.prune.targets for share in summary["sparsity"].get(name, [])]
-    return sum(shares) / len(shares) if shares else 0.0
+    entries = summary["entries"]
+    names = [name for name in config.prune.targets if summary["sparsity"].get(name)]
+    if not names:
+        return 0.0
+    zeros = sum(entries[name] * sum(summary["sparsity"][name]) for name in names)
+    return zeros / sum(entries[name] * len(summary["sparsity"][name]) for name in names)
 
 
 def changed_settings(config: Config) -> list[tuple[str, str, str]]:

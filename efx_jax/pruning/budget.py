@@ -18,6 +18,7 @@ from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.pruning.average import prunable
 from efx_jax.pruning.block import block_scores
 from efx_jax.pruning.scores import wanda_score
+from efx_jax.pruning.selection import drop_count
 from efx_jax.pruning.statistics import Statistics, collect_statistics
 
 Array = jax.Array
@@ -146,8 +147,8 @@ def global_budgets(
     in all of them, as that of the loss has. For the arguments see `event_budgets`.
 
     Returns:
-        name -> sparsity, for every layer; their mean, weighted by entries, is the sparsity asked for. Every matrix
-        keeps at least a tenth of the average.
+        name -> sparsity, for every layer: whole numbers of entries, floor(sparsity * all) together. Every matrix keeps
+        at least a tenth of the average.
     """
     names = prunable(params["layers"], config)
     sizes = np.asarray([params["layers"][name][0].size for name in names], np.float64)
@@ -178,8 +179,24 @@ def global_budgets(
     below, above = shares(np.asarray([start, start + (1 << _SHIFTS[-1])], np.uint32))
     reached = whole(below), whole(above)
     step = (config.sparsity - reached[0]) / (reached[1] - reached[0]) if reached[1] > reached[0] else 0.0
-    found = below + np.clip(step, 0.0, 1.0) * (above - below)
+    counts = _whole_counts((below + np.clip(step, 0.0, 1.0) * (above - below)) * sizes, config.sparsity, sizes)
+    found = counts / sizes
     return tuple(dict(zip(names, map(float, layer), strict=True)) for layer in found)
+
+
+def _whole_counts(wanted: np.ndarray, sparsity: float, sizes: np.ndarray) -> np.ndarray:
+    """Entries that every matrix loses, whole numbers; those that rounding down leaves go to the largest remainders.
+
+    Args:
+        wanted: float64 [L,M].
+        sparsity: of all together.
+        sizes: entries of each of the M matrices.
+    """
+    counts = np.floor(wanted + 1e-9)
+    missing = drop_count(sparsity, int(sizes.sum()) * len(wanted)) - int(counts.sum())
+    order = np.argsort(counts - wanted, axis=None, kind="stable")
+    counts.flat[order[: max(0, missing)]] += 1
+    return counts
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "config", "scale"))

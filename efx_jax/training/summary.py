@@ -63,6 +63,7 @@ def write_summary(
         "results": without,
         "data": dict(prepared.data.report),
         "sparsity": matrix_sparsity(exported, linear_shapes(prepared.spec)),
+        "entries": {name: math.prod(shape) for name, shape in linear_shapes(prepared.spec).items()},
         **({} if cut is None else {"cut": dict(cut)}),
         "steps": steps,
         "best": None if journal.best is None else dataclasses.asdict(journal.best),

@@ -46,6 +46,7 @@ def summary(layers: int = 3) -> dict[str, Any]:
             "test": {"pubmedqa": {"rows": 500, "scored": 30, "shortened": 0}},
         },
         "sparsity": {name: [0.4 + 0.05 * layer for layer in range(layers)] for name in ("q_proj", "down_proj")},
+        "entries": {"q_proj": 64, "down_proj": 64},
         "steps": 40,
         "tokens": 81920,
         "best": None,

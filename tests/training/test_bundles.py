@@ -223,8 +223,9 @@ def test_the_best_model_and_not_the_last_is_bundled(
     launch: Callable[..., Path], tiny_folder: Path, tmp_path: Path, files_of: Files
 ) -> None:
     """A learning rate that ruins the model after the event; and a group of 4:8 from training to the file."""
-    flags = "--eval.best perplexity --eval.every 1 --preset efx --prune.group 4:8 --prune.budget uniform --train.learning_rate 0.3"
-    run = launch(tmp_path / "run", *flags.split(), "--prune.recovery", "gram_pbs", "--model.dtype", "bfloat16")
+    flags = "--eval.best perplexity --eval.every 1 --preset efx --prune.group 4:8 --prune.budget uniform"
+    others = "--train.learning_rate 0.3 --prune.recovery gram_pbs --model.dtype bfloat16"
+    run = launch(tmp_path / "run", *flags.split(), *others.split())
     summary = json.loads((run / "summary.json").read_text())
     assert summary["best"]["step"] == summary["steps"] < 6
     assert json.loads((run / "export" / "efx_sparsity.json").read_text())["pattern"] == "4:8"

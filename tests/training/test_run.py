@@ -104,7 +104,9 @@ def test_what_cannot_be_described_is_not_lost(
 def test_metrics_have_a_line_per_step_with_the_promised_keys(run: Path, metrics_of: MetricsOf) -> None:
     rows = metrics_of(run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert all(set(row) == METRICS for row in rows)
+    # The preset efx has a teacher, from its event after the first step on.
+    taught = [{"divergence"} if run.name == "efx" and row["step"] > 1 else set() for row in rows]
+    assert [set(row) for row in rows] == [METRICS | extra for extra in taught]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     # Linear decay over six steps; `tokens` counts from the start of the run.
     np.testing.assert_allclose([row["learning_rate"] for row in rows], 1e-2 * (1 - np.arange(6) / 6), rtol=1e-6)
@@ -137,18 +139,21 @@ def test_the_export_says_what_is_zero_in_it(run: Path) -> None:
     found = zeros(run)
     assert report["linears"]["zeros"] == sum(int(gone.sum()) for gone in found.values())
     down = report["tensors"]["model.layers.1.mlp.down_proj.weight"]
-    assert (down["zeros"], down["sparsity"]) == (found["down_proj"][1].sum(), 0.5)
+    gone = found["down_proj"][1]
+    assert (down["zeros"], down["sparsity"]) == (gone.sum(), pytest.approx(gone.mean(), abs=1e-6))
     kept = np.packbits(~found["down_proj"][1], axis=-1, bitorder="little")
     assert down["mask_sha256"] == hashlib.sha256(kept.tobytes()).hexdigest()
 
 
-def test_bounded_groups_are_exact_in_total_and_bounded_by_row(efx_run: Path) -> None:
-    for name, found in zeros(efx_run).items():
-        width = found.shape[-1]
-        assert (found.sum(axis=(1, 2)) == found[0].size // 2).all(), name
-        assert (found.sum(axis=-1) >= math.floor(0.3 * width)).all(), name
-        assert (found.sum(axis=-1) <= math.ceil(0.7 * width)).all(), name
-    assert len(set(zeros(efx_run)["up_proj"].sum(axis=-1).ravel())) > 1
+def test_one_threshold_is_exact_in_total_and_bounded_by_matrix_and_row(efx_run: Path) -> None:
+    every = zeros(efx_run)
+    assert sum(found.sum() for found in every.values()) == sum(found.size for found in every.values()) // 2
+    for name, found in every.items():
+        width, shares = found.shape[-1], found.mean(axis=(1, 2), keepdims=True)
+        # Matrices within 0.3 of the whole, rows within 0.2 of their matrix, each to an entry.
+        assert (np.abs(shares - 0.5) <= 0.3 + 1 / found[0].size).all(), name
+        assert (np.abs(found.mean(axis=-1, keepdims=True) - shares) <= 0.2 + 1 / width).all(), name
+    assert len({round(float(share), 2) for found in every.values() for share in found.mean(axis=(1, 2))}) > 1
 
 
 def test_the_summary_tells_what_happened(run: Path) -> None:
