@@ -40,6 +40,7 @@ def pruned_run(dense_run: Path, tiny_folder: Path) -> Path:
     pruning = {
         "prune.score": "wanda",
         "prune.group": "matrix",
+        "prune.budget": "uniform",
         "prune.sparsity": 0.5,
         "prune.schedule": "fractions",
         "prune.fractions": "0 0.5",
