@@ -119,6 +119,8 @@ def _flag(setting: re.Match[str]) -> str:
 
 def _prepare(arguments: argparse.Namespace) -> _Work:
     """Reads all but the weights, and refuses what cannot be measured."""
+    if arguments.bundle and arguments.adapter:
+        raise InputError("--adapter: expected none beside --bundle, whose experts have adapters of their own; drop one")
     if arguments.output:
         for folder in _outputs(arguments):
             _check_output(folder, arguments.relative_to)

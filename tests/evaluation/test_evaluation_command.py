@@ -257,6 +257,7 @@ def test_a_run_without_tasks_of_its_own_asks_for_some(run, capsys: pytest.Captur
     ("flags", "part"),
     [
         (["--text", "missing.jsonl", "--window", "8"], "missing.jsonl: no such file"),
+        (["--text", "TEXT", "--bundle", "a", "--adapter", "b"], "--adapter: expected none beside --bundle"),
         (["--tasks", "ROWS"], "no column 'text'"),
         (["--text", "TEXT", "--window", "1"], "--window"),
         (["--tasks", "hqs,billsum"], "--tasks hqs,billsum: expected names separated by blanks; write hqs billsum"),
