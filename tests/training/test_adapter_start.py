@@ -21,6 +21,8 @@ from efx_jax.weights.peft import load_adapter
 from tests.tiny import linears
 from tests.weights.adapter_folders import delta, tensors_for, write_adapter
 
+pytestmark = pytest.mark.slow
+
 Launch = Callable[..., Path]
 UNPRUNED = ("--prune.sparsity", "0", "--train.steps", "1", "--train.learning_rate", "1e-12")
 

@@ -23,6 +23,8 @@ from efx_jax.weights.hf import load_pretrained, open_checkpoint, save_pretrained
 from efx_jax.weights.sealed import file_table, read_sealed, write_sealed
 
 # B on a frozen base, a base merged with its adapters at every event, and a base refitted by ADMM.
+pytestmark = pytest.mark.slow
+
 RUNS = ("paper_run", "official_run", "efx_run")
 TOKENS = jnp.asarray([[3, 5, 9, 12], [4, 4, 7, 1]])
 Files = Callable[[Path], dict[str, bytes]]
@@ -218,7 +220,6 @@ def test_runs_without_a_bundle_are_refused_with_the_reason(paper_run: Path, tmp_
         run_outcome(tmp_path / "run")
 
 
-@pytest.mark.slow
 def test_the_best_model_and_not_the_last_is_bundled(
     launch: Callable[..., Path], tiny_folder: Path, tmp_path: Path, files_of: Files
 ) -> None:

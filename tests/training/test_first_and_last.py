@@ -13,6 +13,8 @@ from efx_jax.pruning import blockwise
 from efx_jax.training import events
 from tests.tiny import linears
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 WANDA = ("--preset", "paper", "--prune.recovery", "none", "--prune.score", "wanda", "--prune.schedule", "fractions")
 POST_HOC = (*WANDA, "--prune.fractions", "1")

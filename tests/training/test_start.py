@@ -13,6 +13,8 @@ from efx_jax.errors import InputError
 from efx_jax.training.run import run
 from tests.tiny import linears
 
+pytestmark = pytest.mark.slow
+
 SAVE_ALL = ("--train.checkpoint_every", "1", "--train.keep", "9", "--eval.every", "1")
 WANDA = ("--preset", "paper", "--prune.recovery", "none", "--prune.score", "wanda", *SAVE_ALL)
 SCHEDULES = {

@@ -13,6 +13,8 @@ import efx_jax.training.loop as loop_module
 from efx_jax.config import EvalConfig, TrainConfig
 from efx_jax.training.validation import Best, metric_values, update_best, validation_steps
 
+pytestmark = pytest.mark.slow
+
 Launch = Callable[..., Path]
 FLAGS = ("--preset", "efx", "--eval.every", "2", "--eval.best", "test.accuracy", "--prune.fractions", "0.3")
 
