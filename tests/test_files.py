@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from efx_jax.errors import InputError
-from efx_jax.files import atomic_file, atomic_folder, atomic_write, meet, sha256_of
+from efx_jax.files import atomic_file, atomic_folder, atomic_write, meet, read_text, sha256_of
 
 
 def _break_off(dst: Path, error: BaseException) -> None:
@@ -114,6 +114,25 @@ def test_place_under_a_file_is_refused(tmp_path: Path) -> None:
         pytest.fail("the body ran")
     with pytest.raises(InputError, match="cannot be written"):
         atomic_write(tmp_path / "file" / "dst", b"")
+
+
+def test_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be written"):
+        atomic_write(tmp_path, b"x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes("é\n".encode())
+    assert read_text(tmp_path / "text") == "é\n"
+    (tmp_path / "text").write_bytes(b"\xe9")
+    for path, complaint in (
+        (tmp_path / "text", "is not UTF-8"),
+        (tmp_path / "gone", "No such file"),
+        (tmp_path, "cannot"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            read_text(path)
 
 
 def test_new_folder_and_file_have_the_usual_permissions(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from efx_jax.errors import InputError
+from efx_jax.files import read_text
 
 QUANTITIES = {
     "loss": "training loss, nats per token",
@@ -38,14 +39,14 @@ def read_curve(folder: Path, name: str) -> Curve:
     if not path.is_file():
         raise InputError(f"{path}: is not there; expected the log of a run that train.py has written")
     found: dict[int, list[float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path).splitlines():
         try:
             row = json.loads(line)
-            values = [float(row[quantity]) for quantity in QUANTITIES]
+            step, values = int(row["step"]), [float(row[quantity]) for quantity in QUANTITIES]
         except (ValueError, KeyError, TypeError):
             continue
         if all(map(math.isfinite, values)):
-            found[int(row["step"])] = values
+            found[step] = values
     if not found:
         raise InputError(f"{path}: expected lines with step, {', '.join(QUANTITIES)}, found none; train the run first")
     steps = tuple(sorted(found))

@@ -65,9 +65,9 @@ def read_checkpoint(run: Run, step: int) -> Checkpoint:
     Raises:
         InputError: it cannot be read.
     """
-    meta = _restore(run, step, "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+    moved, masked = moved_and_masked(run, step)
     events = int(_restore_arrays(run, step, {"prune": {"event": None}})["prune"]["event"])
-    return Checkpoint(step, events, bool(meta["masked"]), bool(meta["base_moved"]))
+    return Checkpoint(step, events, masked, moved)
 
 
 def moved_and_masked(run: Run, step: int) -> tuple[bool, bool]:
@@ -77,7 +77,10 @@ def moved_and_masked(run: Run, step: int) -> tuple[bool, bool]:
         InputError: the checkpoint cannot be read.
     """
     meta = _restore(run, step, "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
-    return bool(meta["base_moved"]), bool(meta["masked"])
+    try:
+        return bool(meta["base_moved"]), bool(meta["masked"])
+    except KeyError as error:
+        raise InputError(f"{run.folder}: its checkpoint of step {step} does not say {error}; train it again") from error
 
 
 def run_adapters(run: Run, step: int) -> Adapters | None:

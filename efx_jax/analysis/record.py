@@ -8,6 +8,7 @@ from typing import Any
 from efx_jax.config import Config
 from efx_jax.config_io import from_yaml
 from efx_jax.errors import InputError
+from efx_jax.files import read_text
 
 Row = dict[str, Any]
 
@@ -40,8 +41,8 @@ def read_record(folder: Path) -> Record:
         raise InputError(f"{folder}: the run is not finished; expected summary.json; give the same command again")
     return Record(
         folder=folder,
-        config=from_yaml(settings.read_text(encoding="utf-8"), str(settings)),
-        summary=_parsed(summary.read_text(encoding="utf-8"), f"{summary}"),
+        config=from_yaml(read_text(settings), str(settings)),
+        summary=_parsed(read_text(summary), f"{summary}"),
         metrics=_lines(folder / "metrics.jsonl"),
         evaluations=_lines(folder / "evaluations.jsonl"),
         samples=_lines(folder / "samples.jsonl"),
@@ -52,7 +53,7 @@ def _lines(path: Path) -> list[Row]:
     if not path.is_file():
         return []
     # Not splitlines: a prompt may hold other line breaks, which JSON leaves as they are.
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = read_text(path).split("\n")
     return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line]
 
 

@@ -18,6 +18,8 @@ def test_a_log_is_read_in_order_without_lines_that_are_no_numbers(tmp_path) -> N
         {"step": 2, "loss": 1.5, "entropy": 2.0, "sparsity": 0.5, "tokens": 9},
         {"step": 1, "loss": 3.0, "entropy": 2.5, "sparsity": 0.0},
         {"step": 3, "loss": None, "entropy": 2.0, "sparsity": 0.5},
+        {"step": None, "loss": 1.0, "entropy": 2.0, "sparsity": 0.5},
+        {"loss": 1.0, "entropy": 2.0, "sparsity": 0.5},
         {"step": 2, "loss": 1.25, "entropy": 2.0, "sparsity": 0.5},
     ]
     text = "\n".join(map(json.dumps, rows)) + '\n{"step": 4, "lo'
@@ -30,6 +32,9 @@ def test_a_run_without_a_log_is_refused(tmp_path) -> None:
         read_curve(tmp_path, "a")
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match="found none"):
+        read_curve(tmp_path, "a")
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff{}")
+    with pytest.raises(InputError, match=r"metrics.jsonl: is not UTF-8 text"):
         read_curve(tmp_path, "a")
 
 
