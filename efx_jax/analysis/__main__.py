@@ -30,6 +30,10 @@ def main(argv: Sequence[str]) -> int:
 def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     output = Path(arguments.output)
     refuse_unwritable(output)
+    if arguments.summary:
+        refuse_unwritable(Path(arguments.summary).parent)
+        if Path(arguments.summary).is_dir():
+            raise InputError(f"{arguments.summary}: is a folder, expected a file; choose another --summary")
     _check(arguments)
     runs = _open_all(arguments.runs)
     takes_all = "all" in arguments.what
@@ -78,7 +82,8 @@ def _study(
     table = study_table(name, found.summary)
     write_study(folder, name, found.asked, found.summary, found.records, table)
     found.draw(folder)
-    print(f"\n{name}\n\n{table}")
+    whose = f"{subject.name}: " if isinstance(subject, Run) else ""
+    print(f"\n{whose}{name}\n\n{table}")
     summary[name] = {"asked": found.asked, "summary": found.summary}
 
 

@@ -99,12 +99,21 @@ def _plain(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def legend_name(label: str) -> str:
+    """A name that a legend shows: matplotlib hides those that begin with an underscore."""
+    return f" {label}" if label.startswith("_") else label
+
+
 def save(path: Path, canvas: "Canvas", header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Writes PATH.png and, with the numbers, PATH.csv.
 
     Raises:
         InputError: the disk is full or the place is not writable.
     """
+    from matplotlib.text import Text
+
+    for words in canvas.findobj(Text):
+        words.set_parse_math(False)  # type: ignore[attr-defined]
     image, numbers = io.BytesIO(), io.StringIO()
     canvas.savefig(image, format="png")
     writer = csv.writer(numbers, lineterminator="\n")

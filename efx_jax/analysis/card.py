@@ -13,12 +13,12 @@ import yaml
 from efx_jax.analysis.record import Record
 from efx_jax.analysis.wording import (
     HUB_NAME,
-    LIMITS,
     QUICKSTART_BASE,
     base_name,
     domain,
     expert,
     expert_name,
+    known_limits,
     learned,
     measured,
     method,
@@ -103,7 +103,7 @@ def _about(record: Record) -> str:
     ]
     told = (
         f"{_plain(base_name(config))}, fine-tuned on {_plain(domain(config))} with "
-        "[EfficientXpert](https://arxiv.org/abs/2511.19935) in JAX (efx_jax), which prunes a model while it learns."
+        "[EfficientXpert](https://arxiv.org/abs/2511.19935) in JAX (efx_jax)."
     )
     return f"{told} {zeros}\n\n{markdown_table(['', ''], facts)}"
 
@@ -154,7 +154,7 @@ def _training(record: Record) -> str:
 def _limits(record: Record) -> list[str]:
     scored = scored_rows(record.summary["results"])
     told = "; ".join(scored) if scored else "nothing"
-    return [f"It was evaluated only on this: {told}.", *LIMITS]
+    return [f"It was evaluated only on this: {told}.", *known_limits(record.config, record.summary)]
 
 
 def _base_on_hub(config: Config) -> str:

@@ -28,12 +28,23 @@ class Checkpoint:
     base_moved: bool
 
 
+def refuse_cut_units(run: Run) -> None:
+    """Refuses what entries' masks are looked for in.
+
+    Raises:
+        InputError: the run cuts out whole units.
+    """
+    if run.config.prune.score == "atp" and run.config.prune.sparsity:
+        raise InputError(f"{run.folder}: cuts out whole units; what is left of them stands under `cut` in summary.json")
+
+
 def dense_steps(run: Run) -> tuple[int, ...]:
     """The steps of the checkpoints that no prune event has come before, ascending.
 
     Raises:
-        InputError: every checkpoint holds masks or a base that an event has moved.
+        InputError: every checkpoint holds masks or a base that an event has moved, or the run cuts out whole units.
     """
+    refuse_cut_units(run)
     dense = tuple(step for step in held_steps(run) if not _pruned(run, step))
     if not dense:
         raise InputError(

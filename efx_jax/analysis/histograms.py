@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efx_jax.analysis.canvas import SMALL, TEXT, new_panels, save
+from efx_jax.analysis.canvas import SMALL, TEXT, legend_name, new_panels, save
 from efx_jax.analysis.plots import COLOURS, DASHES
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _draw_panel(axes: "Axes", panel: Panel, edges: tuple[float, ...], names: lis
         axes.stairs(
             shares.y,
             edges,
-            label=shares.label,
+            label=legend_name(shares.label),
             color=COLOURS[number % len(COLOURS)],
             linestyle=DASHES[number % len(DASHES)],
             linewidth=1.8,
@@ -111,7 +111,7 @@ def _draw_panel(axes: "Axes", panel: Panel, edges: tuple[float, ...], names: lis
             axes.stairs(shares.y, edges, fill=True, alpha=0.15, color=COLOURS[number % len(COLOURS)])
     for mark in panel.marks:
         style = DASHES[(marks.index(mark.label) + 1) % len(DASHES)]
-        axes.axvline(mark.x, color="0.25", linestyle=style, linewidth=1.5, label=mark.label)
+        axes.axvline(mark.x, color="0.25", linestyle=style, linewidth=1.5, label=legend_name(mark.label))
     axes.set_title(panel.title, fontsize=TEXT, loc="left")
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)

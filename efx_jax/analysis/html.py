@@ -9,8 +9,10 @@ Html = NewType("Html", str)
 """Markup that is whole and escaped."""
 
 _VOID = ("meta", "circle", "line", "path", "polyline", "rect")
-# Control characters, halves of surrogate pairs and what is no character.
-_FORBIDDEN = re.compile("[^\t\n -~\u00a0-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]")
+# Control characters, those that turn the direction of what follows, halves of surrogate pairs and what is no character.
+_FORBIDDEN = re.compile(
+    "[^\t\n -~\u00a0-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]"
+)
 _TITLE = 70  # what browsers and lists of results show
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -46,7 +48,7 @@ def paragraph(words: str, look: str = "") -> Html:
 
 def code(lines: str) -> Html:
     """Lines to copy."""
-    return element("pre", element("code", text(lines)), {"tabindex": "0"})
+    return element("pre", element("code", text(lines)), {"tabindex": "0", "dir": "auto"})
 
 
 def section(name: str, title: str, parts: Iterable[Html]) -> Html:

@@ -7,7 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efx_jax.analysis.canvas import SMALL, TEXT, is_wide, make_logarithmic, mark_decades, name_places, new_canvas, save
+from efx_jax.analysis.canvas import (
+    SMALL,
+    TEXT,
+    is_wide,
+    legend_name,
+    make_logarithmic,
+    mark_decades,
+    name_places,
+    new_canvas,
+    save,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,7 +162,7 @@ def _draw(path: Path, figure: Figure, draw: Callable[["Axes", Figure], None]) ->
     draw(axes, figure)
     for place, level in enumerate(figure.levels):
         style = DASHES[(place + 1) % len(DASHES)]
-        axes.axhline(level.y, color="0.35", linestyle=style, linewidth=1.5, label=level.label)
+        axes.axhline(level.y, color="0.35", linestyle=style, linewidth=1.5, label=legend_name(level.label))
         if level.low is not None and level.high is not None:
             axes.axhspan(level.low, level.high, color="0.35", alpha=0.12, linewidth=0)
     # The ends of an error bar may lie below 0 where no value does.
@@ -173,7 +183,7 @@ def _draw_lines(axes: "Axes", figure: Figure) -> None:
         # A long curve shows its marks here and there, at other places than the others.
         every = max(1, len(x) // _FEW)
         style = _line_style(number) | {"markevery": (number % every, every)}
-        axes.errorbar(x, series.y, yerr=_errors(series), label=series.label, **style)
+        axes.errorbar(x, series.y, yerr=_errors(series), label=legend_name(series.label), **style)
     if is_named:
         name_places(axes, [_place_text(place) for place in places])
         return
@@ -194,7 +204,7 @@ def _draw_bars(axes: "Axes", figure: Figure) -> None:
             series.y,
             width * 0.92,
             yerr=_errors(series),
-            label=series.label,
+            label=legend_name(series.label),
             color=COLOURS[number % len(COLOURS)],
             hatch=_HATCHES[number % len(_HATCHES)],
             edgecolor="white",
@@ -211,7 +221,7 @@ def _draw_points(axes: "Axes", figure: Figure) -> None:
         style = _line_style(number) | {"linestyle": "none", "elinewidth": 1.0, "capsize": 0, "markersize": 5}
         shift = (number - (len(figure.series) - 1) / 2) * width
         x = _spread_out([places.index(place) + shift for place in series.x], 0.6 * width)
-        axes.errorbar(x, series.y, yerr=_errors(series), label=series.label, alpha=0.75, **style)
+        axes.errorbar(x, series.y, yerr=_errors(series), label=legend_name(series.label), alpha=0.75, **style)
         for place in dict.fromkeys(series.x):
             centre = places.index(place) + shift
             ends = (centre - 0.44 * width, centre + 0.44 * width)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from efx_jax.errors import InputError
 from efx_jax.files import read_text
 
 Row = dict[str, Any]
+
+_SUMMARY = ("results", "data", "steps", "tokens", "seed", "seconds", "versions", "sparsity", "peak_memory_mib")
 
 HELD_OUT = "held-out rows"
 """The task of samples.jsonl that is none: prompts of held-out rows, in a run that scores no task."""
@@ -42,28 +45,32 @@ def read_record(folder: Path) -> Record:
     return Record(
         folder=folder,
         config=from_yaml(read_text(settings), str(settings)),
-        summary=_parsed(read_text(summary), f"{summary}"),
-        metrics=_lines(folder / "metrics.jsonl"),
-        evaluations=_lines(folder / "evaluations.jsonl"),
-        samples=_lines(folder / "samples.jsonl"),
+        summary=_parsed(read_text(summary), f"{summary}", _SUMMARY),
+        metrics=_lines(folder / "metrics.jsonl", ("step",)),
+        evaluations=_lines(folder / "evaluations.jsonl", ("step",)),
+        samples=_lines(folder / "samples.jsonl", ("task", "row", "prompt", "gold", "answers")),
     )
 
 
-def _lines(path: Path) -> list[Row]:
+def _lines(path: Path, names: Sequence[str]) -> list[Row]:
     if not path.is_file():
         return []
     # Not splitlines: a prompt may hold other line breaks, which JSON leaves as they are.
     lines = read_text(path).split("\n")
-    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line]
+    return [_parsed(line, f"{path}:{number}", names) for number, line in enumerate(lines, start=1) if line]
 
 
-def _parsed(text: str, where: str) -> Row:
+def _parsed(text: str, where: str, names: Sequence[str]) -> Row:
+    """An object that has these names; what is no finite number in it is None, as `log.append_row` writes it."""
     try:
-        found = json.loads(text)
+        found = json.loads(text, parse_constant=lambda _: None)
     except ValueError as error:
         raise InputError(f"{where}: is not valid JSON ({error}); restore the file or train again") from error
     if not isinstance(found, dict):
         raise InputError(
             f"{where}: holds a {type(found).__name__}, expected an object; restore the file or train again"
         )
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise InputError(f"{where}: holds no {', '.join(missing)}; restore the file or train again")
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from efx_jax.analysis import report_curves, report_parts
 from efx_jax.analysis.html import Html, element, join, page, paragraph, text
 from efx_jax.analysis.record import Record, read_record
-from efx_jax.analysis.wording import expert_name
+from efx_jax.analysis.wording import expert_name, pattern
 from efx_jax.errors import OneLineParser, exit_code
 from efx_jax.files import atomic_write
 
@@ -62,7 +62,7 @@ def report_page(record: Record) -> Html:
     head = [
         element("h1", text(title)),
         report_parts.headline(record),
-        paragraph("A run of efx_jax: LoRA fine-tuning that ends in a sparse model.", "soft"),
+        paragraph(f"A run of efx_jax: LoRA fine-tuning, {pattern(record.config)}.", "soft"),
     ]
     parts = [
         element("header", join(head, "\n")),
@@ -75,7 +75,7 @@ def report_page(record: Record) -> Html:
         report_parts.samples(record),
         report_parts.loading(record),
         report_parts.origin(record),
-        report_parts.limits(),
+        report_parts.limits(record),
     ]
     return page(title, _style(), parts)
 

@@ -9,12 +9,12 @@ from efx_jax.analysis.html import Html, code, element, fold, join, paragraph, se
 from efx_jax.analysis.record import HELD_OUT, Record
 from efx_jax.analysis.svg import bar
 from efx_jax.analysis.wording import (
-    LIMITS,
     Measured,
     base_name,
     changed_settings,
     dense,
     expert,
+    known_limits,
     learned,
     measured,
     method,
@@ -156,9 +156,10 @@ def origin(record: Record) -> Html:
     return section("origin", "How it was made", parts)
 
 
-def limits() -> Html:
+def limits(record: Record) -> Html:
     """What it does not do."""
-    return section("limits", "Limits", [element("ul", join((element("li", text(told)) for told in LIMITS), "\n"))])
+    told = (element("li", text(limit)) for limit in known_limits(record.config, record.summary))
+    return section("limits", "Limits", [element("ul", join(told, "\n"))])
 
 
 def _facts(facts: Sequence[tuple[str, str]]) -> Html:
@@ -227,7 +228,7 @@ def _sample(number: int, sample: Mapping[str, Any], models: Sequence[str]) -> Ht
 
 def _answer(who: str, words: str, verdict: str) -> Html:
     told = element("span", text(verdict), {"class": "verdict"}) if verdict else Html("")
-    answer = element("dd", join([text(words.strip() or "(nothing)"), told], " " if verdict else ""))
+    answer = element("dd", join([text(words.strip() or "(nothing)"), told], " " if verdict else ""), {"dir": "auto"})
     return element("div", join([element("dt", text(who)), answer]))
 
 

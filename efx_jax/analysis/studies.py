@@ -9,7 +9,15 @@ from typing import Any
 
 from efx_jax.analysis import curves, replay, shifts, space_figures, subspaces, where, where_figures
 from efx_jax.analysis.blocks import look_at
-from efx_jax.analysis.held import Checkpoint, before_event, read_checkpoint, run_adapters, run_linears, run_masks
+from efx_jax.analysis.held import (
+    Checkpoint,
+    before_event,
+    read_checkpoint,
+    refuse_cut_units,
+    run_adapters,
+    run_linears,
+    run_masks,
+)
 from efx_jax.analysis.runs import Run, choose_step, held_steps, load_base, load_export, split_rows, training_rows
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
@@ -52,8 +60,7 @@ def adapter_base(run: Run, arguments: argparse.Namespace) -> Found:
 
 def sparsity(run: Run, _: argparse.Namespace) -> Found:
     """The zeros of the export, by layer and kind of matrix."""
-    if run.config.prune.score == "atp":
-        raise InputError(f"{run.folder}: cuts out whole units; what is left of them stands under `cut` in summary.json")
+    refuse_cut_units(run)
     records = list(where.matrix_sparsities(load_export(run)))
     summary = by_kind(records, ("sparsity", "row_least", "row_most"), sizes="entries", ends=("sparsity",))
     for row, found in zip(summary, _kinds(records), strict=True):
@@ -64,6 +71,7 @@ def sparsity(run: Run, _: argparse.Namespace) -> Found:
 
 def mask_events(run: Run, _: argparse.Namespace) -> Found:
     """What the masks of one event share with those of the next, as far as the checkpoints tell."""
+    refuse_cut_units(run)
     found: dict[int, Checkpoint] = {}
     for step in held_steps(run):
         checkpoint = read_checkpoint(run, step)
@@ -89,6 +97,7 @@ def mask_events(run: Run, _: argparse.Namespace) -> Found:
 
 def moved(run: Run, _: argparse.Namespace) -> Found:
     """How far the kept weights of the export are from the base's."""
+    refuse_cut_units(run)
     final = load_export(run)
     params, _spec = load_base(run)
     rewritten = run_linears(run, read_checkpoint(run, run.steps[-1])) if run.steps else {}

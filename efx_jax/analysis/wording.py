@@ -13,9 +13,11 @@ from efx_jax.evaluation.results import TITLES
 QUICKSTART_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Of a name on the Hub; a file's has a suffix.
 HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
-LIMITS = (
+_SCATTERED = (
     "Dense runtimes (transformers, vLLM, llama.cpp, XLA) gain neither speed nor memory from scattered zeros: they "
-    "multiply them like any other number. A packed file is smaller.",
+    "multiply them like any other number. A packed file is smaller."
+)
+_LIMITS = (
     "What the model was not scored on, nobody has measured: other domains, other languages, longer texts and safety "
     "may have become worse, also against its base.",
     "It inherits the base model's licence, biases and errors, and those of the data it has learned from.",
@@ -123,6 +125,12 @@ def method(config: Config) -> str:
 
 def _teacher(config: Config) -> str:
     return "the base" if config.distill.teacher == "base" else PurePath(config.distill.teacher).name
+
+
+def known_limits(config: Config, summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the exported model does not do, a sentence or two each."""
+    is_scattered = config.prune.sparsity and "cut" not in summary
+    return (_SCATTERED, *_LIMITS) if is_scattered else _LIMITS
 
 
 def learned(config: Config, summary: Mapping[str, Any]) -> str:

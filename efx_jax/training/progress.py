@@ -12,6 +12,7 @@ import jax
 from tqdm import tqdm
 
 # Neither a percentage nor seconds a step: the counts and the tokens per second say the same, and 80 columns are few.
+_COLUMNS = 80
 _FORMAT = "{desc} {n_fmt}/{total_fmt}|{bar}| {elapsed}<{remaining}{postfix}"
 
 
@@ -34,23 +35,34 @@ def progress(start: int, steps: int, stream: TextIO | None = None) -> Iterator[P
     if jax.process_index() != 0:
         yield Progress(lambda name: None, lambda row, is_logged: None)
     elif stream.isatty() and os.environ.get("TERM") != "dumb":
+        width = _width(stream)
         with tqdm(
-            total=steps, initial=start, desc="train", bar_format=_FORMAT, dynamic_ncols=True, smoothing=0.1, file=stream
+            total=steps, initial=start, desc="train", bar_format=_FORMAT, ncols=width, smoothing=0.1, file=stream
         ) as bar:
-            yield _on_bar(bar)
+            yield _on_bar(bar, stream)
     else:
         yield _in_lines(start, steps, stream)
 
 
-def _on_bar(bar: tqdm) -> Progress:
+def _width(stream: TextIO) -> int:
+    """Columns of a line that no terminal breaks, which may do so after its last column."""
+    try:
+        return min(_COLUMNS, os.get_terminal_size(stream.fileno()).columns - 1)
+    except OSError:
+        return _COLUMNS - 1
+
+
+def _on_bar(bar: tqdm, stream: TextIO) -> Progress:
     def phase(name: str) -> None:
         if name != "train":
             # The speed of the last step says nothing of what goes on now.
             bar.set_postfix_str("", refresh=False)
+        bar.ncols = _width(stream)
         bar.set_description_str(name)
 
     def step(row: Mapping[str, float], is_logged: bool) -> None:
         bar.set_postfix_str(_metrics(row), refresh=False)
+        bar.ncols = _width(stream)
         bar.update()
 
     return Progress(phase, step)

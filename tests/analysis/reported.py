@@ -7,7 +7,7 @@ from typing import Any
 from efx_jax.config import Config
 from efx_jax.config_io import to_yaml
 
-EVIL = "</pre><script>alert('x')</script><img src=http://evil.example/a.png onerror=\"b\"> & \x07\ud800"
+EVIL = "</pre><script>alert('x')</script><img src=http://evil.example/a.png onerror=\"b\"> & \x07\ud800 \u202eback"
 
 
 def task(accuracy: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import train
 from efx_jax.analysis.__main__ import main
 from efx_jax.analysis.held import before_event, choose_steps, read_checkpoint, run_adapters, run_linears, run_masks
 from efx_jax.analysis.runs import load_base, load_export, open_run, training_rows
-from efx_jax.config import Config, ModelConfig
+from efx_jax.config import Config, ModelConfig, PruneConfig
 from efx_jax.config_io import to_yaml
 from efx_jax.masks import unpack_mask
 from efx_jax.weights.hf import open_folder
@@ -201,7 +201,19 @@ def test_what_is_no_dense_run_is_refused_in_one_line(tmp_path, capsys) -> None:
     assert "every checkpoint (5) is pruned" in refused(run)
     (run / "config.yaml").write_text("prune:\n  sparsitty: 0.5\n")
     assert "sparsitty" in refused(run)
+    (run / "config.yaml").write_text(to_yaml(Config(prune=PruneConfig(score="atp"))))
+    assert "cuts out whole units" in refused(run)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_summary_that_cannot_be_written_is_refused_before_any_work(tmp_path, capsys) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(Config()))
+    for place in (tmp_path, tmp_path / "run" / "config.yaml" / "s.json"):
+        flags = ["--what", "curves", "--output", str(tmp_path / "out"), "--summary", str(place)]
+        assert main([str(tmp_path / "run"), *flags]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "choose another" in said
 
 
 def test_all_leaves_out_what_a_run_cannot_give_and_does_the_rest(tmp_path, capsys) -> None:

@@ -112,6 +112,7 @@ def test_every_pattern_has_its_words(record: Record, prune: PruneConfig, words: 
     if prune.score == "atp":
         changed = dataclasses.replace(changed, summary=record.summary | {"cut": {"removed": 0.5}})
     assert words in card_text(changed)
+    assert ("scattered zeros" in card_text(changed)) == (prune.score != "atp" and prune.sparsity > 0)
 
 
 def test_a_card_of_the_base_is_not_taken_for_the_experts(tmp_path: Path) -> None:

@@ -103,6 +103,22 @@ def test_a_heat_map_leaves_a_line_per_field(tmp_path: Path) -> None:
     assert size(tmp_path / "heat.png")[0] == WIDTH
 
 
+def test_names_that_matplotlib_reads_otherwise_stay_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from matplotlib.figure import Figure as Canvas
+
+    seen: list[tuple[str, bool]] = []
+
+    def note(canvas: Canvas, *_: Any, **__: Any) -> None:
+        seen.extend((words.get_text().strip(), words.get_parse_math()) for words in canvas.legends[0].get_texts())
+
+    monkeypatch.setattr(Canvas, "savefig", note)
+    names = ("_under", "$x_1$ and $y$")
+    series = tuple(dataclasses.replace(LINES.series[0], label=name) for name in names)
+    draw_lines(tmp_path / "named", dataclasses.replace(LINES, series=series, levels=()))
+    assert seen == [(name, False) for name in names]
+    assert [row[0] for row in numbers(tmp_path / "named.csv")[1::2]] == list(names)
+
+
 def test_a_longer_legend_makes_the_picture_higher_not_the_axes_lower(tmp_path: Path) -> None:
     many = Figure("many", "x", "y", tuple(Series(f"a method, its schedule {n}", (1, 2), (1, n)) for n in range(1, 30)))
     draw_lines(tmp_path / "one", LINES)

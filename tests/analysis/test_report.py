@@ -94,7 +94,7 @@ def test_the_page_loads_nothing_and_runs_nothing(page: Page) -> None:
 
 
 def test_text_of_data_and_paths_is_shown_and_never_acts(page: Page) -> None:
-    shown = " ".join(EVIL.replace("\x07", "\ufffd").replace("\ud800", "\ufffd").split())
+    shown = " ".join(EVIL.replace("\x07", "\ufffd").replace("\ud800", "\ufffd").replace("\u202e", "\ufffd").split())
     said = page.said()
     assert said.count(shown) >= 4  # the prompt (its end and whole), the gold answer, both written answers
     for words in ("/home/somebody/<b>base</b>", "<i>{question}</i>", "python train.py --output '<b>runs</b>'"):
@@ -156,14 +156,24 @@ def test_a_run_without_training_tasks_or_zeros_has_a_page_too(tmp_path: Path) ->
     for name in ("metrics", "evaluations", "samples"):
         (folder / f"{name}.jsonl").unlink()
     said = Page(report.write_report(folder).read_text()).said()
-    for words in ("Nothing was measured", "Nothing was trained", "No weight is zero", "No answers were kept"):
+    assert "scattered zeros" not in said
+    for words in (
+        "Nothing was measured",
+        "LoRA fine-tuning, nothing pruned",
+        "Nothing was trained",
+        "No weight is zero",
+        "No answers were kept",
+    ):
         assert words in said
 
 
 def test_a_ruined_model_has_a_page_too(tmp_path: Path) -> None:
     results = summary()["results"]
     results["sparse expert"]["perplexity"] |= {"value": None, "interval": [None, None]}
-    said = Page(report.write_report(leave_run(tmp_path / "run", results=results)).read_text()).said("table")
+    folder = leave_run(tmp_path / "run", results=results)
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 41, "loss": Infinity, "learning_rate": NaN}\n')
+    said = Page(report.write_report(folder).read_text()).said("table")
     assert "sparse expert not finite" in said
 
 
@@ -174,8 +184,20 @@ def test_the_command_writes_the_page_of_each_run_and_refuses_what_is_none(
     assert report.main([str(run) for run in runs]) == 0
     assert capsys.readouterr().out.split() == [str(run / "report.html") for run in runs]
     (runs[0] / "summary.json").unlink()
-    (runs[1] / "samples.jsonl").write_text("{}\n[]\n")
+    (runs[1] / "samples.jsonl").write_text("\n[]\n")
+    damaged = {
+        "summary.json": b"{}",
+        "samples.jsonl": b"{}",
+        "metrics.jsonl": b'{"loss": 1}',
+        "evaluations.jsonl": b"\xff",
+    }
+    for name, content in damaged.items():
+        (leave_run(tmp_path / f"damaged {name}") / name).write_bytes(content)
     for run, said in (
+        (tmp_path / "damaged summary.json", "summary.json: holds no results, data, steps"),
+        (tmp_path / "damaged samples.jsonl", "samples.jsonl:1: holds no task, row"),
+        (tmp_path / "damaged metrics.jsonl", "metrics.jsonl:1: holds no step"),
+        (tmp_path / "damaged evaluations.jsonl", "evaluations.jsonl: is not UTF-8 text"),
         (runs[0], "is not finished"),
         (runs[1], "samples.jsonl:2: holds a list"),
         (tmp_path, "is not a run"),

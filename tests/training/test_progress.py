@@ -42,9 +42,9 @@ def shown(columns: int, start: int, steps: int) -> str:
     return b"".join(got).decode()
 
 
-@pytest.mark.parametrize(("start", "steps"), [(0, 2), (99_997, 100_000)])
-def test_a_terminal_of_80_columns_shows_the_whole_line(start: int, steps: int) -> None:
-    text = shown(80, start, steps)
+@pytest.mark.parametrize(("columns", "start", "steps"), [(80, 0, 2), (80, 99_997, 100_000), (200, 0, 2)])
+def test_a_terminal_of_80_columns_shows_the_whole_line(columns: int, start: int, steps: int) -> None:
+    text = shown(columns, start, steps)
     states = [state.rstrip() for state in re.split(r"[\r\n]", text) if state.strip()]
     assert max(map(len, states)) <= 80
     assert "\x1b" not in text
@@ -52,6 +52,10 @@ def test_a_terminal_of_80_columns_shows_the_whole_line(start: int, steps: int) -
     assert steps_shown and all(state.endswith("loss 12.345, 123k tok/s, 40% zeros") for state in steps_shown)
     assert steps_shown[-1].startswith(f"train {start + 2}/{steps}|")
     assert any(re.match(r"evaluate dense .*\|.*\| .*<", state) for state in states)
+
+
+def test_a_narrow_terminal_breaks_no_line() -> None:
+    assert max(map(len, re.split(r"[\r\n]", shown(60, 0, 2)))) < 60
 
 
 def test_what_is_no_terminal_gets_a_plain_line_per_logged_step_and_phase(capsys: pytest.CaptureFixture[str]) -> None:
