@@ -184,9 +184,13 @@ def _checksum(params: _Tree | Adapters) -> jax.Array:
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(params):
         unsigned = jnp.uint32 if leaf.dtype.itemsize == 4 else jnp.uint16
-        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32).reshape(-1)
+        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+        # Not an arange in the leaf's shape: to reshape what is split over a mesh gathers it whole.
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis, size in enumerate(leaf.shape):
+            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
         # Odd multipliers by position, so that swapped entries do not cancel out.
-        total = 31 * total + jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+        total = 31 * total + jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
     return total
 
 

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import efx_jax.training.run as run_module
-from efx_jax.config import TrainConfig
+from efx_jax.config import MeshConfig, TrainConfig
 from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
+from efx_jax.parallel.mesh import make_mesh
 from efx_jax.pruning.average import PruneState
 from efx_jax.structural.generator import Generator
 from efx_jax.training import checkpoint, log
@@ -175,6 +177,16 @@ def test_the_fingerprint_sees_one_bit_swapped_entries_and_another_token(state: R
     other_loss = Tokenized(rows[0].tokens, ~rows[0].loss)
     others = [rows[::-1], rows[:1], [other_loss, rows[1]]]
     assert len({same, *(checkpoint.fingerprint(state.params, changed) for changed in others)}) == 4
+
+
+def test_a_fingerprint_on_a_mesh_is_the_same_and_gathers_nothing() -> None:
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    weights = jax.random.normal(jax.random.key(0), (2, 16, 8), jnp.bfloat16)
+    placed = jax.device_put(weights, NamedSharding(mesh, PartitionSpec(None, ("tensor", "fsdp"), None)))
+    found = [checkpoint.fingerprint({"layers": {"gate_proj": leaf}}, []) for leaf in (weights, placed)]
+    assert found[0] == found[1]
+    program = checkpoint._checksum.lower({"layers": {"gate_proj": placed}}).compile().as_text()
+    assert "all-reduce" in program and "all-gather" not in program
 
 
 def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path: Path, state: RunState) -> None:
