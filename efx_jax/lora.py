@@ -1,6 +1,7 @@
 """LoRA under a mask as pure functions: the effective weight U = W + scale * B A, and the merged weight mask * U.
 
-`effective_weight` is the only place where the scale meets the adapters; score, recovery, forward and merge all call it.
+`effective_weight` forms U, in float32, for scores, recovery, `merge` and every linear that needs it whole. Two others
+apply the scale themselves: `efx_jax.linear` where it multiplies by A and B in turn, and `weights.merged` in float64.
 Linears and adapters are stored as Hugging Face and PEFT store them: W `[O,I]`, A `[R,I]`, B `[O,R]`.
 """
 
@@ -146,7 +147,8 @@ def merge_linears(
 ) -> dict[str, Array]:
     """`weights` with mask * U for every adapted or masked linear, rounded once to its own dtype; `[...,O,I]` each."""
     merged = dict(weights)
-    for name in {*lora_a, *masks}:
+    # In an order that all processes share: each traces the program for itself.
+    for name in dict.fromkeys((*lora_a, *masks)):
         merged[name] = _merged(weights[name], lora_a.get(name), lora_b.get(name), masks.get(name), scale)
     return merged
 

@@ -170,7 +170,8 @@ def _recover(
     if refits_base(config):
         return _refit_base(layer, effective, masks, swept, stats, config)
     lora_b = dict(layer.lora_b)
-    for name in set(masks) & set(lora_b):
+    # In an order that all processes share: each traces the program for itself.
+    for name in (name for name in masks if name in lora_b):
         lora_a = layer.lora_a[name]
         if config.recovery == "pbs":
             energy = stats.energy[INPUT_OF[name]]
