@@ -18,7 +18,7 @@ from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.pruning.average import prunable
 from efx_jax.pruning.block import block_scores
 from efx_jax.pruning.scores import wanda_score
-from efx_jax.pruning.selection import drop_count
+from efx_jax.pruning.selection import drop_count, drop_share
 from efx_jax.pruning.statistics import Statistics, collect_statistics
 
 Array = jax.Array
@@ -180,7 +180,7 @@ def global_budgets(
     reached = whole(below), whole(above)
     step = (config.sparsity - reached[0]) / (reached[1] - reached[0]) if reached[1] > reached[0] else 0.0
     counts = _whole_counts((below + np.clip(step, 0.0, 1.0) * (above - below)) * sizes, config.sparsity, sizes)
-    found = counts / sizes
+    found = drop_share(counts, sizes)
     return tuple(dict(zip(names, map(float, layer), strict=True)) for layer in found)
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from efx_jax.config_prune import n_of_m
@@ -52,6 +53,11 @@ def parse_pattern(group: str) -> tuple[int, int] | None:
 def drop_count(sparsity: float, entries: int) -> int:
     """floor(sparsity * entries + 1e-9): the small term undoes the rounding of, say, 0.3 * 10."""
     return math.floor(sparsity * entries + 1e-9)
+
+
+def drop_share(counts: np.ndarray, entries: int | np.ndarray) -> np.ndarray:
+    """Shares, float64, of which `drop_count` makes these counts again at any size; a plain quotient may round below."""
+    return (counts + 0.25) / entries
 
 
 def selection_counts(shape: tuple[int, ...], sparsity: float, group: str, bound: float | None = None) -> Counts:
