@@ -13,14 +13,14 @@ Rule = tuple[str, object, bool, str]
 
 
 def validate_prune(prune: PruneConfig) -> None:
-    """Refuses names in a hand-made `PruneConfig` that mean nothing: `Literal` is no check at run time.
+    """Refuses what means nothing in a hand-made `PruneConfig`: `Literal` is no check at run time.
 
     Raises:
-        InputError: the first unknown name, or the first setting that another one excludes.
+        InputError: the first unknown name, number out of its range, or setting that another one excludes.
     """
     expected = "a score of entries: atp learns in the course of a run (train.py) which units go"
     by_entry = ("prune.score", prune.score, prune.score != "atp", expected)
-    refuse([*_choice_rules(prune), by_entry, target_rule("prune.targets", prune.targets), *_pair_rules(prune)])
+    refuse([*_choice_rules(prune), by_entry, *_range_rules(prune), *_pair_rules(prune)])
 
 
 def refuse(rules: Iterable[Rule]) -> None:

@@ -117,10 +117,17 @@ def test_without_adapters_the_weight_itself_is_judged(llama: Any, stats: Statist
     [
         ({"recovery": "admm"}, "expected Gram matrices, found none; collect with gram=True"),
         ({"recovery": "gram_pbs"}, "expected Gram matrices, found none; collect with gram=True"),
-        ({"sparsity": 1.0}, "sparsity: expected a value in \\[0, 1\\)"),
-        ({"group": "2:4", "sparsity": 0.4}, "group 2:4: expected sparsity 0.5, found 0.4"),
+        ({"sparsity": 1.0}, "prune.sparsity must be in \\[0, 1\\), found 1.0"),
+        (
+            {"group": "2:4", "sparsity": 0.4},
+            "prune.sparsity must be 1 - 2/4 = 0.5 with prune.group 2:4, or 0, found 0.4",
+        ),
         ({"group": "3:5", "sparsity": 0.4}, "divisible by 5, found 16"),
-        ({"group": "column"}, "expected row, matrix, slab, bounded or N:M"),
+        ({"group": "column"}, "prune.group must be row, matrix, slab, bounded, or N:M"),
+        (
+            {"recovery": "admm", "admm_steps": 2, "admm_refine": 10},
+            "prune.admm_refine must be from 0 to admm_steps - 1",
+        ),
     ],
 )
 def test_an_event_that_cannot_be_is_refused_with_one_line(
