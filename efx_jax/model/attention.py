@@ -148,8 +148,13 @@ def _add_in_front(total: Array, part: Array) -> Array:
     return jax.lax.dynamic_update_slice(total, front, (0,) * total.ndim)
 
 
+def query_block(length: int) -> int:
+    """Queries whose scores the attention without fused kernels forms at a time, in a sequence of T = `length`."""
+    return min(length, max(_SMALLEST_BLOCK, -(-length // _BLOCKS)))
+
+
 def _query_blocks(length: int) -> list[tuple[int, int]]:
-    size = max(_SMALLEST_BLOCK, -(-length // _BLOCKS))
+    size = query_block(length)
     return [(first, min(first + size, length)) for first in range(0, length, size)]
 
 

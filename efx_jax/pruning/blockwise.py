@@ -123,15 +123,16 @@ def prune_blocks(
         layer, memory = block_before(plan, index)
         if index < len(done):
             pruned = done[index]
-            outputs = (
-                [] if config.sequential else [output(x, layer, mask_forward=config.mask_forward) for x, _ in hidden]
-            )
+            if not config.sequential:
+                for place, (x, real) in enumerate(hidden):
+                    hidden[place] = output(x, layer, mask_forward=config.mask_forward), real
         else:
             total: Statistics | None = None
-            outputs = []
-            for x, real in hidden:
+            # Batch by batch in its own place: these are the largest arrays of an event.
+            for place, (x, real) in enumerate(hidden):
                 seen, stats = observe(x, real, layer)
-                outputs.append(seen)
+                if not config.sequential:
+                    hidden[place] = seen, real
                 total = stats if total is None else add_statistics(total, stats)
             assert total is not None
             pruned = prune_one(plan, index, layer, total, memory)
@@ -139,8 +140,8 @@ def prune_blocks(
         if config.sequential:
             # As it will be shipped: always through the exact mask.
             after = dataclasses.replace(pruned[0], weights=layer.weights | pruned[0].weights)
-            outputs = [output(x, after, mask_forward="exact") for x, _ in hidden]
-        hidden = [(x, real) for x, (_, real) in zip(outputs, hidden, strict=True)]
+            for place, (x, real) in enumerate(hidden):
+                hidden[place] = output(x, after, mask_forward="exact"), real
 
 
 @functools.partial(

@@ -76,9 +76,8 @@ def general_importance(
         swept, importance = _sweep_block(weights, total.gram, counts, sequences)
         found.append(importance)
         layer = dataclasses.replace(layer, weights=layer.weights | swept)
-        hidden = [
-            (block_output(x, layer, spec, 1.0, "exact", compute_dtype, attention_path), real) for x, real in hidden
-        ]
+        for place, (x, real) in enumerate(hidden):
+            hidden[place] = block_output(x, layer, spec, 1.0, "exact", compute_dtype, attention_path), real
     return {name: _stack([block[name] for block in found], name) for name in names}
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 
 from efx_jax.config import Config
+from efx_jax.model.attention import query_block
 from efx_jax.model.spec import LINEARS, ModelSpec, linear_shapes, param_shapes
 from efx_jax.parallel.mesh import mesh_sizes
 from efx_jax.parallel.partition import BATCH, axes_size, linear_axes, partition
@@ -22,9 +23,8 @@ from efx_jax.training.step import has_teacher
 Bytes = dict[str, int]
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FLOAT32 = 4
-# What `efx_jax.training.loss` and the attention without fused kernels work on at a time.
+# What `efx_jax.training.loss` works on at a time.
 _LOSS_TOKENS = 512
-_QUERY_BLOCK = 256
 _MIB = 2**20
 
 
@@ -82,6 +82,10 @@ def resident_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
         "adapters": adapters,
         "optimizer": 2 * adapters,
         "generator": 3 * _FLOAT32 * generator_parameters(spec, config),
+        # The run keeps it where an event moves the base: what the teacher "base" reads, and what a restart begins with.
+        "linears of the first base": _WIDTH[layout.dtype] * _linear_entries(spec, along)
+        if layout.events and moves_base(config.prune)
+        else 0,
         "teacher": _WIDTH[layout.dtype] * _teacher_weights(spec, config, along) if layout.events else 0,
         "moving average": _FLOAT32 * _average_entries(spec, config, along, layout.events),
     }
@@ -117,10 +121,11 @@ def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
     length = min(prune.calibration_length, longest, spec.max_position_embeddings)
     shards = axes_size(BATCH, along)
     rows = -(-max(1, min(prune.calibration_rows, prune.calibration_tokens // length)) // shards)
-    grams = needs_gram(prune)
+    grams = needs_gram(prune) or prune.score == "dpruner"
     kept = prune.calibration_rows * length * spec.hidden_size * e // shards if grams or prune.sequential else 0
     entries = {name: spec.num_layers * _shard(name, shape, along) for name, shape in linear_shapes(spec).items()}
-    block = sum(entries.values()) // spec.num_layers
+    linears = _linear_entries(spec, along)
+    block = linears // spec.num_layers
     return {
         "calibration rows": kept,
         "calibration batch": block_forward_set(spec, config, dataclasses.replace(layout, length=length), rows),
@@ -130,7 +135,8 @@ def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
         "importance": importance_bytes(config, entries, e),
         "recovery": _recovery_bytes(spec, config, along),
         "new masks": mask_bytes(spec, config, along),
-        "new base": e * spec.num_layers * block if moves_base(prune) else 0,
+        # That of the first event takes the place of `linears of the first base`.
+        "new base": e * linears if moves_base(prune) and layout.events > 1 else 0,
     }
 
 
@@ -183,8 +189,7 @@ def _attention_bytes(spec: ModelSpec, config: Config, layout: Layout, rows: int,
     heads = spec.num_heads // config.mesh.tensor
     if layout.fused_attention:
         return rows * heads * layout.length * _FLOAT32
-    queries = min(layout.length, _QUERY_BLOCK)
-    return rows * heads * queries * layout.length * buffers * _FLOAT32
+    return rows * heads * query_block(layout.length) * layout.length * buffers * _FLOAT32
 
 
 def _matrix_buffers(spec: ModelSpec, config: Config, along: Mapping[str, int], e: int, c: int, masked: bool) -> int:
@@ -257,10 +262,12 @@ def _weights(spec: ModelSpec, along: Mapping[str, int]) -> int:
 
 
 def _teacher_weights(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> int:
-    """Weights of a teacher of the model's size; a base that no event moves is there anyway."""
-    if not has_teacher(config) or (config.distill.teacher == "base" and not moves_base(config.prune)):
-        return 0
-    return _weights(spec, along)
+    """Weights of a teacher of the model's size; the base is there anyway."""
+    return _weights(spec, along) if has_teacher(config) and config.distill.teacher != "base" else 0
+
+
+def _linear_entries(spec: ModelSpec, along: Mapping[str, int]) -> int:
+    return spec.num_layers * sum(_shard(name, shape, along) for name, shape in linear_shapes(spec).items())
 
 
 def _adapter_parameters(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> int:

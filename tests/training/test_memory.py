@@ -72,7 +72,11 @@ def test_where_events_move_the_base_the_average_stays_with_the_host_and_the_base
     prune = PruneConfig(ema=0.5, merge_each_event=True)
     config = dataclasses.replace(CONFIG, prune=prune)
     assert resident_bytes(SPEC, config, LAYOUT)["moving average"] == 0
-    assert event_bytes(SPEC, config, LAYOUT)["new base"] == 2 * 2 * 1920
+    assert resident_bytes(SPEC, CONFIG, LAYOUT)["linears of the first base"] == 0
+    assert resident_bytes(SPEC, config, LAYOUT)["linears of the first base"] == 2 * 2 * 1920
+    # The first event writes what stays beside the first base, a second one a third.
+    assert event_bytes(SPEC, config, dataclasses.replace(LAYOUT, events=1))["new base"] == 0
+    assert event_bytes(SPEC, config, dataclasses.replace(LAYOUT, events=2))["new base"] == 2 * 2 * 1920
 
 
 def test_block_remat_saves_the_residual_stream_of_every_block() -> None:
