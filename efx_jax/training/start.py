@@ -134,5 +134,6 @@ def tidy(output: Path, start: int, steps: int, waiting: bool) -> None:
     if start < steps:
         # Whatever was exported before belongs to another training.
         shutil.rmtree(output / "export", ignore_errors=True)
-    if start == 0 and not waiting:
+    if not waiting:
+        # Of an event whose own checkpoint was never whole: training up to it again need not give the same model.
         shutil.rmtree(output / "event", ignore_errors=True)
