@@ -41,7 +41,7 @@ class Layer:
 
 @struct.dataclass
 class LinearOptions:
-    """How every linear of a block is computed; see `efx_jax.lora.linear`."""
+    """How every linear of a block is computed; see `efx_jax.linear.linear`."""
 
     scale: float = struct.field(pytree_node=False, default=1.0)
     mask_forward: MaskForward = struct.field(pytree_node=False, default="exact")
@@ -236,7 +236,7 @@ def hidden_states(
         positions: int `[B,T]`; 0, 1, ... by default.
         segments: int `[B,T]`: a query sees earlier keys of its own segment only; None: all earlier.
         ends: int `[B,T]`: the place from which on a key is no longer seen; None: it always is.
-        mask_forward: how masks act, see `efx_jax.lora.linear`.
+        mask_forward: how masks act, see `efx_jax.linear.linear`.
         compute_dtype: dtype of the matmul operands; None takes the weights'.
         dropout_rate: dropout on the adapters' inputs; acts only with a key.
         dropout_key: PRNG key, or None.
@@ -291,7 +291,7 @@ def forward(
         spec: the model, static under jit.
         adapters: LoRA adapters, or None.
         masks: name -> mask `[L,O,I]` (True = kept; bool or packed, see `efx_jax.masks`), or None.
-        mask_forward: how masks act, see `efx_jax.lora.linear`.
+        mask_forward: how masks act, see `efx_jax.linear.linear`.
         compute_dtype: dtype of the matmul operands; None takes the weights'.
 
     Returns:

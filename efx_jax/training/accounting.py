@@ -159,7 +159,7 @@ def search_flops_per_token(spec: ModelSpec, config: Config, length: int) -> floa
 
 
 def _units(config: Config, name: str, masked: bool) -> _Units:
-    """How often one linear's weights and adapters are multiplied; see `efx_jax.lora.linear` for the cases."""
+    """How often one linear's weights and adapters are multiplied; see `efx_jax.linear.linear` for the cases."""
     mode = config.prune.mask_forward
     if name not in config.lora.targets:
         return _Units(dense=4, low_rank=0)
