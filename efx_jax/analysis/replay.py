@@ -6,6 +6,7 @@ is taken, at its sparsity, with neither a moving average nor earlier masks.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,16 +17,21 @@ import numpy as np
 from efx_jax.analysis.blocks import BlockView, Model, walk
 from efx_jax.config import GRADIENT_SCORES, PruneConfig
 from efx_jax.errors import InputError
+from efx_jax.evaluation.likelihood import target_log_probabilities
 from efx_jax.lora import Adapters, effective_weight
 from efx_jax.masks import unpack_mask
+from efx_jax.model.decoder import head_weight, hidden_states
+from efx_jax.model.spec import ModelSpec
+from efx_jax.pruning.average import prunable
 from efx_jax.pruning.block import block_scores, matrix_group
 from efx_jax.pruning.budget import budget_statistics
-from efx_jax.pruning.event import EventPlan, block_before, needs_gram, plan_event, prune_one
+from efx_jax.pruning.event import EventPlan, block_before, needs_gram, plan_event, prune_one, take_block
 from efx_jax.pruning.selection import drop_by_counts
 from efx_jax.pruning.statistics import INPUT_OF, block_statistics
 
 Array = jax.Array
 _FAR = 0.1
+_GRADIENT_ROWS = 4  # sequences whose logits exist at a time
 EDGES = tuple(float(edge) for edge in np.linspace(-3, 2, 51))
 """Of `ScoreSpread`'s bins, in powers of ten."""
 
@@ -76,7 +82,7 @@ def event_settings(config: PruneConfig) -> PruneConfig:
     if config.score in (*GRADIENT_SCORES, "atp"):
         raise InputError(
             f"prune.score {config.score}: cannot be replayed, as it reads gradients of training; expected magnitude, "
-            "wanda, ria, foresight, foresight_gated or sparsegpt"
+            "wanda, ria, sparsegpt or one of foresight"
         )
     return dataclasses.replace(config, ema=1.0, merge_each_event=False, sequential=False)
 
@@ -146,7 +152,8 @@ def score_spreads(
     plan = _plan(params, adapters, model, dataclasses.replace(config, recovery="none"))
     for layer, view in walk(model, layers):
         before, _ = block_before(plan, layer)
-        scores, _ = block_scores(before, view.weights, view.stats, {}, model.spec, config)
+        importance = take_block(plan.importance, layer)
+        scores, _ = block_scores(before, view.weights, view.stats, importance, model.spec, config)
         for matrix, score in scores.items():
             dropped = drop_by_counts(score, matrix_group(matrix, config), plan.counts[layer][matrix])
             yield _spread(layer, matrix, np.asarray(score, np.float64), np.asarray(dropped))
@@ -156,7 +163,36 @@ def _plan(params: Mapping[str, Any], adapters: Adapters | None, model: Model, co
     lengths = jnp.sum(model.real, axis=1).astype(jnp.int32)
     batches = [{"tokens": model.tokens, "lengths": lengths}]
     stats = budget_statistics(params, adapters, None, batches, model.spec, config, "float32")
-    return plan_event(params, adapters, None, None, model.spec, config, stats)
+    importance: dict[str, Array] = {}
+    if config.score == "foresight_loss":
+        shapes = {name: params["layers"][name].shape[:2] for name in prunable(params["layers"], config)}
+        importance = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+        for rows in (slice(first, first + _GRADIENT_ROWS) for first in range(0, len(model.tokens), _GRADIENT_ROWS)):
+            importance = _add_energy(importance, params, adapters, model.tokens[rows], model.real[rows], model.spec)
+    return plan_event(params, adapters, None, None, model.spec, config, stats, importance)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _add_energy(
+    total: dict[str, Array],
+    params: Mapping[str, Any],
+    adapters: Adapters | None,
+    tokens: Array,
+    real: Array,
+    spec: ModelSpec,
+) -> dict[str, Array]:
+    """Adds what `training.gradients.output_gradient_energy` sums, all arithmetic in float32."""
+
+    def loss(probes: dict[str, Array]) -> Array:
+        hidden = hidden_states(
+            params, tokens, spec, adapters, compute_dtype="float32", remat="block", frozen=True, probes=probes
+        )
+        places = jnp.arange(tokens.shape[1] - 1)
+        scores = target_log_probabilities(hidden, head_weight(params), places, tokens[:, 1:], "float32")
+        return -jnp.sum(scores * real[:, 1:])
+
+    with jax.default_matmul_precision("highest"):
+        return jax.tree.map(jnp.add, total, jax.grad(loss)(total))
 
 
 @jax.jit

@@ -11,6 +11,8 @@ from efx_jax.config import PruneConfig
 from efx_jax.errors import InputError
 from efx_jax.model.spec import LINEARS
 from efx_jax.pruning.statistics import INPUT_OF
+from efx_jax.training.gradients import output_gradient_energy
+from efx_jax.training.step import StepOptions
 
 CONFIG = PruneConfig(sparsity=0.5, score="wanda", group="row", recovery="gram_pbs", schedule="cubic", ema=0.5)
 
@@ -67,6 +69,30 @@ def test_every_entry_is_counted_once_and_a_row_blurs_the_threshold(llama, group)
             assert 0 < each.across < 0.5
             # As many kept ones lie below the threshold as pruned ones above it.
             assert sum(np.asarray(each.pruned)[above]) == sum(np.asarray(each.kept)[~above]) == each.across * size / 2
+
+
+def test_the_score_of_the_loss_is_that_of_the_run_itself(llama) -> None:
+    """Its gradients are taken again; here by the numbers of one matrix."""
+    config = dataclasses.replace(CONFIG, score="foresight_loss", group="matrix", targets=("down_proj",))
+    (found,) = score_spreads(llama.params, llama.adapters, llama.model, [1], config)
+    ((_, view),) = walk(llama.model, [1])
+    lengths = np.asarray(llama.model.real).sum(axis=1).astype(np.int32)
+    batch = {"tokens": llama.model.tokens, "lengths": lengths}
+    energy = output_gradient_energy(llama.params, llama.adapters, None, [batch], llama.spec, StepOptions())
+    scores = np.abs(np.asarray(view.weights["down_proj"], np.float64))
+    scores *= np.asarray(view.stats.input_norm("down_proj")) * np.sqrt(np.asarray(energy["down_proj"][1]))[:, None]
+    ranked = np.sort(scores, axis=None)
+    assert found.threshold == pytest.approx(ranked[len(ranked) // 2], rel=1e-4)
+
+
+def test_one_threshold_for_all_matrices_can_be_replayed(llama) -> None:
+    """Shares are within their spread to an entry, of 256 at least."""
+    config = dataclasses.replace(CONFIG, score="foresight_loss", budget="global", group="bounded", recovery="admm")
+    spreads = list(score_spreads(llama.params, llama.adapters, llama.model, [0, 1], config))
+    pruned = {sum(each.pruned) / (sum(each.pruned) + sum(each.kept)) for each in spreads}
+    assert len(pruned) > 2 and max(pruned) <= 0.5 + config.budget_spread + 1 / 256
+    for each in replay_recovery(llama.params, llama.adapters, llama.model, llama.model, [1], config):
+        assert each.error_recovered < each.error_masked
 
 
 def test_the_threshold_is_the_lowest_score_that_a_whole_matrix_keeps(llama) -> None:
