@@ -57,7 +57,8 @@ def drop_count(sparsity: float, entries: int) -> int:
 
 def drop_share(counts: np.ndarray, entries: int | np.ndarray) -> np.ndarray:
     """Shares, float64, of which `drop_count` makes these counts again at any size; a plain quotient may round below."""
-    return (counts + 0.25) / entries
+    # Not below the quotient of whole numbers, so that its product with `entries` does not round below `counts`.
+    return np.nextafter(counts / entries, 1.0)
 
 
 def selection_counts(shape: tuple[int, ...], sparsity: float, group: str, bound: float | None = None) -> Counts:

@@ -162,7 +162,7 @@ def test_one_threshold_shares_out_the_zeros(
     sizes = np.asarray([scores[name][0].size for name in TWO])
     counts = [[drop_count(share, size) for share, size in zip(layer, sizes, strict=True)] for layer in shares]
     assert np.sum(counts) == int(2 * sizes.sum() * sparsity + 1e-9)
-    np.testing.assert_allclose(shares * sizes, counts, atol=0.3)
+    np.testing.assert_allclose(shares * sizes, counts, atol=1e-6)
     high = min(sparsity + spread, 1 - 0.1 * (1 - sparsity))
     every = np.sort(np.concatenate([scores[name].ravel() for name in TWO]))
     # Held within their bounds, the shares below some threshold are these, to an entry.
