@@ -89,6 +89,15 @@ def from_yaml(text: str, source: str = "config.yaml") -> Config:
     return replace_values(Config(), parse_settings(_parse_yaml(text, source), source))
 
 
+def read_config(path: Path) -> Config:
+    """The settings of a run, from the file that `to_yaml`'s text was written to.
+
+    Raises:
+        InputError: as `from_yaml`, or a file that cannot be read.
+    """
+    return replace_values(Config(), parse_settings(read_yaml(path), str(path)))
+
+
 def to_yaml(config: Config) -> str:
     """Every setting, resolved. `from_yaml(to_yaml(config)) == config`."""
     # YAML has lists but no tuples.

@@ -112,8 +112,9 @@ def save(path: Path, canvas: "Canvas", header: Sequence[str], rows: Iterable[Seq
     """
     from matplotlib.text import Text
 
-    for words in canvas.findobj(Text):
-        words.set_parse_math(False)  # type: ignore[attr-defined]
+    for artist in canvas.findobj():
+        if isinstance(artist, Text):
+            artist.set_parse_math(False)  # a run's name may hold dollars
     image, numbers = io.BytesIO(), io.StringIO()
     canvas.savefig(image, format="png")
     writer = csv.writer(numbers, lineterminator="\n")

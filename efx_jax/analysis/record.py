@@ -7,13 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from efx_jax.config import Config
-from efx_jax.config_io import from_yaml
+from efx_jax.config_io import read_config
 from efx_jax.errors import InputError
 from efx_jax.files import read_text
 
 Row = dict[str, Any]
 
-_SUMMARY = ("results", "data", "steps", "tokens", "seed", "seconds", "versions", "sparsity", "peak_memory_mib")
+_SUMMARY = (
+    "results",
+    "data",
+    "steps",
+    "tokens",
+    "seed",
+    "seconds",
+    "versions",
+    "sparsity",
+    "entries",
+    "peak_memory_mib",
+)
 
 HELD_OUT = "held-out rows"
 """The task of samples.jsonl that is none: prompts of held-out rows, in a run that scores no task."""
@@ -44,7 +55,7 @@ def read_record(folder: Path) -> Record:
         raise InputError(f"{folder}: the run is not finished; expected summary.json; give the same command again")
     return Record(
         folder=folder,
-        config=from_yaml(read_text(settings), str(settings)),
+        config=read_config(settings),
         summary=_parsed(read_text(summary), f"{summary}", _SUMMARY),
         metrics=_lines(folder / "metrics.jsonl", ("step",)),
         evaluations=_lines(folder / "evaluations.jsonl", ("step",)),

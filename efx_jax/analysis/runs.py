@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from efx_jax.config import Config
-from efx_jax.config_io import from_yaml
+from efx_jax.config_io import read_config
 from efx_jax.data.batches import Batch, calibration_batches, round_up
 from efx_jax.data.tasks import load_data
 from efx_jax.data.tokens import tokenize
 from efx_jax.errors import InputError
-from efx_jax.files import read_text
 from efx_jax.model.spec import ModelSpec
 from efx_jax.weights.hf import load_pretrained, load_tokenizer
 
@@ -45,7 +44,7 @@ def open_run(folder: Path) -> Run:
     path = folder / "config.yaml"
     if not path.is_file():
         raise InputError(f"{folder}: is not a run; expected a folder that train.py has written, with config.yaml")
-    config = from_yaml(read_text(path), str(path))
+    config = read_config(path)
     return Run(folder, config, _steps(folder / "checkpoints"))
 
 

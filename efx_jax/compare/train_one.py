@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from efx_jax.config_io import from_yaml
+from efx_jax.config_io import read_config
 from efx_jax.errors import INTERRUPTED, FallbackWarning, InputError, exit_code
 from efx_jax.training.run import run
 
@@ -20,7 +20,7 @@ def _train(config: Path, output: Path, trunk: Path | None = None) -> int:
         # The tables say what was asked for.
         warnings.simplefilter("error", FallbackWarning)
         try:
-            summary = run(from_yaml(config.read_text(), str(config)), output, trunk=trunk)
+            summary = run(read_config(config), output, trunk=trunk)
         except FallbackWarning as fallback:
             raise InputError(f"a comparison takes nothing else than its file says: {fallback}") from fallback
     return 0 if summary else INTERRUPTED

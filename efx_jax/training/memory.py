@@ -83,7 +83,7 @@ def resident_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
         "optimizer": 2 * adapters,
         "generator": 3 * _FLOAT32 * generator_parameters(spec, config),
         # The run keeps it where an event moves the base: what the teacher "base" reads, and what a restart begins with.
-        "linears of the first base": _WIDTH[layout.dtype] * _linear_entries(spec, along)
+        "linears of the first base": _WIDTH[layout.dtype] * sum(_linear_entries(spec, along).values())
         if layout.events and moves_base(config.prune)
         else 0,
         "teacher": _WIDTH[layout.dtype] * _teacher_weights(spec, config, along) if layout.events else 0,
@@ -123,8 +123,8 @@ def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
     rows = -(-max(1, min(prune.calibration_rows, prune.calibration_tokens // length)) // shards)
     grams = needs_gram(prune) or prune.score == "dpruner"
     kept = prune.calibration_rows * length * spec.hidden_size * e // shards if grams or prune.sequential else 0
-    entries = {name: spec.num_layers * _shard(name, shape, along) for name, shape in linear_shapes(spec).items()}
-    linears = _linear_entries(spec, along)
+    entries = _linear_entries(spec, along)
+    linears = sum(entries.values())
     block = linears // spec.num_layers
     return {
         "calibration rows": kept,
@@ -266,8 +266,9 @@ def _teacher_weights(spec: ModelSpec, config: Config, along: Mapping[str, int]) 
     return _weights(spec, along) if has_teacher(config) and config.distill.teacher != "base" else 0
 
 
-def _linear_entries(spec: ModelSpec, along: Mapping[str, int]) -> int:
-    return spec.num_layers * sum(_shard(name, shape, along) for name, shape in linear_shapes(spec).items())
+def _linear_entries(spec: ModelSpec, along: Mapping[str, int]) -> dict[str, int]:
+    """Entries of one device's part of every linear, all blocks together."""
+    return {name: spec.num_layers * _shard(name, shape, along) for name, shape in linear_shapes(spec).items()}
 
 
 def _adapter_parameters(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> int:

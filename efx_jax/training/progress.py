@@ -11,8 +11,8 @@ from typing import TextIO
 import jax
 from tqdm import tqdm
 
-# Neither a percentage nor seconds a step: the counts and the tokens per second say the same, and 80 columns are few.
 _COLUMNS = 80
+# Neither a percentage nor seconds a step: the counts and the tokens per second say the same, and 80 columns are few.
 _FORMAT = "{desc} {n_fmt}/{total_fmt}|{bar}| {elapsed}<{remaining}{postfix}"
 
 

@@ -13,9 +13,9 @@ import jax
 from efx_jax.analysis import card, report
 from efx_jax.analysis.record import read_record
 from efx_jax.config import Config
-from efx_jax.config_io import from_yaml, to_yaml
+from efx_jax.config_io import read_config, to_yaml
 from efx_jax.errors import InputError
-from efx_jax.files import atomic_write, meet, read_text, refuse_unwritable, together
+from efx_jax.files import atomic_write, meet, refuse_unwritable, together
 from efx_jax.parallel.mesh import make_mesh, start_hosts
 from efx_jax.training import log
 from efx_jax.training.claim import claimed
@@ -163,7 +163,7 @@ def refuse_other_run(config: Config, output: Path) -> None:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise InputError(f"{output}: is not an empty folder and holds no run; choose another --output")
         return
-    found = from_yaml(read_text(path), str(path))
+    found = read_config(path)
     differing = different_settings(found, with_adapter(config))
     if differing:
         raise InputError(

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 
 from efx_jax.config import AtpConfig, Config, DistillConfig, LoraConfig, PruneConfig
-from efx_jax.config_io import from_yaml
+from efx_jax.config_io import read_config
 from efx_jax.config_rules import validate
 from efx_jax.errors import InputError
-from efx_jax.files import atomic_write, meet, read_text
+from efx_jax.files import atomic_write, meet
 from efx_jax.training import checkpoint, log
 from efx_jax.training.state import RunState
 from efx_jax.weights.peft import adapter_settings
@@ -106,7 +106,7 @@ def take_over(
     """
     if trunk is None or config.prune.score == "atp" or config.eval.best:
         return None
-    other = from_yaml(read_text(trunk / "config.yaml"), str(trunk))
+    other = read_config(trunk / "config.yaml")
     differing = different_settings(unpruned(other), unpruned(config))
     if differing or other.prune.sparsity:
         names = ", ".join(differing or ["prune.sparsity"])
