@@ -24,9 +24,8 @@ from efx_jax.data.tokens import Tokenized, text_windows
 from efx_jax.evaluation.perplexity import perplexity
 from efx_jax.lora import init_lora, merge
 from efx_jax.pruning.event import prune_event
+from efx_jax.pruning.output_gradient import output_gradient_energy
 from efx_jax.pruning.statistics import Statistics, collect_statistics
-from efx_jax.training.gradients import output_gradient_energy
-from efx_jax.training.step import StepOptions
 from efx_jax.weights.hf import load_pretrained, load_tokenizer
 
 WANDA = PruneConfig(score="wanda", group="row")
@@ -69,8 +68,7 @@ def main() -> None:
 
     batches = [{"tokens": jnp.asarray(window.tokens)[None]} for window in calibration]
     stats = collect_statistics(params, batches, spec, gram=True, compute_dtype=arguments.compute_dtype)
-    options = StepOptions(compute_dtype=arguments.compute_dtype, remat="block")
-    importance = output_gradient_energy(params, None, None, batches, spec, options)
+    importance = output_gradient_energy(params, batches, spec, compute_dtype=arguments.compute_dtype)
     dense = measure(params)
     rows = [row("dense", 0.0, dense, dense, 0.0, sizes)]
     for sparsity in arguments.sparsity:

@@ -226,6 +226,6 @@ def test_help_names_every_setting_and_its_value() -> None:
 def test_the_core_trains_without_the_extra_packages() -> None:
     blocked = ("transformers", "tokenizers", "datasets", "evaluate", "tyro", "tqdm", "gguf", "sklearn", "torch")
     script = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport efx_jax.training.step\n"
-    script += "import efx_jax.training.checkpoint, efx_jax.training.schedule, efx_jax.training.loss"
+    script += "import efx_jax.training.checkpoint, efx_jax.training.schedule, efx_jax.model.loss"
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
     assert found.returncode == 0, found.stderr

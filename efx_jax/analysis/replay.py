@@ -6,7 +6,6 @@ is taken, at its sparsity, with neither a moving average nor earlier masks.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,15 +16,13 @@ import numpy as np
 from efx_jax.analysis.blocks import BlockView, Model, walk
 from efx_jax.config import GRADIENT_SCORES, PruneConfig
 from efx_jax.errors import InputError
-from efx_jax.evaluation.likelihood import target_log_probabilities
 from efx_jax.lora import Adapters, effective_weight
 from efx_jax.masks import unpack_mask
-from efx_jax.model.decoder import head_weight, hidden_states
-from efx_jax.model.spec import ModelSpec
 from efx_jax.pruning.average import prunable
 from efx_jax.pruning.block import block_scores, matrix_group
 from efx_jax.pruning.budget import budget_statistics
 from efx_jax.pruning.event import EventPlan, block_before, needs_gram, plan_event, prune_one, take_block
+from efx_jax.pruning.output_gradient import output_gradient_energy
 from efx_jax.pruning.selection import drop_by_counts
 from efx_jax.pruning.statistics import INPUT_OF, block_statistics
 
@@ -165,34 +162,16 @@ def _plan(params: Mapping[str, Any], adapters: Adapters | None, model: Model, co
     stats = budget_statistics(params, adapters, None, batches, model.spec, config, "float32")
     importance: dict[str, Array] = {}
     if config.score == "foresight_loss":
-        shapes = {name: params["layers"][name].shape[:2] for name in prunable(params["layers"], config)}
-        importance = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
-        for rows in (slice(first, first + _GRADIENT_ROWS) for first in range(0, len(model.tokens), _GRADIENT_ROWS)):
-            importance = _add_energy(importance, params, adapters, model.tokens[rows], model.real[rows], model.spec)
+        rows = [
+            {"tokens": model.tokens[first : first + _GRADIENT_ROWS], "lengths": lengths[first : first + _GRADIENT_ROWS]}
+            for first in range(0, len(model.tokens), _GRADIENT_ROWS)
+        ]
+        names = prunable(params["layers"], config)
+        with jax.default_matmul_precision("highest"):
+            importance = output_gradient_energy(
+                params, rows, model.spec, adapters, names=names, compute_dtype="float32"
+            )
     return plan_event(params, adapters, None, None, model.spec, config, stats, importance)
-
-
-@functools.partial(jax.jit, static_argnames="spec")
-def _add_energy(
-    total: dict[str, Array],
-    params: Mapping[str, Any],
-    adapters: Adapters | None,
-    tokens: Array,
-    real: Array,
-    spec: ModelSpec,
-) -> dict[str, Array]:
-    """Adds what `training.gradients.output_gradient_energy` sums, all arithmetic in float32."""
-
-    def loss(probes: dict[str, Array]) -> Array:
-        hidden = hidden_states(
-            params, tokens, spec, adapters, compute_dtype="float32", remat="block", frozen=True, probes=probes
-        )
-        places = jnp.arange(tokens.shape[1] - 1)
-        scores = target_log_probabilities(hidden, head_weight(params), places, tokens[:, 1:], "float32")
-        return -jnp.sum(scores * real[:, 1:])
-
-    with jax.default_matmul_precision("highest"):
-        return jax.tree.map(jnp.add, total, jax.grad(loss)(total))
 
 
 @jax.jit

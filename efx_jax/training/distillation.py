@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from efx_jax.model.loss import by_chunks, exponentials, local_vocabulary, over, sum_vocabulary
 from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import VOCABULARY, Axes, batch_axes
 from efx_jax.pruning.statistics import real_tokens
-from efx_jax.training.loss import by_chunks, exponentials, local_vocabulary, over, sum_vocabulary
 
 Array = jax.Array
 

@@ -15,7 +15,7 @@ from efx_jax.lora import Adapters, merge
 from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.parallel.partition import constrain_tree
 from efx_jax.pruning.dpruner import clip_factor, regularised_gradient, three_term_importance
-from efx_jax.pruning.statistics import real_tokens, tokens_and_lengths
+from efx_jax.pruning.statistics import real_tokens
 from efx_jax.training.state import trainable
 from efx_jax.training.step import Batch, StepOptions, accumulate_gradient, model_loss, summed_loss
 
@@ -183,67 +183,6 @@ def as_it_stands(
         name: jnp.copy(merged[name]) if merged[name] is params["layers"][name] else merged[name] for name in LINEARS
     }
     return weights, {**params, "layers": {name: leaf for name, leaf in merged.items() if name not in LINEARS}}
-
-
-def output_gradient_energy(
-    params: Mapping[str, Any],
-    adapters: Adapters | None,
-    masks: Mapping[str, Array] | None,
-    batches: Iterable[Mapping[str, Any]],
-    spec: ModelSpec,
-    options: StepOptions,
-    names: Iterable[str] = LINEARS,
-) -> dict[str, Array]:
-    """How strongly output units reach the loss: sum over tokens of (d nll / d y_to)^2, all real tokens predicted.
-
-    The square root is the nu of `foresight_loss`: what the paper's nu approximates by the next matrix, taken through
-    everything that follows. With the input's second moment it is the diagonal of the Fisher information of a weight,
-    factored as in K-FAC (arXiv 1503.05671).
-
-    Args:
-        params: the base.
-        adapters: adapters, or None.
-        masks: masks in force, or None.
-        batches: `tokens` int `[B,T]`, right-padded, and `lengths` int `[B]`, as for `collect_statistics`.
-        spec: the model.
-        options: how a pass is computed; dropout and micro-batches are not read.
-        names: the linears.
-
-    Returns:
-        name -> float32 `[L,O]`.
-    """
-    total = {name: jnp.zeros(params["layers"][name].shape[:2], jnp.float32) for name in names}
-    for batch in batches:
-        tokens, lengths = tokens_and_lengths(batch)
-        total = _add_gradient_energy(total, params, adapters, masks, tokens, lengths, spec, options)
-    return total
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "options"), donate_argnames="total")
-def _add_gradient_energy(
-    total: dict[str, Array],
-    params: Mapping[str, Any],
-    adapters: Adapters | None,
-    masks: Mapping[str, Array] | None,
-    tokens: Array,
-    lengths: Array,
-    spec: ModelSpec,
-    options: StepOptions,
-) -> dict[str, Array]:
-    batch = {
-        "tokens": tokens,
-        "targets": jnp.roll(tokens, -1, axis=1),
-        # The last token of a row has nothing to predict.
-        "weights": real_tokens(tokens, lengths - 1),
-    }
-
-    def loss(probes: dict[str, Array]) -> Array:
-        return model_loss(params, adapters, masks, batch, jax.random.key(0), spec, options, frozen=True, probes=probes)[
-            0
-        ]
-
-    energy = jax.grad(loss)(jax.tree.map(jnp.zeros_like, total))
-    return constrain_tree(jax.tree.map(jnp.add, total, energy))
 
 
 def importance_bytes(config: Config, entries: Mapping[str, int], width: int) -> int:

@@ -14,6 +14,7 @@ from efx_jax.parallel.partition import constrain_tree
 from efx_jax.pruning.event import reads_importance
 from efx_jax.pruning.general import general_importance
 from efx_jax.pruning.lora_gradient import lora_gradient_importance
+from efx_jax.pruning.output_gradient import output_gradient_energy
 from efx_jax.training.feed import epoch_rows, mesh_batch, rows_per_pass
 from efx_jax.training.gradients import (
     OptionsOf,
@@ -21,7 +22,6 @@ from efx_jax.training.gradients import (
     as_it_stands,
     domain_importance,
     mean_adapter_gradient,
-    output_gradient_energy,
 )
 from efx_jax.training.prepare import Prepared, calibration
 from efx_jax.training.schedule import Event, learning_rate, total_steps
@@ -67,20 +67,17 @@ def _run_output_gradients(
     config: Config, prepared: Prepared, state: RunState, attention_path: Implementation
 ) -> dict[str, Array]:
     """Energies `[L,O]` of the gradients by the linears' outputs, on the model as it computes before the event."""
-    options = StepOptions(
+    return output_gradient_energy(
+        state.params,
+        calibration(config, prepared),
+        prepared.spec,
+        state.train.adapters,
+        state.masks or None,
+        config.prune.targets,
         mask_forward=config.prune.mask_forward,
         compute_dtype=config.model.compute_dtype,
         remat=config.train.remat,
         attention_path=attention_path,
-    )
-    return output_gradient_energy(
-        state.params,
-        state.train.adapters,
-        state.masks or None,
-        calibration(config, prepared),
-        prepared.spec,
-        options,
-        config.prune.targets,
     )
 
 

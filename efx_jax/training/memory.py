@@ -23,7 +23,7 @@ from efx_jax.training.step import has_teacher
 Bytes = dict[str, int]
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FLOAT32 = 4
-# What `efx_jax.training.loss` works on at a time.
+# What `efx_jax.model.loss` works on at a time.
 _LOSS_TOKENS = 512
 _MIB = 2**20
 

@@ -13,9 +13,9 @@ from efx_jax.config import Config, MaskForward, Remat
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
 from efx_jax.model.decoder import head_weight, hidden_states
+from efx_jax.model.loss import cross_entropy
 from efx_jax.model.spec import ModelSpec
 from efx_jax.training.distillation import divergence, taught_weights
-from efx_jax.training.loss import cross_entropy
 from efx_jax.training.state import TrainState, trainable
 
 Array = jax.Array
@@ -106,13 +106,12 @@ def model_loss(
     spec: ModelSpec,
     options: StepOptions,
     frozen: bool,
-    probes: Mapping[str, Array] | None = None,
 ) -> tuple[Array, Array]:
     """Summed nll and entropy of one micro-batch.
 
-    `frozen`: the base gets no gradient, which is faster on a CPU; `probes`: see `efx_jax.model.layers.probe_gradient`.
+    `frozen`: the base gets no gradient, which is faster on a CPU.
     """
-    hidden = _hidden(params, adapters, masks, batch, key, spec, options, frozen, probes)
+    hidden = _hidden(params, adapters, masks, batch, key, spec, options, frozen)
     return cross_entropy(hidden, head_weight(params), batch["targets"], batch["weights"], options.compute_dtype)
 
 
@@ -125,7 +124,6 @@ def _hidden(
     spec: ModelSpec,
     options: StepOptions,
     frozen: bool,
-    probes: Mapping[str, Array] | None = None,
 ) -> Array:
     return hidden_states(
         params,
@@ -142,7 +140,6 @@ def _hidden(
         remat=options.remat,
         attention_path=options.attention_path,
         frozen=frozen,
-        probes=probes,
     )
 
 

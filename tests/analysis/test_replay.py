@@ -10,9 +10,8 @@ from efx_jax.analysis.replay import EDGES, event_settings, replay_recovery, scor
 from efx_jax.config import PruneConfig
 from efx_jax.errors import InputError
 from efx_jax.model.spec import LINEARS
+from efx_jax.pruning.output_gradient import output_gradient_energy
 from efx_jax.pruning.statistics import INPUT_OF
-from efx_jax.training.gradients import output_gradient_energy
-from efx_jax.training.step import StepOptions
 
 CONFIG = PruneConfig(sparsity=0.5, score="wanda", group="row", recovery="gram_pbs", schedule="cubic", ema=0.5)
 
@@ -78,13 +77,14 @@ def test_the_score_of_the_loss_is_that_of_the_run_itself(llama) -> None:
     ((_, view),) = walk(llama.model, [1])
     lengths = np.asarray(llama.model.real).sum(axis=1).astype(np.int32)
     batch = {"tokens": llama.model.tokens, "lengths": lengths}
-    energy = output_gradient_energy(llama.params, llama.adapters, None, [batch], llama.spec, StepOptions())
+    energy = output_gradient_energy(llama.params, [batch], llama.spec, llama.adapters)
     scores = np.abs(np.asarray(view.weights["down_proj"], np.float64))
     scores *= np.asarray(view.stats.input_norm("down_proj")) * np.sqrt(np.asarray(energy["down_proj"][1]))[:, None]
     ranked = np.sort(scores, axis=None)
     assert found.threshold == pytest.approx(ranked[len(ranked) // 2], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_one_threshold_for_all_matrices_can_be_replayed(llama) -> None:
     """Shares are within their spread to an entry, of 256 at least."""
     config = dataclasses.replace(CONFIG, score="foresight_loss", budget="global", group="bounded", recovery="admm")

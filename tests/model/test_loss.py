@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from efx_jax.training.loss import cross_entropy
+from efx_jax.model.loss import cross_entropy
 
 V, D = 37, 8
 Arrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array]

@@ -1,0 +1,102 @@
+"""How strongly the outputs of the linears reach the loss: what `foresight_loss` reads in place of the paper's nu."""
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from efx_jax.config import MaskForward, Remat
+from efx_jax.lora import Adapters
+from efx_jax.model.attention import Implementation
+from efx_jax.model.decoder import head_weight, hidden_states
+from efx_jax.model.loss import cross_entropy
+from efx_jax.model.spec import LINEARS, ModelSpec
+from efx_jax.parallel.partition import constrain_tree
+from efx_jax.pruning.statistics import real_tokens, tokens_and_lengths
+
+Array = jax.Array
+
+
+def output_gradient_energy(
+    params: Mapping[str, Any],
+    batches: Iterable[Mapping[str, Any]],
+    spec: ModelSpec,
+    adapters: Adapters | None = None,
+    masks: Mapping[str, Array] | None = None,
+    names: Iterable[str] = LINEARS,
+    *,
+    mask_forward: MaskForward = "exact",
+    compute_dtype: Any = None,
+    remat: Remat = "block",
+    attention_path: Implementation = "xla",
+) -> dict[str, Array]:
+    """Sum over tokens of (d nll / d y_to)^2 of every output y_o of the linears, all real tokens predicted.
+
+    The square root is the nu of `foresight_loss`: what the paper's nu approximates by the next matrix, taken through
+    everything that follows. With the input's second moment it is the diagonal of the Fisher information of a weight,
+    factored as in K-FAC (arXiv 1503.05671).
+
+    Args:
+        params: the base.
+        batches: `tokens` int `[B,T]`, right-padded, and `lengths` int `[B]`, as for `collect_statistics`.
+        spec: the model.
+        adapters: adapters, or None.
+        masks: masks in force, or None.
+        names: the linears.
+        mask_forward: how the masks act.
+        compute_dtype: dtype of the matmul operands; the sums are float32 in any case.
+        remat: what the backward pass computes again.
+        attention_path: see `efx_jax.model.attention.choose_attention`.
+
+    Returns:
+        name -> float32 `[L,O]`.
+    """
+    total = {name: jnp.zeros(params["layers"][name].shape[:2], jnp.float32) for name in names}
+    for batch in batches:
+        tokens, lengths = tokens_and_lengths(batch)
+        total = _add_energy(
+            total, params, adapters, masks, tokens, lengths, spec, mask_forward, compute_dtype, remat, attention_path
+        )
+    return total
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("spec", "mask_forward", "compute_dtype", "remat", "attention_path"),
+    donate_argnames="total",
+)
+def _add_energy(
+    total: dict[str, Array],
+    params: Mapping[str, Any],
+    adapters: Adapters | None,
+    masks: Mapping[str, Array] | None,
+    tokens: Array,
+    lengths: Array,
+    spec: ModelSpec,
+    mask_forward: MaskForward,
+    compute_dtype: Any,
+    remat: Remat,
+    attention_path: Implementation,
+) -> dict[str, Array]:
+    def loss(probes: dict[str, Array]) -> Array:
+        hidden = hidden_states(
+            params,
+            tokens,
+            spec,
+            adapters,
+            masks,
+            mask_forward=mask_forward,
+            compute_dtype=compute_dtype,
+            remat=remat,
+            attention_path=attention_path,
+            frozen=True,
+            probes=probes,
+        )
+        # The last token of a row has nothing to predict.
+        weights = real_tokens(tokens, lengths - 1)
+        return cross_entropy(hidden, head_weight(params), jnp.roll(tokens, -1, axis=1), weights, compute_dtype)[0]
+
+    energy = jax.grad(loss)(jax.tree.map(jnp.zeros_like, total))
+    return constrain_tree(jax.tree.map(jnp.add, total, energy))
