@@ -119,6 +119,7 @@ def test_the_adapters_of_the_last_checkpoint_are_those_of_the_export(dense_run) 
     assert batch["tokens"].shape[0] == 3 and (batch["lengths"] > 0).all()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_all_that_two_runs_allow_is_written_and_the_rest_left_out_in_one_line_each(
     dense_run, pruned_run, tmp_path, capsys

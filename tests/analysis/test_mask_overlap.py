@@ -44,6 +44,7 @@ def test_a_mask_shares_all_with_itself_and_nothing_with_its_opposite() -> None:
     assert overlap(jnp.ones((4, 4), bool), jnp.ones((4, 4), bool))[:2] == (1.0, None)
 
 
+@pytest.mark.slow
 def test_every_matrix_group_and_pair_is_measured(overlaps) -> None:
     found = [(each.layer, each.matrix, each.group, (each.first, each.second)) for each in overlaps]
     assert found == [(n, name, group, pair) for n in (0, 1) for name in LINEARS for group in GROUPS for pair in PAIRS]

@@ -50,6 +50,7 @@ def kept(file: Path) -> dict[str, Row]:
     return {found["name"]: found for found in rows}
 
 
+@pytest.mark.exhaustive
 def test_training_steps_are_measured_in_every_mode_and_a_missing_peft_is_a_row(
     core_only: dict[str, str], tmp_path: Path
 ) -> None:

@@ -154,6 +154,7 @@ def test_a_sampled_row_does_not_depend_on_its_batch_or_padding() -> None:
     assert (again != together).any(axis=1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0)], ids=["greedy", "sampled"])
 def test_rows_of_a_long_answer_do_not_notice_that_others_leave_the_batch(sampling: Sampling | None) -> None:
     spec, new, count = tiny_spec("llama"), 128, 32
@@ -186,6 +187,7 @@ def test_rows_of_a_long_answer_do_not_notice_that_others_leave_the_batch(samplin
     np.testing.assert_array_equal(together[0], alone[0])
 
 
+@pytest.mark.slow
 def test_several_keys_answer_as_each_alone_does() -> None:
     spec = tiny_spec("llama")
     params, way = random_params(spec), Sampling(0.9, 30, 0.95)

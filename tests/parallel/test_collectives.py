@@ -21,6 +21,7 @@ from efx_jax.parallel.partition import BATCH, tree_shardings
 from efx_jax.training.schedule import optimizer
 from efx_jax.training.state import init_train_state
 from efx_jax.training.step import StepOptions, jit_step
+from tests.tiers import few_of
 from tests.tiny import EVEN
 
 # No activation, adapter or part of one has two neighbouring axes that a matrix or a part of one has.
@@ -101,8 +102,9 @@ def compiled_step(mesh: Mesh, options: StepOptions) -> str:
         return lowered.compile().as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize("remat", ["none", "linears"])
+@pytest.mark.parametrize("remat", few_of(["none", "linears"], "none"))
 def test_the_exact_step_sums_no_matrix_over_devices(shape: tuple[int, int, int], remat: Any) -> None:
     mesh = make_mesh(MeshConfig(*shape))
     hlo = compiled_step(mesh, StepOptions(mask_forward="exact", remat=remat))

@@ -17,6 +17,7 @@ from efx_jax.pruning.average import init_prune_state
 from efx_jax.pruning.blockwise import prune_event_blockwise
 from efx_jax.pruning.event import prune_event
 from efx_jax.pruning.statistics import collect_statistics
+from tests.tiers import few_of
 from tests.tiny import EVEN
 
 pytestmark = pytest.mark.slow
@@ -123,7 +124,7 @@ def assert_close(found: Any, expected: Any, tolerance: float, where: Any = True)
     assert worst <= tolerance * np.abs(expected).max(), worst / np.abs(expected).max()
 
 
-@pytest.mark.parametrize("case", EVENTS)
+@pytest.mark.parametrize("case", few_of(EVENTS, "matrix, paper", "ADMM, scores on the host"))
 def test_events_on_a_mesh_are_those_of_one_device(case: str, params: Any, adapters: Adapters, stats: Any) -> None:
     shape, config = EVENTS[case]
     expected = events(
@@ -139,7 +140,7 @@ def test_events_on_a_mesh_are_those_of_one_device(case: str, params: Any, adapte
     assert_lies_as_before(found, mesh)
 
 
-@pytest.mark.parametrize("case", BLOCKWISE)
+@pytest.mark.parametrize("case", few_of(BLOCKWISE, "ADMM"))
 def test_events_block_by_block_are_those_of_one_device(
     case: str, params: Any, adapters: Adapters, batches: Any
 ) -> None:

@@ -25,7 +25,7 @@ def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(log, "append_row", wrapped)
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize("mesh", [(2, 2, 2), pytest.param((1, 2, 4), marks=pytest.mark.exhaustive)])
 def test_a_run_on_a_mesh_ends_as_on_one_device(
     mesh: tuple[int, int, int],
     run_on: Callable[..., Path],
@@ -51,6 +51,7 @@ def test_a_run_goes_on_on_another_mesh(
     assert_same_run(run_on((1, 4, 1), tmp_path / "run"), single_run)
 
 
+@pytest.mark.exhaustive
 def test_a_moved_base_and_its_average_go_on_on_another_mesh(
     run_on: Callable[..., Path], tmp_path: Path, assert_same_run: Callable[[Path, Path], None]
 ) -> None:

@@ -51,6 +51,7 @@ def on_one_device(group: str) -> Sweep:
     return jax.jit(sparsegpt, static_argnums=(2, 3))(*problem(), 0.5, group)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "group", "shape"), SWEEPS)
 def test_a_sweep_on_a_mesh_is_that_of_one_device(name: str, group: str, shape: tuple[int, int, int]) -> None:
     """A slab's selection goes over all rows, on whichever device they lie."""

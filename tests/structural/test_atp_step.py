@@ -19,6 +19,7 @@ from efx_jax.structural.units import units_of
 from efx_jax.training.atp import adapter_step, generator_optimizer, generator_step, init_generator_state
 from efx_jax.training.state import init_train_state, trainable
 from efx_jax.training.step import StepOptions
+from tests.tiers import few_of
 
 pytestmark = pytest.mark.slow
 
@@ -92,7 +93,7 @@ def replayed_loss(
     return nll + 5 * jnp.abs(jnp.log(fraction / target)), (nll, fraction)
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", few_of(SPACES, "sliceable"))
 def test_three_generator_steps_follow_the_definition(space: str, tiny: Any, batch: dict[str, jax.Array]) -> None:
     generator = fresh_generator(tiny, space)
     state = init_generator_state(fresh_generator(tiny, space), TX)
@@ -160,7 +161,7 @@ def replayed_nll(arrays: Any, adapters: Adapters, masked: Any, tiny: Any, batch:
     return mean_nll(forward(masked, tiny.tokens, tiny.spec, whole), batch)
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", few_of(SPACES, "sliceable"))
 def test_three_adapter_steps_follow_the_definition(
     space: str, tiny: Any, batch: dict[str, jax.Array], draw_masks: Callable, zero_by_hand: Callable
 ) -> None:

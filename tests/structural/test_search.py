@@ -62,6 +62,7 @@ def start(tiny: Any, space: Any, end: int = 1, ratio: float = 0.4, mesh: Any = M
     return search, RunState(train, params, {}, prune, units)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", ["paper", "sliceable"])
 def test_the_model_that_is_cut_computes_what_the_masked_one_does(space: str, make_tiny: Callable) -> None:
     """Biases included, which no mask of weights reaches."""
@@ -85,6 +86,7 @@ def test_the_model_that_is_cut_computes_what_the_masked_one_does(space: str, mak
     assert found["parameters"]["kept"] <= found["parameters"]["written"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_two_devices_learn_what_one_does(make_tiny: Callable) -> None:
     tiny = make_tiny("llama")

@@ -18,6 +18,7 @@ from efx_jax.training.checkpoint import fingerprint
 from efx_jax.training.start import with_adapter
 from efx_jax.weights.hf import load_pretrained
 from efx_jax.weights.peft import load_adapter
+from tests.tiers import few_of
 from tests.tiny import linears
 from tests.weights.adapter_folders import delta, tensors_for, write_adapter
 
@@ -142,7 +143,11 @@ def test_mask_is_said_to_stay_behind(paper_run: Path, tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("efx_run", "(prune.recovery admm)"), ("official_run", "(prune.merge_each_event)")]
+    ("name", "words"),
+    few_of(
+        [("efx_run", "(prune.recovery admm)"), ("official_run", "(prune.merge_each_event)")],
+        ("efx_run", "(prune.recovery admm)"),
+    ),
 )
 def test_run_whose_base_has_moved_has_no_adapter(
     name: str, words: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]

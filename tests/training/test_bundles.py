@@ -220,6 +220,7 @@ def test_runs_without_a_bundle_are_refused_with_the_reason(paper_run: Path, tmp_
         run_outcome(tmp_path / "run")
 
 
+@pytest.mark.exhaustive
 def test_the_best_model_and_not_the_last_is_bundled(
     launch: Callable[..., Path], tiny_folder: Path, tmp_path: Path, files_of: Files
 ) -> None:

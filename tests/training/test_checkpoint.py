@@ -229,6 +229,7 @@ def same_run(found: Path, expected: Path, metrics_of, files_of) -> None:
     assert files_of(found / "export") == files_of(expected / "export")
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(
     launch, efx_run: Path, tmp_path: Path, monkeypatch, capsys, metrics_of, files_of
 ) -> None:

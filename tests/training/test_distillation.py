@@ -140,6 +140,7 @@ def test_the_loss_is_that_of_the_labels_plus_the_weighted_mean_divergence(
         np.testing.assert_allclose(gradient / labels, reference, rtol=0, atol=2e-5 * largest)
 
 
+@pytest.mark.slow
 def test_micro_batches_learn_what_one_batch_does(model: tuple[Tree, Any, Tree, Teacher], batch: Tree) -> None:
     params, adapters, masks, teacher = model
     tx = optimizer(TrainConfig(learning_rate=1e-2), 100)
@@ -182,6 +183,7 @@ def test_a_dense_run_and_one_of_nothing_but_labels_have_no_teacher() -> None:
     assert not has_teacher(dataclasses.replace(taught, data=DataConfig(loss_on="all")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recovery", ["admm", "none"])
 def test_a_run_learns_from_its_base_from_the_first_event_on(launch: Any, tmp_path: Path, recovery: str) -> None:
     """Moved by the event or not, the base that it started from is the teacher."""

@@ -19,6 +19,7 @@ from efx_jax.pruning.average import moves_base
 from efx_jax.training import checkpoint, events
 from efx_jax.training.schedule import Event
 from efx_jax.training.state import RunState
+from tests.tiers import few_of
 from tests.tiny import LLAMA
 from tests.training.before_event import start
 
@@ -89,7 +90,7 @@ def comparable(state: RunState) -> Any:
     return dataclasses.replace(state, prune=dataclasses.replace(state.prune, key=jax.random.key_data(state.prune.key)))
 
 
-@pytest.mark.parametrize("case", EVENTS)
+@pytest.mark.parametrize("case", few_of(EVENTS, "ADMM with memory", "SparseGPT with layer budgets"))
 def test_a_cut_off_event_goes_on_from_its_blocks(
     case: str, tmp_path: Path, pruned: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from efx_jax.pruning.selection import select_mask
 from efx_jax.training.events import prune_run
 from efx_jax.training.importance import run_importance
 from efx_jax.training.schedule import Event
+from tests.tiers import few_of
 from tests.tiny import LLAMA
 from tests.training.before_event import start
 
@@ -42,6 +43,7 @@ def settings(score: Any, shape: tuple[int, int, int] = (1, 1, 1)) -> Config:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", SCORES)
 def test_an_event_of_a_run_prunes_by_its_own_importance(score: Any, tmp_path: Path) -> None:
     config = settings(score)
@@ -97,7 +99,7 @@ def test_other_scores_read_no_importance() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("score", ALL_SCORES)
+@pytest.mark.parametrize("score", few_of(ALL_SCORES, "foresight_loss"))
 def test_on_a_mesh_the_importance_is_the_same_and_lies_as_the_weights(score: Any) -> None:
     event, shape = Event(2, 0.5, True), (1, 2, 2)
     config = settings(score)

@@ -98,6 +98,7 @@ def test_killed_in_an_event_that_moves_the_base(
     assert_same_run(tmp_path / "run", efx_run, metrics_of, files_of)
 
 
+@pytest.mark.exhaustive
 def test_killed_twice_while_checkpoints_are_written(
     process: Run, paper_run: Path, tmp_path: Path, metrics_of: Any, files_of: Any
 ) -> None:

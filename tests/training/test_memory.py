@@ -22,6 +22,7 @@ from efx_jax.training.memory import (
 )
 from efx_jax.training.plan import largest_rows
 from efx_jax.weights.shapes import find_spec
+from tests.tiers import few_of
 from tests.tiny import LLAMA
 
 SPEC = dataclasses.replace(LLAMA, tie_word_embeddings=False)
@@ -170,8 +171,12 @@ def test_bisection_finds_the_largest_multiple_that_fits(limit: int) -> None:
     assert len(asked) <= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "remat"), [((1, 1, 1), "block"), ((2, 1, 2), "block"), ((1, 4, 1), "block"), ((1, 1, 1), "none")]
+    ("mesh", "remat"),
+    few_of(
+        [((1, 1, 1), "block"), ((2, 1, 2), "block"), ((1, 4, 1), "block"), ((1, 1, 1), "none")], ((1, 4, 1), "block")
+    ),
 )
 def test_the_plan_agrees_with_a_compiled_step(mesh: tuple[int, int, int], remat: str) -> None:
     """In float32, which a CPU does not widen: the arguments to 1 %, the temporaries from 10 % below to 30 % above."""

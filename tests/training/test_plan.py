@@ -141,6 +141,7 @@ def seven_billion(device: str, rows: int = 16) -> str:
     )
 
 
+@pytest.mark.slow
 def test_7b_fits_an_h200_and_not_a_gaming_card(uncompiled: None) -> None:
     assert "fits: h200 has 128 to use" in seven_billion("h200")
     assert "DOES NOT FIT: rtx4090 has 22 to use" in seven_billion("rtx4090")
@@ -148,6 +149,7 @@ def test_7b_fits_an_h200_and_not_a_gaming_card(uncompiled: None) -> None:
     assert "not even the smallest fits" in seven_billion("10")
 
 
+@pytest.mark.slow
 def test_the_largest_micro_batch_fits_and_the_next_does_not(uncompiled: None) -> None:
     found = re.search(r"micro-batch +([\d,]+) sequences of 2,048", seven_billion("h200"))
     assert found
@@ -155,6 +157,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(uncompiled: None) ->
     assert " fits: " in seven_billion("h200", most) and "DOES NOT FIT" in seven_billion("h200", most + 1)
 
 
+@pytest.mark.slow
 def test_the_time_of_a_step_is_its_flops_at_45_percent_of_the_peak(uncompiled: None) -> None:
     text = " ".join(seven_billion("h200").split())
     assert "38.8 GFLOP a token and 1,271 TFLOP a step before the first event" in text
@@ -163,14 +166,22 @@ def test_the_time_of_a_step_is_its_flops_at_45_percent_of_the_peak(uncompiled: N
     assert "TFLOP/s" not in seven_billion("80")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--config", str(config_folder() / "llama2_7b_health.yaml")],
-        ["--preset", "efx", "--model.path", "meta-llama/Llama-3.1-70B", "--mesh.tensor", "8"],
-        ["--preset", "paper", "--model.path", "meta-llama/Llama-3.1-70B", "--mesh.fsdp", "8"],
+        pytest.param(
+            ["--config", str(config_folder() / "llama2_7b_health.yaml")], id="7b", marks=pytest.mark.exhaustive
+        ),
+        pytest.param(
+            ["--preset", "efx", "--model.path", "meta-llama/Llama-3.1-70B", "--mesh.tensor", "8"], id="70b-tensor"
+        ),
+        pytest.param(
+            ["--preset", "paper", "--model.path", "meta-llama/Llama-3.1-70B", "--mesh.fsdp", "8"],
+            id="70b-fsdp",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
-    ids=["7b", "70b-tensor", "70b-fsdp"],
 )
 def test_a_plan_of_a_large_model_takes_less_than_a_minute(flags: list[str]) -> None:
     start = time.perf_counter()

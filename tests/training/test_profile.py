@@ -67,6 +67,7 @@ def test_a_run_that_fails_inside_the_window_leaves_its_trace(tmp_path: Path) -> 
         assert len(traces(tmp_path / attempt)) == 1
 
 
+@pytest.mark.exhaustive
 def test_a_run_resumed_inside_the_window_traces_step_and_event_by_name(
     launch: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,7 @@ def test_without_sparsity_the_export_is_the_base(launch: Any, tmp_path: Path, ti
         np.testing.assert_array_equal(weight, base[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [

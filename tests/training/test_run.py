@@ -210,6 +210,7 @@ def test_transformers_opens_the_export_and_computes_the_same(run: Path) -> None:
     assert transformers.AutoTokenizer.from_pretrained(run / "export")("fever lung")["input_ids"] == [3, 9]
 
 
+@pytest.mark.slow
 def test_gram_surgery_on_a_cubic_ramp_over_whole_matrices(launch, tmp_path: Path, metrics_of: MetricsOf) -> None:
     flags = "--preset paper --prune.recovery gram_pbs --prune.schedule cubic --prune.events 3 --prune.ramp 0 1"
     flags += " --prune.group matrix --prune.score foresight_gated --prune.mask_forward ste --data.batching packing"

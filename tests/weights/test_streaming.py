@@ -22,6 +22,7 @@ def streaming(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_conversions_hold_two_stacked_arrays_and_not_the_model(streaming: ModuleType, tmp_path: Path) -> None:
     total, largest = streaming.make_checkpoint(tmp_path / "model", streaming.shape(layers=24, width=512))
