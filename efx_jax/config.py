@@ -188,6 +188,11 @@ class DistillConfig:
     """Of the mean divergence from the teacher beside the mean loss of the labels."""
     share: float = 1.0
     """Share of the tokens without a label that the teacher teaches in a step, drawn anew in each; less is cheaper."""
+    text: str = ""
+    """Text without labels that the teacher teaches beside the training rows: a file, or a name known to `data.text`
+    such as "c4"; "" for none. It belongs to the rows that an epoch has."""
+    text_share: float = 0.5
+    """Share of the training tokens that come from this text."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 
 from efx_jax.config import (
+    GRADIENT_SCORES,
     Config,
     DataConfig,
     EvalConfig,
@@ -111,6 +112,13 @@ def _distill_rules(config: Config) -> Iterable[Rule]:
     return [
         ("distill.weight", distill.weight, distill.weight > 0, "above 0"),
         ("distill.share", distill.share, 0 < distill.share <= 1, "in (0, 1]"),
+        ("distill.text_share", distill.text_share, 0 < distill.text_share < 1, "in (0, 1)"),
+        (
+            "distill.text",
+            distill.text,
+            not distill.text or config.prune.score not in GRADIENT_SCORES,
+            f"empty with prune.score {config.prune.score}, which reads the gradients of training rows",
+        ),
         (
             "distill.teacher",
             distill.teacher,

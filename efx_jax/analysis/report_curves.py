@@ -101,7 +101,7 @@ def _numbers(rows: Sequence[Row]) -> Html:
     """Evenly spaced lines of metrics.jsonl, for those who would rather read numbers."""
     count = min(_TABLE_ROWS, len(rows))
     places = sorted({round(at * (len(rows) - 1) / max(1, count - 1)) for at in range(count)})
-    names = [name for name in rows[0] if name != "step"]
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "step"]
     cells = [[text(f"{rows[at]['step']:,}"), *(text(_short(rows[at].get(name))) for name in names)] for at in places]
     caption = f"{len(places)} of the {len(rows):,} lines of metrics.jsonl"
     header = ["step", *(name.replace("_", " ") for name in names)]

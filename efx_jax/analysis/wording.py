@@ -116,7 +116,8 @@ def method(config: Config) -> str:
         "cubic": f"{prune.events} events on a cubic ramp",
     }[prune.schedule]
     refined = ", which chooses the mask again" if prune.recovery == "admm" and prune.admm_refine else ""
-    teacher = f"; taught by {_teacher(config)} where rows have no labels" if config.distill.teacher else ""
+    text = f" and on text of {PurePath(config.distill.text).name}" if config.distill.text else ""
+    teacher = f"; taught by {_teacher(config)} where rows have no labels{text}" if config.distill.teacher else ""
     return (
         f"{adapters}; entries chosen by {_SCORES[prune.score]}{_BUDGETS[prune.budget]}; {events}; "
         f"{_RECOVERIES[prune.recovery]}{refined}; mask in training: {prune.mask_forward}{teacher}."

@@ -209,8 +209,8 @@ def _update(loop: _Loop, state: RunState, batch: _Batch, sparsity: float) -> tup
     row = {
         "step": number + 1,
         "tokens": loop.journal.tokens,
-        "loss": values["loss"],
-        "entropy": values["entropy"],
+        # A batch of nothing but text has no label, and a loss of 0 that says nothing.
+        **({name: values[name] for name in ("loss", "entropy")} if values["labels"] else {}),
         "learning_rate": float(loop.learning_rate(number)),
         "grad_norm": values["grad_norm"],
         "sparsity": values["sparsity"],

@@ -12,13 +12,14 @@ from efx_jax.config import Config
 from efx_jax.data.batches import Batch, calibration_batches
 from efx_jax.data.tasks import Data, Task, load_data, load_text
 from efx_jax.data.tokenizer import check_vocabulary
-from efx_jax.data.tokens import Tokenized, text_windows, tokenize
+from efx_jax.data.tokens import Tokenized, text_windows
 from efx_jax.errors import FallbackWarning, InputError
 from efx_jax.evaluation.protocols import check_protocol
 from efx_jax.files import together
 from efx_jax.lora import Adapters
 from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.parallel.partition import tree_shardings
+from efx_jax.training.rows import own_rows, training_rows
 from efx_jax.training.step import Teacher, has_teacher
 from efx_jax.training.survey import check_shapes
 from efx_jax.training.validation import check_validation
@@ -33,8 +34,9 @@ _CHOICE = 8
 class Prepared:
     """Inputs of a run.
 
-    `windows` is the perplexity text, `pools` the sequences that calibration draws from, by source, `adapters` those of
-    `lora.adapter` that training starts from, or None, `teacher` whom the pruned model learns from besides, or None.
+    `train` is what batches are drawn from, `windows` the perplexity text, `pools` the sequences that calibration draws
+    from, by source, `adapters` those of `lora.adapter` that training starts from, or None, `teacher` whom the pruned
+    model learns from besides, or None.
     """
 
     params: dict[str, Any]
@@ -60,9 +62,10 @@ def prepare(config: Config, mesh: Mesh) -> Prepared:
         adapters = load_adapter(config.lora.adapter, spec) if config.lora.adapter else None
         tokenizer = load_tokenizer(config.model.path)
         data = load_data(config.data, config.seed, tokenizer, config.eval.rows)
-        train = tokenize(data.train, tokenizer, config.data.max_length, config.data.loss_on)
+        own = own_rows(config, data, tokenizer)
+        train = training_rows(config, own, tokenizer)
         windows = text_windows(data.text, tokenizer, config.eval.window, config.eval.text_tokens) if data.text else []
-        pools = _calibration_pools(config, train, tokenizer)
+        pools = _calibration_pools(config, own, tokenizer)
         check_vocabulary(tokenizer, spec.vocab_size)
         check_validation(config, data)
         _check_teacher(config, spec)

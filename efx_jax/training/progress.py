@@ -86,7 +86,8 @@ def _in_lines(start: int, steps: int, stream: TextIO) -> Progress:
 
 
 def _metrics(row: Mapping[str, float]) -> str:
-    return f"loss {row['loss']:.3f}, {_short(row['tokens_per_second'])} tok/s, {row['sparsity']:.0%} zeros"
+    loss = f"loss {row['loss']:.3f}" if "loss" in row else "no labels"
+    return f"{loss}, {_short(row['tokens_per_second'])} tok/s, {row['sparsity']:.0%} zeros"
 
 
 def _short(count: float) -> str:

@@ -14,6 +14,7 @@ from efx_jax.config_rules import validate
 from efx_jax.errors import InputError
 from efx_jax.files import atomic_write, meet
 from efx_jax.training import checkpoint, log
+from efx_jax.training.rows import reads_text
 from efx_jax.training.state import RunState
 from efx_jax.weights.peft import adapter_settings
 
@@ -99,12 +100,13 @@ def take_over(
 
     Returns:
         What `checkpoint.restore` returns; or None: there is nothing to take over. ATP searches from the first update
-        on, and the best model of before the event (`eval.best`) would not be one of this run.
+        on, the best model of before the event (`eval.best`) would not be one of this run, and a run that prunes nothing
+        has no text that a teacher teaches among its rows.
 
     Raises:
         InputError: the trunk is another training.
     """
-    if trunk is None or config.prune.score == "atp" or config.eval.best:
+    if trunk is None or config.prune.score == "atp" or config.eval.best or reads_text(config):
         return None
     other = read_config(trunk / "config.yaml")
     differing = different_settings(unpruned(other), unpruned(config))

@@ -198,8 +198,9 @@ def _step(
         teacher: whom to learn from where there are no labels, or None.
 
     Returns:
-        The new state and float32 scalars: `loss` and `entropy` (nats per loss-carrying token), `grad_norm` before
-        clipping, `tokens` (real ones), with a teacher `divergence` from it (nats per token that it taught).
+        The new state and float32 scalars: `loss` and `entropy` (nats per loss-carrying token), `labels` (the number of
+        those), `grad_norm` before clipping, `tokens` (real ones), with a teacher `divergence` from it (nats per token
+        that it taught).
     """
     arrays = trainable(state.adapters)
     step_key = jax.random.fold_in(key, state.step)
@@ -219,6 +220,7 @@ def _step(
     metrics = {
         "loss": sums["nll"] / count,
         "entropy": sums["entropy"] / count,
+        "labels": jnp.sum(batch["weights"]),
         "grad_norm": optax.tree.norm(grads),
         "tokens": jnp.sum(batch["lengths"]).astype(jnp.float32),
     }

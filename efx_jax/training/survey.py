@@ -12,7 +12,7 @@ from efx_jax.config_prune import n_of_m
 from efx_jax.data.batches import bucket_length
 from efx_jax.data.sources import data_root
 from efx_jax.data.tasks import load_data
-from efx_jax.data.tokens import text_windows, tokenize
+from efx_jax.data.tokens import text_windows
 from efx_jax.errors import InputError, MissingInputError
 from efx_jax.model.spec import ModelSpec, linear_shapes
 from efx_jax.parallel.fit import Sizes, check_mesh
@@ -23,6 +23,7 @@ from efx_jax.structural.units import units_of
 from efx_jax.training.devices import Device
 from efx_jax.training.feed import epoch_rows, rows_per_pass
 from efx_jax.training.memory import Layout
+from efx_jax.training.rows import own_rows, training_rows
 from efx_jax.training.schedule import prune_events
 from efx_jax.training.validation import check_validation
 from efx_jax.weights.hf import load_tokenizer
@@ -108,7 +109,7 @@ def count_data(config: Config, found: FoundSpec) -> DataCounts | RowCounts | str
             return RowCounts(len(bare.train), sum(len(task.test) for task in bare.tasks), bare.report)
         tokenizer = load_tokenizer(config.model.path)
         data = load_data(config.data, config.seed, tokenizer, config.eval.rows)
-        train = tokenize(data.train, tokenizer, config.data.max_length, config.data.loss_on)
+        train = training_rows(config, own_rows(config, data, tokenizer), tokenizer)
         window, limit = config.eval.window, config.eval.text_tokens
         windows = text_windows(data.text, tokenizer, window, limit) if data.text else []
     except MissingInputError as error:

@@ -1,0 +1,83 @@
+"""Text without labels among the training rows: how much of it, for whom, and a run that learns from it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from efx_jax.config import Config, DataConfig, DistillConfig, PruneConfig
+from efx_jax.config_rules import validate
+from efx_jax.data.tokens import Tokenized
+from efx_jax.errors import FallbackWarning, InputError
+from efx_jax.training import rows
+from efx_jax.training.start import unpruned
+from efx_jax.weights.hf import load_tokenizer
+
+OWN = [Tokenized(np.arange(2, 2 + size, dtype=np.int32), np.arange(size) >= 3) for size in (5, 9, 4, 6)]
+WORDS = "fever cough rash joint pain heart lung skin blood yes"
+
+
+def taught(text: Any, share: float = 0.5) -> Config:
+    return Config(
+        data=DataConfig(max_length=8, root=str(Path(text).parent)),
+        distill=DistillConfig("base", text=str(text), text_share=share),
+    )
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_so_many_tokens_come_from_the_text_without_a_label(share: float, tiny_folder: Path, tmp_path: Path) -> None:
+    """Ten words are 24 tokens at a half and 216 at nine tenths: the text comes again."""
+    (tmp_path / "text.txt").write_text(WORDS)
+    found = rows.training_rows(taught(tmp_path / "text.txt", share), OWN, load_tokenizer(str(tiny_folder)))
+    assert all(ours is theirs for ours, theirs in zip(found, OWN, strict=False))
+    added = found[len(OWN) :]
+    assert not any(row.loss.any() for row in added) and max(len(row.tokens) for row in added) <= 8
+    asked, most = share / (1 - share) * 24, max(len(row.tokens) for row in added)
+    assert asked <= sum(len(row.tokens) for row in added) < asked + most
+
+
+def test_only_a_teacher_has_a_use_for_it(tmp_path: Path) -> None:
+    config = taught(tmp_path / "missing.txt")
+    for change in ({"distill": DistillConfig("base")}, {"distill": dataclasses.replace(config.distill, teacher="")}):
+        assert rows.training_rows(dataclasses.replace(config, **change), OWN, None) is OWN
+    assert rows.training_rows(unpruned(config), OWN, None) is OWN
+    assert not rows.reads_text(dataclasses.replace(config, data=DataConfig(loss_on="all")))
+    with pytest.raises(InputError, match=r"missing\.txt"):
+        rows.training_rows(config, OWN, None)
+
+
+def test_without_c4_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(source: str, config: object) -> list[str]:
+        raise InputError(f"{source}: cannot be read")
+
+    monkeypatch.setattr(rows, "load_text", unreachable)
+    with pytest.warns(FallbackWarning, match="without the text of C4: c4: cannot be read"):
+        assert rows.training_rows(taught("c4"), OWN, None) is OWN
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"distill": DistillConfig("base", text="c4", text_share=1.0)}, "distill.text_share must be in"),
+        ({"prune": PruneConfig(score="dpruner")}, "distill.text must be empty with prune.score dpruner"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        validate(dataclasses.replace(Config(distill=DistillConfig("base", text="c4")), **change))
+
+
+@pytest.mark.slow
+def test_a_run_reads_it_in_batches_of_its_own(launch: Any, tmp_path: Path) -> None:
+    """Nine tokens in ten are text: of twelve batches of four some have no label, and no loss to tell."""
+    (tmp_path / "text.txt").write_text("\n\n".join([WORDS] * 30))
+    flags = "--distill.teacher base --distill.text_share 0.9 --prune.schedule fractions --prune.fractions 0.25"
+    run = launch(tmp_path / "run", *flags.split(), "--distill.text", str(tmp_path / "text.txt"), "--train.steps", "12")
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert ["divergence" in row for row in metrics] == [False] * 3 + [True] * 9
+    unlabelled = [row for row in metrics if "loss" not in row]
+    assert 0 < len(unlabelled) < 12 and all("entropy" not in row and row["tokens_per_second"] > 0 for row in unlabelled)
+    assert "where rows have no labels and on text of text.txt" in (run / "export" / "README.md").read_text()
