@@ -36,7 +36,8 @@ def rows(tmp_path: Path) -> Path:
 @pytest.fixture
 def flags(model: Path, rows: Path, tmp_path: Path) -> list[str]:
     config = tmp_path / "mine.yaml"
-    config.write_text(f"preset: efx\nmodel: {{path: {model}}}\ndata: {{train: {rows}, max_length: 32}}\n")
+    own = "prune: {calibration: train}\ndistill: {text: ''}\n"
+    config.write_text(f"preset: efx\nmodel: {{path: {model}}}\ndata: {{train: {rows}, max_length: 32}}\n{own}")
     return ["--config", str(config), "--eval.window", "32", "--output", str(tmp_path / "out")]
 
 

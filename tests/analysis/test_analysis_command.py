@@ -65,6 +65,8 @@ def train_tiny(folder: Path, tiny_folder: Path, name: str, changes: dict[str, ob
         "train.remat": "none",
         "train.checkpoint_every": 2,
         "train.keep": 9,
+        "prune.calibration": "train",
+        "distill.text": "",
     } | changes
     flags = [text for key, value in settings.items() for text in (f"--{key}", *str(value).split(" "))]
     assert train.main(["--preset", "efx", "--output", str(folder / name), *flags]) == 0

@@ -167,8 +167,8 @@ def test_every_cell_of_the_shipped_comparisons_is_possible(path: Path) -> None:
     cells = list_cells(read_comparison(path))
     assert [cell.refusal for cell in cells if cell.refusal] == []
     assert {cell.reference for cell in cells} - {""} == {cell.run for cell in cells if cell.method == "dense"}
-    # Same data and tokens for all, but for what an axis says.
-    assert len({dataclasses.replace(cell.config.train) for cell in cells}) == 1
+    # Same data and tokens for all, but for what an axis says; how fast a method learns is its own.
+    assert len({dataclasses.replace(cell.config.train, learning_rate=1.0) for cell in cells}) == 1
 
 
 def test_the_ablations_share_their_runs_with_the_comparisons() -> None:

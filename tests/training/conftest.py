@@ -25,6 +25,8 @@ lora:
 prune:
   calibration: train
   calibration_tokens: 128
+distill:
+  text: ""
 train:
   steps: 6
   batch_size: 2
