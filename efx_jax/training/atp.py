@@ -68,7 +68,7 @@ def _generator_step(
 
     def summed_nll(weights: Weights, part: Batch, _: Array) -> tuple[Array, Array]:
         masked, masked_adapters = soften(params, adapters, draw(weights), spec, space)
-        return model_loss(masked, masked_adapters, None, part, noise_key, spec, options, frozen=False)
+        return model_loss(masked, masked_adapters, None, part, noise_key, spec, options)
 
     def deviation(weights: Weights) -> tuple[Array, Array]:
         hard = {kind: straight_through(mask) for kind, mask in draw(weights).items()}

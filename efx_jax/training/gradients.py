@@ -154,7 +154,7 @@ def domain_step(
 
     def loss(weights: dict[str, Array], part: Batch, _: Array) -> tuple[Array, Array]:
         params = {**rest, "layers": rest["layers"] | weights}
-        return model_loss(params, None, None, part, jax.random.key(0), spec, options, frozen=False)
+        return model_loss(params, None, None, part, jax.random.key(0), spec, options)
 
     grads, nll, _ = accumulate_gradient(loss, weights, batch, options.micro_batches)
     count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)

@@ -105,13 +105,9 @@ def model_loss(
     key: Array,
     spec: ModelSpec,
     options: StepOptions,
-    frozen: bool,
 ) -> tuple[Array, Array]:
-    """Summed nll and entropy of one micro-batch.
-
-    `frozen`: the base gets no gradient, which is faster on a CPU.
-    """
-    hidden = _hidden(params, adapters, masks, batch, key, spec, options, frozen)
+    """Summed nll and entropy of one micro-batch, differentiable in the base too."""
+    hidden = _hidden(params, adapters, masks, batch, key, spec, options, frozen=False)
     return cross_entropy(hidden, head_weight(params), batch["targets"], batch["weights"], options.compute_dtype)
 
 
