@@ -1,7 +1,6 @@
 """From settings to everything that training consumes: model, tokens, calibration. Bad input stops here, early."""
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,16 +9,16 @@ from jax.sharding import Mesh
 
 from efx_jax.config import Config
 from efx_jax.data.batches import Batch, calibration_batches
-from efx_jax.data.tasks import Data, Task, load_data, load_text
+from efx_jax.data.tasks import Data, Task, load_data
 from efx_jax.data.tokenizer import check_vocabulary
 from efx_jax.data.tokens import Tokenized, text_windows
-from efx_jax.errors import FallbackWarning, InputError
+from efx_jax.errors import InputError
 from efx_jax.evaluation.protocols import check_protocol
 from efx_jax.files import together
 from efx_jax.lora import Adapters
 from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.parallel.partition import tree_shardings
-from efx_jax.training.rows import own_rows, training_rows
+from efx_jax.training.rows import Texts, own_rows, read_texts, taught_texts, training_rows
 from efx_jax.training.step import Teacher, has_teacher
 from efx_jax.training.survey import check_shapes
 from efx_jax.training.validation import check_validation
@@ -63,9 +62,10 @@ def prepare(config: Config, mesh: Mesh) -> Prepared:
         tokenizer = load_tokenizer(config.model.path)
         data = load_data(config.data, config.seed, tokenizer, config.eval.rows)
         own = own_rows(config, data, tokenizer)
-        train = training_rows(config, own, tokenizer)
+        texts = read_texts([*_calibration_texts(config), *taught_texts(config)], config)
+        train = training_rows(config, own, tokenizer, texts)
         windows = text_windows(data.text, tokenizer, config.eval.window, config.eval.text_tokens) if data.text else []
-        pools = _calibration_pools(config, own, tokenizer)
+        pools = _calibration_pools(config, own, tokenizer, texts)
         check_vocabulary(tokenizer, spec.vocab_size)
         check_validation(config, data)
         _check_teacher(config, spec)
@@ -98,31 +98,27 @@ def calibration(config: Config, prepared: Prepared) -> list[Batch]:
     ]
 
 
-def _calibration_pools(config: Config, train: list[Tokenized], tokenizer: Any) -> tuple[list[Tokenized], ...]:
-    """The sequences of every source, the training rows once."""
+def _calibration_texts(config: Config) -> list[str]:
+    """Names of the texts that calibration draws from, beside the training rows."""
     if config.prune.sparsity == 0 or config.prune.score == "atp":
-        return (train,)
+        return []
+    return [source for source in config.prune.calibration if source != "train"]
+
+
+def _calibration_pools(
+    config: Config, train: list[Tokenized], tokenizer: Any, texts: Texts
+) -> tuple[list[Tokenized], ...]:
+    """The sequences of every source, the training rows, which also stand in for a text that is not there, once."""
+    # The last token of a sequence is never an input. More than the rows asked for, so that each seed draws others.
+    window = config.prune.calibration_length + 1
+    limit = _CHOICE * config.prune.calibration_rows * window
     pools: list[list[Tokenized]] = []
     for source in config.prune.calibration:
-        pool = train if source == "train" else _text_pool(source, config, train, tokenizer)
+        is_text = source != "train" and source in texts
+        pool = text_windows(texts[source], tokenizer, window, limit) if is_text else train
         if not any(pool is other for other in pools):
             pools.append(pool)
     return tuple(pools)
-
-
-def _text_pool(source: str, config: Config, train: list[Tokenized], tokenizer: Any) -> list[Tokenized]:
-    try:
-        texts = load_text(source, config.data)
-    except InputError as error:
-        # The paper calibrates on C4. The perplexity text would do as well, but it is what the result is measured on.
-        if source != "c4":
-            raise
-        message = f"calibration on the training rows instead of C4: {error}"
-        warnings.warn(message, FallbackWarning, stacklevel=2)
-        return train
-    # The last token of a sequence is never an input. More than the rows asked for, so that each seed draws others.
-    window = config.prune.calibration_length + 1
-    return text_windows(texts, tokenizer, window, _CHOICE * config.prune.calibration_rows * window)
 
 
 def _check_teacher(config: Config, spec: ModelSpec) -> None:

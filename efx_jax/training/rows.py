@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,30 @@ from efx_jax.data.tokens import Tokenized, text_windows, tokenize
 from efx_jax.errors import FallbackWarning, InputError
 from efx_jax.training.step import has_teacher
 
+Texts = Mapping[str, list[str]]
 
-def reads_text(config: Config) -> bool:
-    """Whether training reads text beside its rows: a teacher has to teach it."""
-    return bool(config.distill.text) and has_teacher(config)
+
+def taught_texts(config: Config) -> list[str]:
+    """Names of the texts that training reads beside its rows: none without a teacher to teach them."""
+    return [config.distill.text] if config.distill.text and has_teacher(config) else []
+
+
+def read_texts(names: Iterable[str], config: Config) -> dict[str, list[str]]:
+    """Documents by name, each text read once; C4 is left out with a warning where it cannot be read.
+
+    Raises:
+        InputError: another text that cannot be read.
+    """
+    texts: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        try:
+            texts[name] = load_text(name, config.data)
+        except InputError as error:
+            # The paper calibrates on C4. The perplexity text would do too, but it is what the result is measured on.
+            if name != "c4":
+                raise
+            warnings.warn(f"the training rows instead of C4: {error}", FallbackWarning, stacklevel=2)
+    return texts
 
 
 def own_rows(config: Config, data: Data, tokenizer: Any) -> list[Tokenized]:
@@ -23,7 +44,7 @@ def own_rows(config: Config, data: Data, tokenizer: Any) -> list[Tokenized]:
     return tokenize(data.train, tokenizer, config.data.max_length, config.data.loss_on)
 
 
-def training_rows(config: Config, own: list[Tokenized], tokenizer: Any) -> list[Tokenized]:
+def training_rows(config: Config, own: list[Tokenized], tokenizer: Any, texts: Texts) -> list[Tokenized]:
     """The run's own rows, then as much of `distill.text` as makes `distill.text_share` of all tokens.
 
     Batches are drawn from all of them alike. A text that is too short for its share comes again.
@@ -32,23 +53,14 @@ def training_rows(config: Config, own: list[Tokenized], tokenizer: Any) -> list[
         config: the settings.
         own: the run's own rows.
         tokenizer: a Hugging Face tokenizer.
-
-    Raises:
-        InputError: a text that cannot be read; without C4 training does without it, with a warning.
+        texts: what `read_texts` has found.
     """
-    if not reads_text(config):
-        return own
     distill = config.distill
-    try:
-        texts = load_text(distill.text, config.data)
-    except InputError as error:
-        if distill.text != "c4":
-            raise
-        warnings.warn(f"training without the text of C4: {error}", FallbackWarning, stacklevel=2)
+    if not set(taught_texts(config)) & texts.keys():
         return own
     share = distill.text_share / (1 - distill.text_share)
     tokens = round(share * sum(len(row.tokens) for row in own))
-    windows = text_windows(texts, tokenizer, config.data.max_length, max(2, tokens))
+    windows = text_windows(texts[distill.text], tokenizer, config.data.max_length, max(2, tokens))
     silent = [Tokenized(window.tokens, np.zeros_like(window.loss)) for window in windows]
     held = itertools.accumulate(len(window.tokens) for window in itertools.cycle(silent))
     count = 1 + next(number for number, total in enumerate(held) if total >= tokens)

@@ -14,7 +14,7 @@ from efx_jax.config_rules import validate
 from efx_jax.errors import InputError
 from efx_jax.files import atomic_write, meet
 from efx_jax.training import checkpoint, log
-from efx_jax.training.rows import reads_text
+from efx_jax.training.rows import taught_texts
 from efx_jax.training.state import RunState
 from efx_jax.weights.peft import adapter_settings
 
@@ -106,7 +106,7 @@ def take_over(
     Raises:
         InputError: the trunk is another training.
     """
-    if trunk is None or config.prune.score == "atp" or config.eval.best or reads_text(config):
+    if trunk is None or config.prune.score == "atp" or config.eval.best or taught_texts(config):
         return None
     other = read_config(trunk / "config.yaml")
     differing = different_settings(unpruned(other), unpruned(config))

@@ -23,7 +23,7 @@ from efx_jax.structural.units import units_of
 from efx_jax.training.devices import Device
 from efx_jax.training.feed import epoch_rows, rows_per_pass
 from efx_jax.training.memory import Layout
-from efx_jax.training.rows import own_rows, training_rows
+from efx_jax.training.rows import own_rows, read_texts, taught_texts, training_rows
 from efx_jax.training.schedule import prune_events
 from efx_jax.training.validation import check_validation
 from efx_jax.weights.hf import load_tokenizer
@@ -109,7 +109,8 @@ def count_data(config: Config, found: FoundSpec) -> DataCounts | RowCounts | str
             return RowCounts(len(bare.train), sum(len(task.test) for task in bare.tasks), bare.report)
         tokenizer = load_tokenizer(config.model.path)
         data = load_data(config.data, config.seed, tokenizer, config.eval.rows)
-        train = training_rows(config, own_rows(config, data, tokenizer), tokenizer)
+        texts = read_texts(taught_texts(config), config)
+        train = training_rows(config, own_rows(config, data, tokenizer), tokenizer, texts)
         window, limit = config.eval.window, config.eval.text_tokens
         windows = text_windows(data.text, tokenizer, window, limit) if data.text else []
     except MissingInputError as error:

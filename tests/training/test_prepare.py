@@ -12,6 +12,7 @@ from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import FallbackWarning, InputError
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.training import prepare
+from efx_jax.training import rows as rows_module
 
 
 def calibrated_on(*sources: str) -> Config:
@@ -22,16 +23,22 @@ def test_without_c4_the_training_rows_calibrate_and_a_warning_says_so(monkeypatc
     def unreachable(source: str, config: object) -> list[str]:
         raise InputError(f"{source}: cannot be read")
 
-    monkeypatch.setattr(prepare, "load_text", unreachable)
+    monkeypatch.setattr(rows_module, "load_text", unreachable)
+
+    def pools(*sources: str) -> tuple[list[Tokenized], ...]:
+        config = calibrated_on(*sources)
+        texts = rows_module.read_texts(prepare._calibration_texts(config), config)
+        return prepare._calibration_pools(config, rows, None, texts)
+
     rows = [Tokenized(np.arange(4, dtype=np.int32), np.ones(4, bool))]
     for sources in (("c4",), ("train", "c4")):
         with pytest.warns(FallbackWarning, match="training rows instead of C4: c4: cannot be read"):
             # Once: both sources would draw the same rows.
-            (pool,) = prepare._calibration_pools(calibrated_on(*sources), rows, None)
+            (pool,) = pools(*sources)
         assert pool is rows
     with pytest.raises(InputError, match=r"other\.jsonl"):
-        prepare._calibration_pools(calibrated_on("other.jsonl"), rows, None)
-    assert prepare._calibration_pools(calibrated_on("train"), rows, None) == (rows,)
+        pools("other.jsonl")
+    assert pools("train") == (rows,)
 
 
 @pytest.mark.parametrize("sources", [("train",), ("text.txt",), ("train", "text.txt")])

@@ -27,11 +27,16 @@ def taught(text: Any, share: float = 0.5) -> Config:
     )
 
 
+def trained_on(config: Config, tokenizer: Any = None) -> list[Tokenized]:
+    texts = rows.read_texts(rows.taught_texts(config), config)
+    return rows.training_rows(config, OWN, tokenizer, texts)
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_so_many_tokens_come_from_the_text_without_a_label(share: float, tiny_folder: Path, tmp_path: Path) -> None:
     """Ten words are 24 tokens at a half and 216 at nine tenths: the text comes again."""
     (tmp_path / "text.txt").write_text(WORDS)
-    found = rows.training_rows(taught(tmp_path / "text.txt", share), OWN, load_tokenizer(str(tiny_folder)))
+    found = trained_on(taught(tmp_path / "text.txt", share), load_tokenizer(str(tiny_folder)))
     assert all(ours is theirs for ours, theirs in zip(found, OWN, strict=False))
     added = found[len(OWN) :]
     assert not any(row.loss.any() for row in added) and max(len(row.tokens) for row in added) <= 8
@@ -42,11 +47,11 @@ def test_so_many_tokens_come_from_the_text_without_a_label(share: float, tiny_fo
 def test_only_a_teacher_has_a_use_for_it(tmp_path: Path) -> None:
     config = taught(tmp_path / "missing.txt")
     for change in ({"distill": DistillConfig("base")}, {"distill": dataclasses.replace(config.distill, teacher="")}):
-        assert rows.training_rows(dataclasses.replace(config, **change), OWN, None) is OWN
-    assert rows.training_rows(unpruned(config), OWN, None) is OWN
-    assert not rows.reads_text(dataclasses.replace(config, data=DataConfig(loss_on="all")))
+        assert trained_on(dataclasses.replace(config, **change)) is OWN
+    assert trained_on(unpruned(config)) is OWN
+    assert not rows.taught_texts(dataclasses.replace(config, data=DataConfig(loss_on="all")))
     with pytest.raises(InputError, match=r"missing\.txt"):
-        rows.training_rows(config, OWN, None)
+        trained_on(config)
 
 
 def test_without_c4_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,8 +59,8 @@ def test_without_c4_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         raise InputError(f"{source}: cannot be read")
 
     monkeypatch.setattr(rows, "load_text", unreachable)
-    with pytest.warns(FallbackWarning, match="without the text of C4: c4: cannot be read"):
-        assert rows.training_rows(taught("c4"), OWN, None) is OWN
+    with pytest.warns(FallbackWarning, match="training rows instead of C4: c4: cannot be read"):
+        assert trained_on(taught("c4")) is OWN
 
 
 @pytest.mark.parametrize(
