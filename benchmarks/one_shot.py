@@ -29,11 +29,13 @@ from efx_jax.pruning.statistics import Statistics, collect_statistics
 from efx_jax.weights.hf import load_pretrained, load_tokenizer
 
 WANDA = PruneConfig(score="wanda", group="row")
+GRAM_PBS = dataclasses.replace(WANDA, recovery="gram_pbs")
 GATED = PruneConfig(
     score="foresight_gated", group="bounded", bound=0.2, row_targets=("v_proj", "down_proj"), admm_steps=20
 )
 LOSS = dataclasses.replace(GATED, score="foresight_loss", row_targets=())
 GLOBAL = dataclasses.replace(LOSS, budget="global", budget_spread=0.3)
+SWAPPED = dataclasses.replace(GLOBAL, swaps=100, recovery="admm", admm_refine=10)
 CASES: tuple[tuple[str, PruneConfig, int], ...] = (
     ("magnitude, row", dataclasses.replace(WANDA, score="magnitude"), 8),
     ("wanda, row", WANDA, 8),
@@ -45,12 +47,23 @@ CASES: tuple[tuple[str, PruneConfig, int], ...] = (
     ("foresight_loss, bounded 0.2, all", LOSS, 8),
     ("foresight_loss, bounded 0.2, global within 0.3", GLOBAL, 8),
     ("wanda, row + pbs r 8", dataclasses.replace(WANDA, recovery="pbs"), 8),
-    ("wanda, row + gram_pbs r 8", dataclasses.replace(WANDA, recovery="gram_pbs"), 8),
-    ("wanda, row + gram_pbs r 64", dataclasses.replace(WANDA, recovery="gram_pbs"), 64),
+    ("wanda, row + gram_pbs r 8", GRAM_PBS, 8),
+    ("wanda, row + gram_pbs r 64", GRAM_PBS, 64),
+    (
+        "wanda, row + gram_pbs r 8, A from the spectrum",
+        dataclasses.replace(GRAM_PBS, pbs_rounds=1),
+        8,
+    ),
+    ("wanda, row + gram_pbs r 8, A and B by turns", dataclasses.replace(GRAM_PBS, pbs_rounds=4), 8),
+    ("wanda, row + swaps", dataclasses.replace(WANDA, swaps=100), 8),
+    ("wanda, row + swaps + admm", dataclasses.replace(WANDA, swaps=100, recovery="admm", admm_steps=20), 8),
     ("wanda, row + admm", dataclasses.replace(WANDA, recovery="admm", admm_steps=20), 8),
     ("foresight_gated, bounded 0.2, v and down by row + admm", dataclasses.replace(GATED, recovery="admm"), 8),
     ("foresight_loss, bounded 0.2, all + admm", dataclasses.replace(LOSS, recovery="admm"), 8),
     ("foresight_loss, bounded 0.2, global within 0.3 + admm", dataclasses.replace(GLOBAL, recovery="admm"), 8),
+    ("foresight_loss, bounded 0.2, global within 0.3 + swaps + admm", dataclasses.replace(SWAPPED, admm_refine=0), 8),
+    ("foresight_loss, bounded 0.2, global within 0.3 + admm that refines", dataclasses.replace(SWAPPED, swaps=0), 8),
+    ("foresight_loss, bounded 0.2, global within 0.3 + swaps + admm that refines", SWAPPED, 8),
 )
 
 

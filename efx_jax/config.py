@@ -114,6 +114,8 @@ class PruneConfig:
     row_targets: tuple[str, ...] = ()
     """Matrices that compare within rows even if `group` is "matrix", "slab" or "bounded"."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    swaps: int = 0
+    """Most exact swaps in every row of a new mask, each of which lowers the error of the row's outputs; 0: none."""
     recovery: Recovery = "none"
     """`pbs` and `gram_pbs` move the adapters, where there are any, `admm` and `obs` (SparseGPT's update) the base."""
     mask_forward: MaskForward = "exact"
@@ -135,6 +137,9 @@ class PruneConfig:
     """Neither recovery nor moving average at the last event (the authors' code)."""
     ridge: float = 1e-8
     """Damping of `pbs`, absolute; `gram_pbs` takes 1e-3 of the mean diagonal."""
+    pbs_rounds: int = 0
+    """With recovery "gram_pbs": how often A and B are refitted in turn, A at first from the spectrum of what is lost; 0
+    leaves A as it is."""
     admm_steps: int = 30
     admm_damping: float = 1e-2
     admm_refine: int = 0

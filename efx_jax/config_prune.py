@@ -75,6 +75,18 @@ def _pair_rules(prune: PruneConfig) -> Iterable[Rule]:
             "row, matrix or N:M with prune.score sparsegpt, which takes them within slabs of columns",
         ),
         (
+            "prune.pbs_rounds",
+            prune.pbs_rounds,
+            prune.pbs_rounds == 0 or prune.recovery == "gram_pbs",
+            f"0 with prune.recovery {prune.recovery}: only gram_pbs refits A",
+        ),
+        (
+            "prune.swaps",
+            prune.swaps,
+            prune.swaps == 0 or not sweeps or prune.recovery != "obs",
+            "0 with prune.score sparsegpt and prune.recovery obs: the weights were updated for the sweep's own mask",
+        ),
+        (
             "prune.budget",
             prune.budget,
             prune.budget == "uniform" or n_of_m(prune.group) is None,
@@ -121,7 +133,9 @@ def _range_rules(prune: PruneConfig) -> Iterable[Rule]:
         target_rule("prune.targets", prune.targets),
         target_rule("prune.row_targets", prune.row_targets, may_be_empty=True),
         ("prune.ema", prune.ema, 0 < prune.ema <= 1, "in (0, 1]"),
+        ("prune.swaps", prune.swaps, prune.swaps >= 0, "at least 0"),
         ("prune.ridge", prune.ridge, prune.ridge >= 0, "at least 0"),
+        ("prune.pbs_rounds", prune.pbs_rounds, prune.pbs_rounds >= 0, "at least 0"),
         ("prune.admm_steps", prune.admm_steps, prune.admm_steps >= 1, "at least 1"),
         ("prune.admm_refine", prune.admm_refine, 0 <= prune.admm_refine < prune.admm_steps, "from 0 to admm_steps - 1"),
         ("prune.admm_damping", prune.admm_damping, prune.admm_damping >= 0, "at least 0"),

@@ -36,8 +36,8 @@ def reads_importance(config: PruneConfig) -> bool:
 
 
 def needs_gram(config: PruneConfig) -> bool:
-    """Whether score or recovery reads Gram matrices."""
-    return config.score == "sparsegpt" or config.recovery in ("gram_pbs", "admm", "obs")
+    """Whether score, swaps or recovery read Gram matrices."""
+    return config.score == "sparsegpt" or config.swaps > 0 or config.recovery in ("gram_pbs", "admm", "obs")
 
 
 def prune_event(

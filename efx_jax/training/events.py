@@ -87,7 +87,7 @@ def prune_run(
     params, new_adapters, new_masks, prune_state = outcome
     assert new_adapters is not None
     opt_state = state.train.opt_state
-    if refits_base(prune):
+    if refits_base(prune) or prune.pbs_rounds:
         opt_state = restart_adam(opt_state)
     train = dataclasses.replace(state.train, adapters=new_adapters, opt_state=opt_state)
     # Waited for here, so that the time of an event is not counted as that of whatever comes next.

@@ -212,16 +212,19 @@ def _weight_copies(spec: ModelSpec, along: Mapping[str, int], e: int, c: int) ->
 
 
 def _recovery_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> int:
-    """The largest intermediate arrays of a surgeon, or of the sweep that chooses the mask."""
-    prune = config.prune
+    """The largest intermediate arrays of a surgeon, or of what chooses the mask on a Gram."""
+    prune, shapes = config.prune, linear_shapes(spec)
     sweep = _sweep_bytes(spec, config, along) if prune.score == "sparsegpt" or prune.recovery == "obs" else 0
+    largest = max(_shard(name, shapes[name], along) for name in prune.targets)
+    # U, what is lost and its product with the Gram, either move alone, two rows of the Gram for every row, the target.
+    swaps = largest * 8 * _FLOAT32 if prune.swaps else 0
+    chosen = max(sweep, swaps)
     if prune.recovery == "gram_pbs":
-        return max(sweep, prune.chunk_mib * _MIB)
+        return max(chosen, prune.chunk_mib * _MIB)
     if prune.recovery == "pbs":
-        return max(sweep, 2 * _FLOAT32 * config.lora.rank * max(_input_widths(spec).values()))
+        return max(chosen, 2 * _FLOAT32 * config.lora.rank * max(_input_widths(spec).values()))
     if prune.recovery != "admm":
-        return sweep
-    shapes = linear_shapes(spec)
+        return chosen
 
     def admm(source: str) -> int:
         names = [name for name in prune.targets if INPUT_OF[name] == source]
@@ -230,7 +233,7 @@ def _recovery_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -
         # factored from, its factor and the inverse.
         return entries * (5 * _FLOAT32 + 1) + 4 * _FLOAT32 * _input_widths(spec)[source] ** 2 * bool(names)
 
-    return max(sweep, *(admm(source) for source in INPUTS))
+    return max(chosen, *(admm(source) for source in INPUTS))
 
 
 def _sweep_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> int:

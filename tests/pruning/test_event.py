@@ -117,6 +117,7 @@ def test_without_adapters_the_weight_itself_is_judged(llama: Any, stats: Statist
     [
         ({"recovery": "admm"}, "expected Gram matrices, found none; collect with gram=True"),
         ({"recovery": "gram_pbs"}, "expected Gram matrices, found none; collect with gram=True"),
+        ({"swaps": 5}, "expected Gram matrices, found none; collect with gram=True"),
         ({"sparsity": 1.0}, "prune.sparsity must be in \\[0, 1\\), found 1.0"),
         (
             {"group": "2:4", "sparsity": 0.4},

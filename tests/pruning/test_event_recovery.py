@@ -14,7 +14,7 @@ from efx_jax.lora import Adapters, effective_weight
 from efx_jax.model.decoder import stack_layers
 from efx_jax.model.spec import LINEARS
 from efx_jax.pruning.average import init_prune_state
-from efx_jax.pruning.block import weight_before
+from efx_jax.pruning.block_recovery import weight_before
 from efx_jax.pruning.event import prune_event
 from efx_jax.pruning.recovery import admm_update, gram_brain_surgeon
 from efx_jax.pruning.statistics import Statistics
@@ -69,6 +69,45 @@ def test_gram_pbs_mends_what_the_new_mask_changes_and_not_what_the_old_one_did(l
             left, plain = (new[layer] - before[layer] for new in (repaired, only_masked))
             errors = np.einsum("oi,ij,oj->o", left, gram, left), np.einsum("oi,ij,oj->o", plain, gram, plain)
             assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
+
+
+def test_gram_pbs_with_a_refitted_leaves_less_than_with_a_as_it_was(llama: Any, stats: Statistics) -> None:
+    old = random_masks(llama, SOME)
+    found = {}
+    for rounds in (0, 1, 3):
+        config = PruneConfig(score="wanda", recovery="gram_pbs", pbs_rounds=rounds, targets=SOME)
+        params, adapters, masks, _ = prune_event(llama.params, llama.adapters, old, stats, None, llama.spec, config)
+        assert params["layers"]["q_proj"] is llama.params["layers"]["q_proj"]
+        total = 0.0
+        for name in SOME:
+            before = effective(llama.params, llama.adapters, name) * np.asarray(old[name])
+            left = effective(llama.params, adapters, name) * np.asarray(masks[name]) - before
+            gram = np.asarray(stats.input_gram(name), np.float64)
+            total += np.einsum("loi,lij,loj->", left, gram, left)
+        found[rounds] = total
+    assert found[3] < found[1] < found[0]
+
+
+@pytest.mark.parametrize("group", ["row", "2:4"])
+def test_swaps_lower_the_error_of_every_row_and_keep_its_count(llama: Any, stats: Statistics, group: str) -> None:
+    old = random_masks(llama, TWO)
+    plain = PruneConfig(score="wanda", group=group, targets=TWO)
+    swapping = dataclasses.replace(plain, swaps=20)
+    fixed, swapped = (
+        prune_event(llama.params, llama.adapters, old, stats, None, llama.spec, config)[2]
+        for config in (plain, swapping)
+    )
+    for name in TWO:
+        u = effective(llama.params, llama.adapters, name)
+        before, gram = u * np.asarray(old[name]), np.asarray(stats.input_gram(name), np.float64)
+        left = [u * np.asarray(masks[name]) - before for masks in (fixed, swapped)]
+        first, last = (np.einsum("loi,lij,loj->lo", e, gram, e) for e in left)
+        assert (last <= first * (1 + 1e-5)).all()
+        assert last.sum() < 0.9 * first.sum()
+        np.testing.assert_array_equal(jnp.sum(swapped[name], axis=-1), jnp.sum(fixed[name], axis=-1))
+        if group == "2:4":
+            blocks = np.asarray(swapped[name]).reshape(*swapped[name].shape[:2], -1, 4)
+            assert (blocks.sum(-1) == 2).all()
 
 
 @pytest.mark.parametrize("mask_forward", ["exact", "ste", "frozen", "dense"])

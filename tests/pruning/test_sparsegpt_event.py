@@ -13,7 +13,7 @@ from efx_jax.errors import InputError
 from efx_jax.lora import effective_weight, merge
 from efx_jax.model.decoder import forward
 from efx_jax.model.spec import LINEARS
-from efx_jax.pruning import block as block_module
+from efx_jax.pruning import block_recovery
 from efx_jax.pruning.blockwise import prune_event_blockwise
 from efx_jax.pruning.event import prune_event
 from efx_jax.pruning.recovery import admm_update
@@ -147,7 +147,7 @@ def test_a_new_sparsity_needs_no_new_program(llama: Any, stats: Statistics, monk
         raise AssertionError("a new trace")
 
     prune_event(llama.params, llama.adapters, None, stats, None, llama.spec, SPARSEGPT)
-    monkeypatch.setattr(block_module, "inverse_factor", traced_again)
+    monkeypatch.setattr(block_recovery, "inverse_factor", traced_again)
     for sparsity in (0.0, 0.3, 0.9):
         config = dataclasses.replace(SPARSEGPT, sparsity=sparsity)
         _, _, masks, _ = prune_event(llama.params, llama.adapters, None, stats, None, llama.spec, config)

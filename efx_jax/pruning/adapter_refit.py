@@ -1,0 +1,91 @@
+"""A of an adapter that mends a mask while the base stays: from the spectrum of what is lost, then by turns with B.
+
+Both aim at min ||(mask * (B A) - E) G^(1/2)||, where E `[O,I]` separates the function that is meant from the masked
+base. B has a closed form for every A (`efx_jax.pruning.recovery.gram_brain_surgeon`).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+_OVERSAMPLING = 8
+_PASSES = 4
+_CG_STEPS = 10
+
+_einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+
+
+def spectral_a(lost: Array, gram: Array, lora_a: Array) -> Array:
+    """The best A of rank R where nothing is masked: Q^T E, Q the leading left singular vectors of E G^(1/2).
+
+    By randomised subspace iteration (arXiv 0909.4061), so that no matrix of O x O or G^(1/2) is needed.
+
+    Args:
+        lost: E `[O,I]`.
+        gram: G = X^T X `[I,I]`.
+        lora_a: the old A `[R,I]`: the norms that the new rows are given.
+
+    Returns:
+        `[R,I]`, float32.
+    """
+    lost = lost.astype(jnp.float32)
+    rank = lora_a.shape[0]
+    width = min(rank + _OVERSAMPLING, *lost.shape)
+    start = jax.random.normal(jax.random.key(0), (lost.shape[0], width), jnp.float32)
+
+    def image(basis: Array) -> Array:
+        """E G E^T Q `[O,k]`."""
+        return _einsum("oi,ik->ok", lost, _einsum("ij,jk->ik", gram, _einsum("oi,ok->ik", lost, basis)))
+
+    def turn(_: int, basis: Array) -> Array:
+        return jnp.linalg.qr(image(basis))[0]
+
+    basis = jax.lax.fori_loop(0, _PASSES, turn, jnp.linalg.qr(start)[0])
+    inner = _einsum("ok,ol->kl", basis, image(basis))
+    # In ascending order of their eigenvalues.
+    leading = jnp.linalg.eigh((inner + inner.T) / 2)[1][:, ::-1][:, :rank]
+    found = _einsum("ok,kr,oi->ri", basis, leading, lost)
+    # A narrow matrix has fewer directions than the adapter: the others stay as they are.
+    found = jnp.concatenate([found, lora_a.astype(jnp.float32)[found.shape[0] :]])
+    return with_norms_of(lora_a, found)
+
+
+def alternate_a(lora_a: Array, lora_b: Array, mask: Array, lost: Array, gram: Array) -> Array:
+    """A for a given B, by conjugate gradients on its normal equations, preconditioned by their diagonal.
+
+        B^T [(((B A) * mask) G) * mask] = B^T [(E G) * mask]
+
+    Args:
+        lora_a: A `[R,I]` to start from.
+        lora_b: B `[O,R]`, in units of scale * B.
+        mask: bool `[O,I]`, True = kept.
+        lost: E `[O,I]`.
+        gram: G = X^T X `[I,I]`.
+
+    Returns:
+        `[R,I]`, float32, no worse than `lora_a` but for rounding.
+    """
+
+    def back(outputs: Array) -> Array:
+        return _einsum("or,oi->ri", lora_b, jnp.where(mask, _einsum("oi,ij->oj", outputs, gram), 0.0))
+
+    def normal(a: Array) -> Array:
+        return back(jnp.where(mask, _einsum("or,ri->oi", lora_b, a), 0.0))
+
+    diagonal = _einsum("or,oi->ri", lora_b**2, mask.astype(jnp.float32)) * jnp.diagonal(gram)
+    safe = jnp.where(diagonal > 0, diagonal, 1.0)
+    start = lora_a.astype(jnp.float32)
+    return jax.scipy.sparse.linalg.cg(normal, back(lost), start, tol=0.0, maxiter=_CG_STEPS, M=lambda r: r / safe)[0]
+
+
+def with_norms_of(like: Array, lora_a: Array) -> Array:
+    """`lora_a [R,I]` with every row scaled to the norm of the same row of `like`; rows of zeros become those of `like`.
+
+    B takes the inverse, so that training meets an A of the size that it knows.
+    """
+    like = like.astype(jnp.float32)
+    norm = jnp.linalg.norm(lora_a, axis=1, keepdims=True)
+    scaled = lora_a / jnp.where(norm > 0, norm, 1.0) * jnp.linalg.norm(like, axis=1, keepdims=True)
+    return jnp.where(norm > 0, scaled, like)

@@ -1,0 +1,195 @@
+"""What an event does to one block to make up for its new masks: B moves, A and B do, or the base is refitted."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+from efx_jax.config import PruneConfig
+from efx_jax.masks import unpack_mask
+from efx_jax.model.decoder import Layer
+from efx_jax.parallel.partition import constrain_tree, split_rows
+from efx_jax.pruning.adapter_refit import alternate_a, spectral_a, with_norms_of
+from efx_jax.pruning.average import refits_base
+from efx_jax.pruning.recovery import admm_refit, gram_brain_surgeon, partial_brain_surgeon
+from efx_jax.pruning.selection import parse_pattern
+from efx_jax.pruning.sparsegpt import Inverse, Sweep, inverse_factor, obs_by_factor
+from efx_jax.pruning.statistics import INPUT_OF, INPUTS, Statistics
+
+Array = jax.Array
+_GRAM_RIDGE = 1e-3
+
+
+def recover_block(
+    layer: Layer,
+    effective: dict[str, Array],
+    masks: dict[str, Array],
+    swept: dict[str, Sweep],
+    stats: Statistics,
+    config: PruneConfig,
+    scale: float,
+) -> tuple[Layer, dict[str, Array]]:
+    """Moves the adapters (pbs, gram_pbs) or the base (admm, obs) to make up for what the new masks drop.
+
+    Args:
+        layer: the block before the event.
+        effective: its U `[O,I]` by name.
+        masks: the new masks `[O,I]`, True = kept.
+        swept: SparseGPT's masks and weights; {} for the other scores.
+        stats: the block's statistics.
+        config: the settings.
+        scale: alpha / R.
+
+    Returns:
+        The block, and the masks, which ADMM may refine.
+    """
+    if config.recovery == "none":
+        return layer, masks
+    if refits_base(config):
+        return _refit_base(layer, effective, masks, swept, stats, config)
+    lora_a, lora_b = dict(layer.lora_a), dict(layer.lora_b)
+    # In an order that all processes share: each traces the program for itself.
+    for name in (name for name in masks if name in lora_b):
+        if config.recovery == "pbs":
+            energy = stats.energy[INPUT_OF[name]]
+            with jax.named_scope("partial_brain_surgeon"):
+                delta = split_rows(
+                    lambda u, mask, a, e: partial_brain_surgeon(u, a, mask, e, config.ridge),
+                    name,
+                    (effective[name], masks[name]),
+                    (lora_a[name], energy),
+                )
+            lora_b[name] = lora_b[name] + delta / scale
+            continue
+        gram, before = stats.input_gram(name), weight_before(layer, effective[name], name, config)
+        with jax.named_scope("gram_brain_surgeon"):
+            if config.pbs_rounds:
+                base = layer.weights[name].astype(jnp.float32)
+                lora_a[name], new = _refit_adapter(name, base, lora_a[name], masks[name], gram, before, config)
+                lora_b[name] = new / scale
+            else:
+                delta = _gram_surgeon(name, effective[name], lora_a[name], masks[name], gram, before, config)
+                lora_b[name] = lora_b[name] + delta / scale
+    return dataclasses.replace(layer, lora_a=lora_a, lora_b=lora_b), masks
+
+
+def _gram_surgeon(
+    name: str, weight: Array, lora_a: Array, mask: Array, gram: Array, target: Array, config: PruneConfig
+) -> Array:
+    """The change `[O,R]` of scale * B that brings mask * U closest to the target."""
+    rows = max(1, config.chunk_mib * 2**20 // (8 * lora_a.size))
+    return split_rows(
+        lambda u, mask, target, a, gram: gram_brain_surgeon(u, a, mask, gram, _GRAM_RIDGE, rows, target),
+        name,
+        (weight, mask, target),
+        (lora_a, gram),
+    )
+
+
+def _refit_adapter(
+    name: str, base: Array, lora_a: Array, mask: Array, gram: Array, target: Array, config: PruneConfig
+) -> tuple[Array, Array]:
+    """A, and scale * B, anew: what the masked base lacks of the target, a matrix of rank R under the mask."""
+    lost = target - jnp.where(mask, base, 0.0)
+    lora_a = spectral_a(lost, gram, lora_a)
+    lora_b = _gram_surgeon(name, base, lora_a, mask, gram, target, config)
+    for _ in range(config.pbs_rounds - 1):
+        lora_a = with_norms_of(lora_a, alternate_a(lora_a, lora_b, mask, lost, gram))
+        lora_b = _gram_surgeon(name, base, lora_a, mask, gram, target, config)
+    return lora_a, lora_b
+
+
+def weight_before(layer: Layer, effective: Array, name: str, config: PruneConfig) -> Array:
+    """The weight `[O,I]` that the model computed with before the event, the old mask included: what repairs aim at.
+
+    The dense U of a model whose kept weights already make up for the pruned ones would count those twice.
+
+    Args:
+        layer: the block before the event.
+        effective: U `[O,I]` of the matrix.
+        name: the matrix.
+        config: how the old mask acted (`mask_forward`).
+    """
+    mask = layer.masks.get(name)
+    if mask is None or config.mask_forward == "dense":
+        return effective
+    left = effective - layer.weights[name].astype(jnp.float32) if config.mask_forward == "frozen" else 0.0
+    return jnp.where(unpack_mask(mask, effective.shape[-1]), effective, left)
+
+
+def _refit_base(
+    layer: Layer,
+    effective: dict[str, Array],
+    masks: dict[str, Array],
+    swept: dict[str, Sweep],
+    stats: Statistics,
+    config: PruneConfig,
+) -> tuple[Layer, dict[str, Array]]:
+    """New kept weights; the base takes them and the adapters start again at B = 0. And the masks."""
+    targets = {name: weight_before(layer, effective[name], name, config) for name in masks}
+    with jax.named_scope(config.recovery):
+        if config.recovery == "admm":
+            refitted, masks = _admm(targets, masks, stats, config)
+        elif swept:
+            refitted = {name: sweep.weight for name, sweep in swept.items()}
+        else:
+            refitted = _obs(targets, masks, stats)
+    weights = {name: new.astype(layer.weights[name].dtype) for name, new in refitted.items()}
+    lora_b = {name: jnp.zeros_like(b) if name in masks else b for name, b in layer.lora_b.items()}
+    return dataclasses.replace(layer, weights=layer.weights | weights, lora_b=lora_b), masks
+
+
+def _obs(targets: dict[str, Array], masks: dict[str, Array], stats: Statistics) -> dict[str, Array]:
+    """SparseGPT's update under masks that another score has drawn."""
+    factors = inverses(masks, stats)
+    return {
+        name: split_rows(obs_by_factor, name, (targets[name], mask), (factors[INPUT_OF[name]],))
+        for name, mask in masks.items()
+    }
+
+
+def _admm(
+    targets: dict[str, Array], masks: dict[str, Array], stats: Statistics, config: PruneConfig
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """ADMM on the kept weights, and the masks that it ends with."""
+    refitted: dict[str, Array] = {}
+    refined: dict[str, Array] = {}
+    for source in INPUTS:
+        names = [name for name in masks if INPUT_OF[name] == source]
+        if not names:
+            continue
+        parts = split_rows(
+            functools.partial(_refit, config=config),
+            names[0],
+            ([targets[name] for name in names], [masks[name] for name in names]),
+            (stats.gram[source],),
+        )
+        refitted |= dict(zip(names, parts[0], strict=True))
+        refined |= dict(zip(names, parts[1], strict=True))
+    return refitted, refined
+
+
+def _refit(
+    targets: list[Array], masks: list[Array], gram: Array, config: PruneConfig
+) -> tuple[list[Array], list[Array]]:
+    """ADMM for linears that read the same input, and so share its Gram and one factorisation of it."""
+    found = admm_refit(
+        jnp.concatenate(targets),
+        jnp.concatenate(masks),
+        gram,
+        steps=config.admm_steps,
+        damping=config.admm_damping,
+        refine=config.admm_refine,
+        pattern=parse_pattern(config.group),
+    )
+    ends = list(itertools.accumulate(target.shape[0] for target in targets))[:-1]
+    return jnp.split(found[0], ends), jnp.split(found[1], ends)
+
+
+def inverses(names: Iterable[str], stats: Statistics) -> dict[str, Inverse]:
+    """The factor of every input that some of the linears read, whole on every device."""
+    grams = constrain_tree({INPUT_OF[name]: stats.gram[INPUT_OF[name]] for name in names})
+    return {source: inverse_factor(gram) for source, gram in grams.items()}

@@ -1,0 +1,96 @@
+"""Exact swaps within a row: a pruned entry comes back and a kept one goes wherever the error of the outputs falls.
+
+Local search of SparseSwaps (arXiv 2512.10922) on the Gram, with the kept weights as they are; what refits them comes
+after.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+# Of what the two entries add to the error alone; less is rounding, and would be swapped to and fro.
+_LEAST_GAIN = 1e-6
+
+_einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+
+
+def swap_mask(
+    weight: Array,
+    mask: Array,
+    gram: Array,
+    swaps: int,
+    target: Array | None = None,
+    pattern: tuple[int, int] | None = None,
+) -> Array:
+    """The mask after up to `swaps` swaps in every row, each of which lowers ||r X||, r = target - mask * U.
+
+    With p coming back and q going, r' = r - u_p e_p + u_q e_q, so that the squared error changes by exactly
+
+        (u_p^2 G_pp - 2 u_p (r G)_p) + (u_q^2 G_qq + 2 u_q (r G)_q) - 2 u_p u_q G_pq.
+
+    All pairs would cost O(I^2) a swap. Compared instead, in O(I): for the q that is cheapest to lose by itself the
+    best p, and the best q for that; for the p that helps most by itself the best q, and the best p for that. Under a
+    pattern both lie in one group of M, and all of those pairs are compared.
+
+    Args:
+        weight: U `[O,I]`.
+        mask: bool `[O,I]`, True = kept.
+        gram: G = X^T X `[I,I]`.
+        swaps: most swaps of a row.
+        target: `[O,I]`, the function to stay close to; U itself when None.
+        pattern: (N, M) if every M consecutive inputs keep N; static.
+
+    Returns:
+        bool `[O,I]`; a row (a group of M) keeps as many as before.
+    """
+    weight = weight.astype(jnp.float32)
+    lost = (weight if target is None else target.astype(jnp.float32)) - jnp.where(mask, weight, 0.0)
+    alone = weight**2 * jnp.diagonal(gram)
+    rows = jnp.arange(weight.shape[0])
+
+    def swap(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
+        mask, lost_gram = state
+        comes = jnp.where(mask, jnp.inf, alone - 2 * weight * lost_gram)
+        goes = jnp.where(mask, alone + 2 * weight * lost_gram, jnp.inf)
+        if pattern is None:
+            p, q, change = _best_of_row(weight, gram, comes, goes)
+        else:
+            p, q, change = _best_of_groups(weight, gram, comes, goes, pattern[1])
+        gains = change < -_LEAST_GAIN * (alone[rows, p] + alone[rows, q])
+        mask = mask.at[rows, p].set(mask[rows, p] | gains).at[rows, q].set(mask[rows, q] & ~gains)
+        moved = weight[rows, q][:, None] * gram[q] - weight[rows, p][:, None] * gram[p]
+        return mask, lost_gram + jnp.where(gains[:, None], moved, 0.0)
+
+    return jax.lax.fori_loop(0, swaps, swap, (mask, _einsum("oi,ij->oj", lost, gram)))[0]
+
+
+def _best_of_row(weight: Array, gram: Array, comes: Array, goes: Array) -> tuple[Array, Array, Array]:
+    """p, q and the change of the error `[O]` of a swap, from the changes `[O,I]` of either move alone."""
+    rows = jnp.arange(weight.shape[0])
+
+    def best(one: Array, others: Array) -> tuple[Array, Array]:
+        """The entry that goes best with `one [O]`, and what it then changes beside it."""
+        change = others - 2 * weight[rows, one][:, None] * weight * gram[one]
+        return jnp.argmin(change, axis=1), jnp.min(change, axis=1)
+
+    p = best(jnp.argmin(goes, axis=1), comes)[0]
+    q, beside_p = best(p, goes)
+    other_q = best(jnp.argmin(comes, axis=1), goes)[0]
+    other_p, beside_q = best(other_q, comes)
+    change, other = comes[rows, p] + beside_p, goes[rows, other_q] + beside_q
+    first = change <= other
+    return jnp.where(first, p, other_p), jnp.where(first, q, other_q), jnp.where(first, change, other)
+
+
+def _best_of_groups(weight: Array, gram: Array, comes: Array, goes: Array, size: int) -> tuple[Array, Array, Array]:
+    """As `_best_of_row`, of all pairs within a group of `size` inputs."""
+    out_dim, in_dim = weight.shape
+    members = jnp.arange(in_dim).reshape(-1, size)
+    grouped, coming, going = (values.reshape(out_dim, -1, size) for values in (weight, comes, goes))
+    shared = 2 * grouped[..., :, None] * grouped[..., None, :] * gram[members[:, :, None], members[:, None, :]]
+    change = (coming[..., :, None] + going[..., None, :] - shared).reshape(out_dim, -1)
+    best = jnp.argmin(change, axis=1)
+    group, pair = best // size**2, best % size**2
+    return group * size + pair // size, group * size + pair % size, jnp.min(change, axis=1)
