@@ -67,13 +67,20 @@ def load_config(path: str | Path | None = None, preset: str | None = None) -> Co
     tree = read_yaml(Path(path)) if path else {}
     own_preset = tree.pop("preset", "")
     preset = preset or own_preset
-    base = Config()
-    if preset:
-        if preset not in PRESETS:
-            raise InputError(f"preset {preset!r} is not known; expected one of {', '.join(PRESETS)}")
-        preset_path = config_folder() / "presets" / f"{preset}.yaml"
-        base = replace_values(base, parse_settings(read_yaml(preset_path), str(preset_path)))
+    base = replace_values(Config(), preset_settings(preset)) if preset else Config()
     return replace_values(base, parse_settings(tree, str(path)))
+
+
+def preset_settings(preset: str) -> dict[str, Any]:
+    """What a preset sets, by dotted path.
+
+    Raises:
+        InputError: an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise InputError(f"preset {preset!r} is not known; expected one of {', '.join(PRESETS)}")
+    path = config_folder() / "presets" / f"{preset}.yaml"
+    return parse_settings(read_yaml(path), str(path))
 
 
 def from_yaml(text: str, source: str = "config.yaml") -> Config:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from efx_jax.config import Config
-from efx_jax.config_io import load_config, parse_settings, read_yaml
+from efx_jax.config_io import PRESETS, load_config, parse_settings, preset_settings, read_yaml
 from efx_jax.config_values import describe, nearest, parse_value, replace_values, setting_types
 from efx_jax.errors import InputError
 from efx_jax.evaluation.protocols import ProtocolName
@@ -93,7 +93,8 @@ def read_comparison(path: Path) -> Comparison:
     """Reads a comparison; the keys are the attributes of `Comparison`, but `texts`, which stands below `evaluate`.
 
     `base` is the path of a config, from the comparison's own folder, or settings, which may name a `config` and a
-    `preset` below them. Without `runs` every method runs on every schedule.
+    `preset` below them. A method may name a `preset` below its settings too. Without `runs` every method runs on every
+    schedule.
 
     Raises:
         InputError: an unreadable file, an unknown key or name, a wrong type, nothing to measure.
@@ -140,13 +141,17 @@ def _read_base(node: Any, path: Path) -> Config:
 
 
 def _read_named(tree: Mapping[str, Any], key: str, path: Path) -> dict[str, Settings]:
-    """Settings by name."""
+    """Settings by name; those of a method over those of the preset that it may name."""
     found = _mapping(tree.get(key, {}), f"{path}: {key}")
     _refuse_names(found, f"{path}: {key}")
-    return {
-        name: parse_settings(_mapping(node, f"{path}: {key}: {name}"), f"{path}: {key}: {name}")
-        for name, node in found.items()
-    }
+    named: dict[str, Settings] = {}
+    for name, node in found.items():
+        where = f"{path}: {key}: {name}"
+        settings = _mapping(node, where)
+        preset = settings.pop("preset", "") if key == "methods" else ""
+        _refuse_unknown([_text(preset, f"{where}: preset")] if preset else [], PRESETS, f"{where}: preset")
+        named[name] = (preset_settings(preset) if preset else {}) | parse_settings(settings, where)
+    return named
 
 
 def _read_runs(

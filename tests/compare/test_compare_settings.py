@@ -9,7 +9,7 @@ import pytest
 from efx_jax.compare.grid import choose_cells, list_cells, run_name
 from efx_jax.compare.settings import read_comparison
 from efx_jax.config import Config
-from efx_jax.config_io import config_folder, load_config
+from efx_jax.config_io import config_folder, load_config, preset_settings
 from efx_jax.config_values import replace_values
 from efx_jax.errors import InputError
 
@@ -102,6 +102,16 @@ def test_the_base_is_a_config_of_its_own_under_the_same_rules(write: Write) -> N
     assert (base.prune.score, base.prune.mask_forward, base.lora.rank) == ("magnitude", "dense", 4)
 
 
+def test_a_method_may_name_a_preset_below_its_own_settings(write: Write) -> None:
+    """Over the base, and under the schedule that it meets."""
+    text = SMALL.replace("wide: {", "wide: {preset: efx, train: {learning_rate: 5e-4}, ")
+    cells = {cell.title: cell.config for cell in list_cells(read_comparison(write(text)))}
+    settings, found = preset_settings("efx"), cells["wide/post_hoc, seed 0"]
+    own = {"train.learning_rate": 5e-4, "lora.rank": 32, "prune.fractions": (1.0,)}
+    assert found == replace_values(replace_values(Config(), settings), own)
+    assert cells["wanda/post_hoc, seed 0"].prune.recovery == "none"
+
+
 def test_only_takes_methods_schedules_and_pairs(write: Write) -> None:
     cells = list_cells(read_comparison(write(SMALL)))
     for names, expected in (([], 5), (["wanda"], 2), (["during"], 2), (["wide/during", "dense"], 2)):
@@ -113,6 +123,12 @@ def test_only_takes_methods_schedules_and_pairs(write: Write) -> None:
     [
         (SMALL + "method: {}", "method is not known; the nearest is methods"),
         (SMALL.replace("score: wanda", "scroe: wanda"), "methods: wanda: prune.scroe is not a setting; the nearest is"),
+        (
+            SMALL.replace("wide: {", "wide: {preset: efxx, "),
+            "methods: wide: preset: efxx is not known; the nearest",
+        ),
+        (SMALL.replace("wide: {", "wide: {preset: [efx], "), "methods: wide: preset: expected one text"),
+        (SMALL.replace("during: {", "during: {preset: efx, "), "schedules: during: preset is not a setting"),
         (SMALL.replace("rank: 32", "rank: x"), "methods: wide: lora.rank must be an integer, found 'x'"),
         (SMALL.replace("wikitext", "[wikitext]"), "evaluate: texts: general: expected one text"),
         (SMALL.replace("texts: {general: wikitext}", "rows: 3"), "evaluate: expected tasks or texts to measure"),
