@@ -33,7 +33,8 @@ from efx_jax.config import PruneConfig, Recovery
 from efx_jax.model.spec import ModelSpec, linear_shapes, spec_from_config
 from efx_jax.pruning.blockwise import prune_event_blockwise
 from efx_jax.pruning.event import block_before, needs_gram, plan_event, prune_event, prune_one
-from efx_jax.pruning.statistics import INPUT_OF, Statistics, batch_statistics, collect_statistics
+from efx_jax.pruning.statistics import Statistics, batch_statistics, collect_statistics
+from efx_jax.training.accounting import event_flops
 from efx_jax.training.devices import find_device
 
 RECOVERIES: tuple[Recovery, ...] = ("none", "pbs", "gram_pbs", "admm")
@@ -99,22 +100,12 @@ def report(work: Work, name: str, found: Mapping[str, Any], plain: float | None)
 
 def floors(spec: ModelSpec, work: Work) -> dict[str, float]:
     """The least seconds that the event can take on an H100 or H200."""
-    tokens, shapes = work.rows * work.length, linear_shapes(spec)
-    weights = spec.num_layers * sum(math.prod(shape) for shape in shapes.values())
-    attention = 2 * work.length * spec.num_heads * spec.head_dim * spec.num_layers
-    forward = tokens * (2 * weights + attention)
+    tokens = work.rows * work.length
+    flops = event_flops(spec, work.config, RANK, tokens, work.length)
+    weights = spec.num_layers * sum(math.prod(shape) for shape in linear_shapes(spec).values())
     moved = weights * (SCORE_BYTES + SELECT_BYTES + (PBS_BYTES if work.recovery == "pbs" else 0))
-    float32 = 0.0
-    if needs_gram(work.config):
-        inputs = {INPUT_OF[name]: in_dim for name, (_, in_dim) in shapes.items()}
-        products = sum(out_dim * in_dim**2 for out_dim, in_dim in shapes.values())
-        float32 = spec.num_layers * tokens * sum(2 * in_dim**2 for in_dim in inputs.values())
-        if work.recovery == "gram_pbs":
-            float32 += spec.num_layers * 2 * RANK * products
-        else:
-            inverses = sum(7 / 3 * in_dim**3 for in_dim in inputs.values())
-            float32 += spec.num_layers * (inverses + 2 * (work.config.admm_steps + 1) * products)
-    rest = forward / MATMUL_RATE + moved / COPY_RATE
+    float32 = flops.grams + flops.surgeons
+    rest = flops.passes / MATMUL_RATE + moved / COPY_RATE
     found = {"floor_seconds": round(rest + float32 / MATMUL_RATE, 3)}
     return found | {"floor_seconds_in_float32": round(rest + float32 / FLOAT32_RATE, 3)}
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 Array = jax.Array
 _OVERSAMPLING = 8
 _PASSES = 4
-_CG_STEPS = 10
+CG_STEPS = 10
 
 _einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
 
@@ -77,7 +77,7 @@ def alternate_a(lora_a: Array, lora_b: Array, mask: Array, lost: Array, gram: Ar
     diagonal = _einsum("or,oi->ri", lora_b**2, mask.astype(jnp.float32)) * jnp.diagonal(gram)
     safe = jnp.where(diagonal > 0, diagonal, 1.0)
     start = lora_a.astype(jnp.float32)
-    return jax.scipy.sparse.linalg.cg(normal, back(lost), start, tol=0.0, maxiter=_CG_STEPS, M=lambda r: r / safe)[0]
+    return jax.scipy.sparse.linalg.cg(normal, back(lost), start, tol=0.0, maxiter=CG_STEPS, M=lambda r: r / safe)[0]
 
 
 def with_norms_of(like: Array, lora_a: Array) -> Array:

@@ -9,11 +9,17 @@ import math
 
 import jax
 
-from efx_jax.config import Config, Space
+from efx_jax.config import Config, PruneConfig, Space
 from efx_jax.model.spec import ModelSpec, linear_shapes, param_shapes
+from efx_jax.pruning.adapter_refit import CG_STEPS
+from efx_jax.pruning.event import needs_gram
+from efx_jax.pruning.statistics import INPUT_OF
 from efx_jax.structural.generator import init_generator
 from efx_jax.structural.units import units_of
 from efx_jax.training.step import has_teacher
+
+# Operations of a swap on every entry of its row: two moves alone, four searches, the update.
+_SWAP_FLOPS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +55,21 @@ class Flops:
     @property
     def total(self) -> float:
         return self.linears + self.lora + self.attention + self.head + self.recompute + self.teacher
+
+
+@dataclasses.dataclass(frozen=True)
+class EventFlops:
+    """FLOPs of one prune event.
+
+    Attributes:
+        passes: of the calibration rows through the model, and back for a score that reads gradients.
+        grams: X^T X of the inputs.
+        surgeons: what is solved on Grams in float32: SparseGPT's sweep, swaps, recovery.
+    """
+
+    passes: float
+    grams: float
+    surgeons: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +149,55 @@ def flops_per_step(spec: ModelSpec, config: Config, length: int, passes: int, ma
     tokens = config.train.batch_size * length
     per_token = flops_per_token(spec, config, length, masked).total
     return tokens * per_token + passes * flops_per_pass(spec, config, masked)
+
+
+def event_flops(spec: ModelSpec, prune: PruneConfig, rank: int, tokens: int, length: int) -> EventFlops:
+    """FLOPs of an event that calibrates on `tokens` tokens in rows of `length`.
+
+    Not counted: gradients of training batches ("lora_gradient"), the domain pass ("dpruner"), comparisons, the adapters
+    in the passes, and what multiplies no weight by a Gram (`pbs`, the spectrum of `pbs_rounds`).
+
+    Args:
+        spec: the model.
+        prune: score, budget, swaps, recovery.
+        rank: R, for `gram_pbs`.
+        tokens: real tokens of all calibration rows.
+        length: T.
+    """
+    shapes = linear_shapes(spec)
+    linears = spec.num_layers * sum(math.prod(shape) for shape in shapes.values())
+    forward = 2 * linears + 2 * length * spec.num_heads * spec.head_dim * spec.num_layers
+    per_token = forward * (1 + (prune.budget != "uniform") + prune.sequential)
+    if prune.score == "foresight_loss":
+        # Forward, every block again, the activations' gradient; logits and theirs.
+        per_token += 3 * forward + 4 * spec.vocab_size * spec.hidden_size
+    widths = {INPUT_OF[name]: in_dim for name, (_, in_dim) in shapes.items()}
+    grams = sum(2 * width**2 for width in widths.values()) if needs_gram(prune) else 0
+    return EventFlops(
+        passes=float(tokens * per_token),
+        grams=float(tokens * spec.num_layers * grams),
+        surgeons=spec.num_layers * _surgeon_flops(spec, prune, rank),
+    )
+
+
+def _surgeon_flops(spec: ModelSpec, prune: PruneConfig, rank: int) -> float:
+    """Of one block."""
+    shapes = {name: shape for name, shape in linear_shapes(spec).items() if name in prune.targets}
+    product = sum(2 * out_dim * in_dim**2 for out_dim, in_dim in shapes.values())
+    # Factor and inverse of the Gram of every input, which the linears that read it share.
+    widths = {INPUT_OF[name]: in_dim for name, (_, in_dim) in shapes.items()}
+    inverses = sum(7 / 3 * width**3 for width in widths.values())
+    flops = 0.0
+    if prune.score == "sparsegpt" or prune.recovery == "obs":
+        flops += inverses + product / 2
+    if prune.swaps:
+        flops += product + prune.swaps * _SWAP_FLOPS * sum(math.prod(shape) for shape in shapes.values())
+    if prune.recovery == "admm":
+        flops += inverses + (prune.admm_steps + 1) * product
+    if prune.recovery == "gram_pbs":
+        turns = max(0, prune.pbs_rounds - 1)
+        flops += (1 + turns) * rank * product + turns * (CG_STEPS + 1) * product
+    return flops
 
 
 def generator_parameters(spec: ModelSpec, config: Config) -> int:

@@ -12,7 +12,13 @@ from efx_jax.errors import InputError
 from efx_jax.model.spec import ModelSpec
 from efx_jax.parallel.mesh import mesh_size, mesh_sizes
 from efx_jax.parallel.partition import BATCH, axes_size
-from efx_jax.training.accounting import count_parameters, flops_per_step, flops_per_token, search_flops_per_token
+from efx_jax.training.accounting import (
+    count_parameters,
+    event_flops,
+    flops_per_step,
+    flops_per_token,
+    search_flops_per_token,
+)
 from efx_jax.training.devices import Device, find_device
 from efx_jax.training.lowered import compile_step, simulate_devices
 from efx_jax.training.measure import rows_table
@@ -66,6 +72,7 @@ def plan_text(config: Config) -> str:
         *_data_lines(data, config.model.path),
         *_training_lines(config, spec, layout, steps),
         *_event_lines(config, steps),
+        *_event_arithmetic_lines(config, spec),
     ]
     if steps == 0:
         return "\n".join([*lines, *_memory_lines(dataclasses.replace(needs, step={}), device, config)])
@@ -136,6 +143,18 @@ def _event_lines(config: Config, steps: int | None) -> list[str]:
     return _paragraph(
         "prune events", ", ".join(f"{place(event)} to {event.sparsity:.0%}" for event in events) or "none"
     )
+
+
+def _event_arithmetic_lines(config: Config, spec: ModelSpec) -> list[str]:
+    """FLOPs of one event; ATP's has none."""
+    prune = config.prune
+    if not prune.sparsity or prune.score == "atp":
+        return []
+    tokens = prune.calibration_rows * prune.calibration_length
+    flops = event_flops(spec, prune, config.lora.rank, tokens, prune.calibration_length)
+    parts = [(flops.passes, "passes over them"), (flops.grams, "Grams"), (flops.surgeons, "float32 on the Grams")]
+    text = ", ".join(f"{_number(value / 1e12)} TFLOP of {name}" for value, name in parts if value)
+    return _paragraph("an event", f"at most {tokens:,} calibration tokens: {text}")
 
 
 def _arithmetic_lines(config: Config, spec: ModelSpec, layout: Layout) -> list[str]:

@@ -5,7 +5,13 @@ import dataclasses
 import pytest
 
 from efx_jax.config import Config, LoraConfig, PruneConfig, TrainConfig
-from efx_jax.training.accounting import count_parameters, flops_per_pass, flops_per_step, flops_per_token
+from efx_jax.training.accounting import (
+    count_parameters,
+    event_flops,
+    flops_per_pass,
+    flops_per_step,
+    flops_per_token,
+)
 from efx_jax.weights.shapes import find_spec
 from tests.tiny import LLAMA
 
@@ -98,3 +104,35 @@ def test_gflops_per_token_at_2048_equal_the_derived_table(model: str, printed: t
     totals = [flops_per_token(spec, Config(train=TrainConfig(remat=r)), 2048, m).total + h for m, r, h in cases]
     digits = 0 if "." not in printed[0] else 1
     assert tuple(f"{total / 1e9:.{digits}f}" for total in totals) == printed
+
+
+# Per layer: sum of O I^2 over the seven matrices, and of I^3 over the four inputs.
+WITH_GRAM = 2 * 16 * 16**2 + 2 * 8 * 16**2 + 2 * 24 * 16**2 + 16 * 24**2
+CUBES = 3 * 16**3 + 24**3
+FORWARD = 2 * LINEARS + ATTENTION
+
+
+@pytest.mark.parametrize(
+    ("change", "passes", "surgeons"),
+    [
+        ({"score": "wanda"}, FORWARD, None),
+        ({"score": "wanda", "budget": "owl"}, 2 * FORWARD, None),
+        ({"score": "wanda", "sequential": True}, 2 * FORWARD, None),
+        ({"score": "foresight_loss", "budget": "global"}, 5 * FORWARD + 4 * HEAD, None),
+        ({"recovery": "admm", "admm_steps": 20}, FORWARD, 7 / 3 * CUBES + 21 * 2 * WITH_GRAM),
+        ({"recovery": "gram_pbs"}, FORWARD, 2 * 2 * WITH_GRAM),
+        ({"recovery": "gram_pbs", "pbs_rounds": 1}, FORWARD, 2 * 2 * WITH_GRAM),
+        ({"recovery": "gram_pbs", "pbs_rounds": 3}, FORWARD, (3 * 2 + 2 * 11) * 2 * WITH_GRAM),
+        ({"score": "sparsegpt", "recovery": "obs"}, FORWARD, 7 / 3 * CUBES + WITH_GRAM),
+        ({"score": "sparsegpt", "recovery": "admm"}, FORWARD, 14 / 3 * CUBES + 63 * WITH_GRAM),
+        ({"swaps": 5}, FORWARD, 2 * WITH_GRAM + 5 * 20 * LINEARS / 2),
+    ],
+)
+def test_an_event_costs_its_passes_its_grams_and_what_is_solved_on_them(
+    change: dict[str, object], passes: int, surgeons: float | None
+) -> None:
+    """100 tokens in rows of 8, two layers, rank 2."""
+    found = event_flops(LLAMA, PruneConfig(**change), 2, 100, 8)
+    assert found.passes == 100 * passes
+    grams = 2 * 100 * 2 * (3 * 16**2 + 24**2)
+    assert (found.grams, found.surgeons) == ((0, 0) if surgeons is None else (grams, pytest.approx(2 * surgeons)))
