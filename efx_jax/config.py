@@ -166,6 +166,9 @@ class PruneConfig:
     """Tokens per calibration batch, padding included: bounds the memory of an event."""
     sequential: bool = False
     """Prune block by block, each block seeing the pruned blocks before it."""
+    dense_path: float = 0.0
+    """With `sequential`: how far recovery aims at what each linear put out behind blocks that nothing was pruned from,
+    in [0, 1]; 0 aims at the linear as it was."""
     chunk_mib: int = 512
     """Memory that the surgeons may use for intermediate arrays, in MiB."""
 

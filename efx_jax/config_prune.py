@@ -81,6 +81,12 @@ def _pair_rules(prune: PruneConfig) -> Iterable[Rule]:
             f"0 with prune.recovery {prune.recovery}: only gram_pbs refits A",
         ),
         (
+            "prune.dense_path",
+            prune.dense_path,
+            prune.dense_path == 0 or (prune.sequential and prune.recovery in ("gram_pbs", "admm", "obs")),
+            "0 without prune.sequential and a recovery with a target (gram_pbs, admm or obs)",
+        ),
+        (
             "prune.swaps",
             prune.swaps,
             prune.swaps == 0 or not sweeps or prune.recovery != "obs",
@@ -134,6 +140,7 @@ def _range_rules(prune: PruneConfig) -> Iterable[Rule]:
         target_rule("prune.row_targets", prune.row_targets, may_be_empty=True),
         ("prune.ema", prune.ema, 0 < prune.ema <= 1, "in (0, 1]"),
         ("prune.swaps", prune.swaps, prune.swaps >= 0, "at least 0"),
+        ("prune.dense_path", prune.dense_path, 0 <= prune.dense_path <= 1, "in [0, 1]"),
         ("prune.ridge", prune.ridge, prune.ridge >= 0, "at least 0"),
         ("prune.pbs_rounds", prune.pbs_rounds, prune.pbs_rounds >= 0, "at least 0"),
         ("prune.admm_steps", prune.admm_steps, prune.admm_steps >= 1, "at least 1"),

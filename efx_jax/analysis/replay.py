@@ -81,7 +81,7 @@ def event_settings(config: PruneConfig) -> PruneConfig:
             f"prune.score {config.score}: cannot be replayed, as it reads gradients of training; expected magnitude, "
             "wanda, ria, sparsegpt or one of foresight"
         )
-    return dataclasses.replace(config, ema=1.0, merge_each_event=False, sequential=False)
+    return dataclasses.replace(config, ema=1.0, merge_each_event=False, sequential=False, dense_path=0.0)
 
 
 def replay_recovery(

@@ -15,7 +15,7 @@ from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import constrain_tree, linear_axes, split_rows
 from efx_jax.pruning.average import Memory, moves_base, moving_average, prunable
-from efx_jax.pruning.block_recovery import inverses, recover_block, weight_before
+from efx_jax.pruning.block_recovery import inverses, recover_block, recovery_targets
 from efx_jax.pruning.scores import activation_reach, matrix_score, weight_reach
 from efx_jax.pruning.selection import Counts, drop_by_counts, parse_pattern
 from efx_jax.pruning.sparsegpt import Sweep, sparsegpt_on_mesh
@@ -87,10 +87,11 @@ def prune_block(
         name: effective_weight(layer.weights[name], layer.lora_a.get(name), layer.lora_b.get(name), scale)
         for name in LINEARS
     }
+    targets = recovery_targets(layer, effective, counts, stats, config)
     swept: dict[str, Sweep] = {}
     if config.score == "sparsegpt":
         with jax.named_scope("sparsegpt"):
-            swept = _sweep_block(layer, effective, counts, stats, config)
+            swept = _sweep_block(targets if config.recovery == "obs" else effective, counts, stats, config)
         masks = {name: sweep.mask for name, sweep in swept.items()}
     else:
         with jax.named_scope("foresight"):
@@ -101,9 +102,9 @@ def prune_block(
             masks = _select(scores, counts, config)
     if config.swaps:
         with jax.named_scope("swap"):
-            masks = _swap(layer, effective, masks, stats, config)
+            masks = _swap(effective, targets, masks, stats, config)
     with jax.named_scope("recover"):
-        layer, masks = recover_block(layer, effective, masks, swept, stats, config, scale)
+        layer, masks = recover_block(layer, effective, targets, masks, swept, stats, config, scale)
     layer = dataclasses.replace(layer, masks=layer.masks | {name: pack_mask(mask) for name, mask in masks.items()})
     if config.merge_each_event:
         layer = _merge_and_redraw(layer, key, scale)
@@ -123,15 +124,19 @@ def _select(scores: dict[str, Array], counts: dict[str, Counts], config: PruneCo
 
 
 def _swap(
-    layer: Layer, effective: dict[str, Array], masks: dict[str, Array], stats: Statistics, config: PruneConfig
+    effective: dict[str, Array],
+    targets: dict[str, Array],
+    masks: dict[str, Array],
+    stats: Statistics,
+    config: PruneConfig,
 ) -> dict[str, Array]:
-    """Masks closer to the function before the event, as many entries kept in every row."""
+    """Masks under which U is closer to the targets, as many entries kept in every row."""
     swap = functools.partial(swap_mask, swaps=config.swaps, pattern=parse_pattern(config.group))
     return {
         name: split_rows(
             lambda u, mask, target, gram: swap(u, mask, gram, target=target),
             name,
-            (effective[name], mask, weight_before(layer, effective[name], name, config)),
+            (effective[name], mask, targets[name]),
             (stats.input_gram(name),),
         )
         for name, mask in masks.items()
@@ -139,26 +144,16 @@ def _swap(
 
 
 def _sweep_block(
-    layer: Layer,
-    effective: dict[str, Array],
-    counts: dict[str, Counts],
-    stats: Statistics,
-    config: PruneConfig,
+    weights: dict[str, Array], counts: dict[str, Counts], stats: Statistics, config: PruneConfig
 ) -> dict[str, Sweep]:
-    """SparseGPT's masks and weights. Where they are shipped, the sweep starts from the model before the event.
+    """SparseGPT's masks and weights. Where they are shipped, `weights` are the targets of the event.
 
-    Where only the mask is taken, from U, as for every other score: entries that an old mask has dropped may come back.
+    Where only the mask is taken, they are U, as for every other score: entries that an old mask has dropped may come
+    back.
     """
     factors = inverses(counts, stats)
-    ships = config.recovery == "obs"
     return {
-        name: sparsegpt_on_mesh(
-            name,
-            weight_before(layer, effective[name], name, config) if ships else effective[name],
-            factors[INPUT_OF[name]],
-            counts[name],
-            matrix_group(name, config),
-        )
+        name: sparsegpt_on_mesh(name, weights[name], factors[INPUT_OF[name]], counts[name], matrix_group(name, config))
         for name in counts
     }
 

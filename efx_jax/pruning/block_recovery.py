@@ -14,7 +14,7 @@ from efx_jax.model.decoder import Layer
 from efx_jax.parallel.partition import constrain_tree, split_rows
 from efx_jax.pruning.adapter_refit import alternate_a, spectral_a, with_norms_of
 from efx_jax.pruning.average import refits_base
-from efx_jax.pruning.recovery import admm_refit, gram_brain_surgeon, partial_brain_surgeon
+from efx_jax.pruning.recovery import admm_refit, dense_path_shift, gram_brain_surgeon, partial_brain_surgeon
 from efx_jax.pruning.selection import parse_pattern
 from efx_jax.pruning.sparsegpt import Inverse, Sweep, inverse_factor, obs_by_factor
 from efx_jax.pruning.statistics import INPUT_OF, INPUTS, Statistics
@@ -22,10 +22,13 @@ from efx_jax.pruning.statistics import INPUT_OF, INPUTS, Statistics
 Array = jax.Array
 _GRAM_RIDGE = 1e-3
 
+_einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+
 
 def recover_block(
     layer: Layer,
     effective: dict[str, Array],
+    targets: dict[str, Array],
     masks: dict[str, Array],
     swept: dict[str, Sweep],
     stats: Statistics,
@@ -37,6 +40,7 @@ def recover_block(
     Args:
         layer: the block before the event.
         effective: its U `[O,I]` by name.
+        targets: what to stay close to `[O,I]`, see `recovery_targets`.
         masks: the new masks `[O,I]`, True = kept.
         swept: SparseGPT's masks and weights; {} for the other scores.
         stats: the block's statistics.
@@ -49,7 +53,7 @@ def recover_block(
     if config.recovery == "none":
         return layer, masks
     if refits_base(config):
-        return _refit_base(layer, effective, masks, swept, stats, config)
+        return _refit_base(layer, targets, masks, swept, stats, config)
     lora_a, lora_b = dict(layer.lora_a), dict(layer.lora_b)
     # In an order that all processes share: each traces the program for itself.
     for name in (name for name in masks if name in lora_b):
@@ -64,14 +68,14 @@ def recover_block(
                 )
             lora_b[name] = lora_b[name] + delta / scale
             continue
-        gram, before = stats.input_gram(name), weight_before(layer, effective[name], name, config)
+        gram, target = stats.input_gram(name), targets[name]
         with jax.named_scope("gram_brain_surgeon"):
             if config.pbs_rounds:
                 base = layer.weights[name].astype(jnp.float32)
-                lora_a[name], new = _refit_adapter(name, base, lora_a[name], masks[name], gram, before, config)
+                lora_a[name], new = _refit_adapter(name, base, lora_a[name], masks[name], gram, target, config)
                 lora_b[name] = new / scale
             else:
-                delta = _gram_surgeon(name, effective[name], lora_a[name], masks[name], gram, before, config)
+                delta = _gram_surgeon(name, effective[name], lora_a[name], masks[name], gram, target, config)
                 lora_b[name] = lora_b[name] + delta / scale
     return dataclasses.replace(layer, lora_a=lora_a, lora_b=lora_b), masks
 
@@ -102,6 +106,31 @@ def _refit_adapter(
     return lora_a, lora_b
 
 
+def recovery_targets(
+    layer: Layer, effective: dict[str, Array], names: Iterable[str], stats: Statistics, config: PruneConfig
+) -> dict[str, Array]:
+    """The weights `[O,I]` whose outputs swaps, sweep and recovery stay close to.
+
+    Args:
+        layer: the block before the event.
+        effective: its U `[O,I]` by name.
+        names: the pruned linears.
+        stats: the block's statistics; with `dense_path` also `cross`.
+        config: the settings.
+    """
+    targets = {name: weight_before(layer, effective[name], name, config) for name in names}
+    if not config.dense_path:
+        return targets
+    read = dict.fromkeys(INPUT_OF[name] for name in targets)
+    with jax.named_scope("dense_path"):
+        whole = constrain_tree({source: (stats.gram[source], stats.cross[source]) for source in read})
+        shifts = {source: config.dense_path * dense_path_shift(*pair) for source, pair in whole.items()}
+        return {
+            name: split_rows(lambda w, f: w + _einsum("oi,ij->oj", w, f), name, (target,), (shifts[INPUT_OF[name]],))
+            for name, target in targets.items()
+        }
+
+
 def weight_before(layer: Layer, effective: Array, name: str, config: PruneConfig) -> Array:
     """The weight `[O,I]` that the model computed with before the event, the old mask included: what repairs aim at.
 
@@ -122,14 +151,13 @@ def weight_before(layer: Layer, effective: Array, name: str, config: PruneConfig
 
 def _refit_base(
     layer: Layer,
-    effective: dict[str, Array],
+    targets: dict[str, Array],
     masks: dict[str, Array],
     swept: dict[str, Sweep],
     stats: Statistics,
     config: PruneConfig,
 ) -> tuple[Layer, dict[str, Array]]:
     """New kept weights; the base takes them and the adapters start again at B = 0. And the masks."""
-    targets = {name: weight_before(layer, effective[name], name, config) for name in masks}
     with jax.named_scope(config.recovery):
         if config.recovery == "admm":
             refitted, masks = _admm(targets, masks, stats, config)

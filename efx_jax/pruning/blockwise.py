@@ -2,7 +2,7 @@
 
 The calibration batches stream through the model: between blocks only their hidden states are kept. With
 `config.sequential` every block sees the outputs of the pruned blocks before it (as Wanda's code does), without it those
-of the model as it was.
+of the model as it was. With `config.dense_path` the model as it was runs beside it.
 """
 
 import dataclasses
@@ -119,18 +119,22 @@ def prune_blocks(
     output = functools.partial(
         block_output, spec=spec, scale=plan.scale, compute_dtype=compute_dtype, attention_path=attention_path
     )
+    # The same rows in the model as it was; only a dense path needs them.
+    dense = [x if config.dense_path else None for x, _ in hidden]
     for index in range(spec.num_layers):
         layer, memory = block_before(plan, index)
         if index < len(done):
             pruned = done[index]
-            if not config.sequential:
-                for place, (x, real) in enumerate(hidden):
+            for place, (x, real) in enumerate(hidden):
+                if config.dense_path:
+                    dense[place] = output(dense[place], layer, mask_forward=config.mask_forward)
+                elif not config.sequential:
                     hidden[place] = output(x, layer, mask_forward=config.mask_forward), real
         else:
             total: Statistics | None = None
             # Batch by batch in its own place: these are the largest arrays of an event.
             for place, (x, real) in enumerate(hidden):
-                seen, stats = observe(x, real, layer)
+                seen, dense[place], stats = observe(x, dense[place], real, layer)
                 if not config.sequential:
                     hidden[place] = seen, real
                 total = stats if total is None else add_statistics(total, stats)
@@ -149,6 +153,7 @@ def prune_blocks(
 )
 def observe_block(
     x: Array,
+    dense: Array | None,
     real: Array,
     layer: Layer,
     spec: ModelSpec,
@@ -157,11 +162,27 @@ def observe_block(
     mask_forward: MaskForward,
     compute_dtype: Any,
     attention_path: Implementation,
-) -> tuple[Array, Statistics]:
-    """One block's output and statistics on the hidden states `[B,T,D]` that reach it."""
+) -> tuple[Array, Array | None, Statistics]:
+    """One block's outputs and statistics on the hidden states `[B,T,D]` that reach it.
+
+    Args:
+        x: hidden states.
+        dense: those behind unpruned blocks, for `Statistics.cross`, or None.
+        real: float32 `[B,T]`, 1 for real tokens.
+        layer: the block before the event.
+
+    The other arguments are those of `prune_event_blockwise`.
+
+    Returns:
+        (output for x, output for dense, statistics).
+    """
     options = dataclasses.replace(layer_options(None, mask_forward, compute_dtype), scale=scale)
-    output, taps, _ = block(x, layer, spec, options, _rope(x, spec), attend_within(None, attention_path))
-    return output, block_statistics(taps, real, gram)
+    rope, attend = _rope(x, spec), attend_within(None, attention_path)
+    output, taps, _ = block(x, layer, spec, options, rope, attend)
+    if dense is None:
+        return output, None, block_statistics(taps, real, gram)
+    dense_output, dense_taps, _ = block(dense, layer, spec, options, rope, attend)
+    return output, dense_output, block_statistics(taps, real, gram, dense_taps)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "scale", "mask_forward", "compute_dtype", "attention_path"))

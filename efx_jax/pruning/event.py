@@ -74,6 +74,8 @@ def prune_event(
             without the memory that `ema` needs, adapters to move where there are none, no importance to score by.
     """
     plan = plan_event(params, adapters, masks, state, spec, config, stats, importance)
+    if config.dense_path:
+        raise InputError("prune.dense_path: expected an event block by block; use prune_event_blockwise")
     if needs_gram(config):
         stats.input_gram(next(iter(plan.counts[0])))
     tokens = jnp.broadcast_to(stats.tokens, (spec.num_layers,))

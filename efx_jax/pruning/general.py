@@ -69,7 +69,7 @@ def general_importance(
         layer = take_block(stacked, index)
         total: Statistics | None = None
         for x, real in hidden:
-            _, stats = observe_block(x, real, layer, spec, True, 1.0, "exact", compute_dtype, attention_path)
+            _, _, stats = observe_block(x, None, real, layer, spec, True, 1.0, "exact", compute_dtype, attention_path)
             total = stats if total is None else add_statistics(total, stats)
         assert total is not None
         weights = {name: layer.weights[name] for name in names}

@@ -166,6 +166,25 @@ def gram_brain_surgeon(
     return jax.lax.map(row, (lost, mask), batch_size=min(chunk_rows or weight.shape[0], weight.shape[0]))
 
 
+def dense_path_shift(gram: Array, cross: Array, ridge: float = 0.3) -> Array:
+    """F `[I,I]` with W + W F the weight whose outputs on the inputs at hand are closest to W's behind unpruned blocks.
+
+    F = (C - G) (G + ridge diag(G))^-1, C = X_d^T X: least squares for X (W + W F)^T = X_d W^T, drawn towards W. The
+    asymmetric calibration of GPTAQ (arXiv 2504.02692), for all entries at once.
+
+    Args:
+        gram: G = X^T X `[I,I]`, X the inputs at hand.
+        cross: C = X_d^T X `[I,I]`, X_d the inputs behind unpruned blocks.
+        ridge: relative to the diagonal of G. Without it few tokens are learned by heart, and every block adds to what
+            the next one corrects.
+    """
+    diagonal = jnp.sqrt(jnp.diagonal(gram))
+    scale = jnp.where(diagonal > 0, diagonal, 1.0)
+    lower = damped(matrix_cholesky, gram / (scale[:, None] * scale[None, :]), jnp.float32(ridge))
+    drift = (cross - gram) / scale[None, :]
+    return matrix_solve(lower, drift.T).T / scale[None, :]
+
+
 def admm_update(
     weight: Array,
     mask: Array,

@@ -48,11 +48,13 @@ class Statistics:
     `energy`: sum of squares of each unit, by name: the inputs `attn_in`, `o_in`, `mlp_in`, `down_in` `[I]`, the
     projections before (`q_raw [N*H]`, `k_raw [K*H]`) and after their norm (`q`, `k`), silu(gate) as `gate_value [F]`
     and up * silu'(gate) as `gate_slope [F]`. `gram`: X^T X `[I,I]` of the four inputs, or {}. `tokens`: their number.
+    `cross`: X_d^T X `[I,I]`, X_d the same inputs behind unpruned blocks, or {}.
     """
 
     energy: dict[str, Array]
     gram: dict[str, Array]
     tokens: Array
+    cross: dict[str, Array] = struct.field(default_factory=dict)
 
     def input_norm(self, name: str) -> Array:
         """Root of the input energy of linear `name`, `[..., I]`."""
@@ -91,8 +93,17 @@ def require_tokens(tokens: Array | int) -> None:
         raise InputError("calibration: expected at least one real token, found none; check prune.calibration")
 
 
-def block_statistics(taps: Mapping[str, Array], real: Array, gram: bool) -> Statistics:
-    """Reduces one block's activations (see `efx_jax.model.decoder.block`) to sums over real tokens `[B,T]`."""
+def block_statistics(
+    taps: Mapping[str, Array], real: Array, gram: bool, dense_taps: Mapping[str, Array] | None = None
+) -> Statistics:
+    """Reduces one block's activations (see `efx_jax.model.decoder.block`) to sums over real tokens `[B,T]`.
+
+    Args:
+        taps: of the block where it stands.
+        real: float32 `[B,T]`, 1 for real tokens.
+        gram: sum Grams too.
+        dense_taps: those behind unpruned blocks, if `cross` is wanted.
+    """
 
     def energy(values: Array) -> Array:
         flat = values.astype(jnp.float32).reshape(*real.shape, -1)
@@ -103,14 +114,20 @@ def block_statistics(taps: Mapping[str, Array], real: Array, gram: bool) -> Stat
     slope = sigmoid * (1 + gate * (1 - sigmoid))
     energies = {name: energy(taps[name]) for name in (*INPUTS, "q_raw", "k_raw", "q", "k")}
     energies |= {"gate_value": energy(gate * sigmoid), "gate_slope": energy(up * slope)}
-    grams = {}
-    if gram:
-        for name in INPUTS:
-            # Products of 16-bit numbers are exact in float32: only the order of the sums differs from a float32 Gram.
-            x = taps[name] * real[..., None].astype(taps[name].dtype)
-            narrow = x.dtype.itemsize == 2
-            grams[name] = weight_gradient(x, x) if narrow else jnp.einsum("bti,btj->ij", x, x, precision="highest")
-    return Statistics(energy=energies, gram=grams, tokens=jnp.sum(real))
+
+    def products(left: Array, right: Array) -> Array:
+        # Products of 16-bit numbers are exact in float32: only the order of the sums differs from a float32 Gram.
+        right = right * real[..., None].astype(right.dtype)
+        left = left * real[..., None].astype(left.dtype)
+        narrow = right.dtype.itemsize == 2
+        return weight_gradient(left, right) if narrow else jnp.einsum("bti,btj->ij", left, right, precision="highest")
+
+    return Statistics(
+        energy=energies,
+        gram={name: products(taps[name], taps[name]) for name in INPUTS} if gram else {},
+        tokens=jnp.sum(real),
+        cross={} if dense_taps is None else {name: products(dense_taps[name], taps[name]) for name in INPUTS},
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "gram", "mask_forward", "compute_dtype", "attention_path"))

@@ -167,12 +167,13 @@ def event_flops(spec: ModelSpec, prune: PruneConfig, rank: int, tokens: int, len
     shapes = linear_shapes(spec)
     linears = spec.num_layers * sum(math.prod(shape) for shape in shapes.values())
     forward = 2 * linears + 2 * length * spec.num_heads * spec.head_dim * spec.num_layers
-    per_token = forward * (1 + (prune.budget != "uniform") + prune.sequential)
+    per_token = forward * (1 + (prune.budget != "uniform") + prune.sequential + bool(prune.dense_path))
     if prune.score == "foresight_loss":
         # Forward, every block again, the activations' gradient; logits and theirs.
         per_token += 3 * forward + 4 * spec.vocab_size * spec.hidden_size
     widths = {INPUT_OF[name]: in_dim for name, (_, in_dim) in shapes.items()}
     grams = sum(2 * width**2 for width in widths.values()) if needs_gram(prune) else 0
+    grams *= 2 if prune.dense_path else 1
     return EventFlops(
         passes=float(tokens * per_token),
         grams=float(tokens * spec.num_layers * grams),
@@ -188,6 +189,8 @@ def _surgeon_flops(spec: ModelSpec, prune: PruneConfig, rank: int) -> float:
     widths = {INPUT_OF[name]: in_dim for name, (_, in_dim) in shapes.items()}
     inverses = sum(7 / 3 * width**3 for width in widths.values())
     flops = 0.0
+    if prune.dense_path:
+        flops += inverses + product
     if prune.score == "sparsegpt" or prune.recovery == "obs":
         flops += inverses + product / 2
     if prune.swaps:

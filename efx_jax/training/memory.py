@@ -123,13 +123,14 @@ def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
     rows = -(-max(1, min(prune.calibration_rows, prune.calibration_tokens // length)) // shards)
     grams = needs_gram(prune) or prune.score == "dpruner"
     kept = prune.calibration_rows * length * spec.hidden_size * e // shards if grams or prune.sequential else 0
+    paths = 2 if prune.dense_path else 1
     entries = _linear_entries(spec, along)
     linears = sum(entries.values())
     block = linears // spec.num_layers
     return {
-        "calibration rows": kept,
+        "calibration rows": paths * kept,
         "calibration batch": block_forward_set(spec, config, dataclasses.replace(layout, length=length), rows),
-        "Grams": 2 * _FLOAT32 * sum(width**2 for width in _input_widths(spec).values()) if grams else 0,
+        "Grams": paths * 2 * _FLOAT32 * sum(width**2 for width in _input_widths(spec).values()) if grams else 0,
         # U and scores in float32, the bits that selection compares, and the mask.
         "scores": block * (3 * _FLOAT32 + 1),
         "importance": importance_bytes(config, entries, e),

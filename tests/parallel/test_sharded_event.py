@@ -38,6 +38,14 @@ BLOCKWISE = {
         PruneConfig(score=GATED, group="matrix", recovery="gram_pbs", sequential=True),
     ),
     "ADMM": ((1, 2, 4), PruneConfig(score=GATED, group="row", recovery="admm")),
+    "swaps, A and B by turns": (
+        (1, 2, 2),
+        PruneConfig(score=GATED, group="row", swaps=3, recovery="gram_pbs", pbs_rounds=2),
+    ),
+    "ADMM towards the dense path": (
+        (2, 2, 2),
+        PruneConfig(score=GATED, group="row", recovery="admm", sequential=True, dense_path=1.0),
+    ),
 }
 
 

@@ -117,6 +117,10 @@ def test_without_adapters_the_weight_itself_is_judged(llama: Any, stats: Statist
     [
         ({"recovery": "admm"}, "expected Gram matrices, found none; collect with gram=True"),
         ({"recovery": "gram_pbs"}, "expected Gram matrices, found none; collect with gram=True"),
+        (
+            {"recovery": "admm", "sequential": True, "dense_path": 1},
+            "prune.dense_path: expected an event",
+        ),
         ({"swaps": 5}, "expected Gram matrices, found none; collect with gram=True"),
         ({"sparsity": 1.0}, "prune.sparsity must be in \\[0, 1\\), found 1.0"),
         (

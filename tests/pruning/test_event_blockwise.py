@@ -11,6 +11,7 @@ import pytest
 from efx_jax.config import PruneConfig
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
+from efx_jax.model.decoder import hidden_states
 from efx_jax.pruning import block as block_module
 from efx_jax.pruning import blockwise as blockwise_module
 from efx_jax.pruning.blockwise import prune_event_blockwise
@@ -58,6 +59,33 @@ def test_block_by_block_on_the_model_as_it_was_equals_one_pass(llama: Any, recov
     blocks = prune_event_blockwise(llama.params, llama.adapters, old, llama.batches, None, llama.spec, config)
     chex.assert_trees_all_equal(whole[2], blocks[2])
     chex.assert_trees_all_close(whole[:2], blocks[:2], rtol=1e-4, atol=1e-5)
+
+
+def test_recovery_towards_the_dense_path_ends_closer_to_it(llama: Any) -> None:
+    """The first block has nothing before it to make up for; behind the last one the hidden states are closer."""
+    config = PruneConfig(score="wanda", recovery="admm", sequential=True)
+    old = random_masks(llama, TWO)
+    found = {}
+    for share in (0.0, 0.5, 1.0):
+        chosen = dataclasses.replace(config, dense_path=share)
+        found[share] = prune_event_blockwise(llama.params, llama.adapters, old, llama.batches, None, llama.spec, chosen)
+    for name in TWO:
+        chex.assert_trees_all_equal(found[0.0][0]["layers"][name][0], found[1.0][0]["layers"][name][0])
+        assert np.any(found[0.0][0]["layers"][name][1] != found[1.0][0]["layers"][name][1])
+
+    def hidden(params: Any, adapters: Any, masks: Any) -> list[np.ndarray]:
+        return [
+            np.asarray(hidden_states(params, np.asarray(batch["tokens"]), llama.spec, adapters, masks))[row, :length]
+            for batch in llama.batches
+            for row, length in enumerate(batch["lengths"])
+        ]
+
+    dense = hidden(llama.params, llama.adapters, old)
+    apart = {
+        share: sum(np.sum((a - b) ** 2) for a, b in zip(hidden(*event[:3]), dense, strict=True))
+        for share, event in found.items()
+    }
+    assert apart[1.0] < apart[0.5] < apart[0.0]
 
 
 def test_block_by_block_without_lengths_every_token_is_real(llama: Any, sequential: Any) -> None:

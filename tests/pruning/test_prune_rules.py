@@ -16,6 +16,8 @@ from efx_jax.errors import InputError
         ({"owl_lambda": -0.1}, "prune.owl_lambda must be at least 0"),
         ({"owl_multiple": 0.0}, "prune.owl_multiple must be above 0"),
         ({"score": "sparsegpt", "ema": 0.5}, "prune.ema must be 1 with prune.score sparsegpt"),
+        ({"recovery": "admm", "dense_path": 0.5}, "prune.dense_path must be 0 without prune.sequential and a recovery"),
+        ({"sequential": True, "dense_path": 1.5}, "prune.dense_path must be in"),
         ({"swaps": -1}, "prune.swaps must be at least 0, found -1"),
         ({"score": "sparsegpt", "recovery": "obs", "swaps": 9}, "prune.swaps must be 0 with prune.score sparsegpt and"),
         ({"recovery": "admm", "pbs_rounds": 2}, "prune.pbs_rounds must be 0 with prune.recovery admm: only gram_pbs"),

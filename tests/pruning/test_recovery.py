@@ -15,6 +15,7 @@ from efx_jax.pruning.recovery import (
     admm_refit,
     admm_update,
     damped,
+    dense_path_shift,
     gram_brain_surgeon,
     matrix_cholesky,
     partial_brain_surgeon,
@@ -94,6 +95,21 @@ def equation_3(problem: Problem, row: int, change: np.ndarray, ridge: float) -> 
     moved = change @ problem.lora_a
     left = np.where(problem.mask[row], moved, problem.weight[row] + moved)
     return float((left**2 * problem.energy).sum() + ridge * (change**2).sum())
+
+
+def test_the_shift_to_the_dense_path_is_ridge_regression(layer: Problem) -> None:
+    """The best W' for X W'^T = X_d W^T, drawn towards W in units of each input's norm; none where the paths are one."""
+    rng = np.random.default_rng(2)
+    dense = rounded(layer.inputs + 0.5 * rng.standard_normal(layer.inputs.shape))
+    ridge, scale = 0.3, np.sqrt(layer.energy)
+    # Rows for the pull towards W stand below the tokens'.
+    design = np.concatenate([layer.inputs, np.sqrt(ridge) * np.diag(scale)])
+    goal = np.concatenate([dense @ layer.weight.T, np.sqrt(ridge) * scale[:, None] * layer.weight.T])
+    wanted = np.linalg.lstsq(design, goal, rcond=None)[0].T
+    shift = jax.jit(dense_path_shift)
+    found = np.asarray(shift(*single(layer.gram, dense.T @ layer.inputs)), np.float64)
+    assert_close(layer.weight + layer.weight @ found, wanted)
+    np.testing.assert_array_equal(shift(*single(layer.gram, layer.gram)), 0)
 
 
 @pytest.mark.parametrize("ridge", [1e-8, 50.0])

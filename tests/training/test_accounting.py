@@ -125,6 +125,11 @@ FORWARD = 2 * LINEARS + ATTENTION
         ({"recovery": "gram_pbs", "pbs_rounds": 3}, FORWARD, (3 * 2 + 2 * 11) * 2 * WITH_GRAM),
         ({"score": "sparsegpt", "recovery": "obs"}, FORWARD, 7 / 3 * CUBES + WITH_GRAM),
         ({"score": "sparsegpt", "recovery": "admm"}, FORWARD, 14 / 3 * CUBES + 63 * WITH_GRAM),
+        (
+            {"recovery": "admm", "admm_steps": 20, "sequential": True, "dense_path": 1.0},
+            3 * FORWARD,
+            14 / 3 * CUBES + 22 * 2 * WITH_GRAM,
+        ),
         ({"swaps": 5}, FORWARD, 2 * WITH_GRAM + 5 * 20 * LINEARS / 2),
     ],
 )
@@ -134,5 +139,5 @@ def test_an_event_costs_its_passes_its_grams_and_what_is_solved_on_them(
     """100 tokens in rows of 8, two layers, rank 2."""
     found = event_flops(LLAMA, PruneConfig(**change), 2, 100, 8)
     assert found.passes == 100 * passes
-    grams = 2 * 100 * 2 * (3 * 16**2 + 24**2)
+    grams = 2 * 100 * 2 * (3 * 16**2 + 24**2) * (2 if "dense_path" in change else 1)
     assert (found.grams, found.surgeons) == ((0, 0) if surgeons is None else (grams, pytest.approx(2 * surgeons)))

@@ -37,6 +37,7 @@ EVENTS = {
         (1, 1, 1),
         PruneConfig(score="sparsegpt", group="matrix", recovery="obs", budget="owl", owl_multiple=2.0, targets=SOME),
     ),
+    "ADMM towards the dense path": ((1, 1, 1), PruneConfig(recovery="admm", sequential=True, dense_path=1.0)),
     "ADMM with memory on a mesh": ((1, 2, 2), PruneConfig(recovery="admm", ema=0.5)),
 }
 
