@@ -22,7 +22,9 @@ from rows import hide_paths
 from efx_jax.config import PruneConfig
 from efx_jax.data.tokens import Tokenized, text_windows
 from efx_jax.evaluation.perplexity import perplexity
-from efx_jax.lora import init_lora, merge
+from efx_jax.lora import Adapters, init_lora, merge
+from efx_jax.model.spec import ModelSpec
+from efx_jax.pruning.blockwise import prune_event_blockwise
 from efx_jax.pruning.event import prune_event
 from efx_jax.pruning.output_gradient import output_gradient_energy
 from efx_jax.pruning.statistics import Statistics, collect_statistics
@@ -36,6 +38,7 @@ GATED = PruneConfig(
 LOSS = dataclasses.replace(GATED, score="foresight_loss", row_targets=())
 GLOBAL = dataclasses.replace(LOSS, budget="global", budget_spread=0.3)
 SWAPPED = dataclasses.replace(GLOBAL, swaps=100, recovery="admm", admm_refine=10)
+SEQUENTIAL = dataclasses.replace(SWAPPED, swaps=0, sequential=True)
 CASES: tuple[tuple[str, PruneConfig, int], ...] = (
     ("magnitude, row", dataclasses.replace(WANDA, score="magnitude"), 8),
     ("wanda, row", WANDA, 8),
@@ -64,6 +67,17 @@ CASES: tuple[tuple[str, PruneConfig, int], ...] = (
     ("foresight_loss, bounded 0.2, global within 0.3 + swaps + admm", dataclasses.replace(SWAPPED, admm_refine=0), 8),
     ("foresight_loss, bounded 0.2, global within 0.3 + admm that refines", dataclasses.replace(SWAPPED, swaps=0), 8),
     ("foresight_loss, bounded 0.2, global within 0.3 + swaps + admm that refines", SWAPPED, 8),
+    ("foresight_loss, bounded 0.2, global within 0.3 + admm that refines, sequential", SEQUENTIAL, 8),
+    (
+        "foresight_loss, bounded 0.2, global within 0.3 + admm that refines, half towards the dense path",
+        dataclasses.replace(SEQUENTIAL, dense_path=0.5),
+        8,
+    ),
+    (
+        "foresight_loss, bounded 0.2, global within 0.3 + admm that refines, towards the dense path",
+        dataclasses.replace(SEQUENTIAL, dense_path=1.0),
+        8,
+    ),
 )
 
 
@@ -89,7 +103,12 @@ def main() -> None:
             if arguments.only and arguments.only not in name:
                 continue
             began = time.perf_counter()
-            pruned = prune_once(params, stats, importance, spec, dataclasses.replace(config, sparsity=sparsity), rank)
+            config = dataclasses.replace(config, sparsity=sparsity)
+            adapters = init_lora(jax.random.key(0), params, spec, rank=rank, alpha=2 * rank)
+            if config.sequential:
+                pruned = prune_behind(params, adapters, batches, importance, spec, config, arguments.compute_dtype)
+            else:
+                pruned = prune_once(params, adapters, stats, importance, spec, config)
             seconds = time.perf_counter() - began
             rows.append(row(name, sparsity, measure(pruned), dense, seconds, sizes))
     if arguments.out:
@@ -99,16 +118,31 @@ def main() -> None:
 
 def prune_once(
     params: dict[str, Any],
+    adapters: Adapters,
     stats: Statistics,
     importance: dict[str, jax.Array],
-    spec: Any,
+    spec: ModelSpec,
     config: PruneConfig,
-    rank: int,
 ) -> dict[str, Any]:
-    """One event on fresh adapters, merged."""
-    adapters = init_lora(jax.random.key(0), params, spec, rank=rank, alpha=2 * rank)
-    moved, changed, masks, _ = prune_event(params, adapters, None, stats, None, spec, config, importance=importance)
-    return jax.block_until_ready(merge(moved, changed, masks))
+    """One event on what the unpruned model sees, merged."""
+    event = prune_event(params, adapters, None, stats, None, spec, config, importance=importance)
+    return jax.block_until_ready(merge(*event[:3]))
+
+
+def prune_behind(
+    params: dict[str, Any],
+    adapters: Adapters,
+    batches: list[dict[str, jax.Array]],
+    importance: dict[str, jax.Array],
+    spec: ModelSpec,
+    config: PruneConfig,
+    compute_dtype: str,
+) -> dict[str, Any]:
+    """One event block by block, each behind the pruned ones, merged; its seconds have the calibration in them."""
+    event = prune_event_blockwise(
+        params, adapters, None, batches, None, spec, config, compute_dtype=compute_dtype, importance=importance
+    )
+    return jax.block_until_ready(merge(*event[:3]))
 
 
 def row(

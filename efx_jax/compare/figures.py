@@ -17,8 +17,9 @@ from efx_jax.analysis.plots import (
 )
 from efx_jax.compare.grid import axis_text
 from efx_jax.compare.records import Record
+from efx_jax.compare.rows import Row, group_rows, metric_keys, spread
 from efx_jax.compare.settings import Comparison, Drawing
-from efx_jax.compare.table import Column, Row, group_rows, metric_column, metric_keys, spread
+from efx_jax.compare.table import Column, metric_column
 from efx_jax.errors import InputError
 
 _Parts = Mapping[str, Any]

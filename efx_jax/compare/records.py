@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from efx_jax.compare.grid import Cell
+from efx_jax.compare.paired import Windows
 from efx_jax.compare.settings import Comparison
 from efx_jax.compare.work import is_finished, measurements
 from efx_jax.errors import InputError
@@ -30,6 +33,7 @@ class Record:
         intervals: 95 % bootstrap intervals of those that the evaluation gives one.
         is_whole: whether nothing is missing.
         note: why Rel.% is missing where it could be expected, or "".
+        windows: by text the nats and predicted tokens of every window.
     """
 
     cell: Cell
@@ -37,6 +41,7 @@ class Record:
     intervals: Intervals
     is_whole: bool
     note: str
+    windows: Mapping[str, Windows] = dataclasses.field(default_factory=dict)
 
 
 def read_record(comparison: Comparison, cell: Cell, runs: Path) -> Record:
@@ -46,13 +51,18 @@ def read_record(comparison: Comparison, cell: Cell, runs: Path) -> Record:
         return Record(cell, {}, {}, False, "")
     asked = measurements(comparison, cell)
     metrics, intervals = _run_metrics(cell, run), Intervals()
+    windows: dict[str, Windows] = {}
     notes = []
     for measurement in asked:
         folder, name = measurement.folder(run), measurement.name
         if not is_finished(folder):
             continue
         if measurement.is_text:
-            _take(metrics, intervals, f"perplexity.{name}", _read(folder)["perplexity"], "value", "interval")
+            text = _read(folder)["perplexity"]
+            _take(metrics, intervals, f"perplexity.{name}", text, "value", "interval")
+            # Evaluations of before the windows were told have none; a ruined model's are not finite.
+            if None not in text.get("window_nll", [None]):
+                windows[name] = Windows(np.asarray(text["window_nll"]), np.asarray(text["window_tokens"]))
             continue
         for task, result in _read(folder)["tasks"].items():
             for metric in TITLES:
@@ -67,7 +77,8 @@ def read_record(comparison: Comparison, cell: Cell, runs: Path) -> Record:
                 notes.append(found)
             else:
                 _take(metrics, intervals, f"{name}.relative", found, "value", "interval")
-    return Record(cell, metrics, intervals, all(is_finished(each.folder(run)) for each in asked), "; ".join(notes))
+    is_whole = all(is_finished(each.folder(run)) for each in asked)
+    return Record(cell, metrics, intervals, is_whole, "; ".join(notes), windows)
 
 
 def _take(metrics: Metrics, intervals: Intervals, key: str, found: Mapping[str, Any], value: str, ends: str) -> None:

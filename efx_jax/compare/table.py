@@ -5,14 +5,15 @@ import dataclasses
 import io
 import itertools
 import json
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from efx_jax.compare.grid import axis_text
 from efx_jax.compare.records import Record
+from efx_jax.compare.rows import Row, group_rows, metric_keys, spread
 from efx_jax.compare.settings import Comparison
+from efx_jax.compare.side_by_side import Ratio, ratios
 from efx_jax.evaluation.results import TITLES, markdown_table
 from efx_jax.files import atomic_write
 
@@ -34,17 +35,6 @@ _COSTS = (
     Column("tokens", "tokens", decimals=0),
 )
 _SPARSITY = Column("sparsity", "pruned %", 100)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """The seeds of a method on a schedule at one value of every axis; `asked` is the sparsity of the settings."""
-
-    method: str
-    schedule: str
-    axes: tuple[Any, ...]
-    asked: float
-    records: tuple[Record, ...]
 
 
 def write_tables(
@@ -70,55 +60,25 @@ def write_tables(
         InputError: the disk is full or the place is not writable.
     """
     rows = group_rows(records)
-    markdown = _markdown(comparison, rows, records, failures, figures)
+    beside = ratios(comparison, rows)
+    markdown = _markdown(comparison, rows, beside, records, failures, figures)
     keys = metric_keys(records)
     axes = list(comparison.axes)
     ended = {key: any(key in record.intervals for record in records) for key in keys}
     atomic_write(folder / "runs.csv", _csv(_run_line(axes, record, failures, ended) for record in records))
     atomic_write(folder / "runs.json", _json([_run_entry(axes, record, failures) for record in records]))
     atomic_write(folder / "table.csv", _csv(_row_line(axes, row, keys) for row in rows))
-    atomic_write(folder / "table.json", _json([_row_entry(axes, row) for row in rows]))
+    atomic_write(
+        folder / "table.json", _json([_row_entry(axes, row, found) for row, found in zip(rows, beside, strict=True)])
+    )
     atomic_write(folder / "table.md", markdown)
     return markdown
-
-
-def spread(row: Row, key: str) -> dict[str, Any]:
-    """A metric over the seeds of a row that have it: values, mean, standard deviation (divided by n - 1), interval.
-
-    The mean is None where a value is not finite, the deviation also where there is one value, and the interval, that of
-    the evaluation, where there are more.
-    """
-    values = [record.metrics[key] for record in row.records if key in record.metrics]
-    numbers = [value for value in values if value is not None]
-    is_finite = len(numbers) == len(values) > 0
-    intervals = [record.intervals.get(key) for record in row.records if key in record.metrics]
-    return {
-        "mean": statistics.fmean(numbers) if is_finite else None,
-        "std": statistics.stdev(numbers) if is_finite and len(numbers) > 1 else None,
-        "interval": intervals[0] if len(intervals) == 1 else None,
-        "values": values,
-    }
-
-
-def group_rows(records: Iterable[Record]) -> list[Row]:
-    """Rows in the order of their first cells."""
-    groups: dict[tuple[str, str, tuple[Any, ...], float], list[Record]] = {}
-    for record in records:
-        cell = record.cell
-        groups.setdefault((cell.method, cell.schedule, cell.axes, cell.config.prune.sparsity), []).append(record)
-    return [
-        Row(method, schedule, axes, asked, tuple(found)) for (method, schedule, axes, asked), found in groups.items()
-    ]
-
-
-def metric_keys(records: Iterable[Record]) -> list[str]:
-    """All metrics that any record has, in the order in which they come."""
-    return list(dict.fromkeys(key for record in records for key in record.metrics))
 
 
 def _markdown(
     comparison: Comparison,
     rows: Sequence[Row],
+    beside: Sequence[Mapping[str, Ratio]],
     records: Sequence[Record],
     failures: Mapping[str, str],
     figures: Mapping[str, str],
@@ -130,8 +90,39 @@ def _markdown(
     parts = [f"# {comparison.name}", _legend(comparison)]
     for title, columns in (tables or {"perplexity": texts}).items():
         parts += [f"## {title}", _table(comparison, seen, [_SPARSITY, *columns])]
+    parts += _side_by_side(comparison, rows, beside)
     parts += ["## Cost", _table(comparison, seen, _COSTS), *_pictures(figures), *_missing(records, failures, figures)]
     return "\n\n".join(parts) + "\n"
+
+
+def _side_by_side(comparison: Comparison, rows: Sequence[Row], beside: Sequence[Mapping[str, Ratio]]) -> list[str]:
+    """How many times the perplexity of dense LoRA, and of the best other method, every row has."""
+    keys = list(dict.fromkeys(key for found in beside for key in found))
+    if not keys:
+        return []
+    places = _varied_places(comparison)
+    header = ["method", "schedule", *(list(comparison.axes)[place] for place in places), "asked %", *keys]
+    lines = [
+        [*_place(row, places), *(found[key].text if key in found else "" for key in keys)]
+        for row, found in zip(rows, beside, strict=True)
+        if found
+    ]
+    legend = (
+        "Perplexity over another's on the same windows [95 % bootstrap, paired: both see the same resample of windows, "
+        "and of seeds]. The best other is the best pruned one beside this at the same sparsity and axes."
+    )
+    return ["## Side by side", legend, markdown_table(header, lines)]
+
+
+def _varied_places(comparison: Comparison) -> list[int]:
+    """Of the axes that have a column; the sparsity has one of its own."""
+    return [place for place, key in enumerate(comparison.axes) if key != "prune.sparsity"]
+
+
+def _place(row: Row, places: Sequence[int]) -> list[str]:
+    """What a line of a table begins with."""
+    axes = ["" if row.axes[place] is None else axis_text(row.axes[place]) for place in places]
+    return [row.method, row.schedule, *axes, f"{100 * row.asked:g}"]
 
 
 def _legend(comparison: Comparison) -> str:
@@ -165,15 +156,13 @@ def _task_columns(records: Sequence[Record], protocol: str) -> list[Column]:
 
 
 def _table(comparison: Comparison, rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    # The sparsity has a column of its own.
-    places = [place for place, key in enumerate(comparison.axes) if key != "prune.sparsity"]
+    places = _varied_places(comparison)
     varied = [list(comparison.axes)[place] for place in places]
     header = ["method", "schedule", *varied, "asked %", *(column.title for column in columns)]
     lines = []
     for row in rows:
-        axes = ["" if row.axes[place] is None else axis_text(row.axes[place]) for place in places]
         cells = [_cell(row, column, len(comparison.seeds)) for column in columns]
-        lines.append([row.method, row.schedule, *axes, f"{100 * row.asked:g}", *cells])
+        lines.append([*_place(row, places), *cells])
     return markdown_table(header, lines)
 
 
@@ -249,7 +238,7 @@ def _run_entry(axes: Sequence[str], record: Record, failures: Mapping[str, str])
     }
 
 
-def _row_entry(axes: Sequence[str], row: Row) -> dict[str, Any]:
+def _row_entry(axes: Sequence[str], row: Row, beside: Mapping[str, Ratio]) -> dict[str, Any]:
     return {
         "method": row.method,
         "schedule": row.schedule,
@@ -257,6 +246,7 @@ def _row_entry(axes: Sequence[str], row: Row) -> dict[str, Any]:
         "seeds": [record.cell.seed for record in row.records],
         "asked_sparsity": row.asked,
         "metrics": {key: spread(row, key) for key in metric_keys(row.records)},
+        "ratios": {key: dataclasses.asdict(ratio) for key, ratio in beside.items()},
     }
 
 
@@ -275,7 +265,7 @@ def _run_line(
 
 
 def _row_line(axes: Sequence[str], row: Row, keys: Sequence[str]) -> dict[str, Any]:
-    entry = _row_entry(axes, row)
+    entry = _row_entry(axes, row, {})
     line = {name: entry[name] for name in ("method", "schedule", "asked_sparsity")} | entry["axes"]
     line["seeds"] = sum(bool(record.metrics) for record in row.records)
     for key, which in itertools.product(keys, ("mean", "std")):

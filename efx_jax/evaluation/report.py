@@ -124,4 +124,6 @@ def _perplexity_fields(text: Perplexity) -> dict[str, Any]:
         "nll_sum": nll,
         "tokens": text.tokens,
         "windows": len(text.window_nll),
+        "window_nll": [round(float(number), 4) if math.isfinite(number) else None for number in text.window_nll],
+        "window_tokens": text.window_tokens.tolist(),
     }

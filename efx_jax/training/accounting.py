@@ -151,6 +151,13 @@ def flops_per_step(spec: ModelSpec, config: Config, length: int, passes: int, ma
     return tokens * per_token + passes * flops_per_pass(spec, config, masked)
 
 
+def calibration_length(spec: ModelSpec, config: Config) -> int:
+    """Most tokens of a calibration row."""
+    prune = config.prune
+    longest = config.data.max_length if prune.calibration == ("train",) else prune.calibration_length
+    return min(prune.calibration_length, longest, spec.max_position_embeddings)
+
+
 def event_flops(spec: ModelSpec, prune: PruneConfig, rank: int, tokens: int, length: int) -> EventFlops:
     """FLOPs of an event that calibrates on `tokens` tokens in rows of `length`.
 

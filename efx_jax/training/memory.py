@@ -16,7 +16,7 @@ from efx_jax.parallel.partition import BATCH, axes_size, linear_axes, partition
 from efx_jax.pruning.average import keeps_scores, moves_base
 from efx_jax.pruning.event import needs_gram
 from efx_jax.pruning.statistics import INPUT_OF, INPUTS
-from efx_jax.training.accounting import generator_parameters, softened_weights
+from efx_jax.training.accounting import calibration_length, generator_parameters, softened_weights
 from efx_jax.training.gradients import importance_bytes
 from efx_jax.training.step import has_teacher
 
@@ -117,8 +117,7 @@ def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
     if prune.score == "atp":
         return {"new masks": mask_bytes(spec, config, along)}
     e = _WIDTH[layout.dtype]
-    longest = config.data.max_length if prune.calibration == ("train",) else prune.calibration_length
-    length = min(prune.calibration_length, longest, spec.max_position_embeddings)
+    length = calibration_length(spec, config)
     shards = axes_size(BATCH, along)
     rows = -(-max(1, min(prune.calibration_rows, prune.calibration_tokens // length)) // shards)
     grams = needs_gram(prune) or prune.score == "dpruner"

@@ -13,6 +13,7 @@ from efx_jax.model.spec import ModelSpec
 from efx_jax.parallel.mesh import mesh_size, mesh_sizes
 from efx_jax.parallel.partition import BATCH, axes_size
 from efx_jax.training.accounting import (
+    calibration_length,
     count_parameters,
     event_flops,
     flops_per_step,
@@ -150,8 +151,9 @@ def _event_arithmetic_lines(config: Config, spec: ModelSpec) -> list[str]:
     prune = config.prune
     if not prune.sparsity or prune.score == "atp":
         return []
-    tokens = prune.calibration_rows * prune.calibration_length
-    flops = event_flops(spec, prune, config.lora.rank, tokens, prune.calibration_length)
+    length = calibration_length(spec, config)
+    tokens = prune.calibration_rows * length
+    flops = event_flops(spec, prune, config.lora.rank, tokens, length)
     parts = [(flops.passes, "passes over them"), (flops.grams, "Grams"), (flops.surgeons, "float32 on the Grams")]
     text = ", ".join(f"{_number(value / 1e12)} TFLOP of {name}" for value, name in parts if value)
     return _paragraph("an event", f"at most {tokens:,} calibration tokens: {text}")

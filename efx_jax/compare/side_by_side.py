@@ -1,0 +1,72 @@
+"""Every row of a comparison beside dense LoRA and beside the best other method, on the same windows of text."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from efx_jax.compare.paired import Windows, perplexity_ratio
+from efx_jax.compare.rows import Row, spread
+from efx_jax.compare.settings import Comparison
+from efx_jax.evaluation.scores import Interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """A perplexity over that of the row `other`, with its 95 % interval, see `perplexity_ratio`."""
+
+    value: float
+    interval: Interval | None
+    other: str
+
+    @property
+    def text(self) -> str:
+        ends = "" if self.interval is None else f" [{self.interval[0]:.3f}, {self.interval[1]:.3f}]"
+        return f"{self.value:.3f}{ends} of {self.other}"
+
+
+def ratios(comparison: Comparison, rows: Sequence[Row]) -> list[dict[str, Ratio]]:
+    """By row the ratios that can be formed: "TEXT over dense" and "TEXT over the best other".
+
+    Args:
+        comparison: names the texts and the reference.
+        rows: of the table.
+    """
+    return [
+        {
+            f"{text} over {what}": ratio
+            for text in comparison.texts
+            for what, other in (
+                (comparison.reference, _reference(comparison, row, rows)),
+                ("the best other", _best_other(text, row, rows)),
+            )
+            if other is not None and (ratio := _ratio(text, row, other)) is not None
+        }
+        for row in rows
+    ]
+
+
+def _reference(comparison: Comparison, row: Row, rows: Sequence[Row]) -> Row | None:
+    """The row of the dense runs that this row's cells refer to."""
+    wanted = {record.cell.reference for record in row.records} - {""}
+    found = (each for each in rows if wanted & {record.cell.run for record in each.records})
+    return next((each for each in found if each is not row and each.method == comparison.reference), None)
+
+
+def _best_other(text: str, row: Row, rows: Sequence[Row]) -> Row | None:
+    """The pruned row beside this one, at its sparsity and axes, with the lowest perplexity."""
+    means = {
+        number: spread(each, f"perplexity.{text}")["mean"]
+        for number, each in enumerate(rows)
+        if each is not row and row.asked > 0 and (each.asked, each.axes) == (row.asked, row.axes)
+    }
+    finite = {number: mean for number, mean in means.items() if mean is not None}
+    return rows[min(finite, key=lambda number: finite[number])] if finite else None
+
+
+def _ratio(text: str, row: Row, other: Row) -> Ratio | None:
+    found = perplexity_ratio(_windows(text, row), _windows(text, other))
+    name = f"{other.method}/{other.schedule}" if other.schedule else other.method
+    return None if found is None else Ratio(*found, name)
+
+
+def _windows(text: str, row: Row) -> Mapping[int, Windows]:
+    return {record.cell.seed: record.windows[text] for record in row.records if text in record.windows}

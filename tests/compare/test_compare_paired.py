@@ -1,0 +1,94 @@
+"""Ratios of perplexities on the same windows: against their definition, and how a table tells them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from efx_jax.compare.grid import list_cells
+from efx_jax.compare.paired import Windows, perplexity_ratio
+from efx_jax.compare.records import Record
+from efx_jax.compare.settings import read_comparison
+from efx_jax.compare.table import write_tables
+
+TOKENS = np.array([50, 80, 20, 50, 90, 60, 30, 70, 40, 10])
+GRID = """
+methods: {dense: {prune: {sparsity: 0}}, wanda: {prune: {score: wanda}}, ria: {prune: {score: ria}}}
+schedules: {during: {prune: {schedule: epochs}}}
+evaluate: {texts: {general: wikitext}}
+reference: dense
+seeds: [0, 1]
+axes: {prune.sparsity: [0.4, 0.5]}
+"""
+
+
+def windows(per_token: float, noise: np.ndarray) -> Windows:
+    return Windows(TOKENS * (per_token + noise), TOKENS)
+
+
+@pytest.fixture(scope="module")
+def hard() -> np.ndarray:
+    """What makes a window hard for every model."""
+    return np.random.default_rng(0).standard_normal(len(TOKENS))
+
+
+def test_the_ratio_is_that_of_perplexities_and_what_is_shared_cancels(hard: np.ndarray) -> None:
+    found = perplexity_ratio({0: windows(3.2, hard)}, {0: windows(3.0, hard)})
+    assert found is not None and found[1] is not None
+    np.testing.assert_allclose((found[0], *found[1]), np.exp(0.2), rtol=1e-9)
+
+
+def test_the_interval_is_that_of_a_paired_bootstrap_by_hand(hard: np.ndarray) -> None:
+    apart = np.random.default_rng(1).normal(0.1, 0.3, len(TOKENS))
+    found = perplexity_ratio({0: windows(3.0, hard + apart)}, {0: windows(3.0, hard)})
+    draws = np.random.default_rng(2).integers(0, len(TOKENS), (4000, len(TOKENS)))
+    byhand = np.exp((TOKENS * apart)[draws].sum(1) / TOKENS[draws].sum(1))
+    assert found is not None and found[1] is not None
+    assert found[0] == pytest.approx(np.exp((TOKENS * apart).sum() / TOKENS.sum()))
+    np.testing.assert_allclose(found[1], np.quantile(byhand, [0.025, 0.975]), rtol=0.02)
+
+
+def test_seeds_are_resampled_too_and_only_shared_ones_count(hard: np.ndarray) -> None:
+    """Without noise in the windows what is left of the interval is that of the seeds: their smallest and largest."""
+    found = perplexity_ratio(
+        {0: windows(3.1, hard), 1: windows(3.3, hard), 5: windows(9.0, hard)},
+        {0: windows(3.0, hard), 1: windows(3.0, hard), 4: windows(1.0, hard)},
+    )
+    assert found is not None
+    assert found[0] == pytest.approx(np.exp(0.2))
+    assert found[1] == pytest.approx((np.exp(0.1), np.exp(0.3)))
+
+
+def test_what_does_not_pair_has_no_ratio(hard: np.ndarray) -> None:
+    other = Windows(np.ones(3), np.array([5, 5, 5]))
+    assert perplexity_ratio({0: windows(3.0, hard)}, {1: windows(3.0, hard)}) is None
+    assert perplexity_ratio({0: windows(3.0, hard)}, {0: other}) is None
+    one = Windows(np.array([6.0]), np.array([2])), Windows(np.array([4.0]), np.array([2]))
+    assert perplexity_ratio({0: one[0]}, {0: one[1]}) == (pytest.approx(np.e), None)
+
+
+def test_a_table_sets_every_row_beside_dense_and_the_best_other(tmp_path: Path, hard: np.ndarray) -> None:
+    (tmp_path / "grid.yaml").write_text(GRID)
+    comparison = read_comparison(tmp_path / "grid.yaml")
+    nats = {"dense": 3.0, "wanda": 3.3, "ria": 3.2}
+    records = []
+    for cell in list_cells(comparison):
+        value = nats[cell.method] + (0.1 if cell.config.prune.sparsity == 0.5 else 0.0)
+        text = windows(value, hard)
+        perplexity = float(np.exp(text.nll.sum() / text.tokens.sum()))
+        records.append(Record(cell, {"perplexity.general": perplexity}, {}, True, "", {"general": text}))
+    table = write_tables(comparison, records, {}, {}, tmp_path)
+    assert "| method | schedule | asked % | general over dense | general over the best other |" in table
+    assert "| wanda | during | 40 | 1.350 [1.350, 1.350] of dense | 1.105 [1.105, 1.105] of ria/during |" in table
+    assert "| ria | during | 50 | 1.350 [1.350, 1.350] of dense | 0.905 [0.905, 0.905] of wanda/during |" in table
+    rows = {
+        (row["method"], row["asked_sparsity"]): row["ratios"]
+        for row in json.loads((tmp_path / "table.json").read_text())
+    }
+    assert rows["dense", 0.0] == {}
+    assert rows["ria", 0.4]["general over the best other"]["other"] == "wanda/during"
+    assert rows["ria", 0.4]["general over dense"]["value"] == pytest.approx(np.exp(0.2))
+    # Evaluations of before windows were told.
+    bare = [Record(record.cell, record.metrics, {}, True, "") for record in records]
+    assert "Side by side" not in write_tables(comparison, bare, {}, {}, tmp_path)
