@@ -139,7 +139,7 @@ class PruneConfig:
     """Damping of `pbs`, absolute; `gram_pbs` takes 1e-3 of the mean diagonal."""
     pbs_rounds: int = 0
     """With recovery "gram_pbs": how often A and B are refitted in turn, A at first from the spectrum of what is lost; 0
-    leaves A as it is."""
+    leaves A as it is. Both are found anew, so that where a mask hardly changes some of what they had learned goes."""
     admm_steps: int = 30
     admm_damping: float = 1e-2
     admm_refine: int = 0

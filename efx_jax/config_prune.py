@@ -1,5 +1,6 @@
 """Which settings of the pruning make sense, and which exclude each other."""
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterable
@@ -81,6 +82,12 @@ def _pair_rules(prune: PruneConfig) -> Iterable[Rule]:
             f"0 with prune.recovery {prune.recovery}: only gram_pbs refits A",
         ),
         (
+            "prune.mask_forward",
+            prune.mask_forward,
+            prune.pbs_rounds == 0 or prune.mask_forward != "frozen",
+            "exact, ste or dense with prune.pbs_rounds: no fit holds for what frozen computes at pruned entries",
+        ),
+        (
             "prune.dense_path",
             prune.dense_path,
             prune.dense_path == 0 or (prune.sequential and prune.recovery in ("gram_pbs", "admm", "obs")),
@@ -105,6 +112,11 @@ def _pair_rules(prune: PruneConfig) -> Iterable[Rule]:
             "uniform or owl with prune.score sparsegpt, which scores an entry after its budget is set",
         ),
     ]
+
+
+def without_recovery(prune: PruneConfig) -> PruneConfig:
+    """The same event, which only masks."""
+    return dataclasses.replace(prune, recovery="none", pbs_rounds=0, dense_path=0.0)
 
 
 def n_of_m(group: str) -> tuple[int, int] | None:
@@ -226,6 +238,7 @@ def _unit_rules(prune: PruneConfig) -> Iterable[Rule]:
         ),
         ("group", prune.group, prune.group == "row", "row, the default,", "units compete, not entries"),
         ("budget", prune.budget, prune.budget == "uniform", "uniform", "it scores no entries"),
+        ("swaps", prune.swaps, prune.swaps == 0, "0", "units compete, not entries"),
         ("ema", prune.ema, prune.ema == 1, "1", "it has one event"),
         (
             "merge_each_event",

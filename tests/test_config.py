@@ -128,6 +128,7 @@ ATP = {"prune.score": "atp", "prune.mask_forward": "frozen", "prune.schedule": "
     [
         ("prune.mask_forward", "exact", "frozen with prune.score atp: pruned units keep their adapters until"),
         ("prune.recovery", "admm", "none with prune.score atp: its adapters learn to do without"),
+        ("prune.swaps", 3, "0 with prune.score atp: units compete, not entries"),
         ("prune.group", "2:4", "row, the default, with prune.score atp: units compete, not entries"),
         ("prune.budget", "owl", "uniform with prune.score atp: it scores no entries"),
         ("prune.ema", 0.5, "1 with prune.score atp: it has one event"),

@@ -15,6 +15,7 @@ import numpy as np
 
 from efx_jax.analysis.blocks import BlockView, Model, walk
 from efx_jax.config import GRADIENT_SCORES, PruneConfig
+from efx_jax.config_prune import without_recovery
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters, effective_weight
 from efx_jax.masks import unpack_mask
@@ -146,7 +147,7 @@ def score_spreads(
     if config.score == "sparsegpt":
         raise InputError("prune.score sparsegpt: has no scores of a matrix as it stands, it moves the weights between")
     # The recovery has no part in the scores, and some need adapters.
-    plan = _plan(params, adapters, model, dataclasses.replace(config, recovery="none"))
+    plan = _plan(params, adapters, model, without_recovery(config))
     for layer, view in walk(model, layers):
         before, _ = block_before(plan, layer)
         importance = take_block(plan.importance, layer)

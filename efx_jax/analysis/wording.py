@@ -115,13 +115,14 @@ def method(config: Config) -> str:
         "fractions": f"events at {', '.join(_percent(share) for share in prune.fractions)} of training",
         "cubic": f"{prune.events} events on a cubic ramp",
     }[prune.schedule]
+    refitted = ", A too" if prune.pbs_rounds else ""
     swapped = ", exact swaps within rows" if prune.swaps else ""
     refined = ", which chooses the mask again" if prune.recovery == "admm" and prune.admm_refine else ""
     text = f" and on text of {PurePath(config.distill.text).name}" if config.distill.text else ""
     teacher = f"; taught by {_teacher(config)} where rows have no labels{text}" if config.distill.teacher else ""
     return (
         f"{adapters}; entries chosen by {_SCORES[prune.score]}{_BUDGETS[prune.budget]}{swapped}; {events}; "
-        f"{_RECOVERIES[prune.recovery]}{refined}; mask in training: {prune.mask_forward}{teacher}."
+        f"{_RECOVERIES[prune.recovery]}{refitted}{refined}; mask in training: {prune.mask_forward}{teacher}."
     )
 
 

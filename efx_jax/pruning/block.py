@@ -102,7 +102,7 @@ def prune_block(
             masks = _select(scores, counts, config)
     if config.swaps:
         with jax.named_scope("swap"):
-            masks = _swap(effective, targets, masks, stats, config)
+            masks = _swap(effective, masks, stats, config)
     with jax.named_scope("recover"):
         layer, masks = recover_block(layer, effective, targets, masks, swept, stats, config, scale)
     layer = dataclasses.replace(layer, masks=layer.masks | {name: pack_mask(mask) for name, mask in masks.items()})
@@ -124,22 +124,15 @@ def _select(scores: dict[str, Array], counts: dict[str, Counts], config: PruneCo
 
 
 def _swap(
-    effective: dict[str, Array],
-    targets: dict[str, Array],
-    masks: dict[str, Array],
-    stats: Statistics,
-    config: PruneConfig,
+    effective: dict[str, Array], masks: dict[str, Array], stats: Statistics, config: PruneConfig
 ) -> dict[str, Array]:
-    """Masks under which U is closer to the targets, as many entries kept in every row."""
+    """Masks under which less of U is lost, as many entries kept in every row.
+
+    Of U, and not of the targets of the recovery: the old mask is all that those have, and every swap would lead back.
+    """
     swap = functools.partial(swap_mask, swaps=config.swaps, pattern=parse_pattern(config.group))
     return {
-        name: split_rows(
-            lambda u, mask, target, gram: swap(u, mask, gram, target=target),
-            name,
-            (effective[name], mask, targets[name]),
-            (stats.input_gram(name),),
-        )
-        for name, mask in masks.items()
+        name: split_rows(swap, name, (effective[name], mask), (stats.input_gram(name),)) for name, mask in masks.items()
     }
 
 

@@ -109,7 +109,7 @@ def _refit_adapter(
 def recovery_targets(
     layer: Layer, effective: dict[str, Array], names: Iterable[str], stats: Statistics, config: PruneConfig
 ) -> dict[str, Array]:
-    """The weights `[O,I]` whose outputs swaps, sweep and recovery stay close to.
+    """The weights `[O,I]` whose outputs recovery stays close to.
 
     Args:
         layer: the block before the event.

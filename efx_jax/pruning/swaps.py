@@ -21,10 +21,9 @@ def swap_mask(
     mask: Array,
     gram: Array,
     swaps: int,
-    target: Array | None = None,
     pattern: tuple[int, int] | None = None,
 ) -> Array:
-    """The mask after up to `swaps` swaps in every row, each of which lowers ||r X||, r = target - mask * U.
+    """The mask after up to `swaps` swaps in every row, each of which lowers ||r X||, r = U - mask * U.
 
     With p coming back and q going, r' = r - u_p e_p + u_q e_q, so that the squared error changes by exactly
 
@@ -39,14 +38,12 @@ def swap_mask(
         mask: bool `[O,I]`, True = kept.
         gram: G = X^T X `[I,I]`.
         swaps: most swaps of a row.
-        target: `[O,I]`, the function to stay close to; U itself when None.
         pattern: (N, M) if every M consecutive inputs keep N; static.
 
     Returns:
         bool `[O,I]`; a row (a group of M) keeps as many as before.
     """
     weight = weight.astype(jnp.float32)
-    lost = (weight if target is None else target.astype(jnp.float32)) - jnp.where(mask, weight, 0.0)
     alone = weight**2 * jnp.diagonal(gram)
     rows = jnp.arange(weight.shape[0])
 
@@ -63,7 +60,7 @@ def swap_mask(
         moved = weight[rows, q][:, None] * gram[q] - weight[rows, p][:, None] * gram[p]
         return mask, lost_gram + jnp.where(gains[:, None], moved, 0.0)
 
-    return jax.lax.fori_loop(0, swaps, swap, (mask, _einsum("oi,ij->oj", lost, gram)))[0]
+    return jax.lax.fori_loop(0, swaps, swap, (mask, _einsum("oi,ij->oj", jnp.where(mask, 0.0, weight), gram)))[0]
 
 
 def _best_of_row(weight: Array, gram: Array, comes: Array, goes: Array) -> tuple[Array, Array, Array]:

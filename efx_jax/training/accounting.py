@@ -206,7 +206,8 @@ def _surgeon_flops(spec: ModelSpec, prune: PruneConfig, rank: int) -> float:
         flops += inverses + (prune.admm_steps + 1) * product
     if prune.recovery == "gram_pbs":
         turns = max(0, prune.pbs_rounds - 1)
-        flops += (1 + turns) * rank * product + turns * (CG_STEPS + 1) * product
+        # A turn of A: the right side, the first residual, the steps.
+        flops += (1 + turns) * rank * product + turns * (CG_STEPS + 2) * product
     return flops
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from efx_jax.config import Config
+from efx_jax.config_prune import without_recovery
 from efx_jax.masks import count_kept, packed_shape
 from efx_jax.model.attention import Implementation
 from efx_jax.model.decoder import Layer
@@ -60,7 +61,7 @@ def prune_run(
     """
     prune = dataclasses.replace(config.prune, sparsity=event.sparsity)
     if event.last and prune.plain_last_event:
-        prune = dataclasses.replace(prune, recovery="none", ema=1.0)
+        prune = dataclasses.replace(without_recovery(prune), ema=1.0)
     adapters, masks = state.train.adapters, state.masks or None
     importance = run_importance(config, prepared, state, event, attention_path)
     batches = calibration(config, prepared)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 
 from efx_jax.config import Config
+from efx_jax.config_prune import n_of_m
 from efx_jax.model.attention import query_block
 from efx_jax.model.spec import LINEARS, ModelSpec, linear_shapes, param_shapes
 from efx_jax.parallel.mesh import mesh_sizes
@@ -216,11 +217,13 @@ def _recovery_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -
     prune, shapes = config.prune, linear_shapes(spec)
     sweep = _sweep_bytes(spec, config, along) if prune.score == "sparsegpt" or prune.recovery == "obs" else 0
     largest = max(_shard(name, shapes[name], along) for name in prune.targets)
-    # U, what is lost and its product with the Gram, either move alone, two rows of the Gram for every row, the target.
-    swaps = largest * 8 * _FLOAT32 if prune.swaps else 0
+    # U, what is lost times the Gram, either move alone, two rows of the Gram for every row; the pairs of all groups.
+    pattern = n_of_m(prune.group)
+    swaps = largest * (8 + (4 * pattern[1] if pattern else 0)) * _FLOAT32 if prune.swaps else 0
     chosen = max(sweep, swaps)
     if prune.recovery == "gram_pbs":
-        return max(chosen, prune.chunk_mib * _MIB)
+        # With A, what is lost, its product with the Gram and the residual.
+        return max(chosen, prune.chunk_mib * _MIB + (5 * largest * _FLOAT32 if prune.pbs_rounds else 0))
     if prune.recovery == "pbs":
         return max(chosen, 2 * _FLOAT32 * config.lora.rank * max(_input_widths(spec).values()))
     if prune.recovery != "admm":

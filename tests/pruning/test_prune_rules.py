@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from efx_jax.config import Config, PruneConfig
+from efx_jax.config_prune import validate_prune, without_recovery
 from efx_jax.config_rules import validate
 from efx_jax.errors import InputError
 
@@ -21,6 +22,10 @@ from efx_jax.errors import InputError
         ({"swaps": -1}, "prune.swaps must be at least 0, found -1"),
         ({"score": "sparsegpt", "recovery": "obs", "swaps": 9}, "prune.swaps must be 0 with prune.score sparsegpt and"),
         ({"recovery": "admm", "pbs_rounds": 2}, "prune.pbs_rounds must be 0 with prune.recovery admm: only gram_pbs"),
+        (
+            {"recovery": "gram_pbs", "pbs_rounds": 2, "mask_forward": "frozen"},
+            "prune.mask_forward must be exact, ste or dense with prune.pbs_rounds",
+        ),
         (
             {"score": "sparsegpt", "group": "bounded"},
             "prune.group must be row, matrix or N:M with prune.score sparsegpt",
@@ -46,3 +51,10 @@ def test_what_excludes_itself_is_refused_with_one_line(prune: dict[str, Any], me
 )
 def test_scores_repairs_and_budgets_go_together(prune: dict[str, Any]) -> None:
     validate(Config(prune=PruneConfig(**prune)))
+
+
+@pytest.mark.parametrize("prune", [{"recovery": "gram_pbs", "pbs_rounds": 2}, {"recovery": "admm", "dense_path": 1.0}])
+def test_a_plain_last_event_is_one_that_may_be(prune: dict[str, Any]) -> None:
+    settings = PruneConfig(**prune, sequential=True, ema=0.5, plain_last_event=True)
+    validate(Config(prune=settings))
+    validate_prune(without_recovery(settings))

@@ -122,7 +122,7 @@ FORWARD = 2 * LINEARS + ATTENTION
         ({"recovery": "admm", "admm_steps": 20}, FORWARD, 7 / 3 * CUBES + 21 * 2 * WITH_GRAM),
         ({"recovery": "gram_pbs"}, FORWARD, 2 * 2 * WITH_GRAM),
         ({"recovery": "gram_pbs", "pbs_rounds": 1}, FORWARD, 2 * 2 * WITH_GRAM),
-        ({"recovery": "gram_pbs", "pbs_rounds": 3}, FORWARD, (3 * 2 + 2 * 11) * 2 * WITH_GRAM),
+        ({"recovery": "gram_pbs", "pbs_rounds": 3}, FORWARD, (3 * 2 + 2 * 12) * 2 * WITH_GRAM),
         ({"score": "sparsegpt", "recovery": "obs"}, FORWARD, 7 / 3 * CUBES + WITH_GRAM),
         ({"score": "sparsegpt", "recovery": "admm"}, FORWARD, 14 / 3 * CUBES + 63 * WITH_GRAM),
         (
