@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from efx_jax.compare.settings import Comparison, Settings
-from efx_jax.config import Config
+from efx_jax.config import Config, DistillConfig
 from efx_jax.config_rules import validate
 from efx_jax.config_values import nearest, replace_values, setting_types
 from efx_jax.errors import InputError
@@ -122,6 +122,9 @@ def _cell(comparison: Comparison, method: str, schedule: str, varied: Settings, 
 def _resolve(comparison: Comparison, method: str, schedule: str, varied: Settings, seed: int) -> Config:
     values = {**varied, **comparison.methods[method], **comparison.schedules.get(schedule, {}), "seed": seed}
     config = replace_values(comparison.base, values)
+    # Without a teacher nobody reads how it teaches, which a preset below the base may bring.
+    if not config.distill.teacher:
+        config = dataclasses.replace(config, distill=DistillConfig())
     # Where nothing is pruned no other setting of it has a say: all of them are the same run.
     return config if config.prune.sparsity else unpruned(config)
 

@@ -82,6 +82,16 @@ def test_a_dense_run_is_the_same_whatever_would_be_pruned(write: Write) -> None:
     assert len(runs) == 1
 
 
+def test_without_a_teacher_how_it_teaches_makes_no_other_run(write: Write) -> None:
+    taught = 'base: {distill: {teacher: "%s", share: 0.5, text: c4}, '
+    with_teacher, bare = (
+        {cell.run for cell in list_cells(read_comparison(write(text)))}
+        for text in (SMALL.replace("base: {", taught % "base"), SMALL.replace("base: {", taught % ""))
+    )
+    plain = {cell.run for cell in list_cells(read_comparison(write(SMALL)))}
+    assert bare == plain and len(with_teacher & plain) == 1  # dense LoRA
+
+
 def test_a_run_is_named_by_what_it_is_and_not_by_where_it_is_computed() -> None:
     name = run_name(Config())
     assert name.startswith("icd10-wanda-0.5-seed0-")
