@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from efx_jax.compare.paired import Windows, perplexity_ratio
 from efx_jax.compare.rows import Row, spread
 from efx_jax.compare.settings import Comparison
+from efx_jax.config_prune import n_of_m
 from efx_jax.evaluation.scores import Interval
 
 
@@ -52,14 +54,19 @@ def _reference(comparison: Comparison, row: Row, rows: Sequence[Row]) -> Row | N
 
 
 def _best_other(text: str, row: Row, rows: Sequence[Row]) -> Row | None:
-    """The pruned row beside this one, at its sparsity and axes, with the lowest perplexity."""
+    """The pruned row beside this one, at its sparsity, pattern and axes, with the lowest perplexity."""
     means = {
         number: spread(each, f"perplexity.{text}")["mean"]
         for number, each in enumerate(rows)
-        if each is not row and row.asked > 0 and (each.asked, each.axes) == (row.asked, row.axes)
+        if each is not row and row.asked > 0 and _kind(each) == _kind(row)
     }
     finite = {number: mean for number, mean in means.items() if mean is not None}
     return rows[min(finite, key=lambda number: finite[number])] if finite else None
+
+
+def _kind(row: Row) -> tuple[Any, ...]:
+    """What two rows must have in common to be rivals."""
+    return row.asked, row.axes, n_of_m(row.records[0].cell.config.prune.group)
 
 
 def _ratio(text: str, row: Row, other: Row) -> Ratio | None:

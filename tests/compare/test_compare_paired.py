@@ -1,5 +1,6 @@
 """Ratios of perplexities on the same windows: against their definition, and how a table tells them."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from efx_jax.compare.paired import Windows, perplexity_ratio
 from efx_jax.compare.records import Record
 from efx_jax.compare.settings import read_comparison
 from efx_jax.compare.table import write_tables
+from efx_jax.config_values import replace_values
 
 TOKENS = np.array([50, 80, 20, 50, 90, 60, 30, 70, 40, 10])
 GRID = """
@@ -89,6 +91,12 @@ def test_a_table_sets_every_row_beside_dense_and_the_best_other(tmp_path: Path, 
     assert rows["dense", 0.0] == {}
     assert rows["ria", 0.4]["general over the best other"]["other"] == "wanda/during"
     assert rows["ria", 0.4]["general over dense"]["value"] == pytest.approx(np.exp(0.2))
+    # A pattern has rivals of its own.
+    bound = []
+    for record in records:
+        config = replace_values(record.cell.config, {"prune.group": "2:4"} if record.cell.method == "ria" else {})
+        bound.append(dataclasses.replace(record, cell=dataclasses.replace(record.cell, config=config)))
+    assert "general over the best other" not in write_tables(comparison, bound, {}, {}, tmp_path)
     # Evaluations of before windows were told.
     bare = [Record(record.cell, record.metrics, {}, True, "") for record in records]
     assert "Side by side" not in write_tables(comparison, bare, {}, {}, tmp_path)
