@@ -37,8 +37,8 @@ GATED = PruneConfig(
 )
 LOSS = dataclasses.replace(GATED, score="foresight_loss", row_targets=())
 GLOBAL = dataclasses.replace(LOSS, budget="global", budget_spread=0.3)
-SWAPPED = dataclasses.replace(GLOBAL, swaps=100, recovery="admm", admm_refine=10)
-SEQUENTIAL = dataclasses.replace(SWAPPED, swaps=0, sequential=True)
+REFINED = dataclasses.replace(GLOBAL, recovery="admm", admm_refine=10)
+SEQUENTIAL = dataclasses.replace(REFINED, sequential=True)
 CASES: tuple[tuple[str, PruneConfig, int], ...] = (
     ("magnitude, row", dataclasses.replace(WANDA, score="magnitude"), 8),
     ("wanda, row", WANDA, 8),
@@ -64,9 +64,12 @@ CASES: tuple[tuple[str, PruneConfig, int], ...] = (
     ("foresight_gated, bounded 0.2, v and down by row + admm", dataclasses.replace(GATED, recovery="admm"), 8),
     ("foresight_loss, bounded 0.2, all + admm", dataclasses.replace(LOSS, recovery="admm"), 8),
     ("foresight_loss, bounded 0.2, global within 0.3 + admm", dataclasses.replace(GLOBAL, recovery="admm"), 8),
-    ("foresight_loss, bounded 0.2, global within 0.3 + swaps + admm", dataclasses.replace(SWAPPED, admm_refine=0), 8),
-    ("foresight_loss, bounded 0.2, global within 0.3 + admm that refines", dataclasses.replace(SWAPPED, swaps=0), 8),
-    ("foresight_loss, bounded 0.2, global within 0.3 + swaps + admm that refines", SWAPPED, 8),
+    (
+        "foresight_loss, bounded 0.2, global within 0.3 + swaps + admm",
+        dataclasses.replace(GLOBAL, swaps=100, recovery="admm"),
+        8,
+    ),
+    ("foresight_loss, bounded 0.2, global within 0.3 + admm that refines", REFINED, 8),
     ("foresight_loss, bounded 0.2, global within 0.3 + admm that refines, sequential", SEQUENTIAL, 8),
     (
         "foresight_loss, bounded 0.2, global within 0.3 + admm that refines, half towards the dense path",

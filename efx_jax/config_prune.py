@@ -100,6 +100,12 @@ def _pair_rules(prune: PruneConfig) -> Iterable[Rule]:
             "0 with prune.score sparsegpt and prune.recovery obs: the weights were updated for the sweep's own mask",
         ),
         (
+            "prune.swaps",
+            prune.swaps,
+            prune.swaps == 0 or prune.recovery != "admm" or prune.admm_refine == 0,
+            "0 with prune.admm_refine, whose first step chooses the entries of every row anew",
+        ),
+        (
             "prune.budget",
             prune.budget,
             prune.budget == "uniform" or n_of_m(prune.group) is None,

@@ -23,6 +23,10 @@ from efx_jax.errors import InputError
         ({"score": "sparsegpt", "recovery": "obs", "swaps": 9}, "prune.swaps must be 0 with prune.score sparsegpt and"),
         ({"recovery": "admm", "pbs_rounds": 2}, "prune.pbs_rounds must be 0 with prune.recovery admm: only gram_pbs"),
         (
+            {"recovery": "admm", "admm_refine": 9, "swaps": 9},
+            "prune.swaps must be 0 with prune.admm_refine, whose",
+        ),
+        (
             {"recovery": "gram_pbs", "pbs_rounds": 2, "mask_forward": "frozen"},
             "prune.mask_forward must be exact, ste or dense with prune.pbs_rounds",
         ),
