@@ -107,7 +107,7 @@ def flops_per_token(spec: ModelSpec, config: Config, length: int, masked: bool) 
     units = {name: _units(config, name, masked) for name in shapes}
     dense = {name: spec.num_layers * out_dim * in_dim for name, (out_dim, in_dim) in shapes.items()}
     low_rank = {name: spec.num_layers * config.lora.rank * sum(shape) for name, shape in shapes.items()}
-    attention = 2 * length * spec.num_heads * spec.head_dim * spec.num_layers
+    attention = _attention_flops(spec, length)
     recompute = 0
     if config.train.remat == "block":
         # Nobody reads a block's output in the backward pass, so that its last matmul is not computed again.
@@ -121,16 +121,26 @@ def flops_per_token(spec: ModelSpec, config: Config, length: int, masked: bool) 
         attention=3 * attention,
         head=4 * spec.vocab_size * spec.hidden_size,
         recompute=recompute,
-        teacher=_teacher_flops(spec, config, attention) if masked else 0.0,
+        teacher=_teacher_flops(spec, config, length) if masked else 0.0,
     )
 
 
-def _teacher_flops(spec: ModelSpec, config: Config, attention: int) -> float:
+def _attention_flops(spec: ModelSpec, length: int) -> int:
+    """Scores and mixing of one token of a row of `length`, forward."""
+    return 2 * length * spec.num_heads * spec.head_dim * spec.num_layers
+
+
+def _forward_flops(spec: ModelSpec, length: int) -> int:
+    """One token through all blocks of a model without adapters."""
+    linears = spec.num_layers * sum(math.prod(shape) for shape in linear_shapes(spec).values())
+    return 2 * linears + _attention_flops(spec, length)
+
+
+def _teacher_flops(spec: ModelSpec, config: Config, length: int) -> float:
     """Of one token, if the teacher is of the model's size."""
     if not has_teacher(config):
         return 0.0
-    linears = spec.num_layers * sum(math.prod(shape) for shape in linear_shapes(spec).values())
-    return 2 * linears + attention + config.distill.share * 6 * spec.vocab_size * spec.hidden_size
+    return _forward_flops(spec, length) + config.distill.share * 6 * spec.vocab_size * spec.hidden_size
 
 
 def flops_per_pass(spec: ModelSpec, config: Config, masked: bool) -> float:
@@ -158,6 +168,11 @@ def calibration_length(spec: ModelSpec, config: Config) -> int:
     return min(prune.calibration_length, longest, spec.max_position_embeddings)
 
 
+def input_widths(spec: ModelSpec) -> dict[str, int]:
+    """I of the four inputs whose statistics an event collects."""
+    return {INPUT_OF[name]: in_dim for name, (_, in_dim) in linear_shapes(spec).items()}
+
+
 def event_flops(spec: ModelSpec, prune: PruneConfig, rank: int, tokens: int, length: int) -> EventFlops:
     """FLOPs of an event that calibrates on `tokens` tokens in rows of `length`.
 
@@ -171,15 +186,12 @@ def event_flops(spec: ModelSpec, prune: PruneConfig, rank: int, tokens: int, len
         tokens: real tokens of all calibration rows.
         length: T.
     """
-    shapes = linear_shapes(spec)
-    linears = spec.num_layers * sum(math.prod(shape) for shape in shapes.values())
-    forward = 2 * linears + 2 * length * spec.num_heads * spec.head_dim * spec.num_layers
+    forward = _forward_flops(spec, length)
     per_token = forward * (1 + (prune.budget != "uniform") + prune.sequential + bool(prune.dense_path))
     if prune.score == "foresight_loss":
         # Forward, every block again, the activations' gradient; logits and theirs.
         per_token += 3 * forward + 4 * spec.vocab_size * spec.hidden_size
-    widths = {INPUT_OF[name]: in_dim for name, (_, in_dim) in shapes.items()}
-    grams = sum(2 * width**2 for width in widths.values()) if needs_gram(prune) else 0
+    grams = sum(2 * width**2 for width in input_widths(spec).values()) if needs_gram(prune) else 0
     grams *= 2 if prune.dense_path else 1
     return EventFlops(
         passes=float(tokens * per_token),
@@ -190,18 +202,18 @@ def event_flops(spec: ModelSpec, prune: PruneConfig, rank: int, tokens: int, len
 
 def _surgeon_flops(spec: ModelSpec, prune: PruneConfig, rank: int) -> float:
     """Of one block."""
-    shapes = {name: shape for name, shape in linear_shapes(spec).items() if name in prune.targets}
-    product = sum(2 * out_dim * in_dim**2 for out_dim, in_dim in shapes.values())
+    shapes = [linear_shapes(spec)[name] for name in prune.targets]
+    product = sum(2 * out_dim * in_dim**2 for out_dim, in_dim in shapes)
     # Factor and inverse of the Gram of every input, which the linears that read it share.
-    widths = {INPUT_OF[name]: in_dim for name, (_, in_dim) in shapes.items()}
-    inverses = sum(7 / 3 * width**3 for width in widths.values())
+    widths = input_widths(spec)
+    inverses = sum(7 / 3 * widths[source] ** 3 for source in {INPUT_OF[name] for name in prune.targets})
     flops = 0.0
     if prune.dense_path:
         flops += inverses + product
     if prune.score == "sparsegpt" or prune.recovery == "obs":
         flops += inverses + product / 2
     if prune.swaps:
-        flops += product + prune.swaps * _SWAP_FLOPS * sum(math.prod(shape) for shape in shapes.values())
+        flops += product + prune.swaps * _SWAP_FLOPS * sum(map(math.prod, shapes))
     if prune.recovery == "admm":
         flops += inverses + (prune.admm_steps + 1) * product
     if prune.recovery == "gram_pbs":

@@ -17,7 +17,7 @@ from efx_jax.parallel.partition import BATCH, axes_size, linear_axes, partition
 from efx_jax.pruning.average import keeps_scores, moves_base
 from efx_jax.pruning.event import needs_gram
 from efx_jax.pruning.statistics import INPUT_OF, INPUTS
-from efx_jax.training.accounting import calibration_length, generator_parameters, softened_weights
+from efx_jax.training.accounting import calibration_length, generator_parameters, input_widths, softened_weights
 from efx_jax.training.gradients import importance_bytes
 from efx_jax.training.step import has_teacher
 
@@ -130,7 +130,7 @@ def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
     return {
         "calibration rows": paths * kept,
         "calibration batch": block_forward_set(spec, config, dataclasses.replace(layout, length=length), rows),
-        "Grams": paths * 2 * _FLOAT32 * sum(width**2 for width in _input_widths(spec).values()) if grams else 0,
+        "Grams": paths * 2 * _FLOAT32 * sum(width**2 for width in input_widths(spec).values()) if grams else 0,
         # U and scores in float32, the bits that selection compares, and the mask.
         "scores": block * (3 * _FLOAT32 + 1),
         "importance": importance_bytes(config, entries, e),
@@ -225,7 +225,7 @@ def _recovery_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -
         # With A, what is lost, its product with the Gram and the residual.
         return max(chosen, prune.chunk_mib * _MIB + (5 * largest * _FLOAT32 if prune.pbs_rounds else 0))
     if prune.recovery == "pbs":
-        return max(chosen, 2 * _FLOAT32 * config.lora.rank * max(_input_widths(spec).values()))
+        return max(chosen, 2 * _FLOAT32 * config.lora.rank * max(input_widths(spec).values()))
     if prune.recovery != "admm":
         return chosen
 
@@ -234,7 +234,7 @@ def _recovery_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -
         entries = sum(_shard(name, shapes[name], along) for name in names)
         # Target, its product with the Gram, X, Y, Z and the mask; and of the input's width the Gram, what it is
         # factored from, its factor and the inverse.
-        return entries * (5 * _FLOAT32 + 1) + 4 * _FLOAT32 * _input_widths(spec)[source] ** 2 * bool(names)
+        return entries * (5 * _FLOAT32 + 1) + 4 * _FLOAT32 * input_widths(spec)[source] ** 2 * bool(names)
 
     return max(chosen, *(admm(source) for source in INPUTS))
 
@@ -294,7 +294,7 @@ def _average_entries(spec: ModelSpec, config: Config, along: Mapping[str, int], 
     if not events or prune.ema == 1 or keeps_scores(prune):
         return 0
     reach = sum(_entries(("reach", name), (shapes[name][0],), along) for name in names)
-    norms = sum(_input_widths(spec)[source] for source in {INPUT_OF[name] for name in names})
+    norms = sum(input_widths(spec)[source] for source in {INPUT_OF[name] for name in names})
     return events * (spec.num_layers * (reach + norms) + _adapter_parameters(spec, config, along))
 
 
@@ -315,9 +315,3 @@ def _entries(path: tuple[str, ...], shape: tuple[int, ...], along: Mapping[str, 
 def _widths(spec: ModelSpec) -> tuple[int, int, int]:
     """Outputs of q, of k or v, and of gate or up."""
     return spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.intermediate_size
-
-
-def _input_widths(spec: ModelSpec) -> dict[str, int]:
-    """I of the four inputs whose statistics an event collects."""
-    shapes = linear_shapes(spec)
-    return {INPUT_OF[name]: shapes[name][1] for name in LINEARS}
