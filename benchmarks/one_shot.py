@@ -22,12 +22,11 @@ from rows import hide_paths
 from efx_jax.config import PruneConfig
 from efx_jax.data.tokens import Tokenized, text_windows
 from efx_jax.evaluation.perplexity import perplexity
-from efx_jax.lora import Adapters, init_lora, merge
-from efx_jax.model.spec import ModelSpec
+from efx_jax.lora import init_lora, merge
 from efx_jax.pruning.blockwise import prune_event_blockwise
 from efx_jax.pruning.event import prune_event
 from efx_jax.pruning.output_gradient import output_gradient_energy
-from efx_jax.pruning.statistics import Statistics, collect_statistics
+from efx_jax.pruning.statistics import collect_statistics
 from efx_jax.weights.hf import load_pretrained, load_tokenizer
 
 WANDA = PruneConfig(score="wanda", group="row")
@@ -109,43 +108,19 @@ def main() -> None:
             config = dataclasses.replace(config, sparsity=sparsity)
             adapters = init_lora(jax.random.key(0), params, spec, rank=rank, alpha=2 * rank)
             if config.sequential:
-                pruned = prune_behind(params, adapters, batches, importance, spec, config, arguments.compute_dtype)
+                # Its seconds have the calibration in them.
+                dtype = arguments.compute_dtype
+                event = prune_event_blockwise(
+                    params, adapters, None, batches, None, spec, config, compute_dtype=dtype, importance=importance
+                )
             else:
-                pruned = prune_once(params, adapters, stats, importance, spec, config)
+                event = prune_event(params, adapters, None, stats, None, spec, config, importance=importance)
+            pruned = jax.block_until_ready(merge(*event[:3]))
             seconds = time.perf_counter() - began
             rows.append(row(name, sparsity, measure(pruned), dense, seconds, sizes))
     if arguments.out:
         record = {"command": "python " + " ".join([sys.argv[0], *hide_paths(sys.argv[1:])]), "rows": rows}
         Path(arguments.out).write_text(json.dumps(record, indent=1) + "\n")
-
-
-def prune_once(
-    params: dict[str, Any],
-    adapters: Adapters,
-    stats: Statistics,
-    importance: dict[str, jax.Array],
-    spec: ModelSpec,
-    config: PruneConfig,
-) -> dict[str, Any]:
-    """One event on what the unpruned model sees, merged."""
-    event = prune_event(params, adapters, None, stats, None, spec, config, importance=importance)
-    return jax.block_until_ready(merge(*event[:3]))
-
-
-def prune_behind(
-    params: dict[str, Any],
-    adapters: Adapters,
-    batches: list[dict[str, jax.Array]],
-    importance: dict[str, jax.Array],
-    spec: ModelSpec,
-    config: PruneConfig,
-    compute_dtype: str,
-) -> dict[str, Any]:
-    """One event block by block, each behind the pruned ones, merged; its seconds have the calibration in them."""
-    event = prune_event_blockwise(
-        params, adapters, None, batches, None, spec, config, compute_dtype=compute_dtype, importance=importance
-    )
-    return jax.block_until_ready(merge(*event[:3]))
 
 
 def row(

@@ -68,9 +68,11 @@ def write_tables(
     atomic_write(folder / "runs.csv", _csv(_run_line(axes, record, failures, ended) for record in records))
     atomic_write(folder / "runs.json", _json([_run_entry(axes, record, failures) for record in records]))
     atomic_write(folder / "table.csv", _csv(_row_line(axes, row, keys) for row in rows))
-    atomic_write(
-        folder / "table.json", _json([_row_entry(axes, row, found) for row, found in zip(rows, beside, strict=True)])
-    )
+    entries = [
+        _row_entry(axes, row) | {"ratios": {key: dataclasses.asdict(ratio) for key, ratio in found.items()}}
+        for row, found in zip(rows, beside, strict=True)
+    ]
+    atomic_write(folder / "table.json", _json(entries))
     atomic_write(folder / "table.md", markdown)
     return markdown
 
@@ -238,7 +240,7 @@ def _run_entry(axes: Sequence[str], record: Record, failures: Mapping[str, str])
     }
 
 
-def _row_entry(axes: Sequence[str], row: Row, beside: Mapping[str, Ratio]) -> dict[str, Any]:
+def _row_entry(axes: Sequence[str], row: Row) -> dict[str, Any]:
     return {
         "method": row.method,
         "schedule": row.schedule,
@@ -246,7 +248,6 @@ def _row_entry(axes: Sequence[str], row: Row, beside: Mapping[str, Ratio]) -> di
         "seeds": [record.cell.seed for record in row.records],
         "asked_sparsity": row.asked,
         "metrics": {key: spread(row, key) for key in metric_keys(row.records)},
-        "ratios": {key: dataclasses.asdict(ratio) for key, ratio in beside.items()},
     }
 
 
@@ -265,7 +266,7 @@ def _run_line(
 
 
 def _row_line(axes: Sequence[str], row: Row, keys: Sequence[str]) -> dict[str, Any]:
-    entry = _row_entry(axes, row, {})
+    entry = _row_entry(axes, row)
     line = {name: entry[name] for name in ("method", "schedule", "asked_sparsity")} | entry["axes"]
     line["seeds"] = sum(bool(record.metrics) for record in row.records)
     for key, which in itertools.product(keys, ("mean", "std")):
