@@ -4,17 +4,15 @@ Both aim at min ||(mask * (B A) - E) G^(1/2)||, where E `[O,I]` separates the fu
 base. B has a closed form for every A (`efx_jax.pruning.recovery.gram_brain_surgeon`).
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
+
+from efx_jax.pruning.einsum import einsum
 
 Array = jax.Array
 _OVERSAMPLING = 8
 _PASSES = 4
 CG_STEPS = 10
-
-_einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
 
 
 def spectral_a(lost: Array, gram: Array, lora_a: Array) -> Array:
@@ -37,16 +35,16 @@ def spectral_a(lost: Array, gram: Array, lora_a: Array) -> Array:
 
     def image(basis: Array) -> Array:
         """E G E^T Q `[O,k]`."""
-        return _einsum("oi,ik->ok", lost, _einsum("ij,jk->ik", gram, _einsum("oi,ok->ik", lost, basis)))
+        return einsum("oi,ik->ok", lost, einsum("ij,jk->ik", gram, einsum("oi,ok->ik", lost, basis)))
 
     def turn(_: int, basis: Array) -> Array:
         return jnp.linalg.qr(image(basis))[0]
 
     basis = jax.lax.fori_loop(0, _PASSES, turn, jnp.linalg.qr(start)[0])
-    inner = _einsum("ok,ol->kl", basis, image(basis))
+    inner = einsum("ok,ol->kl", basis, image(basis))
     # In ascending order of their eigenvalues.
     leading = jnp.linalg.eigh((inner + inner.T) / 2)[1][:, ::-1][:, :rank]
-    found = _einsum("ok,kr,oi->ri", basis, leading, lost)
+    found = einsum("ok,kr,oi->ri", basis, leading, lost)
     # A narrow matrix has fewer directions than the adapter: the others stay as they are.
     found = jnp.concatenate([found, lora_a.astype(jnp.float32)[found.shape[0] :]])
     return with_norms_of(lora_a, found)
@@ -69,12 +67,12 @@ def alternate_a(lora_a: Array, lora_b: Array, mask: Array, lost: Array, gram: Ar
     """
 
     def back(outputs: Array) -> Array:
-        return _einsum("or,oi->ri", lora_b, jnp.where(mask, _einsum("oi,ij->oj", outputs, gram), 0.0))
+        return einsum("or,oi->ri", lora_b, jnp.where(mask, einsum("oi,ij->oj", outputs, gram), 0.0))
 
     def normal(a: Array) -> Array:
-        return back(jnp.where(mask, _einsum("or,ri->oi", lora_b, a), 0.0))
+        return back(jnp.where(mask, einsum("or,ri->oi", lora_b, a), 0.0))
 
-    diagonal = _einsum("or,oi->ri", lora_b**2, mask.astype(jnp.float32)) * jnp.diagonal(gram)
+    diagonal = einsum("or,oi->ri", lora_b**2, mask.astype(jnp.float32)) * jnp.diagonal(gram)
     safe = jnp.where(diagonal > 0, diagonal, 1.0)
     start = lora_a.astype(jnp.float32)
     return jax.scipy.sparse.linalg.cg(normal, back(lost), start, tol=0.0, maxiter=CG_STEPS, M=lambda r: r / safe)[0]

@@ -14,6 +14,7 @@ from efx_jax.model.decoder import Layer
 from efx_jax.parallel.partition import constrain_tree, split_rows
 from efx_jax.pruning.adapter_refit import alternate_a, spectral_a, with_norms_of
 from efx_jax.pruning.average import refits_base
+from efx_jax.pruning.einsum import einsum
 from efx_jax.pruning.recovery import admm_refit, dense_path_shift, gram_brain_surgeon, partial_brain_surgeon
 from efx_jax.pruning.selection import parse_pattern
 from efx_jax.pruning.sparsegpt import Inverse, Sweep, inverse_factor, obs_by_factor
@@ -21,8 +22,6 @@ from efx_jax.pruning.statistics import INPUT_OF, INPUTS, Statistics
 
 Array = jax.Array
 _GRAM_RIDGE = 1e-3
-
-_einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
 
 
 def recover_block(
@@ -126,7 +125,7 @@ def recovery_targets(
         whole = constrain_tree({source: (stats.gram[source], stats.cross[source]) for source in read})
         shifts = {source: config.dense_path * dense_path_shift(*pair) for source, pair in whole.items()}
         return {
-            name: split_rows(lambda w, f: w + _einsum("oi,ij->oj", w, f), name, (target,), (shifts[INPUT_OF[name]],))
+            name: split_rows(lambda w, f: w + einsum("oi,ij->oj", w, f), name, (target,), (shifts[INPUT_OF[name]],))
             for name, target in targets.items()
         }
 

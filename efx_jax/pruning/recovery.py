@@ -4,18 +4,16 @@ The surgeons return the change in units of scale * B, so that U + delta_b @ lora
 caller divides by the scale once. Every solve is float32 at the highest matmul precision.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from efx_jax.pruning.einsum import einsum
 from efx_jax.pruning.selection import lowest, score_bits
 
 Array = jax.Array
 _TRIES = 6
-
-_einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
 
 
 @jax.custom_batching.sequential_vmap
@@ -42,7 +40,7 @@ def row_cholesky(matrix: Array) -> Array:
     rows = jnp.arange(matrix.shape[0])
 
     def column(k: Array, lower: Array) -> Array:
-        left = matrix[:, k] - _einsum("rs,s->r", lower, lower[k])
+        left = matrix[:, k] - einsum("rs,s->r", lower, lower[k])
         return lower.at[:, k].set(jnp.where(rows >= k, left / jnp.sqrt(left[k]), 0.0))
 
     return jax.lax.fori_loop(0, matrix.shape[0], column, jnp.zeros_like(matrix))
@@ -94,6 +92,13 @@ def damped(factorise: Callable[[Array], Array], matrix: Array, damping: Array) -
     return jax.lax.while_loop(failed, retry, (jnp.int32(0), damping, factor(damping)))[2]
 
 
+def unit_diagonal(gram: Array) -> tuple[Array, Array]:
+    """G `[I,I]` with its inputs scaled to a norm of 1 (one that is always 0 stays), and the norms `[I]`."""
+    diagonal = jnp.sqrt(jnp.diagonal(gram))
+    scale = jnp.where(diagonal > 0, diagonal, 1.0)
+    return gram / (scale[:, None] * scale[None, :]), scale
+
+
 def partial_brain_surgeon(weight: Array, lora_a: Array, mask: Array, input_energy: Array, ridge: float = 1e-8) -> Array:
     """Partial Brain Surgeon (paper eqs. 3 and 4): db = -(e D A^T) (A D A^T + ridge I)^-1 per row, D = diag(energy).
 
@@ -113,11 +118,11 @@ def partial_brain_surgeon(weight: Array, lora_a: Array, mask: Array, input_energ
     weight, lora_a = weight.astype(jnp.float32), lora_a.astype(jnp.float32)
     weighted_a = lora_a * input_energy
     # The r x r system is the same for every row: one Cholesky factor serves all.
-    lower = damped(row_cholesky, _einsum("ri,si->rs", weighted_a, lora_a), jnp.float32(ridge))
+    lower = damped(row_cholesky, einsum("ri,si->rs", weighted_a, lora_a), jnp.float32(ridge))
 
     def row(weight_row: Array, mask_row: Array) -> Array:
         pruned = jnp.where(mask_row, 0.0, weight_row)
-        return -row_solve(lower, _einsum("ri,i->r", weighted_a, pruned))
+        return -row_solve(lower, einsum("ri,i->r", weighted_a, pruned))
 
     return jax.vmap(row)(weight, mask)
 
@@ -155,9 +160,9 @@ def gram_brain_surgeon(
     def row(operands: tuple[Array, Array]) -> Array:
         lost_row, mask_row = operands
         masked_a = jnp.where(mask_row, lora_a, 0.0)
-        a_gram = _einsum("ri,ij->rj", masked_a, gram)
-        system = _einsum("rj,sj->rs", a_gram, masked_a)
-        rhs = _einsum("rj,j->r", a_gram, lost_row)
+        a_gram = einsum("ri,ij->rj", masked_a, gram)
+        system = einsum("rj,sj->rs", a_gram, masked_a)
+        rhs = einsum("rj,j->r", a_gram, lost_row)
         mean = jnp.trace(system) / rank
         lower = damped(row_cholesky, system, ridge * mean)
         # A row that keeps nothing A can reach has a zero system and nothing to solve for.
@@ -178,9 +183,8 @@ def dense_path_shift(gram: Array, cross: Array, ridge: float = 0.3) -> Array:
         ridge: relative to the diagonal of G. Without it few tokens are learned by heart, and every block adds to what
             the next one corrects.
     """
-    diagonal = jnp.sqrt(jnp.diagonal(gram))
-    scale = jnp.where(diagonal > 0, diagonal, 1.0)
-    lower = damped(matrix_cholesky, gram / (scale[:, None] * scale[None, :]), jnp.float32(ridge))
+    unit, scale = unit_diagonal(gram)
+    lower = damped(matrix_cholesky, unit, jnp.float32(ridge))
     drift = (cross - gram) / scale[None, :]
     return matrix_solve(lower, drift.T).T / scale[None, :]
 
@@ -240,14 +244,13 @@ def admm_refit(
     Returns:
         The new weight `[O,I]`, float32, exactly 0 where pruned, and the mask, bool `[O,I]`.
     """
-    diagonal = jnp.sqrt(jnp.diagonal(gram))
-    scale = jnp.where(diagonal > 0, diagonal, 1.0)
+    unit, scale = unit_diagonal(gram)
     identity = jnp.eye(gram.shape[0], dtype=jnp.float32)
-    gram = gram / (scale[:, None] * scale[None, :]) + damping * identity
+    gram = unit + damping * identity
     goal = (weight if target is None else target).astype(jnp.float32) * scale
     rho = 1.0
     inverse = matrix_solve(damped(matrix_cholesky, gram, jnp.float32(rho)), identity)
-    goal_gram = _einsum("oi,ij->oj", goal, gram)
+    goal_gram = einsum("oi,ij->oj", goal, gram)
     dropped = jnp.sum(~mask, axis=1, keepdims=True, dtype=jnp.int32)
 
     def choose(wanted: Array) -> Array:
@@ -260,7 +263,7 @@ def admm_refit(
     def step(x: Array, y: Array, mask: Array) -> tuple[Array, Array]:
         z = jnp.where(mask, x + y, 0.0)
         y = y + x - z
-        return _einsum("oi,ij->oj", goal_gram + rho * (z - y), inverse), y
+        return einsum("oi,ij->oj", goal_gram + rho * (z - y), inverse), y
 
     def choosing_step(_: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         mask = choose(state[0] + state[1])

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from efx_jax.errors import InputError
 from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import linear_axes
+from efx_jax.pruning.einsum import einsum
 from efx_jax.pruning.recovery import damped, matrix_cholesky
 from efx_jax.pruning.selection import (
     SLAB,
@@ -34,8 +35,6 @@ Pick = Callable[[Array, Array], Array]
 """Maps the importance `[O,n]` of n columns that are decided together, and the first one's index, to what stays."""
 
 DAMPING = 0.01
-
-_einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
 
 
 class Inverse(NamedTuple):
@@ -254,7 +253,7 @@ def _sweep_slab(state: Sweep, factor: Array, pick: Pick, first: Array, width: in
 
     slab, errors = jax.lax.fori_loop(0, width // together, stretch, (slab, jnp.zeros_like(slab.weight)))
     slab = slab._replace(weight=jnp.where(slab.mask, slab.weight, 0.0))
-    state = state._replace(weight=state.weight - _einsum("oi,ij->oj", errors, rows))
+    state = state._replace(weight=state.weight - einsum("oi,ij->oj", errors, rows))
     return Sweep(
         *(
             jax.lax.dynamic_update_slice_in_dim(whole, part, first, axis=1)

@@ -4,16 +4,14 @@ Local search of SparseSwaps (arXiv 2512.10922) on the Gram, with the kept weight
 after.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
+
+from efx_jax.pruning.einsum import einsum
 
 Array = jax.Array
 # Of what the two entries add to the error alone; less is rounding, and would be swapped to and fro.
 _LEAST_GAIN = 1e-6
-
-_einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
 
 
 def swap_mask(
@@ -60,7 +58,7 @@ def swap_mask(
         moved = weight[rows, q][:, None] * gram[q] - weight[rows, p][:, None] * gram[p]
         return mask, lost_gram + jnp.where(gains[:, None], moved, 0.0)
 
-    return jax.lax.fori_loop(0, swaps, swap, (mask, _einsum("oi,ij->oj", jnp.where(mask, 0.0, weight), gram)))[0]
+    return jax.lax.fori_loop(0, swaps, swap, (mask, einsum("oi,ij->oj", jnp.where(mask, 0.0, weight), gram)))[0]
 
 
 def _best_of_row(weight: Array, gram: Array, comes: Array, goes: Array) -> tuple[Array, Array, Array]:

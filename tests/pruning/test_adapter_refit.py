@@ -9,6 +9,7 @@ import pytest
 
 from efx_jax.pruning.adapter_refit import alternate_a, spectral_a, with_norms_of
 from efx_jax.pruning.recovery import gram_brain_surgeon
+from tests.pruning.oracles import correlated_inputs, single
 
 OUT, IN, RANK, TOKENS = 24, 16, 3, 90
 
@@ -16,8 +17,7 @@ OUT, IN, RANK, TOKENS = 24, 16, 3, 90
 @pytest.fixture(scope="module")
 def inputs() -> np.ndarray:
     """Correlated inputs `[tokens,I]`."""
-    rng = np.random.default_rng(5)
-    return rng.standard_normal((TOKENS, IN)) @ (rng.standard_normal((IN, IN)) + np.eye(IN))
+    return correlated_inputs(5, TOKENS, IN)
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,6 @@ def old_a() -> np.ndarray:
     return np.random.default_rng(7).standard_normal((RANK, IN))
 
 
-def f32(*arrays: np.ndarray) -> list[jax.Array]:
-    return [jnp.asarray(array if array.dtype == bool else array.astype(np.float32)) for array in arrays]
-
-
 def error(product: np.ndarray, lost: np.ndarray, inputs: np.ndarray) -> float:
     return float((((product - lost) @ inputs.T) ** 2).sum())
 
@@ -42,7 +38,7 @@ def test_the_spectrum_gives_the_best_product_of_that_rank(
     lost: np.ndarray, inputs: np.ndarray, old_a: np.ndarray
 ) -> None:
     """No B A of rank R is closer to E on the inputs than the truncated SVD of E X^T (Eckart and Young)."""
-    found = np.asarray(jax.jit(spectral_a)(*f32(lost, inputs.T @ inputs, old_a)), np.float64)
+    found = np.asarray(jax.jit(spectral_a)(*single(lost, inputs.T @ inputs, old_a)), np.float64)
     seen = found @ inputs.T
     lora_b = np.linalg.lstsq(seen.T, (lost @ inputs.T).T, rcond=None)[0].T
     values = np.linalg.svd(lost @ inputs.T, compute_uv=False)
@@ -55,7 +51,7 @@ def test_more_rank_than_the_error_has_keeps_the_other_rows(inputs: np.ndarray) -
     """Two outputs have two directions; rows of A beyond the spectrum stay the old ones."""
     rng = np.random.default_rng(8)
     old, lost = rng.standard_normal((5, IN)), rng.standard_normal((2, IN))
-    found = np.asarray(jax.jit(spectral_a)(*f32(lost, inputs.T @ inputs, old)))
+    found = np.asarray(jax.jit(spectral_a)(*single(lost, inputs.T @ inputs, old)))
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found[2:], old[2:], rtol=1e-6)
     coefficients = np.linalg.lstsq(found[:2].T.astype(np.float64), lost.T, rcond=None)[0]
@@ -73,7 +69,7 @@ def test_a_by_turns_is_least_squares_under_the_mask(lost: np.ndarray, inputs: np
     flat = design.reshape(OUT * TOKENS, RANK * IN)
     best = np.linalg.lstsq(flat, (lost @ inputs.T).reshape(-1), rcond=None)[0].reshape(RANK, IN)
     turn = jax.jit(alternate_a)
-    rest = f32(lora_b, mask, lost, inputs.T @ inputs)
+    rest = single(lora_b, mask, lost, inputs.T @ inputs)
     found, errors = jnp.asarray(old_a, jnp.float32), []
     for _ in range(4):
         errors.append(error(np.where(mask, lora_b @ np.asarray(found), 0.0), lost, inputs))
@@ -86,7 +82,7 @@ def test_a_by_turns_is_least_squares_under_the_mask(lost: np.ndarray, inputs: np
 
 def test_rows_take_norms_and_rows_of_zeros_come_back(old_a: np.ndarray) -> None:
     new = np.array([[2.0] * IN, [0.0] * IN, [-3.0] * IN])
-    found = np.asarray(with_norms_of(*f32(old_a, new)))
+    found = np.asarray(with_norms_of(*single(old_a, new)))
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), np.linalg.norm(old_a, axis=1), rtol=1e-5)
     np.testing.assert_allclose(found[1], old_a[1], rtol=1e-6)
 
@@ -98,10 +94,12 @@ def test_every_round_leaves_less(lost: np.ndarray, inputs: np.ndarray, old_a: np
     solve = jax.jit(gram_brain_surgeon)
 
     def best_b(lora_a: jax.Array) -> jax.Array:
-        return solve(*f32(zero), lora_a, *f32(mask, gram), 1e-3, None, *f32(lost))
+        return solve(*single(zero), lora_a, *single(mask, gram), 1e-3, None, *single(lost))
 
-    lora_a = [*f32(old_a), spectral_a(*f32(lost, gram, old_a))]
+    lora_a = [*single(old_a), spectral_a(*single(lost, gram, old_a))]
     for _ in range(2):
-        lora_a.append(with_norms_of(*f32(old_a), alternate_a(lora_a[-1], best_b(lora_a[-1]), *f32(mask, lost, gram))))
+        lora_a.append(
+            with_norms_of(*single(old_a), alternate_a(lora_a[-1], best_b(lora_a[-1]), *single(mask, lost, gram)))
+        )
     found = [error(np.where(mask, np.asarray(best_b(a) @ a), 0.0), lost, inputs) for a in lora_a]
     assert all(late < early for early, late in itertools.pairwise(found)), found

@@ -22,6 +22,7 @@ from efx_jax.pruning.recovery import (
     row_cholesky,
     row_solve,
 )
+from tests.pruning.oracles import single
 
 OUT, IN, RANK, TOKENS = 12, 16, 3, 80
 
@@ -68,10 +69,6 @@ def layer() -> Problem:
         mask=rng.random((OUT, IN)) < 0.5,
         inputs=rounded(rng.standard_normal((TOKENS, IN)) @ mixing),
     )
-
-
-def single(*arrays: np.ndarray) -> list[jax.Array]:
-    return [jnp.asarray(array if array.dtype == bool else array.astype(np.float32)) for array in arrays]
 
 
 def assert_close(found: jax.Array, wanted: np.ndarray, share: float = 1e-4) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from efx_jax.pruning.swaps import swap_mask
+from tests.pruning.oracles import correlated_inputs
 
 OUT, IN, TOKENS = 10, 12, 60
 swap = jax.jit(swap_mask, static_argnames="pattern")
@@ -16,8 +17,7 @@ swap = jax.jit(swap_mask, static_argnames="pattern")
 @pytest.fixture(scope="module")
 def inputs() -> np.ndarray:
     """Correlated inputs `[tokens,I]`."""
-    rng = np.random.default_rng(3)
-    return rng.standard_normal((TOKENS, IN)) @ (rng.standard_normal((IN, IN)) + np.eye(IN))
+    return correlated_inputs(3, TOKENS, IN)
 
 
 @pytest.fixture(scope="module")
