@@ -18,6 +18,23 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collecti
 MAPPINGS = Path("/proc/self/maps")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--first-cases`: what the second Python of .ci/run needs, as versions differ by function and not by case."""
+    parser.addoption("--first-cases", action="store_true", help="of a parametrized test run the first case alone")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out every case but the first of a test; `trylast`: of those that no mark leaves out."""
+    if not config.getoption("--first-cases"):
+        return
+    first: dict[str, pytest.Item] = {}
+    for item in items:
+        first.setdefault(item.nodeid.partition("[")[0], item)
+    config.hook.pytest_deselected(items=[item for item in items if item is not first[item.nodeid.partition("[")[0]]])
+    items[:] = first.values()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs() -> Iterator[None]:
     """Every compiled program maps some memory, and a process that has 65,530 mappings (Linux) dies in the compiler."""
