@@ -18,6 +18,8 @@ Score = Literal[
 Recovery = Literal["none", "pbs", "gram_pbs", "admm", "obs"]
 Budget = Literal["uniform", "owl", "global"]
 MaskForward = Literal["exact", "ste", "frozen", "dense"]
+# Whose next tokens the loss of `foresight_loss` is of.
+GradientLabels = Literal["text", "model"]
 # Scores that read an importance of every entry, computed from gradients of training batches.
 GRADIENT_SCORES: tuple[Score, ...] = ("lora_gradient", "dpruner")
 # Which units ATP prunes, see `efx_jax.structural.units`.
@@ -144,6 +146,12 @@ class PruneConfig:
     admm_damping: float = 1e-2
     admm_refine: int = 0
     """The first of these steps, in which every row chooses again which entries it keeps, as many as before."""
+    gradient_labels: GradientLabels = "text"
+    """With score "foresight_loss": the next tokens that the loss is of, those of the text (the empirical Fisher
+    information) or some drawn from what the "model" predicts (the Fisher information)."""
+    reach_shrink: float = 0.0
+    """With score "foresight_loss": how far the squared gradient by each output is drawn towards the mean of its matrix,
+    in [0, 1]; 1 leaves one number for every matrix."""
     gradient_batches: int = 16
     """With score "lora_gradient": training batches of whose mean loss the adapters' gradient is taken at an event."""
     domain_steps: int = 0
@@ -161,6 +169,8 @@ class PruneConfig:
     others."""
     calibration_rows: int = 128
     """Of all of them together."""
+    survey_rows: int = 0
+    """Most of those that the gradients of "foresight_loss" and the budgets, passes of their own, read; 0: all."""
     calibration_length: int = 2048
     calibration_tokens: int = 4096
     """Tokens per calibration batch, padding included: bounds the memory of an event."""

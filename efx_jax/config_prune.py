@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, get_args
 
-from efx_jax.config import Budget, MaskForward, PruneConfig, Recovery, Score, TrainConfig
+from efx_jax.config import Budget, GradientLabels, MaskForward, PruneConfig, Recovery, Score, TrainConfig
 from efx_jax.errors import InputError
 
 Rule = tuple[str, object, bool, str]
@@ -52,6 +52,7 @@ def _choice_rules(prune: PruneConfig) -> Iterable[Rule]:
         ("recovery", prune.recovery, Recovery),
         ("budget", prune.budget, Budget),
         ("mask_forward", prune.mask_forward, MaskForward),
+        ("gradient_labels", prune.gradient_labels, GradientLabels),
     ]
     return [
         (f"prune.{name}", value, value in get_args(kind), f"one of {', '.join(get_args(kind))}")
@@ -125,6 +126,11 @@ def without_recovery(prune: PruneConfig) -> PruneConfig:
     return dataclasses.replace(prune, recovery="none", pbs_rounds=0, dense_path=0.0)
 
 
+def surveyed_rows(prune: PruneConfig) -> int:
+    """Calibration rows of the passes that only gradients and budgets need."""
+    return min(prune.survey_rows or prune.calibration_rows, prune.calibration_rows)
+
+
 def n_of_m(group: str) -> tuple[int, int] | None:
     """N and M of a comparison group "N:M" (N of M consecutive inputs stay), None for any other text."""
     match = re.fullmatch(r"(\d+):(\d+)", group)
@@ -163,6 +169,7 @@ def _range_rules(prune: PruneConfig) -> Iterable[Rule]:
         ("prune.pbs_rounds", prune.pbs_rounds, prune.pbs_rounds >= 0, "at least 0"),
         ("prune.admm_steps", prune.admm_steps, prune.admm_steps >= 1, "at least 1"),
         ("prune.admm_refine", prune.admm_refine, 0 <= prune.admm_refine < prune.admm_steps, "from 0 to admm_steps - 1"),
+        ("prune.reach_shrink", prune.reach_shrink, 0 <= prune.reach_shrink <= 1, "in [0, 1]"),
         ("prune.admm_damping", prune.admm_damping, prune.admm_damping >= 0, "at least 0"),
     ]
     if pattern:
@@ -187,6 +194,7 @@ def _calibration_rules(prune: PruneConfig) -> Iterable[Rule]:
             "train, files or names, each once",
         ),
         ("prune.calibration_rows", prune.calibration_rows, prune.calibration_rows >= 1, "at least 1"),
+        ("prune.survey_rows", prune.survey_rows, prune.survey_rows >= 0, "at least 0"),
         ("prune.calibration_length", prune.calibration_length, prune.calibration_length >= 1, "at least 1"),
         ("prune.calibration_tokens", prune.calibration_tokens, prune.calibration_tokens >= 1, "at least 1"),
         ("prune.gradient_batches", prune.gradient_batches, prune.gradient_batches >= 1, "at least 1"),

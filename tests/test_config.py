@@ -48,6 +48,8 @@ def test_settings_cannot_be_changed_in_place():
         ("prune.domain_loss_scale", 0.0),
         ("prune.general_weight", -0.1),
         ("prune.calibration_rows", 0),
+        ("prune.survey_rows", -1),
+        ("prune.reach_shrink", 1.5),
         ("lora.rank", 0),
         ("lora.alpha", 0.0),
         ("lora.dropout", 1.0),

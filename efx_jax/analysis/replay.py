@@ -170,7 +170,13 @@ def _plan(params: Mapping[str, Any], adapters: Adapters | None, model: Model, co
         names = prunable(params["layers"], config)
         with jax.default_matmul_precision("highest"):
             importance = output_gradient_energy(
-                params, rows, model.spec, adapters, names=names, compute_dtype="float32"
+                params,
+                rows,
+                model.spec,
+                adapters,
+                names=names,
+                compute_dtype="float32",
+                key=jax.random.key(0) if config.gradient_labels == "model" else None,
             )
     return plan_event(params, adapters, None, None, model.spec, config, stats, importance)
 

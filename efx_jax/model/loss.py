@@ -106,6 +106,32 @@ def _nll_and_gradient(
     return over(jax.lax.psum, nll, batch), over(jax.lax.psum, entropy, batch), d_hidden
 
 
+def draw_tokens(hidden: Array, head: Array, key: Array, compute_dtype: Any = None) -> Array:
+    """A next token for every position, drawn from what the model predicts there; some hundred positions at a time.
+
+    Args:
+        hidden: final-normed hidden states `[B,T,D]`.
+        head: output embedding `[V,D]`.
+        key: PRNG key.
+        compute_dtype: dtype of the matmul operands; None takes the head's.
+
+    Returns:
+        int32 `[B,T]`.
+    """
+    dtype = head.dtype if compute_dtype is None else jnp.dtype(compute_dtype)
+    count = hidden.shape[0] * hidden.shape[1]
+    states = jnp.pad(hidden.reshape(count, -1), ((0, -count % _CHUNK_TOKENS), (0, 0))).astype(dtype)
+    states = states.reshape(-1, _CHUNK_TOKENS, states.shape[-1])
+
+    def chunk(operands: tuple[Array, Array]) -> Array:
+        key, x = operands
+        logits = jnp.einsum("td,vd->tv", x, head.astype(dtype), preferred_element_type=jnp.float32)
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+
+    drawn = jax.lax.map(chunk, (jax.random.split(key, len(states)), states))
+    return drawn.reshape(-1)[:count].reshape(hidden.shape[:2])
+
+
 def by_chunks(
     chunk: Callable[..., tuple[Array, Array]],
     weights: Array,

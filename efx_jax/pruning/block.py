@@ -16,7 +16,7 @@ from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import constrain_tree, linear_axes, split_rows
 from efx_jax.pruning.average import Memory, moves_base, moving_average, prunable
 from efx_jax.pruning.block_recovery import inverses, recover_block, recovery_targets
-from efx_jax.pruning.scores import activation_reach, matrix_score, weight_reach
+from efx_jax.pruning.scores import activation_reach, loss_reach, matrix_score, weight_reach
 from efx_jax.pruning.selection import Counts, drop_by_counts, parse_pattern
 from efx_jax.pruning.sparsegpt import Sweep, sparsegpt_on_mesh
 from efx_jax.pruning.statistics import INPUT_OF, Statistics
@@ -45,7 +45,7 @@ def block_scores(
     elif config.score == "foresight_gated":
         reach = activation_reach(effective, layer.weights, stats, spec)
     elif config.score == "foresight_loss":
-        reach = {name: jnp.sqrt(importance[name]) for name in names}
+        reach = {name: loss_reach(importance[name], config.reach_shrink) for name in names}
     else:
         reach = {name: jnp.ones(effective[name].shape[0], jnp.float32) for name in names}
     if config.score in GRADIENT_SCORES:

@@ -11,7 +11,7 @@ from efx_jax.config import MaskForward, Remat
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
 from efx_jax.model.decoder import head_weight, hidden_states
-from efx_jax.model.loss import cross_entropy
+from efx_jax.model.loss import cross_entropy, draw_tokens
 from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.parallel.partition import constrain_tree
 from efx_jax.pruning.statistics import real_tokens, tokens_and_lengths
@@ -31,12 +31,14 @@ def output_gradient_energy(
     compute_dtype: Any = None,
     remat: Remat = "block",
     attention_path: Implementation = "xla",
+    key: Array | None = None,
 ) -> dict[str, Array]:
     """Sum over tokens of (d nll / d y_to)^2 of every output y_o of the linears, all real tokens predicted.
 
     The square root is the nu of `foresight_loss`: what the paper's nu approximates by the next matrix, taken through
     everything that follows. With the input's second moment it is the diagonal of the Fisher information of a weight,
-    factored as in K-FAC (arXiv 1503.05671).
+    factored as in K-FAC (arXiv 1503.05671): of the empirical one with the tokens of the text, and on average of the
+    Fisher information itself with tokens that the model draws (arXiv 1905.12558 on the difference).
 
     Args:
         params: the base.
@@ -49,15 +51,28 @@ def output_gradient_energy(
         compute_dtype: dtype of the matmul operands; the sums are float32 in any case.
         remat: what the backward pass computes again.
         attention_path: see `efx_jax.model.attention.choose_attention`.
+        key: PRNG key by which the predicted tokens are drawn from what the model expects; None: those of the text.
 
     Returns:
         name -> float32 `[L,O]`.
     """
     total = {name: jnp.zeros(params["layers"][name].shape[:2], jnp.float32) for name in names}
-    for batch in batches:
+    for index, batch in enumerate(batches):
         tokens, lengths = tokens_and_lengths(batch)
+        drawn_by = None if key is None else jax.random.fold_in(key, index)
         total = _add_energy(
-            total, params, adapters, masks, tokens, lengths, spec, mask_forward, compute_dtype, remat, attention_path
+            total,
+            params,
+            adapters,
+            masks,
+            tokens,
+            lengths,
+            drawn_by,
+            spec,
+            mask_forward,
+            compute_dtype,
+            remat,
+            attention_path,
         )
     return total
 
@@ -74,6 +89,7 @@ def _add_energy(
     masks: Mapping[str, Array] | None,
     tokens: Array,
     lengths: Array,
+    key: Array | None,
     spec: ModelSpec,
     mask_forward: MaskForward,
     compute_dtype: Any,
@@ -94,9 +110,14 @@ def _add_energy(
             frozen=True,
             probes=probes,
         )
+        head = head_weight(params)
+        if key is None:
+            targets = jnp.roll(tokens, -1, axis=1)
+        else:
+            targets = draw_tokens(jax.lax.stop_gradient(hidden), head, key, compute_dtype)
         # The last token of a row has nothing to predict.
         weights = real_tokens(tokens, lengths - 1)
-        return cross_entropy(hidden, head_weight(params), jnp.roll(tokens, -1, axis=1), weights, compute_dtype)[0]
+        return cross_entropy(hidden, head, targets, weights, compute_dtype)[0]
 
     energy = jax.grad(loss)(jax.tree.map(jnp.zeros_like, total))
     return constrain_tree(jax.tree.map(jnp.add, total, energy))

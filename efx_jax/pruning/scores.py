@@ -156,6 +156,15 @@ def activation_reach(
     }
 
 
+def loss_reach(energy: Array, shrink: float) -> Array:
+    """nu `[O]` of one matrix from the energy of the gradients by its outputs, `output_gradient_energy` `[O]`.
+
+    nu_o^2 = (1 - shrink) energy_o + shrink mean_o energy. Some outputs owe their energy to a few tokens of a small
+    calibration set, and where training follows, an output that matters less now will matter again.
+    """
+    return jnp.sqrt((1 - shrink) * energy + shrink * jnp.mean(energy))
+
+
 def _spread_over_queries(per_kv_head: Array, group: int) -> Array:
     """`[K,H]` -> `[N*H]`: each key/value head serves G query heads."""
     return jnp.repeat(per_kv_head, group, axis=0).reshape(-1)

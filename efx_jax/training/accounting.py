@@ -10,6 +10,7 @@ import math
 import jax
 
 from efx_jax.config import Config, PruneConfig, Space
+from efx_jax.config_prune import surveyed_rows
 from efx_jax.model.spec import ModelSpec, linear_shapes, param_shapes
 from efx_jax.pruning.adapter_refit import CG_STEPS
 from efx_jax.pruning.event import needs_gram
@@ -187,10 +188,13 @@ def event_flops(spec: ModelSpec, prune: PruneConfig, rank: int, tokens: int, len
         length: T.
     """
     forward = _forward_flops(spec, length)
-    per_token = forward * (1 + (prune.budget != "uniform") + prune.sequential + bool(prune.dense_path))
+    per_token: float = forward * (1 + prune.sequential + bool(prune.dense_path))
+    surveyed = forward * (prune.budget != "uniform")
     if prune.score == "foresight_loss":
-        # Forward, every block again, the activations' gradient; logits and theirs.
-        per_token += 3 * forward + 4 * spec.vocab_size * spec.hidden_size
+        # Forward, every block again, the activations' gradient; logits and theirs, and once more to draw from them.
+        logits = 2 * spec.vocab_size * spec.hidden_size
+        surveyed += 3 * forward + logits * (2 + (prune.gradient_labels == "model"))
+    per_token += surveyed * surveyed_rows(prune) / prune.calibration_rows
     grams = sum(2 * width**2 for width in input_widths(spec).values()) if needs_gram(prune) else 0
     grams *= 2 if prune.dense_path else 1
     return EventFlops(

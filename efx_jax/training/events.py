@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from efx_jax.config import Config
-from efx_jax.config_prune import without_recovery
+from efx_jax.config_prune import surveyed_rows, without_recovery
 from efx_jax.masks import count_kept, packed_shape
 from efx_jax.model.attention import Implementation
 from efx_jax.model.decoder import Layer
@@ -67,7 +67,8 @@ def prune_run(
     batches = calibration(config, prepared)
     spec, dtype = prepared.spec, config.model.compute_dtype
     if prune.sequential or needs_gram(prune) or state.prune.score:
-        stats = budget_statistics(state.params, adapters, masks, batches, spec, prune, dtype, attention_path)
+        surveyed = calibration(config, prepared, surveyed_rows(prune))
+        stats = budget_statistics(state.params, adapters, masks, surveyed, spec, prune, dtype, attention_path)
         plan = plan_event(state.params, adapters, masks, state.prune, spec, prune, stats, importance)
         result = _resumable(plan, state.params, batches, dtype, attention_path, folder)
         outcome = assemble(state.params, adapters, plan.state, result, packed=True)

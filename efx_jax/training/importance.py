@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 
 from efx_jax.config import Config
+from efx_jax.config_prune import surveyed_rows
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
 from efx_jax.parallel.mesh import make_mesh
@@ -39,13 +40,13 @@ def run_importance(
 ) -> dict[str, Array] | None:
     """The importance that the run's score reads at an event, see `prune_event`; None if it reads none.
 
-    `foresight_loss` takes the calibration rows. The batches of the other scores are those that training would take
-    next, a pure function of the seed and the event's step.
+    `foresight_loss` takes calibration rows, `survey_rows` of them. The batches of the other scores are those that
+    training would take next, a pure function of the seed and the event's step.
     """
     if not reads_importance(config.prune):
         return None
     if config.prune.score == "foresight_loss":
-        return _run_output_gradients(config, prepared, state, attention_path)
+        return _run_output_gradients(config, prepared, state, event, attention_path)
     mesh, rows = make_mesh(config.mesh), prepared.train
 
     def batches(count: int) -> Iterator[Batch]:
@@ -64,12 +65,13 @@ def run_importance(
 
 
 def _run_output_gradients(
-    config: Config, prepared: Prepared, state: RunState, attention_path: Implementation
+    config: Config, prepared: Prepared, state: RunState, event: Event, attention_path: Implementation
 ) -> dict[str, Array]:
     """Energies `[L,O]` of the gradients by the linears' outputs, on the model as it computes before the event."""
+    drawn = config.prune.gradient_labels == "model"
     return output_gradient_energy(
         state.params,
-        calibration(config, prepared),
+        calibration(config, prepared, surveyed_rows(config.prune)),
         prepared.spec,
         state.train.adapters,
         state.masks or None,
@@ -78,6 +80,7 @@ def _run_output_gradients(
         compute_dtype=config.model.compute_dtype,
         remat=config.train.remat,
         attention_path=attention_path,
+        key=jax.random.fold_in(jax.random.key(config.seed), event.step) if drawn else None,
     )
 
 

@@ -82,12 +82,18 @@ def prepare(config: Config, mesh: Mesh) -> Prepared:
     return Prepared(params, spec, tokenizer, data, train, windows, pools, adapters, teacher)
 
 
-def calibration(config: Config, prepared: Prepared) -> list[Batch]:
-    """The calibration batches: the same at every event, so that scores of different events compare."""
+def calibration(config: Config, prepared: Prepared, rows: int | None = None) -> list[Batch]:
+    """The calibration batches: the same at every event, so that scores of different events compare.
+
+    Args:
+        config: the settings.
+        prepared: the sequences to draw from.
+        rows: how many; None: `prune.calibration_rows`.
+    """
     prune = config.prune
     length = min(prune.calibration_length, prepared.spec.max_position_embeddings)
     shards = config.mesh.data * config.mesh.fsdp
-    share, rest = divmod(prune.calibration_rows, len(prepared.pools))
+    share, rest = divmod(prune.calibration_rows if rows is None else rows, len(prepared.pools))
     return [
         batch
         for index, pool in enumerate(prepared.pools)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from efx_jax.model.loss import cross_entropy
+from efx_jax.model.loss import cross_entropy, draw_tokens
 
 V, D = 37, 8
 Arrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -80,3 +80,21 @@ def test_bfloat16_operands_keep_float32_sums() -> None:
     rounded = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in (hidden, head)]
     exact = plain(*rounded, targets, weights)
     np.testing.assert_allclose((nll, entropy), exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_tokens_are_drawn_as_often_as_the_model_expects_them(dtype: str | None) -> None:
+    """Two positions in turn, 4,000 draws of each, in the last of eight chunks fewer than the chunk has places."""
+    hidden, head, _, _ = draw(1, 2, 1.0)
+    rows, repeats = 8, 500
+    many = jnp.tile(hidden, (rows, repeats, 1))
+    found = draw_tokens(many, head, jax.random.key(3), dtype)
+    assert found.shape == (rows, 2 * repeats) and found.dtype == jnp.int32
+    expected = jax.nn.softmax(jnp.einsum("td,vd->tv", hidden[0], head, precision="highest"))
+    for place in range(2):
+        seen = np.bincount(np.asarray(found)[:, place::2].reshape(-1), minlength=V) / (rows * repeats)
+        spread = np.sqrt(np.asarray(expected[place]) / (rows * repeats))
+        # Thirty-seven comparisons; a share in bfloat16 is off by a hundredth of itself.
+        assert np.all(np.abs(seen - expected[place]) < 4 * spread + (0.02 if dtype else 1e-3) * expected[place] + 3e-4)
+    again = draw_tokens(many, head, jax.random.key(4), dtype)
+    assert np.any(np.asarray(again) != found)

@@ -82,6 +82,32 @@ def test_the_energy_adds_up_over_the_tokens_of_a_row(params: Tree) -> None:
     np.testing.assert_allclose(found["down_proj"][-1], expected, rtol=1e-4, atol=1e-6 * expected.max())
 
 
+def test_with_drawn_tokens_the_energy_is_the_fisher_information(params: Tree) -> None:
+    """The first of two tokens, in 2,048 rows: on average sum_v p_v (d log p_v / d y_o)^2, whatever the second is."""
+    first, names = 5, ("v_proj", "gate_proj", "down_proj")
+    biases = {f"{name}_bias": jnp.zeros(params["layers"][name].shape[:2]) for name in names}
+
+    @jax.jit
+    def log_probs(biases: Tree) -> jax.Array:
+        biased = {**params, "layers": params["layers"] | biases}
+        return jax.nn.log_softmax(forward(biased, jnp.asarray([[first]]), SPEC)[0, 0])
+
+    gradients, probs = jax.jacrev(log_probs)(biases), np.exp(np.asarray(log_probs(biases), np.float64))
+    rows = 2048
+    batches = [{"tokens": np.stack([np.full(rows, first), np.full(rows, last)], 1).astype(np.int32)} for last in (3, 7)]
+    found = [output_gradient_energy(params, [batch], SPEC, names=names, key=jax.random.key(2)) for batch in batches]
+    for name in names:
+        squares = np.square(np.asarray(gradients[f"{name}_bias"], np.float64))
+        expected = np.einsum("v,vlo->lo", probs, squares)
+        spread = np.sqrt((np.einsum("v,vlo->lo", probs, squares**2) - expected**2) / rows)
+        assert np.all(np.abs(found[0][name] / rows - expected) < 4.5 * spread + 1e-9)
+        assert np.all(spread < 0.2 * expected)
+        np.testing.assert_array_equal(found[0][name], found[1][name])
+    both = output_gradient_energy(params, batches, SPEC, names=names, key=jax.random.key(2))
+    # The second batch draws others.
+    assert np.all(np.asarray(both["v_proj"]) != 2 * np.asarray(found[0]["v_proj"]))
+
+
 def _stream(params: Tree, tokens: np.ndarray) -> jax.Array:
     """The residual stream `[B,T,D]` behind the last block."""
     x = embed(params, jnp.asarray(tokens))

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from efx_jax.model.spec import LINEARS, ModelSpec
-from efx_jax.pruning.scores import activation_reach, foresight_score, ria_score, wanda_score, weight_reach
+from efx_jax.pruning.scores import (
+    activation_reach,
+    foresight_score,
+    loss_reach,
+    ria_score,
+    wanda_score,
+    weight_reach,
+)
 from efx_jax.pruning.selection import select_mask
 from efx_jax.pruning.statistics import Statistics
 
@@ -84,6 +91,13 @@ def test_the_squared_score_is_the_loss_of_dropping_that_one_weight() -> None:
     for row, column in np.ndindex(first.shape):
         exact = two_layer_loss(inputs, first, without(first, row, column), second)
         np.testing.assert_allclose(float(score[row, column]) ** 2, exact, rtol=1e-5)
+
+
+def test_the_reach_to_the_loss_is_drawn_towards_its_mean() -> None:
+    energy = jnp.asarray([0.0, 1.0, 4.0, 27.0])
+    np.testing.assert_allclose(loss_reach(energy, 0.0), np.sqrt([0, 1, 4, 27]), rtol=1e-6)
+    np.testing.assert_allclose(loss_reach(energy, 0.25), np.sqrt([2, 2.75, 5, 22.25]), rtol=1e-6)
+    np.testing.assert_allclose(loss_reach(energy, 1.0), np.sqrt([8, 8, 8, 8]), rtol=1e-6)
 
 
 def test_appendix_a_two_weights_look_alike_to_their_layer_and_differ_downstream() -> None:

@@ -119,6 +119,12 @@ FORWARD = 2 * LINEARS + ATTENTION
         ({"score": "wanda", "budget": "owl"}, 2 * FORWARD, None),
         ({"score": "wanda", "sequential": True}, 2 * FORWARD, None),
         ({"score": "foresight_loss", "budget": "global"}, 5 * FORWARD + 4 * HEAD, None),
+        ({"score": "foresight_loss", "gradient_labels": "model"}, 4 * FORWARD + 6 * HEAD, None),
+        (
+            {"score": "foresight_loss", "budget": "global", "calibration_rows": 40, "survey_rows": 10},
+            2 * FORWARD + HEAD,
+            None,
+        ),
         ({"recovery": "admm", "admm_steps": 20}, FORWARD, 7 / 3 * CUBES + 21 * 2 * WITH_GRAM),
         ({"recovery": "gram_pbs"}, FORWARD, 2 * 2 * WITH_GRAM),
         ({"recovery": "gram_pbs", "pbs_rounds": 1}, FORWARD, 2 * 2 * WITH_GRAM),

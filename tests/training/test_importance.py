@@ -12,9 +12,11 @@ import pytest
 from efx_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, PruneConfig, TrainConfig
 from efx_jax.masks import unpack_mask
 from efx_jax.parallel.mesh import make_mesh
+from efx_jax.pruning.output_gradient import output_gradient_energy
 from efx_jax.pruning.selection import select_mask
 from efx_jax.training.events import prune_run
 from efx_jax.training.importance import run_importance
+from efx_jax.training.prepare import calibration
 from efx_jax.training.schedule import Event
 from tests.tiers import few_of
 from tests.tiny import LLAMA
@@ -22,7 +24,7 @@ from tests.training.before_event import start
 
 SPEC = dataclasses.replace(LLAMA, intermediate_size=32)
 SCORES: Any = ("lora_gradient", "dpruner")
-ALL_SCORES: Any = (*SCORES, "foresight_loss")
+LABELLED: Any = [(score, "text") for score in (*SCORES, "foresight_loss")] + [("foresight_loss", "model")]
 
 
 def settings(score: Any, shape: tuple[int, int, int] = (1, 1, 1)) -> Config:
@@ -83,6 +85,25 @@ def test_an_event_of_a_run_reads_the_gradients_of_its_calibration_rows(tmp_path:
     }
 
 
+def test_a_part_of_the_calibration_rows_may_be_surveyed() -> None:
+    """The first ones of those that all statistics are taken from, with a draw of its own for every event."""
+    config = settings("foresight_loss")
+    prepared, state = start(config, SPEC)
+    prune = dataclasses.replace(config.prune, survey_rows=3)
+    few = dataclasses.replace(config, prune=prune)
+    found = run_importance(few, prepared, state, Event(1, 0.5, True), "xla")
+    batches = calibration(config, prepared, 3)
+    rows, every = _real_rows(batches), _real_rows(calibration(config, prepared))
+    assert len(rows) == 3 and set(rows) <= set(every) and len(every) == 8
+    expected = output_gradient_energy(state.params, batches, SPEC, state.train.adapters, compute_dtype="float32")
+    for name, energy in found.items():
+        np.testing.assert_allclose(energy, expected[name], rtol=1e-4, atol=1e-5 * float(np.max(expected[name])))
+    drawn = dataclasses.replace(few, prune=dataclasses.replace(prune, gradient_labels="model"))
+    energies = [run_importance(drawn, prepared, state, Event(step, 0.5, True), "xla") for step in (1, 1, 2)]
+    np.testing.assert_array_equal(energies[0]["k_proj"], energies[1]["k_proj"])
+    assert np.any(np.asarray(energies[0]["k_proj"]) != energies[2]["k_proj"])
+
+
 def test_the_importance_is_that_of_the_batches_to_come() -> None:
     """Eight rows are two batches: the third step's batches are those of the first, in the next epoch's order."""
     config = settings("lora_gradient")
@@ -99,12 +120,13 @@ def test_other_scores_read_no_importance() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("score", few_of(ALL_SCORES, "foresight_loss"))
-def test_on_a_mesh_the_importance_is_the_same_and_lies_as_the_weights(score: Any) -> None:
+@pytest.mark.parametrize(("score", "labels"), few_of(LABELLED, *LABELLED[-2:]))
+def test_on_a_mesh_the_importance_is_the_same_and_lies_as_the_weights(score: Any, labels: Any) -> None:
+    """Whatever the device, the same tokens are drawn."""
     event, shape = Event(2, 0.5, True), (1, 2, 2)
-    config = settings(score)
+    config = _labelled(settings(score), labels)
     alone = run_importance(config, *start(config, SPEC), event, "xla")
-    config = settings(score, shape)
+    config = _labelled(settings(score, shape), labels)
     with jax.set_mesh(make_mesh(config.mesh)):
         prepared, state = start(config, SPEC)
         found = run_importance(config, prepared, state, event, "xla")
@@ -113,3 +135,17 @@ def test_on_a_mesh_the_importance_is_the_same_and_lies_as_the_weights(score: Any
         weight = state.params["layers"][name]
         if values.ndim == weight.ndim:
             assert values.sharding.is_equivalent_to(weight.sharding, weight.ndim)
+
+
+def _real_rows(batches: Any) -> list[tuple[int, ...]]:
+    """What stands in for rows that a batch lacks has no tokens."""
+    return [
+        tuple(tokens[:length].tolist())
+        for batch in batches
+        for tokens, length in zip(np.asarray(batch["tokens"]), np.asarray(batch["lengths"]), strict=True)
+        if length
+    ]
+
+
+def _labelled(config: Config, labels: Any) -> Config:
+    return dataclasses.replace(config, prune=dataclasses.replace(config.prune, gradient_labels=labels))
