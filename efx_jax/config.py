@@ -169,8 +169,9 @@ class PruneConfig:
     others."""
     calibration_rows: int = 128
     """Of all of them together."""
-    survey_rows: int = 0
-    """Most of those that the gradients of "foresight_loss" and the budgets, passes of their own, read; 0: all."""
+    survey_share: float = 1.0
+    """Share of them that is read, at least a row of each, in passes of their own: for the gradients of "foresight_loss"
+    and, where an event goes block by block, for its budgets."""
     calibration_length: int = 2048
     calibration_tokens: int = 4096
     """Tokens per calibration batch, padding included: bounds the memory of an event."""

@@ -13,6 +13,8 @@ from efx_jax.config_values import describe, nearest, parse_value, replace_values
 from efx_jax.errors import InputError
 
 PRESETS = ("paper", "official", "efx")
+# In place of a preset's name, where a file names one that is not wanted.
+NO_PRESET = "none"
 _CONTROLS = {"config": str, "preset": str, "output": str, "dry_run": bool}
 _HELP = "`python train.py --help` lists them all"
 
@@ -59,7 +61,7 @@ def load_config(path: str | Path | None = None, preset: str | None = None) -> Co
 
     Args:
         path: YAML file of sections with fields; its key `preset` names the preset below it.
-        preset: replaces the file's own choice.
+        preset: replaces the file's own choice; "none" leaves every preset out.
 
     Raises:
         InputError: an unknown preset or key, a wrong type, or an unreadable file.
@@ -67,7 +69,7 @@ def load_config(path: str | Path | None = None, preset: str | None = None) -> Co
     tree = read_yaml(Path(path)) if path else {}
     own_preset = tree.pop("preset", "")
     preset = preset or own_preset
-    base = replace_values(Config(), preset_settings(preset)) if preset else Config()
+    base = replace_values(Config(), preset_settings(preset)) if preset not in ("", NO_PRESET) else Config()
     return replace_values(base, parse_settings(tree, str(path)))
 
 
@@ -78,7 +80,7 @@ def preset_settings(preset: str) -> dict[str, Any]:
         InputError: an unknown preset.
     """
     if preset not in PRESETS:
-        raise InputError(f"preset {preset!r} is not known; expected one of {', '.join(PRESETS)}")
+        raise InputError(f"preset {preset!r} is not known; expected one of {', '.join(PRESETS)}, or none")
     path = config_folder() / "presets" / f"{preset}.yaml"
     return parse_settings(read_yaml(path), str(path))
 

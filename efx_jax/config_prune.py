@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterable
 from typing import Any, get_args
@@ -128,7 +129,8 @@ def without_recovery(prune: PruneConfig) -> PruneConfig:
 
 def surveyed_rows(prune: PruneConfig) -> int:
     """Calibration rows of the passes that only gradients and budgets need."""
-    return min(prune.survey_rows or prune.calibration_rows, prune.calibration_rows)
+    share = math.ceil(prune.survey_share * prune.calibration_rows)
+    return min(max(share, len(prune.calibration)), prune.calibration_rows)
 
 
 def n_of_m(group: str) -> tuple[int, int] | None:
@@ -194,7 +196,7 @@ def _calibration_rules(prune: PruneConfig) -> Iterable[Rule]:
             "train, files or names, each once",
         ),
         ("prune.calibration_rows", prune.calibration_rows, prune.calibration_rows >= 1, "at least 1"),
-        ("prune.survey_rows", prune.survey_rows, prune.survey_rows >= 0, "at least 0"),
+        ("prune.survey_share", prune.survey_share, 0 < prune.survey_share <= 1, "above 0 and at most 1"),
         ("prune.calibration_length", prune.calibration_length, prune.calibration_length >= 1, "at least 1"),
         ("prune.calibration_tokens", prune.calibration_tokens, prune.calibration_tokens >= 1, "at least 1"),
         ("prune.gradient_batches", prune.gradient_batches, prune.gradient_batches >= 1, "at least 1"),

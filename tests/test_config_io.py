@@ -53,6 +53,11 @@ def test_file_names_its_own_preset_and_the_flag_replaces_it(write):
     assert (replaced.prune.mask_forward, replaced.seed) == ("exact", 3)
 
 
+def test_no_preset_leaves_out_that_of_the_file(write):
+    path = write("preset: official\nseed: 3")
+    assert resolve(["--config", path, "--preset", "none"]).config == dataclasses.replace(Config(), seed=3)
+
+
 def test_preset_alone_reads_no_file():
     resolved = resolve(["--preset", "paper"])
     assert (resolved.config, resolved.output) == (load_config(preset="paper"), Path("runs/paper"))
@@ -140,7 +145,7 @@ def test_unknown_section_names_a_setting_that_exists(write):
         (["--prune.fractions", "a,b"], "--prune.fractions must be a finite number, found 'a'"),
         (["--seed", "1", "2"], "--seed must be an integer, found 2 values: 1 2"),
         (["--seed"], "--seed lacks its value; expected an integer"),
-        (["--preset", "fast"], "preset 'fast' is not known; expected one of paper, official, efx"),
+        (["--preset", "fast"], "preset 'fast' is not known; expected one of paper, official, efx, or none"),
         (["quickstart.yaml"], "'quickstart.yaml' does not follow a flag"),
         (["--config", "missing.yaml"], "missing.yaml cannot be read: No such file or directory"),
     ],

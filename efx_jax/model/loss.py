@@ -106,30 +106,34 @@ def _nll_and_gradient(
     return over(jax.lax.psum, nll, batch), over(jax.lax.psum, entropy, batch), d_hidden
 
 
-def draw_tokens(hidden: Array, head: Array, key: Array, compute_dtype: Any = None) -> Array:
+def draw_tokens(hidden: Array, head: Array, row_keys: Array, compute_dtype: Any = None) -> Array:
     """A next token for every position, drawn from what the model predicts there; some hundred positions at a time.
+
+    What is drawn at a position depends on its row's key and its place in the row, and on nothing beside it.
 
     Args:
         hidden: final-normed hidden states `[B,T,D]`.
         head: output embedding `[V,D]`.
-        key: PRNG key.
+        row_keys: PRNG key of every row `[B]`.
         compute_dtype: dtype of the matmul operands; None takes the head's.
 
     Returns:
         int32 `[B,T]`.
     """
-    dtype = head.dtype if compute_dtype is None else jnp.dtype(compute_dtype)
-    count = hidden.shape[0] * hidden.shape[1]
-    states = jnp.pad(hidden.reshape(count, -1), ((0, -count % _CHUNK_TOKENS), (0, 0))).astype(dtype)
-    states = states.reshape(-1, _CHUNK_TOKENS, states.shape[-1])
+    head = head.astype(head.dtype if compute_dtype is None else jnp.dtype(compute_dtype))
+    rows, length, width = hidden.shape
+    fold_places = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    keys = jax.vmap(fold_places, in_axes=(0, None))(row_keys, jnp.arange(length)).reshape(-1)
+    order = jnp.minimum(jnp.arange(-(-keys.size // _CHUNK_TOKENS) * _CHUNK_TOKENS), keys.size - 1)
+    order = order.reshape(-1, _CHUNK_TOKENS)
 
     def chunk(operands: tuple[Array, Array]) -> Array:
-        key, x = operands
-        logits = jnp.einsum("td,vd->tv", x, head.astype(dtype), preferred_element_type=jnp.float32)
-        return jax.random.categorical(key, logits).astype(jnp.int32)
+        keys, x = operands
+        logits = jnp.einsum("td,vd->tv", x, head, preferred_element_type=jnp.float32)
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
-    drawn = jax.lax.map(chunk, (jax.random.split(key, len(states)), states))
-    return drawn.reshape(-1)[:count].reshape(hidden.shape[:2])
+    drawn = jax.lax.map(chunk, (keys[order], hidden.reshape(-1, width)[order].astype(head.dtype)))
+    return drawn.reshape(-1)[: keys.size].reshape(rows, length)
 
 
 def by_chunks(

@@ -61,8 +61,8 @@ def prune_event_blockwise(
     """As `prune_event`, but calibrated block by block on `batches`.
 
     Args:
-        batches: as for `collect_statistics`; their hidden states are kept between blocks. Budgets by outliers take a
-            pass over the whole model before.
+        batches: as for `collect_statistics`; their hidden states are kept between blocks. Budgets but the uniform
+            one take a pass over the whole model before.
         compute_dtype: dtype of the matmul operands of the calibration passes.
         attention_path: see `efx_jax.model.attention.choose_attention`.
 

@@ -33,7 +33,7 @@ def output_gradient_energy(
     attention_path: Implementation = "xla",
     key: Array | None = None,
 ) -> dict[str, Array]:
-    """Sum over tokens of (d nll / d y_to)^2 of every output y_o of the linears, all real tokens predicted.
+    """Sum over tokens of (d nll / d y_to)^2 of every output y_o of the linears, nll of real tokens or drawn ones.
 
     The square root is the nu of `foresight_loss`: what the paper's nu approximates by the next matrix, taken through
     everything that follows. With the input's second moment it is the diagonal of the Fisher information of a weight,
@@ -51,15 +51,23 @@ def output_gradient_energy(
         compute_dtype: dtype of the matmul operands; the sums are float32 in any case.
         remat: what the backward pass computes again.
         attention_path: see `efx_jax.model.attention.choose_attention`.
-        key: PRNG key by which the predicted tokens are drawn from what the model expects; None: those of the text.
+        key: PRNG key by which the predicted tokens are drawn from what the model expects, from a stream of its own for
+            every row, however they are batched; None: those of the text.
 
     Returns:
         name -> float32 `[L,O]`.
     """
     total = {name: jnp.zeros(params["layers"][name].shape[:2], jnp.float32) for name in names}
-    for index, batch in enumerate(batches):
+    seen = jnp.int32(0)
+    for batch in batches:
         tokens, lengths = tokens_and_lengths(batch)
-        drawn_by = None if key is None else jax.random.fold_in(key, index)
+        row_keys = (
+            None
+            if key is None
+            else jax.vmap(functools.partial(jax.random.fold_in, key))(seen + jnp.arange(tokens.shape[0]))
+        )
+        # Rows without a token only fill up a batch.
+        seen = seen + jnp.sum(lengths > 0)
         total = _add_energy(
             total,
             params,
@@ -67,7 +75,7 @@ def output_gradient_energy(
             masks,
             tokens,
             lengths,
-            drawn_by,
+            row_keys,
             spec,
             mask_forward,
             compute_dtype,
@@ -89,7 +97,7 @@ def _add_energy(
     masks: Mapping[str, Array] | None,
     tokens: Array,
     lengths: Array,
-    key: Array | None,
+    row_keys: Array | None,
     spec: ModelSpec,
     mask_forward: MaskForward,
     compute_dtype: Any,
@@ -111,10 +119,10 @@ def _add_energy(
             probes=probes,
         )
         head = head_weight(params)
-        if key is None:
+        if row_keys is None:
             targets = jnp.roll(tokens, -1, axis=1)
         else:
-            targets = draw_tokens(jax.lax.stop_gradient(hidden), head, key, compute_dtype)
+            targets = draw_tokens(jax.lax.stop_gradient(hidden), head, row_keys, compute_dtype)
         # The last token of a row has nothing to predict.
         weights = real_tokens(tokens, lengths - 1)
         return cross_entropy(hidden, head, targets, weights, compute_dtype)[0]

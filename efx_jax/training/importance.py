@@ -33,6 +33,8 @@ Array = jax.Array
 # Of D-Pruner's domain pass (arXiv 2405.06275 and its scripts).
 _DOMAIN_EPOCHS = 5.0
 _DOMAIN_WARMUP = 0.1
+# The stream of drawn tokens, apart from those that the loop splits off the seed.
+_DRAWN = 0xF15E
 
 
 def run_importance(
@@ -40,7 +42,7 @@ def run_importance(
 ) -> dict[str, Array] | None:
     """The importance that the run's score reads at an event, see `prune_event`; None if it reads none.
 
-    `foresight_loss` takes calibration rows, `survey_rows` of them. The batches of the other scores are those that
+    `foresight_loss` takes calibration rows, `survey_share` of them. The batches of the other scores are those that
     training would take next, a pure function of the seed and the event's step.
     """
     if not reads_importance(config.prune):
@@ -80,7 +82,7 @@ def _run_output_gradients(
         compute_dtype=config.model.compute_dtype,
         remat=config.train.remat,
         attention_path=attention_path,
-        key=jax.random.fold_in(jax.random.key(config.seed), event.step) if drawn else None,
+        key=jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), _DRAWN), event.step) if drawn else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -70,14 +71,18 @@ def test_every_entry_is_counted_once_and_a_row_blurs_the_threshold(llama, group)
             assert sum(np.asarray(each.pruned)[above]) == sum(np.asarray(each.kept)[~above]) == each.across * size / 2
 
 
-def test_the_score_of_the_loss_is_that_of_the_run_itself(llama) -> None:
-    """Its gradients are taken again; here by the numbers of one matrix."""
-    config = dataclasses.replace(CONFIG, score="foresight_loss", group="matrix", targets=("down_proj",))
+@pytest.mark.parametrize("labels", ["text", "model"])
+def test_the_score_of_the_loss_is_that_of_the_run_itself(llama, labels) -> None:
+    """Its gradients are taken again, of other draws; here by the numbers of one matrix."""
+    config = dataclasses.replace(
+        CONFIG, score="foresight_loss", group="matrix", targets=("down_proj",), gradient_labels=labels
+    )
     (found,) = score_spreads(llama.params, llama.adapters, llama.model, [1], config)
     ((_, view),) = walk(llama.model, [1])
     lengths = np.asarray(llama.model.real).sum(axis=1).astype(np.int32)
     batch = {"tokens": llama.model.tokens, "lengths": lengths}
-    energy = output_gradient_energy(llama.params, [batch], llama.spec, llama.adapters)
+    key = jax.random.key(0) if labels == "model" else None
+    energy = output_gradient_energy(llama.params, [batch], llama.spec, llama.adapters, key=key)
     scores = np.abs(np.asarray(view.weights["down_proj"], np.float64))
     scores *= np.asarray(view.stats.input_norm("down_proj")) * np.sqrt(np.asarray(energy["down_proj"][1]))[:, None]
     ranked = np.sort(scores, axis=None)

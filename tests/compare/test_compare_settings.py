@@ -8,7 +8,7 @@ import pytest
 
 from efx_jax.compare.grid import choose_cells, list_cells, run_name
 from efx_jax.compare.settings import read_comparison
-from efx_jax.config import Config
+from efx_jax.config import Config, DistillConfig, PruneConfig
 from efx_jax.config_io import config_folder, load_config, preset_settings
 from efx_jax.config_values import replace_values
 from efx_jax.errors import InputError
@@ -195,6 +195,15 @@ def test_every_cell_of_the_shipped_comparisons_is_possible(path: Path) -> None:
     assert {cell.reference for cell in cells} - {""} == {cell.run for cell in cells if cell.method == "dense"}
     # Same data and tokens for all, but for what an axis says; how fast a method learns is its own.
     assert len({dataclasses.replace(cell.config.train, learning_rate=1.0) for cell in cells}) == 1
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_methods_of_the_shipped_comparisons_take_nothing_from_a_preset_that_they_do_not_name(path: Path) -> None:
+    base = read_comparison(path).base
+    own = {"sparsity", "calibration", "calibration_rows", "calibration_length", "score"}
+    changed = {field.name for field in dataclasses.fields(PruneConfig)} - own
+    assert {name for name in changed if getattr(base.prune, name) != getattr(PruneConfig(), name)} == set()
+    assert base.distill == DistillConfig()
 
 
 def test_the_ablations_share_their_runs_with_the_comparisons() -> None:

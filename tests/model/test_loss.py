@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from efx_jax.config import MeshConfig
 from efx_jax.model.loss import cross_entropy, draw_tokens
+from efx_jax.parallel.mesh import make_mesh
 
 V, D = 37, 8
 Arrays = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -84,11 +88,12 @@ def test_bfloat16_operands_keep_float32_sums() -> None:
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_tokens_are_drawn_as_often_as_the_model_expects_them(dtype: str | None) -> None:
-    """Two positions in turn, 4,000 draws of each, in the last of eight chunks fewer than the chunk has places."""
+    """Two positions in turn, 4,000 draws of each, in sixteen chunks, the last of which is not full."""
     hidden, head, _, _ = draw(1, 2, 1.0)
     rows, repeats = 8, 500
     many = jnp.tile(hidden, (rows, repeats, 1))
-    found = draw_tokens(many, head, jax.random.key(3), dtype)
+    keys = jax.random.split(jax.random.key(3), rows)
+    found = draw_tokens(many, head, keys, dtype)
     assert found.shape == (rows, 2 * repeats) and found.dtype == jnp.int32
     expected = jax.nn.softmax(jnp.einsum("td,vd->tv", hidden[0], head, precision="highest"))
     for place in range(2):
@@ -96,5 +101,23 @@ def test_tokens_are_drawn_as_often_as_the_model_expects_them(dtype: str | None) 
         spread = np.sqrt(np.asarray(expected[place]) / (rows * repeats))
         # Thirty-seven comparisons; a share in bfloat16 is off by a hundredth of itself.
         assert np.all(np.abs(seen - expected[place]) < 4 * spread + (0.02 if dtype else 1e-3) * expected[place] + 3e-4)
-    again = draw_tokens(many, head, jax.random.key(4), dtype)
-    assert np.any(np.asarray(again) != found)
+    # A row's tokens are its own, whatever stands beside and behind it.
+    np.testing.assert_array_equal(draw_tokens(many[5:7, :300], head, keys[5:7], dtype), found[5:7, :300])
+    assert len({tuple(row) for row in np.asarray(found).tolist()}) == rows
+
+
+def test_on_a_mesh_the_same_tokens_are_drawn() -> None:
+    """Rows over `data`, the vocabulary over `tensor`; three chunks."""
+    rng = np.random.default_rng(1)
+    hidden = rng.standard_normal((4, 300, D)).astype(np.float32)
+    head = rng.standard_normal((40, D)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(3), 4)
+    alone = draw_tokens(hidden, head, keys)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(array, NamedSharding(mesh, spec))
+            for array, spec in ((hidden, P(("data", "fsdp"))), (head, P(("tensor", "fsdp"))))
+        ]
+        found = jax.jit(draw_tokens)(*placed, keys)
+    np.testing.assert_array_equal(found, alone)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -62,6 +63,34 @@ def test_the_masks_are_those_of_the_scores(llama: Any, stats: Statistics) -> Non
     wanted = draw({name: effective(llama.params, llama.adapters, name) for name in LINEARS}, stats)
     for name in LINEARS:
         np.testing.assert_array_equal(masks[name], wanted[name])
+
+
+@pytest.mark.parametrize("shrink", [0.0, 0.5, 1.0])
+def test_the_reach_to_the_loss_is_shrunk_as_asked(llama: Any, stats: Statistics, shrink: float) -> None:
+    """Whole, it is one number for every matrix: Wanda's mask."""
+    rng = np.random.default_rng(3)
+    energy = {name: rng.lognormal(0.0, 3.0, llama.params["layers"][name].shape[:2]).astype(np.float32) for name in TWO}
+    config = PruneConfig(score="foresight_loss", group="matrix", targets=TWO, reach_shrink=shrink)
+    masks = prune_event(
+        llama.params,
+        llama.adapters,
+        None,
+        stats,
+        None,
+        llama.spec,
+        config,
+        importance=jax.tree.map(jnp.asarray, energy),
+    )[2]
+    wanda = dataclasses.replace(config, score="wanda")
+    plain = prune_event(llama.params, llama.adapters, None, stats, None, llama.spec, wanda)[2]
+    for name in TWO:
+        weights, norms = effective(llama.params, llama.adapters, name), stats.input_norm(name)
+        for layer in range(llama.spec.num_layers):
+            own = energy[name][layer]
+            reach = np.sqrt((1 - shrink) * own + shrink * own.mean())
+            score = np.abs(np.asarray(weights[layer])) * np.asarray(norms[layer]) * reach[:, None]
+            np.testing.assert_array_equal(masks[name][layer], select_mask(jnp.asarray(score), 0.5, "matrix"))
+        assert np.array_equal(masks[name], plain[name]) == (shrink == 1)
 
 
 def test_twice_alpha_is_twice_b(llama: Any, stats: Statistics) -> None:

@@ -108,6 +108,22 @@ def test_with_drawn_tokens_the_energy_is_the_fisher_information(params: Tree) ->
     assert np.all(np.asarray(both["v_proj"]) != 2 * np.asarray(found[0]["v_proj"]))
 
 
+def test_what_is_drawn_does_not_depend_on_how_rows_are_batched(params: Tree) -> None:
+    tokens = np.random.default_rng(4).integers(0, 31, (3, 6)).astype(np.int32)
+    lengths = np.array([6, 5, 3])
+    # What a batch lacks is filled with rows of no token.
+    split = [
+        {"tokens": tokens[:2], "lengths": lengths[:2]},
+        {"tokens": np.pad(tokens[2:], ((0, 1), (0, 0))), "lengths": np.array([3, 0])},
+    ]
+    key = jax.random.key(6)
+    whole = output_gradient_energy(params, [{"tokens": tokens, "lengths": lengths}], SPEC, names=("v_proj",), key=key)
+    parts = output_gradient_energy(params, split, SPEC, names=("v_proj",), key=key)
+    np.testing.assert_allclose(parts["v_proj"], whole["v_proj"], rtol=1e-4)
+    other = output_gradient_energy(params, split, SPEC, names=("v_proj",), key=jax.random.key(7))
+    assert not np.allclose(parts["v_proj"], other["v_proj"], rtol=0.01)
+
+
 def _stream(params: Tree, tokens: np.ndarray) -> jax.Array:
     """The residual stream `[B,T,D]` behind the last block."""
     x = embed(params, jnp.asarray(tokens))

@@ -121,7 +121,7 @@ FORWARD = 2 * LINEARS + ATTENTION
         ({"score": "foresight_loss", "budget": "global"}, 5 * FORWARD + 4 * HEAD, None),
         ({"score": "foresight_loss", "gradient_labels": "model"}, 4 * FORWARD + 6 * HEAD, None),
         (
-            {"score": "foresight_loss", "budget": "global", "calibration_rows": 40, "survey_rows": 10},
+            {"score": "foresight_loss", "budget": "global", "calibration_rows": 40, "survey_share": 0.25},
             2 * FORWARD + HEAD,
             None,
         ),

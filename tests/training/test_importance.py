@@ -12,6 +12,7 @@ import pytest
 from efx_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, PruneConfig, TrainConfig
 from efx_jax.masks import unpack_mask
 from efx_jax.parallel.mesh import make_mesh
+from efx_jax.pruning.budget import budget_statistics, event_budgets
 from efx_jax.pruning.output_gradient import output_gradient_energy
 from efx_jax.pruning.selection import select_mask
 from efx_jax.training.events import prune_run
@@ -89,7 +90,7 @@ def test_a_part_of_the_calibration_rows_may_be_surveyed() -> None:
     """The first ones of those that all statistics are taken from, with a draw of its own for every event."""
     config = settings("foresight_loss")
     prepared, state = start(config, SPEC)
-    prune = dataclasses.replace(config.prune, survey_rows=3)
+    prune = dataclasses.replace(config.prune, survey_share=0.3)
     few = dataclasses.replace(config, prune=prune)
     found = run_importance(few, prepared, state, Event(1, 0.5, True), "xla")
     batches = calibration(config, prepared, 3)
@@ -102,6 +103,29 @@ def test_a_part_of_the_calibration_rows_may_be_surveyed() -> None:
     energies = [run_importance(drawn, prepared, state, Event(step, 0.5, True), "xla") for step in (1, 1, 2)]
     np.testing.assert_array_equal(energies[0]["k_proj"], energies[1]["k_proj"])
     assert np.any(np.asarray(energies[0]["k_proj"]) != energies[2]["k_proj"])
+
+
+def test_budgets_of_an_event_block_by_block_are_those_of_the_surveyed_rows(tmp_path: Path) -> None:
+    config = settings("foresight_loss")
+    prune = dataclasses.replace(
+        config.prune, budget="global", budget_spread=0.4, recovery="admm", admm_steps=2, survey_share=0.3
+    )
+    config = dataclasses.replace(config, prune=prune)
+    prepared, state = start(config, SPEC)
+    event = Event(1, 0.5, True)
+    importance = run_importance(config, prepared, state, event, "xla")
+    adapters, params = state.train.adapters, jax.tree.map(np.array, state.params)
+
+    def budgets(rows: int) -> list[dict[str, float]]:
+        stats = budget_statistics(params, adapters, None, calibration(config, prepared, rows), SPEC, prune, "float32")
+        return list(event_budgets(params, adapters, stats, importance, SPEC, prune))
+
+    wanted, others = budgets(3), budgets(8)
+    after = prune_run(config, prepared, state, event, tmp_path, "xla")
+    for name, mask in after.masks.items():
+        zeros = 1 - np.asarray(unpack_mask(mask, params["layers"][name].shape[-1])).mean(axis=(1, 2))
+        np.testing.assert_allclose(zeros, [layer[name] for layer in wanted], atol=1e-6)
+    assert wanted != others
 
 
 def test_the_importance_is_that_of_the_batches_to_come() -> None:

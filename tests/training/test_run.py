@@ -150,9 +150,9 @@ def test_one_threshold_is_exact_in_total_and_bounded_by_matrix_and_row(efx_run: 
     assert sum(found.sum() for found in every.values()) == sum(found.size for found in every.values()) // 2
     for name, found in every.items():
         width, shares = found.shape[-1], found.mean(axis=(1, 2), keepdims=True)
-        # Matrices within 0.3 of the whole, rows within 0.2 of their matrix, each to an entry.
+        # Matrices within 0.3 of the whole, rows within 0.3 of their matrix, each to an entry.
         assert (np.abs(shares - 0.5) <= 0.3 + 1 / found[0].size).all(), name
-        assert (np.abs(found.mean(axis=-1, keepdims=True) - shares) <= 0.2 + 1 / width).all(), name
+        assert (np.abs(found.mean(axis=-1, keepdims=True) - shares) <= 0.3 + 1 / width).all(), name
     assert len({round(float(share), 2) for found in every.values() for share in found.mean(axis=(1, 2))}) > 1
 
 
