@@ -184,6 +184,7 @@ def test_every_input_has_a_name() -> None:
         ({"score": "sparsegbt"}, "prune.score must be one of magnitude"),
         ({"recovery": "grampbs"}, "prune.recovery must be one of none"),
         ({"mask_forward": "Exact"}, "prune.mask_forward must be one of exact"),
+        ({"gradient_labels": "Model"}, "prune.gradient_labels must be one of text, model"),
         ({"targets": ("qproj",)}, "prune.targets"),
         ({"targets": ()}, "prune.targets"),
         ({"ema": 0.5}, "the state has no memory"),
