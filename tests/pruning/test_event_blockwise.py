@@ -61,6 +61,7 @@ def test_block_by_block_on_the_model_as_it_was_equals_one_pass(llama: Any, recov
     chex.assert_trees_all_close(whole[:2], blocks[:2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_recovery_towards_the_dense_path_ends_closer_to_it(llama: Any) -> None:
     """The first block has nothing before it to make up for; behind the last one the hidden states are closer."""
     config = PruneConfig(score="wanda", recovery="admm", admm_steps=10, sequential=True, targets=SOME)
