@@ -124,16 +124,14 @@ def draw_tokens(hidden: Array, head: Array, row_keys: Array, compute_dtype: Any 
     rows, length, width = hidden.shape
     fold_places = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     keys = jax.vmap(fold_places, in_axes=(0, None))(row_keys, jnp.arange(length)).reshape(-1)
-    order = jnp.minimum(jnp.arange(-(-keys.size // _CHUNK_TOKENS) * _CHUNK_TOKENS), keys.size - 1)
-    order = order.reshape(-1, _CHUNK_TOKENS)
 
-    def chunk(operands: tuple[Array, Array]) -> Array:
-        keys, x = operands
-        logits = jnp.einsum("td,vd->tv", x, head, preferred_element_type=jnp.float32)
-        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    def draw(operands: tuple[Array, Array]) -> Array:
+        key, x = operands
+        logits = jnp.einsum("d,vd->v", x, head, preferred_element_type=jnp.float32)
+        return jax.random.categorical(key, logits).astype(jnp.int32)
 
-    drawn = jax.lax.map(chunk, (keys[order], hidden.reshape(-1, width)[order].astype(head.dtype)))
-    return drawn.reshape(-1)[: keys.size].reshape(rows, length)
+    states = hidden.reshape(-1, width).astype(head.dtype)
+    return jax.lax.map(draw, (keys, states), batch_size=_CHUNK_TOKENS).reshape(rows, length)
 
 
 def by_chunks(
