@@ -205,8 +205,11 @@ class DistillConfig:
     base, a dense run. "" for none."""
     weight: float = 1.0
     """Of the mean divergence from the teacher beside the mean loss of the labels."""
+    row_share: float = 1.0
+    """Share of the sequences of a step that the teacher reads: those without labels before others, else drawn anew in
+    each step. Reading is most of what a teacher costs."""
     share: float = 1.0
-    """Share of the tokens without a label that the teacher teaches in a step, drawn anew in each; less is cheaper."""
+    """Share of the tokens without a label in what the teacher has read that it teaches, drawn anew in each step."""
     text: str = ""
     """Text without labels that the teacher teaches beside the training rows: a file, or a name known to `data.text`
     such as "c4"; "" for none. It belongs to the rows that an epoch has."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,14 @@ from tests.tiny import LLAMA, WORDS, save_tokenizer
 jax.config.update("jax_num_cpu_devices", 8)
 # On a busy machine one of eight simulated devices may be late by more than the 40 s after which XLA ends the process.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+# Two thirds of the tests' time goes into compiling, and much of that is what another worker, or a process that a test
+# starts, has compiled too. The workers of pytest-xdist come here with the variable set, so the folder is one for all.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    PROGRAMS = tempfile.TemporaryDirectory(prefix="efx_jax_programs_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 MAPPINGS = Path("/proc/self/maps")
 
 

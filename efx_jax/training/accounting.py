@@ -138,10 +138,11 @@ def _forward_flops(spec: ModelSpec, length: int) -> int:
 
 
 def _teacher_flops(spec: ModelSpec, config: Config, length: int) -> float:
-    """Of one token, if the teacher is of the model's size."""
+    """Of one token, if the teacher is of the model's size and `distill.row_share` of the rows are a whole number."""
     if not has_teacher(config):
         return 0.0
-    return _forward_flops(spec, length) + config.distill.share * 6 * spec.vocab_size * spec.hidden_size
+    head = config.distill.share * 6 * spec.vocab_size * spec.hidden_size
+    return config.distill.row_share * (_forward_flops(spec, length) + head)
 
 
 def flops_per_pass(spec: ModelSpec, config: Config, masked: bool) -> float:

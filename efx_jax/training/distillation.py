@@ -1,6 +1,7 @@
 """What a dense teacher teaches: its next-token distributions, at the tokens that have no label."""
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +11,59 @@ from jax.sharding import PartitionSpec as P
 
 from efx_jax.model.loss import by_chunks, exponentials, local_vocabulary, over, sum_vocabulary
 from efx_jax.parallel.mesh import active_mesh
-from efx_jax.parallel.partition import VOCABULARY, Axes, batch_axes
+from efx_jax.parallel.partition import VOCABULARY, Axes, axes_size, batch_axes
 from efx_jax.pruning.statistics import real_tokens
 
 Array = jax.Array
 
 
-def taught_weights(batch: Mapping[str, Array], key: Array, weight: float, share: float) -> Array:
+def highest_rows(order: Array, share: float) -> Array:
+    """The rows that come first in an order, a share of every device's, so that no device waits or sends rows away.
+
+    Args:
+        order: float `[B]` of the rows of a micro-batch, highest first.
+        share: of the rows, in (0, 1]; rounded up.
+
+    Returns:
+        int32 `[G,K]`: K row numbers of each of G groups, which the rows make up in their order, see `take_rows`.
+    """
+    mesh = active_mesh()
+    groups = 1 if mesh is None else axes_size(batch_axes(order.shape[0], mesh.shape), mesh.shape)
+    grouped = order.reshape(groups, -1)
+    # Products such as 0.07 * 100 are a little above the whole number.
+    return jax.lax.top_k(grouped, math.ceil(round(share * grouped.shape[1], 6)))[1]
+
+
+def take_rows(array: Array, rows: Array) -> Array:
+    """`[B,...]` -> `[G*K,...]`: rows `[G,K]` of each of G groups of neighbours."""
+    grouped = array.reshape(rows.shape[0], -1, *array.shape[1:])
+    taken = jax.vmap(lambda group, index: group[index])(grouped, rows)
+    return taken.reshape(-1, *array.shape[1:])
+
+
+def taught_rows(batch: Mapping[str, Array], key: Array, share: float, micro_batches: int) -> Array:
+    """Which rows the teacher reads: those without labels, which nobody else teaches, before others; drawn among equals.
+
+    Args:
+        batch: `lengths` `[B]` and `weights` `[B,T]` of the labels.
+        key: PRNG key of the draw.
+        share: of the rows of every device in every micro-batch, rounded up.
+        micro_batches: number of micro-batches, which the rows take turns in.
+
+    Returns:
+        bool `[B]`.
+    """
+    order = jax.random.uniform(key, batch["lengths"].shape) + jnp.all(batch["weights"] == 0, axis=1)
+    order = jnp.where(batch["lengths"] > 0, order, -1.0)
+
+    def read(order: Array) -> Array:
+        numbers = take_rows(jnp.arange(order.shape[0]), highest_rows(order, share))
+        return jnp.zeros(order.shape, bool).at[numbers].set(True)
+
+    return jax.vmap(read, in_axes=1, out_axes=1)(order.reshape(-1, micro_batches)).reshape(-1)
+
+
+def taught_weights(batch: Mapping[str, Array], key: Array, weight: float, share: float, rows: Array) -> Array:
     """Weights of the positions that the teacher teaches: real tokens without a label, a share of them drawn by the key.
 
     Divided by the number of labels, as the labels' loss is, the sum of the weighted divergences is `weight` times their
@@ -27,11 +74,12 @@ def taught_weights(batch: Mapping[str, Array], key: Array, weight: float, share:
         key: PRNG key of the draw.
         weight: of the teacher beside the labels.
         share: of the positions, in (0, 1].
+        rows: bool `[B]`, which rows the teacher reads.
 
     Returns:
         float32 `[B,T]`.
     """
-    free = real_tokens(batch["tokens"], batch["lengths"]) * (batch["weights"] == 0)
+    free = real_tokens(batch["tokens"], batch["lengths"]) * (batch["weights"] == 0) * rows[:, None]
     if share < 1:
         free = free * jax.random.bernoulli(key, share, free.shape)
     labels = jnp.maximum(jnp.sum(batch["weights"]), 1.0)

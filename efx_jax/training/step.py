@@ -15,7 +15,7 @@ from efx_jax.model.attention import Implementation
 from efx_jax.model.decoder import head_weight, hidden_states
 from efx_jax.model.loss import cross_entropy
 from efx_jax.model.spec import ModelSpec
-from efx_jax.training.distillation import divergence, taught_weights
+from efx_jax.training.distillation import divergence, highest_rows, take_rows, taught_rows, taught_weights
 from efx_jax.training.state import TrainState, trainable
 
 Array = jax.Array
@@ -33,6 +33,7 @@ class StepOptions:
     attention_path: Implementation = "xla"
     micro_batches: int = 1
     teacher_weight: float = 1.0
+    teacher_row_share: float = 1.0
     teacher_share: float = 1.0
 
 
@@ -59,6 +60,7 @@ def step_options(config: Config, rows: int, attention_path: Implementation) -> S
         attention_path=attention_path,
         micro_batches=config.train.batch_size // rows,
         teacher_weight=config.distill.weight,
+        teacher_row_share=config.distill.row_share,
         teacher_share=config.distill.share,
     )
 
@@ -90,6 +92,9 @@ def summed_loss(
     sums = {"nll": nll, "entropy": entropy}
     if teacher is None:
         return nll, sums
+    if options.teacher_row_share < 1:
+        rows = highest_rows(jnp.sum(batch["taught"], axis=1), options.teacher_row_share)
+        hidden, batch = take_rows(hidden, rows), {name: take_rows(array, rows) for name, array in batch.items()}
     plain = dataclasses.replace(options, dropout_rate=0.0, remat="none")
     taught = _hidden(teacher.params, None, None, batch, key, teacher.spec, plain, frozen=True)
     heads = head_weight(params), head_weight(teacher.params)
@@ -202,7 +207,9 @@ def _step(
     step_key = jax.random.fold_in(key, state.step)
     if teacher is not None:
         draw = jax.random.fold_in(step_key, options.micro_batches)
-        batch = {**batch, "taught": taught_weights(batch, draw, options.teacher_weight, options.teacher_share)}
+        rows = taught_rows(batch, jax.random.fold_in(draw, 1), options.teacher_row_share, options.micro_batches)
+        taught = taught_weights(batch, draw, options.teacher_weight, options.teacher_share, rows)
+        batch = {**batch, "taught": taught}
 
     def loss(arrays: Any, part: Batch, index: Array) -> tuple[Array, dict[str, Array]]:
         part_key = jax.random.fold_in(step_key, index)

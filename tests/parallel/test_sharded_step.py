@@ -17,8 +17,9 @@ from efx_jax.masks import pack_mask
 from efx_jax.model.spec import LINEARS, init_params
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.parallel.partition import batch_axes, tree_shardings
-from efx_jax.training.state import TrainState, init_train_state
-from efx_jax.training.step import StepOptions, jit_step
+from efx_jax.training.distillation import taught_rows, taught_weights
+from efx_jax.training.state import TrainState, init_train_state, trainable
+from efx_jax.training.step import StepOptions, Teacher, jit_step, summed_loss
 from tests.tiers import few_of
 from tests.tiny import EVEN
 
@@ -156,3 +157,34 @@ def test_a_batch_that_no_axis_divides_is_computed_by_all(
     on_one_device: Any, params: Any, adapters: Adapters, masks: Any
 ) -> None:
     assert_same_step(on_mesh((2, 2, 1), StepOptions(), 3, params, adapters, masks), on_one_device(StepOptions(), 3))
+
+
+def test_every_device_reads_its_own_share_of_the_rows_to_a_teacher(params: Any, adapters: Adapters, masks: Any) -> None:
+    """A teacher that reads one of two rows of four devices teaches what it would on one device that reads all."""
+    mesh, batch = make_mesh(MeshConfig(2, 2, 2)), make_batch(8)
+    teacher = jax.tree.map(lambda leaf: 1.5 * leaf, params)
+    held = {"arrays": trainable(adapters), "params": params, "masks": masks, "teacher": teacher}
+    by_row = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    with jax.set_mesh(mesh):
+        placed = {name: jax.device_put(leaf, by_row) for name, leaf in batch.items()}
+        read = jax.jit(taught_rows, static_argnums=(2, 3))(placed, KEY, 0.5, 1)
+        placed["taught"] = jax.jit(taught_weights, static_argnums=3)(placed, KEY, 0.7, 1.0, read)
+        ours = _gradient(
+            jax.device_put(held, tree_shardings(mesh, held)), adapters, placed, StepOptions(teacher_row_share=0.5)
+        )
+    np.testing.assert_array_equal(np.asarray(read).reshape(4, 2).sum(axis=1), 1)
+    batch["taught"] = np.asarray(placed["taught"])
+    expected = _gradient(held, adapters, batch, StepOptions())
+    for found, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(found, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+@functools.partial(jax.jit, static_argnames="options")
+def _gradient(held: dict[str, Any], adapters: Adapters, batch: Any, options: StepOptions) -> Any:
+    """The gradient by `held["arrays"]` of the loss with a teacher."""
+
+    def loss(arrays: Any) -> jax.Array:
+        teacher = Teacher(held["teacher"], SPEC)
+        return summed_loss(arrays, adapters, held["params"], held["masks"], batch, KEY, SPEC, options, teacher)[0]
+
+    return jax.grad(loss)(held["arrays"])

@@ -18,7 +18,7 @@ from efx_jax.errors import InputError
 from efx_jax.lora import init_lora
 from efx_jax.model.decoder import forward
 from efx_jax.model.spec import LINEARS, init_params
-from efx_jax.training.distillation import divergence, taught_weights
+from efx_jax.training.distillation import divergence, taught_rows, taught_weights
 from efx_jax.training.schedule import optimizer
 from efx_jax.training.start import unpruned
 from efx_jax.training.state import init_train_state, trainable
@@ -29,6 +29,7 @@ from tests.tiny import LLAMA
 SPEC = dataclasses.replace(LLAMA, vocab_size=31)
 SMALLER = dataclasses.replace(SPEC, hidden_size=8, num_layers=1)
 KEY = jax.random.key(3)
+ALL = np.ones(4, bool)
 Tree = dict[str, Any]
 
 
@@ -83,7 +84,7 @@ def batch() -> Tree:
 
 
 def test_the_teacher_teaches_real_tokens_without_a_label(batch: Tree) -> None:
-    taught = np.asarray(taught_weights(batch, KEY, 0.5, 1.0))
+    taught = np.asarray(taught_weights(batch, KEY, 0.5, 1.0, ALL))
     real = np.arange(32) < batch["lengths"][:, None]
     np.testing.assert_array_equal(taught > 0, real & (batch["weights"] == 0))
     labels = batch["weights"].sum()
@@ -92,12 +93,39 @@ def test_the_teacher_teaches_real_tokens_without_a_label(batch: Tree) -> None:
 
 
 def test_a_share_of_them_is_drawn_anew_for_every_key(batch: Tree) -> None:
-    whole = np.asarray(taught_weights(batch, KEY, 1.0, 1.0)) > 0
-    draws = [np.asarray(taught_weights(batch, jax.random.key(seed), 1.0, 0.5)) for seed in range(40)]
+    whole = np.asarray(taught_weights(batch, KEY, 1.0, 1.0, ALL)) > 0
+    draws = [np.asarray(taught_weights(batch, jax.random.key(seed), 1.0, 0.5, ALL)) for seed in range(40)]
     assert all(not np.any((draw > 0) & ~whole) for draw in draws)
     np.testing.assert_allclose([draw.sum() for draw in draws], batch["weights"].sum(), rtol=1e-5)
     assert np.mean([np.sum(draw > 0) for draw in draws]) == pytest.approx(0.5 * whole.sum(), rel=0.1)
     assert np.any((draws[0] > 0) != (draws[1] > 0))
+
+
+def rows_of(labels: list[int], lengths: list[int]) -> Tree:
+    """Rows of 8 tokens, the first `labels` of which are labels."""
+    weights = (np.arange(8) < np.asarray(labels)[:, None]).astype(np.float32)
+    return {"weights": jnp.asarray(weights), "lengths": jnp.asarray(lengths)}
+
+
+def test_rows_without_labels_are_read_before_others_and_empty_ones_last() -> None:
+    rows = rows_of([3, 0, 2, 0, 1, 0], [8, 8, 8, 8, 8, 0])
+    reads = np.asarray([taught_rows(rows, jax.random.key(seed), 0.5, 1) for seed in range(60)])
+    assert np.all(reads.sum(axis=1) == 3)
+    assert np.all(reads[:, [1, 3]]) and not np.any(reads[:, 5])
+    np.testing.assert_allclose(reads[:, [0, 2, 4]].mean(axis=0), 1 / 3, atol=0.2)
+
+
+def test_of_unlike_shares_the_next_whole_number_of_rows_is_read() -> None:
+    rows = rows_of([1] * 100, [8] * 100)
+    counts = [int(np.sum(taught_rows(rows, KEY, share, 1))) for share in (0.005, 0.07, 0.071, 1.0)]
+    assert counts == [1, 7, 8, 100]
+
+
+def test_every_micro_batch_has_its_share_of_rows_to_read() -> None:
+    """Rows take turns in micro-batches, so all without labels may be in one."""
+    rows = rows_of([0, 5] * 4, [8] * 8)
+    read = np.asarray(taught_rows(rows, KEY, 0.5, 2)).reshape(4, 2)
+    np.testing.assert_array_equal(read.sum(axis=0), [2, 2])
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +144,7 @@ def test_the_loss_is_that_of_the_labels_plus_the_weighted_mean_divergence(
     model: tuple[Tree, Any, Tree, Teacher], batch: Tree
 ) -> None:
     params, adapters, masks, teacher = model
-    taught = taught_weights(batch, KEY, 0.7, 1.0)
+    taught = taught_weights(batch, KEY, 0.7, 1.0, ALL)
     whole = {**batch, "taught": taught}
     labels = batch["weights"].sum()
 
@@ -138,6 +166,26 @@ def test_the_loss_is_that_of_the_labels_plus_the_weighted_mean_divergence(
     for gradient, reference in zip(jax.tree.leaves(found), jax.tree.leaves(gradients), strict=True):
         largest = float(jnp.max(jnp.abs(reference)))
         np.testing.assert_allclose(gradient / labels, reference, rtol=0, atol=2e-5 * largest)
+
+
+def test_a_teacher_that_reads_some_rows_teaches_what_it_would_there(
+    model: tuple[Tree, Any, Tree, Teacher], batch: Tree
+) -> None:
+    """The same loss and gradient as of all rows, whatever the teacher would say in those of weight 0."""
+    params, adapters, masks, teacher = model
+    read = taught_rows(batch, KEY, 0.5, 1)
+    assert int(jnp.sum(read)) == 2
+    whole = {**batch, "taught": taught_weights(batch, KEY, 0.7, 1.0, read)}
+
+    def loss(arrays: Tree, share: float) -> jax.Array:
+        options = StepOptions(teacher_row_share=share)
+        return summed_loss(arrays, adapters, params, masks, whole, KEY, SPEC, options, teacher)[0]
+
+    gradient = jax.jit(jax.value_and_grad(loss), static_argnames="share")
+    (value, found), (expected, all_rows) = (gradient(trainable(adapters), share=share) for share in (0.5, 1.0))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(all_rows), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(theirs))))
 
 
 @pytest.mark.slow
@@ -162,6 +210,7 @@ def test_micro_batches_learn_what_one_batch_does(model: tuple[Tree, Any, Tree, T
     [
         ({"distill": DistillConfig("base", weight=0.0)}, "distill.weight must be above 0"),
         ({"distill": DistillConfig("base", share=0.0)}, "distill.share must be in"),
+        ({"distill": DistillConfig("base", row_share=0.0)}, "distill.row_share must be in"),
         (
             {"prune": PruneConfig(score="atp", mask_forward="frozen", schedule="fractions")},
             "distill.teacher must be empty with prune.score atp",
