@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,34 +11,30 @@ from jax.sharding import PartitionSpec as P
 
 from efx_jax.model.loss import by_chunks, exponentials, local_vocabulary, over, sum_vocabulary
 from efx_jax.parallel.mesh import active_mesh
-from efx_jax.parallel.partition import VOCABULARY, Axes, axes_size, batch_axes
+from efx_jax.parallel.partition import VOCABULARY, Axes, batch_axes
 from efx_jax.pruning.statistics import real_tokens
 
 Array = jax.Array
 
 
-def highest_rows(order: Array, share: float) -> Array:
+def take_rows(order: Array, share: float, arrays: Any) -> Any:
     """The rows that come first in an order, a share of every device's, so that no device waits or sends rows away.
 
     Args:
         order: float `[B]` of the rows of a micro-batch, highest first.
-        share: of the rows, in (0, 1]; rounded up.
+        share: of the rows, in (0, 1]; rounded up to K in all.
+        arrays: any tree of arrays `[B,...]`.
 
     Returns:
-        int32 `[G,K]`: K row numbers of each of G groups, which the rows make up in their order, see `take_rows`.
+        A like tree of arrays `[K,...]`.
     """
-    mesh = active_mesh()
-    groups = 1 if mesh is None else axes_size(batch_axes(order.shape[0], mesh.shape), mesh.shape)
-    grouped = order.reshape(groups, -1)
-    # Products such as 0.07 * 100 are a little above the whole number.
-    return jax.lax.top_k(grouped, math.ceil(round(share * grouped.shape[1], 6)))[1]
 
+    def take(order: Array, arrays: Any) -> Any:
+        rows = jax.lax.top_k(order, _count(share, order.shape[0]))[1]
+        return jax.tree.map(lambda array: jnp.take(array, rows, axis=0), arrays)
 
-def take_rows(array: Array, rows: Array) -> Array:
-    """`[B,...]` -> `[G*K,...]`: rows `[G,K]` of each of G groups of neighbours."""
-    grouped = array.reshape(rows.shape[0], -1, *array.shape[1:])
-    taken = jax.vmap(lambda group, index: group[index])(grouped, rows)
-    return taken.reshape(-1, *array.shape[1:])
+    split = _split(order.shape[0])
+    return take(order, arrays) if split is None else _by_device(take, P(split or None))(order, arrays)
 
 
 def taught_rows(batch: Mapping[str, Array], key: Array, share: float, micro_batches: int) -> Array:
@@ -53,14 +49,35 @@ def taught_rows(batch: Mapping[str, Array], key: Array, share: float, micro_batc
     Returns:
         bool `[B]`.
     """
-    order = jax.random.uniform(key, batch["lengths"].shape) + jnp.all(batch["weights"] == 0, axis=1)
-    order = jnp.where(batch["lengths"] > 0, order, -1.0)
 
     def read(order: Array) -> Array:
-        numbers = take_rows(jnp.arange(order.shape[0]), highest_rows(order, share))
-        return jnp.zeros(order.shape, bool).at[numbers].set(True)
+        rows = jax.lax.top_k(order, _count(share, order.shape[1]))[1]
+        return jnp.any(rows[..., None] == jnp.arange(order.shape[1]), axis=1)
 
-    return jax.vmap(read, in_axes=1, out_axes=1)(order.reshape(-1, micro_batches)).reshape(-1)
+    order = jax.random.uniform(key, batch["lengths"].shape) + jnp.all(batch["weights"] == 0, axis=1)
+    parts = jnp.where(batch["lengths"] > 0, order, -1.0).reshape(-1, micro_batches).T
+    split = _split(parts.shape[1])
+    found = read(parts) if split is None else _by_device(read, P(None, split or None))(parts)
+    return found.T.reshape(-1)
+
+
+def _count(share: float, rows: int) -> int:
+    """A share of so many rows, rounded up; products such as 0.07 * 100 are a little above the whole number."""
+    return math.ceil(round(share * rows, 6))
+
+
+def _split(rows: int) -> Axes | None:
+    """The mesh axes that a micro-batch of so many rows is split over; None without a mesh."""
+    mesh = active_mesh()
+    return None if mesh is None else batch_axes(rows, mesh.shape)
+
+
+def _by_device(function: Callable[..., Any], spec: P) -> Callable[..., Any]:
+    """`function` of what each device has of its arguments, all of them and the result split by one `spec`.
+
+    What XLA makes of a gather over a split axis gave wrong rows on simulated devices under jax 0.10.
+    """
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
 
 
 def taught_weights(batch: Mapping[str, Array], key: Array, weight: float, share: float, rows: Array) -> Array:
@@ -108,10 +125,8 @@ def divergence(
         compute_dtype: dtype of the matmul operands; None takes each head's.
     """
     dtypes = [each.dtype if compute_dtype is None else jnp.dtype(compute_dtype) for each in (head, teacher_head)]
-    mesh = active_mesh()
-    batch = None if mesh is None else batch_axes(hidden.shape[0], mesh.shape)
     return _divergence(
-        batch,
+        _split(hidden.shape[0]),
         hidden,
         jax.lax.stop_gradient(head).astype(dtypes[0]),
         jax.lax.stop_gradient(teacher_hidden).astype(dtypes[1]),

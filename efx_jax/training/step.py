@@ -15,7 +15,7 @@ from efx_jax.model.attention import Implementation
 from efx_jax.model.decoder import head_weight, hidden_states
 from efx_jax.model.loss import cross_entropy
 from efx_jax.model.spec import ModelSpec
-from efx_jax.training.distillation import divergence, highest_rows, take_rows, taught_rows, taught_weights
+from efx_jax.training.distillation import divergence, take_rows, taught_rows, taught_weights
 from efx_jax.training.state import TrainState, trainable
 
 Array = jax.Array
@@ -93,8 +93,8 @@ def summed_loss(
     if teacher is None:
         return nll, sums
     if options.teacher_row_share < 1:
-        rows = highest_rows(jnp.sum(batch["taught"], axis=1), options.teacher_row_share)
-        hidden, batch = take_rows(hidden, rows), {name: take_rows(array, rows) for name, array in batch.items()}
+        most = jnp.sum(batch["taught"], axis=1)
+        hidden, batch = take_rows(most, options.teacher_row_share, (hidden, dict(batch)))
     plain = dataclasses.replace(options, dropout_rate=0.0, remat="none")
     taught = _hidden(teacher.params, None, None, batch, key, teacher.spec, plain, frozen=True)
     heads = head_weight(params), head_weight(teacher.params)
