@@ -33,8 +33,7 @@ def take_rows(order: Array, share: float, arrays: Any) -> Any:
         rows = jax.lax.top_k(order, _count(share, order.shape[0]))[1]
         return jax.tree.map(lambda array: jnp.take(array, rows, axis=0), arrays)
 
-    split = _split(order.shape[0])
-    return take(order, arrays) if split is None else _by_device(take, P(split or None))(order, arrays)
+    return _by_device(take, order.shape[0], P())(order, arrays)
 
 
 def taught_rows(batch: Mapping[str, Array], key: Array, share: float, micro_batches: int) -> Array:
@@ -56,9 +55,7 @@ def taught_rows(batch: Mapping[str, Array], key: Array, share: float, micro_batc
 
     order = jax.random.uniform(key, batch["lengths"].shape) + jnp.all(batch["weights"] == 0, axis=1)
     parts = jnp.where(batch["lengths"] > 0, order, -1.0).reshape(-1, micro_batches).T
-    split = _split(parts.shape[1])
-    found = read(parts) if split is None else _by_device(read, P(None, split or None))(parts)
-    return found.T.reshape(-1)
+    return _by_device(read, parts.shape[1], P(None))(parts).T.reshape(-1)
 
 
 def _count(share: float, rows: int) -> int:
@@ -72,11 +69,15 @@ def _split(rows: int) -> Axes | None:
     return None if mesh is None else batch_axes(rows, mesh.shape)
 
 
-def _by_device(function: Callable[..., Any], spec: P) -> Callable[..., Any]:
-    """`function` of what each device has of its arguments, all of them and the result split by one `spec`.
+def _by_device(function: Callable[..., Any], rows: int, before: P) -> Callable[..., Any]:
+    """`function` of what each device has of so many rows, which are the axis that comes after `before`.
 
     What XLA makes of a gather over a split axis gave wrong rows on simulated devices under jax 0.10.
     """
+    split = _split(rows)
+    if split is None:
+        return function
+    spec = P(*before, split or None)
     return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
 
 
