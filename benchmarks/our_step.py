@@ -13,13 +13,14 @@ from cases import answer, reason
 from random_model import matmul_rate, peak_memory, random_adapters, random_masks, random_params, shape_config
 from rows import interleaved, median, spread
 
-from efx_jax.config import MaskForward, Remat, TrainConfig
+from efx_jax.config import DistillConfig, MaskForward, Remat, TrainConfig
+from efx_jax.config_io import load_config
 from efx_jax.model.attention import choose_attention
 from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.training.devices import find_device
 from efx_jax.training.schedule import optimizer
 from efx_jax.training.state import init_train_state
-from efx_jax.training.step import StepOptions, train_step
+from efx_jax.training.step import StepOptions, Teacher, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Work:
     length: int
     micro_batch: int
     repeats: int
+    labels: float
 
 
 def measure(case: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,9 +56,14 @@ def measure(case: Mapping[str, Any]) -> dict[str, Any]:
             remat=work.remat,
             attention_path=attention_path,
             micro_batches=work.batch // work.micro_batch,
+            teacher_weight=taught_by().weight,
+            teacher_row_share=taught_by().row_share,
+            teacher_share=taught_by().share,
         )
+        teacher = Teacher(params, spec) if mode == "taught" else None
+        in_force = None if mode == "plain" else masks
         try:
-            rivals[mode], modes[mode] = prepare(spec, params, None if mode == "plain" else masks, batch, options)
+            rivals[mode], modes[mode] = prepare(spec, params, in_force, batch, options, teacher)
         except Exception as error:  # with several modes in one process, the others go on
             if work.modes == [mode]:
                 raise
@@ -76,20 +83,22 @@ def measure(case: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def prepare(spec: ModelSpec, params: Any, masks: Any, batch: Any, options: StepOptions) -> tuple[Any, dict[str, Any]]:
+def prepare(
+    spec: ModelSpec, params: Any, masks: Any, batch: Any, options: StepOptions, teacher: Teacher | None
+) -> tuple[Any, dict[str, Any]]:
     """A compiled step that has run once, as a function that runs it again, and what compiling told."""
     tx = optimizer(TrainConfig(), 1000)
     state = init_train_state(random_adapters(jax.random.key(2), params, spec), tx)
     key = jax.random.key(3)
     began = time.perf_counter()
-    compiled = train_step.lower(state, params, masks, batch, key, spec, tx, options).compile()
+    compiled = train_step.lower(state, params, masks, batch, key, spec, tx, options, teacher).compile()
     compile_seconds = time.perf_counter() - began
     plan: Any = compiled.memory_analysis()
     held = plan.argument_size_in_bytes + plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
 
     def run() -> float:
         nonlocal state
-        state, metrics = compiled(state, params, masks, batch, key)
+        state, metrics = compiled(state, params, masks, batch, key, teacher)
         jax.block_until_ready(state)
         return float(metrics["loss"])
 
@@ -101,19 +110,25 @@ def prepare(spec: ModelSpec, params: Any, masks: Any, batch: Any, options: StepO
 
 
 def random_batch(work: Work, spec: ModelSpec) -> dict[str, jax.Array]:
-    """Full rows of random tokens; all but the last of a row carry loss."""
+    """Full rows of random tokens; of the last ones of a row a share `labels` carries loss, the very last does not."""
+    first = min(work.length - 2, round((1 - work.labels) * work.length))
     tokens = jax.random.randint(jax.random.key(4), (work.batch, work.length), 0, spec.vocab_size, jnp.int32)
     return {
         "tokens": tokens,
         "targets": jnp.roll(tokens, -1, axis=1),
-        "weights": jnp.ones(tokens.shape, jnp.float32).at[:, -1].set(0.0),
+        "weights": jnp.zeros(tokens.shape, jnp.float32).at[:, first:-1].set(1.0),
         "lengths": jnp.full(work.batch, work.length, jnp.int32),
     }
 
 
 def mask_mode(mode: str) -> MaskForward:
-    modes: dict[str, MaskForward] = {"plain": "dense", "exact": "exact", "ste": "ste", "frozen": "frozen"}
-    return modes[mode]
+    modes: dict[str, MaskForward] = {"plain": "dense", "ste": "ste", "frozen": "frozen"}
+    return modes.get(mode, "exact")
+
+
+def taught_by() -> DistillConfig:
+    """How the preset `efx` is taught."""
+    return load_config(None, "efx").distill
 
 
 if __name__ == "__main__":

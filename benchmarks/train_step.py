@@ -1,5 +1,8 @@
 """Training steps of published shapes with random weights: plain LoRA and every way to train under a 50 % mask.
 
+`taught` is `exact` with the base as a teacher of the tokens without a label, as in the preset `efx`. `--labels` says
+how many have one.
+
     python benchmarks/train_step.py [--models llama-2-7b ...] [--batch 16] [--length 2048] [--out train_step.json]
 
 On a CPU: `--models smollm2-135m --batch 2 --length 512 --together`. Every case runs in a process of its own, so that
@@ -26,16 +29,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from cases import failed, out_of_memory, run_case
-from our_step import Work, mask_mode
+from our_step import Work, mask_mode, taught_by
 from random_model import ALPHA, MODELS, RANK, shape_config
 from rows import keep, row
 
-from efx_jax.config import Config, LoraConfig, PruneConfig, Remat, TrainConfig
+from efx_jax.config import Config, DistillConfig, LoraConfig, PruneConfig, Remat, TrainConfig
 from efx_jax.masks import packed_shape
 from efx_jax.model.spec import LINEARS, ModelSpec, param_shapes, spec_from_config
-from efx_jax.training.accounting import flops_per_step
+from efx_jax.training.accounting import flops_per_step, flops_per_token
 
-MODES = ("plain", "exact", "ste", "frozen")
+MODES = ("plain", "exact", "ste", "frozen", "taught")
 REACHABLE = 790e12  # bfloat16 FLOP/s of large matmuls on an H100 or H200
 TORCH_VARIANTS = tuple(
     {"checkpointing": checkpointing, "adapters": adapters}
@@ -65,7 +68,7 @@ def run_ours(model: str, modes: list[str], remat: Remat, arguments: argparse.Nam
     """What a process finds for these modes, with half as many sequences per forward pass for as long as it must."""
     micro = arguments.micro_batch or arguments.batch
     while True:
-        work = Work(model, modes, remat, arguments.batch, arguments.length, micro, arguments.repeats)
+        work = Work(model, modes, remat, arguments.batch, arguments.length, micro, arguments.repeats, arguments.labels)
         found = run_case("our_step.py", dataclasses.asdict(work), arguments.limit)
         if not out_of_memory(found) or micro == 1:
             return {"micro_batch": micro} | found
@@ -142,13 +145,17 @@ def speeds(
 
 
 def step_flops(spec: ModelSpec, mode: str, remat: Remat, arguments: argparse.Namespace, micro_batch: int) -> float:
-    """FLOPs of one update."""
+    """FLOPs of one update, of the head those of the tokens with a label."""
     config = Config(
+        distill=taught_by() if mode == "taught" else DistillConfig(),
         lora=LoraConfig(rank=RANK, alpha=ALPHA),
         prune=PruneConfig(mask_forward=mask_mode(mode)),
         train=TrainConfig(batch_size=arguments.batch, remat=remat),
     )
-    return flops_per_step(spec, config, arguments.length, arguments.batch // micro_batch, masked=mode != "plain")
+    masked = mode != "plain"
+    head = flops_per_token(spec, config, arguments.length, masked).head
+    without_label = (1 - arguments.labels) * arguments.batch * arguments.length * head
+    return flops_per_step(spec, config, arguments.length, arguments.batch // micro_batch, masked) - without_label
 
 
 def report_peft(
@@ -203,6 +210,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="sequences of one update")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--micro-batch", type=int, default=0, help="sequences of a forward pass; 0: as many as fit")
+    parser.add_argument("--labels", type=float, default=1.0, help="share of the tokens that carry loss, above 0")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--together", action="store_true", help="the modes of a model share a process and take turns")
     parser.add_argument("--peft", action=argparse.BooleanOptionalAction, default=True, help="also transformers + peft")

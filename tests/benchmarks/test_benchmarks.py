@@ -55,6 +55,7 @@ def test_training_steps_are_measured_in_every_mode_and_a_missing_peft_is_a_row(
     core_only: dict[str, str], tmp_path: Path
 ) -> None:
     flags = ("--models", TINY, "--batch", "2", "--length", "16", "--remat", "block", "--repeats", "1", "--together")
+    flags += ("--labels", "0.5")
     printed = run("train_step", *flags, "--out", str(tmp_path / "rows.json"), environment=core_only)
     rows = kept(tmp_path / "rows.json")
     assert set(rows) == {found["name"] for found in printed if "name" in found}
@@ -62,10 +63,11 @@ def test_training_steps_are_measured_in_every_mode_and_a_missing_peft_is_a_row(
     assert plain["value"] > 0 and plain["compile_seconds"] > 0 and plain["mfu"] is None
     assert plain["tokens_per_second"] == pytest.approx(2 * 16 / plain["value"], rel=0.1)
     assert plain["hfu_of_matmul"] > plain["mfu_of_matmul"] > 0
-    for mode in ("exact", "ste", "frozen"):
+    for mode in ("exact", "ste", "frozen", "taught"):
         step, memory = rows[f"step_{mode} tiny remat block"], rows[f"memory_{mode} tiny remat block"]
         assert step["against"] == "step_plain" and step["ratio"] > 0
-        assert memory["unit"] == "bytes" and 0.5 < memory["ratio"] < 2
+        # A teacher's states and distributions stand beside the model's, which outweigh the weights of a tiny model.
+        assert memory["unit"] == "bytes" and 0.5 < memory["ratio"] < (3 if mode == "taught" else 2)
     assert rows["matmul tiny"]["unit"] == "TFLOP/s"
     assert "not installed" in rows["step_peft tiny float32 adapters, no checkpointing"]["error"]
 
@@ -115,7 +117,7 @@ def test_a_step_that_does_not_fit_is_a_row_and_is_tried_with_fewer_sequences(
 
     monkeypatch.setattr(train_step, "run_case", run_case)
     out = str(tmp_path / "rows.json")
-    arguments = Namespace(micro_batch=0, batch=16, length=8, repeats=1, limit=1.0, out=out)
+    arguments = Namespace(micro_batch=0, batch=16, length=8, repeats=1, labels=1.0, limit=1.0, out=out)
     assert train_step.run_ours(TINY, ["exact"], "block", arguments) == {"micro_batch": 4, "ok": 1}
     assert tried == [16, 8, 4]
     assert set(kept(Path(out))) == {f"no_fit_exact tiny remat block {rows} sequences" for rows in (16, 8)}
