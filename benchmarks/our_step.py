@@ -47,6 +47,7 @@ def measure(case: Mapping[str, Any]) -> dict[str, Any]:
     params = jax.block_until_ready(random_params(jax.random.key(0), spec, "bfloat16"))
     masks = None if work.modes == ["plain"] else random_masks(jax.random.key(1), spec)
     batch = random_batch(work, spec)
+    distill = taught_by()
     modes: dict[str, Any] = {}
     rivals = {}
     for mode in work.modes:
@@ -56,9 +57,9 @@ def measure(case: Mapping[str, Any]) -> dict[str, Any]:
             remat=work.remat,
             attention_path=attention_path,
             micro_batches=work.batch // work.micro_batch,
-            teacher_weight=taught_by().weight,
-            teacher_row_share=taught_by().row_share,
-            teacher_share=taught_by().share,
+            teacher_weight=distill.weight,
+            teacher_row_share=distill.row_share,
+            teacher_share=distill.share,
         )
         teacher = Teacher(params, spec) if mode == "taught" else None
         in_force = None if mode == "plain" else masks
@@ -95,6 +96,8 @@ def prepare(
     compile_seconds = time.perf_counter() - began
     plan: Any = compiled.memory_analysis()
     held = plan.argument_size_in_bytes + plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    if teacher is not None:  # the base, which is an argument twice and in memory once
+        held -= sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
     def run() -> float:
         nonlocal state
@@ -110,7 +113,7 @@ def prepare(
 
 
 def random_batch(work: Work, spec: ModelSpec) -> dict[str, jax.Array]:
-    """Full rows of random tokens; of the last ones of a row a share `labels` carries loss, the very last does not."""
+    """Full rows of random tokens; the last share `labels` of each carries loss, but for its very last token."""
     first = min(work.length - 2, round((1 - work.labels) * work.length))
     tokens = jax.random.randint(jax.random.key(4), (work.batch, work.length), 0, spec.vocab_size, jnp.int32)
     return {
@@ -122,8 +125,14 @@ def random_batch(work: Work, spec: ModelSpec) -> dict[str, jax.Array]:
 
 
 def mask_mode(mode: str) -> MaskForward:
-    modes: dict[str, MaskForward] = {"plain": "dense", "ste": "ste", "frozen": "frozen"}
-    return modes.get(mode, "exact")
+    modes: dict[str, MaskForward] = {
+        "plain": "dense",
+        "exact": "exact",
+        "ste": "ste",
+        "frozen": "frozen",
+        "taught": "exact",
+    }
+    return modes[mode]
 
 
 def taught_by() -> DistillConfig:

@@ -206,10 +206,10 @@ class DistillConfig:
     weight: float = 1.0
     """Of the mean divergence from the teacher beside the mean loss of the labels."""
     row_share: float = 1.0
-    """Share of the sequences of a step that the teacher reads: those without labels before others, else drawn anew in
-    each step. Reading is most of what a teacher costs."""
+    """Share of the sequences of every forward pass that the teacher reads, rounded up: those without labels before
+    others, drawn anew in each step. Reading is most of what a teacher costs."""
     share: float = 1.0
-    """Share of the tokens without a label in what the teacher has read that it teaches, drawn anew in each step."""
+    """Share that the teacher teaches of the tokens without a label that it has read, drawn anew in each step."""
     text: str = ""
     """Text without labels that the teacher teaches beside the training rows: a file, or a name known to `data.text`
     such as "c4"; "" for none. It belongs to the rows that an epoch has."""

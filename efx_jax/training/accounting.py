@@ -12,11 +12,14 @@ import jax
 from efx_jax.config import Config, PruneConfig, Space
 from efx_jax.config_prune import surveyed_rows
 from efx_jax.model.spec import ModelSpec, linear_shapes, param_shapes
+from efx_jax.parallel.mesh import mesh_sizes
+from efx_jax.parallel.partition import axes_size, batch_axes
 from efx_jax.pruning.adapter_refit import CG_STEPS
 from efx_jax.pruning.event import needs_gram
 from efx_jax.pruning.statistics import INPUT_OF
 from efx_jax.structural.generator import init_generator
 from efx_jax.structural.units import units_of
+from efx_jax.training.distillation import rows_read
 from efx_jax.training.step import has_teacher
 
 # Operations of a swap on every entry of its row: two moves alone, four searches, the update.
@@ -95,7 +98,7 @@ def count_parameters(spec: ModelSpec, config: Config) -> Parameters:
     )
 
 
-def flops_per_token(spec: ModelSpec, config: Config, length: int, masked: bool) -> Flops:
+def flops_per_token(spec: ModelSpec, config: Config, length: int, masked: bool, rows: int = 0) -> Flops:
     """FLOPs of one token of a row of `length` tokens.
 
     Args:
@@ -103,6 +106,7 @@ def flops_per_token(spec: ModelSpec, config: Config, length: int, masked: bool) 
         config: adapters, mask mode, dropout and rematerialisation.
         length: T.
         masked: whether masks are in force (before the first event none are).
+        rows: sequences of a forward pass, a whole number of which a teacher reads; 0: all of `batch_size`.
     """
     shapes = linear_shapes(spec)
     units = {name: _units(config, name, masked) for name in shapes}
@@ -122,7 +126,7 @@ def flops_per_token(spec: ModelSpec, config: Config, length: int, masked: bool) 
         attention=3 * attention,
         head=4 * spec.vocab_size * spec.hidden_size,
         recompute=recompute,
-        teacher=_teacher_flops(spec, config, length) if masked else 0.0,
+        teacher=_teacher_flops(spec, config, length, rows or config.train.batch_size) if masked else 0.0,
     )
 
 
@@ -137,12 +141,18 @@ def _forward_flops(spec: ModelSpec, length: int) -> int:
     return 2 * linears + _attention_flops(spec, length)
 
 
-def _teacher_flops(spec: ModelSpec, config: Config, length: int) -> float:
-    """Of one token, if the teacher is of the model's size and `distill.row_share` of the rows are a whole number."""
+def _teacher_flops(spec: ModelSpec, config: Config, length: int, rows: int) -> float:
+    """Of one token, if the teacher is of the model's size."""
     if not has_teacher(config):
         return 0.0
     head = config.distill.share * 6 * spec.vocab_size * spec.hidden_size
-    return config.distill.row_share * (_forward_flops(spec, length) + head)
+    return rows_of_teacher(config, rows) / rows * (_forward_flops(spec, length) + head)
+
+
+def rows_of_teacher(config: Config, rows: int) -> int:
+    """Sequences of a forward pass of `rows` that the teacher reads, over all devices."""
+    along = mesh_sizes(config.mesh)
+    return rows_read(config.distill.row_share, rows, axes_size(batch_axes(rows, along), along))
 
 
 def flops_per_pass(spec: ModelSpec, config: Config, masked: bool) -> float:
@@ -159,7 +169,7 @@ def flops_per_pass(spec: ModelSpec, config: Config, masked: bool) -> float:
 def flops_per_step(spec: ModelSpec, config: Config, length: int, passes: int, masked: bool) -> float:
     """FLOPs of one update of `batch_size` rows of `length` tokens in `passes` micro-batches."""
     tokens = config.train.batch_size * length
-    per_token = flops_per_token(spec, config, length, masked).total
+    per_token = flops_per_token(spec, config, length, masked, config.train.batch_size // passes).total
     return tokens * per_token + passes * flops_per_pass(spec, config, masked)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,74 +11,73 @@ from jax.sharding import PartitionSpec as P
 
 from efx_jax.model.loss import by_chunks, exponentials, local_vocabulary, over, sum_vocabulary
 from efx_jax.parallel.mesh import active_mesh
-from efx_jax.parallel.partition import VOCABULARY, Axes, batch_axes
+from efx_jax.parallel.partition import VOCABULARY, Axes, axes_size, batch_axes
 from efx_jax.pruning.statistics import real_tokens
 
 Array = jax.Array
 
 
-def take_rows(order: Array, share: float, arrays: Any) -> Any:
-    """The rows that come first in an order, a share of every device's, so that no device waits or sends rows away.
-
-    Args:
-        order: float `[B]` of the rows of a micro-batch, highest first.
-        share: of the rows, in (0, 1]; rounded up to K in all.
-        arrays: any tree of arrays `[B,...]`.
-
-    Returns:
-        A like tree of arrays `[K,...]`.
-    """
-
-    def take(order: Array, arrays: Any) -> Any:
-        rows = jax.lax.top_k(order, _count(share, order.shape[0]))[1]
-        return jax.tree.map(lambda array: jnp.take(array, rows, axis=0), arrays)
-
-    return _by_device(take, order.shape[0], P())(order, arrays)
+def rows_read(share: float, rows: int, shards: int = 1) -> int:
+    """How many of so many rows the teacher reads: their share, rounded up, and up again to as many on every shard."""
+    # Products such as 0.07 * 100 are a little above the whole number.
+    count = max(1, math.ceil(round(share * rows, 6)))
+    return -(-count // shards) * shards
 
 
 def taught_rows(batch: Mapping[str, Array], key: Array, share: float, micro_batches: int) -> Array:
-    """Which rows the teacher reads: those without labels, which nobody else teaches, before others; drawn among equals.
+    """Which rows the teacher teaches: those without labels, which nobody else does, before others; drawn among equals.
 
     Args:
         batch: `lengths` `[B]` and `weights` `[B,T]` of the labels.
         key: PRNG key of the draw.
-        share: of the rows of every device in every micro-batch, rounded up.
+        share: of the rows of every micro-batch, rounded up.
         micro_batches: number of micro-batches, which the rows take turns in.
 
     Returns:
         bool `[B]`.
     """
-
-    def read(order: Array) -> Array:
-        rows = jax.lax.top_k(order, _count(share, order.shape[1]))[1]
-        return jnp.any(rows[..., None] == jnp.arange(order.shape[1]), axis=1)
-
     order = jax.random.uniform(key, batch["lengths"].shape) + jnp.all(batch["weights"] == 0, axis=1)
     parts = jnp.where(batch["lengths"] > 0, order, -1.0).reshape(-1, micro_batches).T
-    return _by_device(read, parts.shape[1], P(None))(parts).T.reshape(-1)
+    return (_ranks(parts) < rows_read(share, parts.shape[1])).T.reshape(-1)
 
 
-def _count(share: float, rows: int) -> int:
-    """A share of so many rows, rounded up; products such as 0.07 * 100 are a little above the whole number."""
-    return math.ceil(round(share * rows, 6))
+def take_rows(order: Array, share: float, arrays: Any) -> Any:
+    """The rows that come first in an order, as many for every device of a mesh; they may come from another device.
+
+    Args:
+        order: float `[B]` of the rows of a micro-batch, highest first.
+        share: of the rows, in (0, 1]; K are taken, see `rows_read`.
+        arrays: any tree of arrays `[B,...]`.
+
+    Returns:
+        A like tree of arrays `[K,...]`.
+    """
+    rows, split = order.shape[0], _split(order.shape[0])
+    mesh = active_mesh()
+    shards = 1 if mesh is None else axes_size(split or (), mesh.shape)
+    chosen = _ranks(order) == jnp.arange(rows_read(share, rows, shards))[:, None]
+
+    # A sum of one row and of zeros: what XLA makes of a gather over a split axis gave wrong rows under jax 0.10.
+    def take(array: Array) -> Array:
+        array = jnp.asarray(array)
+        found = jnp.where(chosen.reshape(*chosen.shape, *(1,) * (array.ndim - 1)), array, 0)
+        return jnp.sum(found, axis=1, dtype=array.dtype)
+
+    return jax.tree.map(take, arrays)
+
+
+def _ranks(order: Array) -> Array:
+    """Places int `[...,B]` in the order `[...,B]`, highest first, of equal ones the lower index; no sort."""
+    index = jnp.arange(order.shape[-1])
+    mine, other = order[..., :, None], order[..., None, :]
+    before = (other > mine) | ((other == mine) & (index < index[:, None]))
+    return jnp.sum(before, axis=-1, dtype=jnp.int32)
 
 
 def _split(rows: int) -> Axes | None:
     """The mesh axes that a micro-batch of so many rows is split over; None without a mesh."""
     mesh = active_mesh()
     return None if mesh is None else batch_axes(rows, mesh.shape)
-
-
-def _by_device(function: Callable[..., Any], rows: int, before: P) -> Callable[..., Any]:
-    """`function` of what each device has of so many rows, which are the axis that comes after `before`.
-
-    What XLA makes of a gather over a split axis gave wrong rows on simulated devices under jax 0.10.
-    """
-    split = _split(rows)
-    if split is None:
-        return function
-    spec = P(*before, split or None)
-    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
 
 
 def taught_weights(batch: Mapping[str, Array], key: Array, weight: float, share: float, rows: Array) -> Array:
@@ -92,7 +91,7 @@ def taught_weights(batch: Mapping[str, Array], key: Array, weight: float, share:
         key: PRNG key of the draw.
         weight: of the teacher beside the labels.
         share: of the positions, in (0, 1].
-        rows: bool `[B]`, which rows the teacher reads.
+        rows: bool `[B]`, see `taught_rows`.
 
     Returns:
         float32 `[B,T]`.

@@ -17,7 +17,13 @@ from efx_jax.parallel.partition import BATCH, axes_size, linear_axes, partition
 from efx_jax.pruning.average import keeps_scores, moves_base
 from efx_jax.pruning.event import needs_gram
 from efx_jax.pruning.statistics import INPUT_OF, INPUTS
-from efx_jax.training.accounting import calibration_length, generator_parameters, input_widths, softened_weights
+from efx_jax.training.accounting import (
+    calibration_length,
+    generator_parameters,
+    input_widths,
+    rows_of_teacher,
+    softened_weights,
+)
 from efx_jax.training.gradients import importance_bytes
 from efx_jax.training.step import has_teacher
 
@@ -106,10 +112,17 @@ def step_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
         "soft masks": _search_bytes(spec, config, e),
         "U and dU": _matrix_buffers(spec, config, along, e, c, masked=layout.events > 0),
         "copies of weights": _weight_copies(spec, along, e, c),
-        "teacher's pass": block_forward_set(spec, config, layout, rows) if has_teacher(config) else 0,
+        "teacher's pass": _teacher_bytes(spec, config, layout, along) if has_teacher(config) else 0,
         "loss": (4 if has_teacher(config) else 2) * _LOSS_TOKENS * -(-spec.vocab_size // along["tensor"]) * _FLOAT32
         + tokens * spec.hidden_size * (e + 2 * c),
     }
+
+
+def _teacher_bytes(spec: ModelSpec, config: Config, layout: Layout, along: Mapping[str, int]) -> int:
+    """A block's pass over what the teacher reads; its states, and the model's and their gradient at the same rows."""
+    rows = -(-rows_of_teacher(config, layout.rows) // axes_size(BATCH, along))
+    states = 3 * rows * layout.length * spec.hidden_size * _WIDTH[layout.dtype]
+    return block_forward_set(spec, config, layout, rows) + states
 
 
 def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:

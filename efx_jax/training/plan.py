@@ -203,7 +203,7 @@ def _step_flops(spec: ModelSpec, config: Config, layout: Layout, phase: _Phase) 
 
 
 def _token_flops(spec: ModelSpec, config: Config, layout: Layout, phase: _Phase) -> float:
-    own = flops_per_token(spec, config, layout.length, phase.masked).total
+    own = flops_per_token(spec, config, layout.length, phase.masked, layout.rows).total
     return own + _search_flops(spec, config, layout, phase)
 
 

@@ -93,6 +93,7 @@ def summed_loss(
     if teacher is None:
         return nll, sums
     if options.teacher_row_share < 1:
+        # No more rows than are taken have a weight, see `taught_rows`: all others are 0.
         most = jnp.sum(batch["taught"], axis=1)
         hidden, batch = take_rows(most, options.teacher_row_share, (hidden, dict(batch)))
     plain = dataclasses.replace(options, dropout_rate=0.0, remat="none")
@@ -184,7 +185,7 @@ def _step(
     """One update of the adapters.
 
     Losses and gradients are summed over the micro-batches in float32 and divided once by the number of tokens that
-    carry loss, so that accumulation equals one large batch.
+    carry loss, so that accumulation equals one large batch, but for what is drawn: dropout, and what a teacher reads.
 
     Args:
         state: the state; its buffers are consumed.

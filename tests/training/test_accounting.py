@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from efx_jax.config import Config, LoraConfig, PruneConfig, TrainConfig
+from efx_jax.config import Config, DistillConfig, LoraConfig, MeshConfig, PruneConfig, TrainConfig
 from efx_jax.training.accounting import (
     count_parameters,
     event_flops,
@@ -55,6 +55,19 @@ def test_each_mask_mode_costs_its_units(mode: str, masked: bool, dense: int, low
 def test_dropout_under_an_exact_mask_costs_ten_units_because_base_and_adapter_see_different_inputs() -> None:
     assert flops_per_token(LLAMA, settings("exact", dropout=0.1), 8, True).linears == 10 * LINEARS
     assert flops_per_token(LLAMA, settings("frozen", dropout=0.1), 8, True).linears == 4 * LINEARS
+
+
+def test_a_teacher_costs_the_whole_number_of_rows_that_it_reads() -> None:
+    def share(rows: int, **mesh: int) -> float:
+        config = dataclasses.replace(settings(), distill=DistillConfig("base", row_share=0.5), mesh=MeshConfig(**mesh))
+        whole = dataclasses.replace(config, distill=DistillConfig("base"))
+        read, every = (flops_per_token(LLAMA, each, 8, True, rows).teacher for each in (config, whole))
+        return read / every
+
+    assert [share(rows) for rows in (8, 3, 1)] == pytest.approx([1 / 2, 2 / 3, 1])
+    # A row for each of four devices, though two rows would be half; and where no axis divides three rows.
+    assert [share(4, data=2, fsdp=2), share(3, data=2, fsdp=2)] == pytest.approx([1, 2 / 3])
+    assert flops_per_token(LLAMA, dataclasses.replace(settings(), distill=DistillConfig("base")), 8, False).teacher == 0
 
 
 def test_a_matrix_without_an_adapter_needs_no_weight_gradient() -> None:
