@@ -81,10 +81,11 @@ def exit_code(work: Callable[[], int], speaker: str, farewell: str = "") -> int:
             return work()
     except InputError as error:
         complaint = " ".join(str(error).split())
-    except OSError as error:
+    except (OSError, ValueError) as error:  # TensorStore, which writes checkpoints, raises a ValueError
         if not is_disk_full(error):
             raise
-        complaint = f"{error.filename or 'the output'}: the disk is full; make room, then run it again"
+        where = getattr(error, "filename", None) or "the output"
+        complaint = f"{where}: the disk is full; make room, then run it again"
     except KeyboardInterrupt:
         if farewell:
             print(farewell, file=sys.stderr)

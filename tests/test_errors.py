@@ -48,6 +48,16 @@ def test_a_training_on_a_full_disk_says_so_in_one_line(finish: Finish, capsys: p
     assert said.count("\n") == 1
 
 
+def test_a_checkpoint_on_a_full_disk_is_told_as_any_other_file(
+    finish: Finish, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = ValueError(f"RESOURCE_EXHAUSTED: file 5: {os.strerror(errno.ENOSPC)} [os_error_code='28']")
+    assert finish(full) == 2
+    assert capsys.readouterr().err.endswith(": the output: the disk is full; make room, then run it again\n")
+    with pytest.raises(ValueError, match="RESOURCE_EXHAUSTED: out of registers"):
+        finish(ValueError("RESOURCE_EXHAUSTED: out of registers"))
+
+
 def test_a_training_that_is_interrupted_ends_as_shells_expect(finish: Finish) -> None:
     assert finish(KeyboardInterrupt()) == 130
 

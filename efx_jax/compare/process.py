@@ -53,12 +53,16 @@ def call(module: str, arguments: Sequence[str], log: Path) -> int:
 
 
 def last_words(log: Path, code: int) -> str:
-    """Why a process has failed, in one line: the last that it printed, or the signal that killed it."""
+    """Why a process has failed, in one line: what it said itself, its last line, or the signal that killed it.
+
+    A library's threads may complain in the log after it has had its say.
+    """
     if code < 0:
         name = signal.Signals(-code).name
         return f"killed by {name}{', perhaps for want of memory' if name == 'SIGKILL' else ''}; see {log}"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"{lines[-1].removeprefix('error: ') if lines else f'exit code {code}'}; see {log}"
+    own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return f"{(own or lines or [f'exit code {code}'])[-1]}; see {log}"
 
 
 @contextlib.contextmanager

@@ -52,6 +52,12 @@ def test_a_failure_is_told_by_its_last_line(log: Path) -> None:
     assert last_words(log, code) == f"out of luck; see {log}"
 
 
+def test_what_a_run_has_said_itself_goes_before_what_threads_say_after_it(log: Path) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("train 3/4\nerror: the disk is full\nImportError: sys.meta_path is None\n")
+    assert last_words(log, 2) == f"the disk is full; see {log}"
+
+
 def test_a_killed_process_is_told_by_its_signal(log: Path) -> None:
     code = call("child_of_a_test", ["die"], log)
     assert last_words(log, code) == f"killed by SIGKILL, perhaps for want of memory; see {log}"
