@@ -38,7 +38,8 @@ from efx_jax.masks import packed_shape
 from efx_jax.model.spec import LINEARS, ModelSpec, param_shapes, spec_from_config
 from efx_jax.training.accounting import flops_per_step, flops_per_token
 
-MODES = ("plain", "exact", "ste", "frozen", "taught")  # the last only if asked for: it needs tokens without a label
+MODES = ("plain", "exact", "ste", "frozen")
+TAUGHT = "taught"  # only if asked for: it needs tokens without a label
 REACHABLE = 790e12  # bfloat16 FLOP/s of large matmuls on an H100 or H200
 TORCH_VARIANTS = tuple(
     {"checkpointing": checkpointing, "adapters": adapters}
@@ -88,8 +89,12 @@ def report(
 ) -> None:
     """Rows of one process; `seconds` and `peaks` collect what later rows compare with."""
     where = place(model, remat)
-    sizes = {"batch": arguments.batch, "length": arguments.length, "labels": arguments.labels}
-    sizes |= {"micro_batch": found["micro_batch"]}
+    sizes = {
+        "batch": arguments.batch,
+        "length": arguments.length,
+        "labels": arguments.labels,
+        "micro_batch": found["micro_batch"],
+    }
     if "error" in found:
         rows = [failed(f"step_{mode} {where}", "seconds", found["error"], **sizes) for mode in modes]
         keep(arguments.out, rows)
@@ -148,7 +153,7 @@ def speeds(
 def step_flops(spec: ModelSpec, mode: str, remat: Remat, arguments: argparse.Namespace, micro_batch: int) -> float:
     """FLOPs of one update, of the head those of the tokens with a label."""
     config = Config(
-        distill=taught_by() if mode == "taught" else DistillConfig(),
+        distill=taught_by() if mode == TAUGHT else DistillConfig(),
         lora=LoraConfig(rank=RANK, alpha=ALPHA),
         prune=PruneConfig(mask_forward=mask_mode(mode)),
         train=TrainConfig(batch_size=arguments.batch, remat=remat),
@@ -206,7 +211,7 @@ def place(model: str, remat: str) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Training steps of published shapes with random weights.")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="names in configs/shapes, or folders")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES[:-1]))
+    parser.add_argument("--modes", nargs="+", choices=(*MODES, TAUGHT), default=list(MODES))
     parser.add_argument("--remat", nargs="+", choices=("none", "linears", "block"), default=["linears", "block"])
     parser.add_argument("--batch", type=int, default=16, help="sequences of one update")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
@@ -218,7 +223,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=900, help="seconds that a case may take")
     parser.add_argument("--out", default="")
     arguments = parser.parse_args()
-    most = 0.9 if "taught" in arguments.modes else 1.0
+    most = 0.9 if TAUGHT in arguments.modes else 1.0
     if not 0 < arguments.labels <= most:
         parser.error(f"--labels: expected above 0 and at most {most} with these modes, found {arguments.labels}")
     return arguments

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from efx_jax.parallel.mesh import active_mesh
-from efx_jax.parallel.partition import VOCABULARY, Axes, batch_axes
+from efx_jax.parallel.partition import VOCABULARY, Axes, active_batch_axes
 
 Array = jax.Array
 _CHUNK_TOKENS = 512
@@ -34,8 +33,7 @@ def cross_entropy(
         (nll, entropy), float32 scalars; only nll is differentiable.
     """
     dtype = head.dtype if compute_dtype is None else jnp.dtype(compute_dtype)
-    mesh = active_mesh()
-    batch = None if mesh is None else batch_axes(hidden.shape[0], mesh.shape)
+    batch = active_batch_axes(hidden.shape[0])
     frozen_head = jax.lax.stop_gradient(head).astype(dtype)
     return _cross_entropy(batch, hidden, frozen_head, jnp.asarray(targets), jnp.asarray(weights, jnp.float32))
 

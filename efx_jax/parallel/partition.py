@@ -47,6 +47,12 @@ def batch_axes(rows: int, sizes: Mapping[str, int]) -> Axes:
     return ()
 
 
+def active_batch_axes(rows: int) -> Axes | None:
+    """`batch_axes` on the active mesh; None without one."""
+    mesh = active_mesh()
+    return None if mesh is None else batch_axes(rows, mesh.shape)
+
+
 def partition(path: tuple[str, ...], ndim: int) -> PartitionSpec:
     """The partition of one array of the parameter tree, of adapters, of masks or of `PruneState`.
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from efx_jax.model.loss import by_chunks, exponentials, local_vocabulary, over, sum_vocabulary
 from efx_jax.parallel.mesh import active_mesh
-from efx_jax.parallel.partition import VOCABULARY, Axes, axes_size, batch_axes
+from efx_jax.parallel.partition import VOCABULARY, Axes, active_batch_axes, axes_size, batch_axes
 from efx_jax.pruning.statistics import real_tokens
 
 Array = jax.Array
@@ -52,9 +52,8 @@ def take_rows(order: Array, share: float, arrays: Any) -> Any:
     Returns:
         A like tree of arrays `[K,...]`.
     """
-    rows, split = order.shape[0], _split(order.shape[0])
-    mesh = active_mesh()
-    shards = 1 if mesh is None else axes_size(split or (), mesh.shape)
+    rows, mesh = order.shape[0], active_mesh()
+    shards = 1 if mesh is None else axes_size(batch_axes(rows, mesh.shape), mesh.shape)
     chosen = _ranks(order) == jnp.arange(rows_read(share, rows, shards))[:, None]
 
     # A sum of one row and of zeros: what XLA makes of a gather over a split axis gave wrong rows under jax 0.10.
@@ -72,12 +71,6 @@ def _ranks(order: Array) -> Array:
     mine, other = order[..., :, None], order[..., None, :]
     before = (other > mine) | ((other == mine) & (index < index[:, None]))
     return jnp.sum(before, axis=-1, dtype=jnp.int32)
-
-
-def _split(rows: int) -> Axes | None:
-    """The mesh axes that a micro-batch of so many rows is split over; None without a mesh."""
-    mesh = active_mesh()
-    return None if mesh is None else batch_axes(rows, mesh.shape)
 
 
 def taught_weights(batch: Mapping[str, Array], key: Array, weight: float, share: float, rows: Array) -> Array:
@@ -126,7 +119,7 @@ def divergence(
     """
     dtypes = [each.dtype if compute_dtype is None else jnp.dtype(compute_dtype) for each in (head, teacher_head)]
     return _divergence(
-        _split(hidden.shape[0]),
+        active_batch_axes(hidden.shape[0]),
         hidden,
         jax.lax.stop_gradient(head).astype(dtypes[0]),
         jax.lax.stop_gradient(teacher_hidden).astype(dtypes[1]),
