@@ -22,7 +22,7 @@ from efx_jax.masks import unpack_mask
 from efx_jax.pruning.average import prunable
 from efx_jax.pruning.block import block_scores, matrix_group
 from efx_jax.pruning.budget import budget_statistics
-from efx_jax.pruning.event import EventPlan, block_before, needs_gram, plan_event, prune_one, take_block
+from efx_jax.pruning.event import EventPlan, block_before, block_importance, needs_gram, plan_event, prune_one
 from efx_jax.pruning.output_gradient import output_gradient_energy
 from efx_jax.pruning.selection import drop_by_counts
 from efx_jax.pruning.statistics import INPUT_OF, block_statistics
@@ -150,7 +150,7 @@ def score_spreads(
     plan = _plan(params, adapters, model, without_recovery(config))
     for layer, view in walk(model, layers):
         before, _ = block_before(plan, layer)
-        importance = take_block(plan.importance, layer)
+        importance = block_importance(plan, layer)
         scores, _ = block_scores(before, view.weights, view.stats, importance, model.spec, config)
         for matrix, score in scores.items():
             dropped = drop_by_counts(score, matrix_group(matrix, config), plan.counts[layer][matrix])

@@ -158,12 +158,19 @@ def block_before(plan: EventPlan, index: int) -> tuple[Layer, Memory]:
     return layer, {"snapshots": snapshots, "score": score}
 
 
+def block_importance(plan: EventPlan, index: int) -> dict[str, Array]:
+    """The importance of block `index` by linear, `[O,I]` or for "foresight_loss" `[O]`; {} where no score reads it."""
+    kind = "reach" if plan.config.score == "foresight_loss" else "importance"
+    taken: dict[str, Array] = take_block({kind: plan.importance}, index)[kind]
+    return taken
+
+
 def prune_one(plan: EventPlan, index: int, layer: Layer, stats: Statistics, memory: Memory) -> tuple[Layer, Memory]:
     """Block `index` after the event, by one program for all blocks and sparsities; its average goes to the host."""
     layer, memory = _prune_block(
         layer,
         stats,
-        take_block(plan.importance, index),
+        block_importance(plan, index),
         memory,
         plan.counts[index],
         plan.keys[index],

@@ -128,4 +128,5 @@ def _add_energy(
         return cross_entropy(hidden, head, targets, weights, compute_dtype)[0]
 
     energy = jax.grad(loss)(jax.tree.map(jnp.zeros_like, total))
-    return constrain_tree(jax.tree.map(jnp.add, total, energy))
+    summed: dict[str, Array] = constrain_tree({"reach": jax.tree.map(jnp.add, total, energy)})["reach"]
+    return summed

@@ -16,6 +16,7 @@ from efx_jax.parallel.partition import tree_shardings
 from efx_jax.pruning.average import init_prune_state
 from efx_jax.pruning.blockwise import prune_event_blockwise
 from efx_jax.pruning.event import prune_event
+from efx_jax.pruning.output_gradient import output_gradient_energy
 from efx_jax.pruning.statistics import collect_statistics
 from tests.tiers import few_of
 from tests.tiny import EVEN
@@ -45,6 +46,21 @@ BLOCKWISE = {
     "ADMM towards the dense path": (
         (2, 2, 2),
         PruneConfig(score=GATED, group="row", recovery="admm", sequential=True, dense_path=1.0),
+    ),
+    "of preset efx": (
+        (1, 2, 2),
+        PruneConfig(
+            score="foresight_loss",
+            reach_shrink=0.5,
+            group="bounded",
+            bound=0.3,
+            budget="global",
+            budget_spread=0.3,
+            recovery="admm",
+            admm_steps=20,
+            admm_refine=10,
+            admm_damping=0.1,
+        ),
     ),
 }
 
@@ -148,7 +164,7 @@ def test_events_on_a_mesh_are_those_of_one_device(case: str, params: Any, adapte
     assert_lies_as_before(found, mesh)
 
 
-@pytest.mark.parametrize("case", few_of(BLOCKWISE, "ADMM"))
+@pytest.mark.parametrize("case", few_of(BLOCKWISE, "ADMM", "of preset efx"))
 def test_events_block_by_block_are_those_of_one_device(
     case: str, params: Any, adapters: Adapters, batches: Any
 ) -> None:
@@ -160,7 +176,12 @@ def test_events_block_by_block_are_those_of_one_device(
     shape, config = BLOCKWISE[case]
 
     def event(params: Any, adapters: Any, masks: Any, state: Any) -> Any:
-        return prune_event_blockwise(params, adapters, masks, batches, state, SPEC, config, packed=False)
+        reach = None
+        if config.score == "foresight_loss":
+            reach = output_gradient_energy(params, batches, SPEC, adapters, masks)
+        return prune_event_blockwise(
+            params, adapters, masks, batches, state, SPEC, config, importance=reach, packed=False
+        )
 
     expected = events(1, event, config, params, adapters)
     mesh = make_mesh(MeshConfig(*shape))
