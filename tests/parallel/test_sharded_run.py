@@ -36,6 +36,16 @@ def test_a_run_on_a_mesh_ends_as_on_one_device(
     assert_same_run(run_on(mesh, tmp_path / "run"), single_run)
 
 
+def test_the_default_preset_on_a_mesh_ends_as_on_one_device(
+    run_on: Callable[..., Path], tmp_path: Path, assert_same_run: Callable[[Path, Path], None]
+) -> None:
+    flags = ("--preset", "efx", "--prune.fractions", "0.5", "--prune.calibration", "train", "--distill.text", "")
+    assert_same_run(
+        run_on((2, 2, 2), tmp_path / "run", *flags),
+        run_on((1, 1, 1), tmp_path / "single", *flags),
+    )
+
+
 def test_a_run_goes_on_on_another_mesh(
     run_on: Callable[..., Path],
     single_run: Path,
