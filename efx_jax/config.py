@@ -132,7 +132,7 @@ class PruneConfig:
     events: int = 10
     """Number of events of the cubic ramp."""
     ramp: tuple[float, float] = (0.0, 0.5)
-    """First and last event of the cubic ramp, as shares of the training steps."""
+    """Where the cubic ramp begins, with nothing pruned yet, and its last event, as shares of the training steps."""
     merge_each_event: bool = False
     """Merge the adapters into the base at every event and draw new ones (the authors' code)."""
     plain_last_event: bool = False

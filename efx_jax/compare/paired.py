@@ -30,22 +30,27 @@ def perplexity_ratio(
         seed: of the resampling.
 
     Returns:
-        The ratio and its interval (None of a single window); None where there is nothing to pair: no seed in common, or
-        other windows.
+        The ratio and its interval (None of a single window); None where there is nothing to pair: no seed in common,
+        other windows, or a ratio too large for a number.
     """
     shared = [number for number in found if number in other]
     if not shared or not _are_same([each[number] for each in (found, other) for number in shared]):
         return None
     tokens = found[shared[0]].tokens
     apart = np.stack([found[number].nll - other[number].nll for number in shared])
-    value = float(np.exp(apart.sum(axis=1).mean() / tokens.sum()))
+    with np.errstate(over="ignore"):
+        value = float(np.exp(apart.sum(axis=1).mean() / tokens.sum()))
+    if not np.isfinite(value):
+        return None
     if len(tokens) < 2:
         return value, None
     draws = np.concatenate(list(resample_counts(np.arange(len(tokens)), RESAMPLES, seed)))
     seeds = np.concatenate(list(resample_counts(np.arange(len(shared)), RESAMPLES, seed + 1)))
     # Tokens of the drawn windows are those of every drawn seed.
     sums = np.einsum("rw,sw,rs->r", draws, apart, seeds) / len(shared)
-    return value, interval(np.exp(sums / np.maximum(draws @ tokens, 1)))
+    with np.errstate(over="ignore"):
+        ratios = np.exp(sums / np.maximum(draws @ tokens, 1))
+    return (value, interval(ratios)) if np.isfinite(ratios).all() else None
 
 
 def _are_same(windows: Sequence[Windows]) -> bool:

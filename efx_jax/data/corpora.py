@@ -137,7 +137,8 @@ def _text_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def _json_rows(stream: TextIO, path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    first = stream.read(1)
+    while (first := stream.read(1)).isspace():
+        pass
     stream.seek(0)
     if first == "[":
         yield from _json_array(stream, path)

@@ -114,7 +114,7 @@ def _begin(example: Example, budget: int) -> _Search:
     else:
         lengths = [0, *(stop - start - word.start() for word in reversed(words))]
     # The last cut is the whole context, blanks around it included.
-    lengths[-1] = stop - start
+    lengths[max(1, len(lengths) - 1) :] = [stop - start]
     beside = len(example.prompt) - lengths[-1]
     likely = bisect.bisect_right(lengths, _MOST_CHARACTERS_PER_TOKEN * budget - beside) - 1
     return _Search(example, lengths, budget, fits=-1, exceeds=len(lengths), tried=max(likely, 0))

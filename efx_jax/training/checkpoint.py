@@ -25,16 +25,23 @@ from efx_jax.training.state import RunState
 
 _Tree = dict[str, Any]
 _PARTIAL = ".orbax-checkpoint-tmp"  # how Orbax names what is not whole
+_ASIDE = ".before-event"
 
 
 def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
     """The manager of `folder`; saves are asynchronous, so close it (or use `with`) before leaving.
 
-    What a killed process has left half written or half removed goes.
+    What a killed process has left half written or half removed goes; what it had set aside comes back, or goes too.
     """
     if jax.process_index() == 0:
         for partial in folder.glob(f"*{_PARTIAL}*"):
             shutil.rmtree(partial)
+        for aside in folder.glob(f"*{_ASIDE}"):
+            whole = aside.with_suffix("")
+            if whole.exists():
+                _remove(aside)
+            else:
+                aside.rename(whole)
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -68,12 +75,12 @@ def save(
         notes: JSON that comes back with the state.
     """
     step = int(state.train.step)
+    aside = None
     if manager.latest_step() == step:
         manager.wait_until_finished()
         if waiting or not _meta(manager, step)["waiting"]:
             return
-        # Until the new one is whole, the checkpoint before this one stands: a resumed run repeats its steps exactly.
-        _withdraw(manager, step)
+        aside = _set_aside(manager, step)
     meta = {
         "base_moved": base_moved,
         "masked": bool(state.masks),
@@ -84,6 +91,10 @@ def save(
     }
     items = ocp.args.Composite(state=ocp.args.StandardSave(_to_tree(state, base_moved)), meta=ocp.args.JsonSave(meta))
     manager.save(step, args=items)
+    if aside is not None:
+        manager.wait_until_finished()
+        if jax.process_index() == 0:
+            _remove(aside)
 
 
 def restore(
@@ -145,13 +156,20 @@ def restore_best(
     return found[0]
 
 
-def _withdraw(manager: ocp.CheckpointManager, step: int) -> None:
-    """Removes a checkpoint that looks whole until it is gone: it loses its name before its files."""
+def _set_aside(manager: ocp.CheckpointManager, step: int) -> Path:
+    """Makes room for another checkpoint of this step; this one is kept under the name that is returned."""
+    whole = Path(manager.directory) / str(step)
+    aside = whole.with_name(f"{step}{_ASIDE}")
     if jax.process_index() == 0:
-        whole = Path(manager.directory) / str(step)
-        shutil.rmtree(whole.rename(whole.with_name(f"{step}{_PARTIAL}")))
+        whole.rename(aside)
     meet()
     manager.reload()
+    return aside
+
+
+def _remove(whole: Path) -> None:
+    """Removes a checkpoint that looks whole until it is gone: it loses its name before its files."""
+    shutil.rmtree(whole.rename(whole.with_name(f"{whole.name}{_PARTIAL}")))
 
 
 def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:

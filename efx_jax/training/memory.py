@@ -135,7 +135,8 @@ def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
     shards = axes_size(BATCH, along)
     rows = -(-max(1, min(prune.calibration_rows, prune.calibration_tokens // length)) // shards)
     grams = needs_gram(prune) or prune.score == "dpruner"
-    kept = prune.calibration_rows * length * spec.hidden_size * e // shards if grams or prune.sequential else 0
+    by_block = grams or prune.sequential or (prune.ema < 1 and keeps_scores(prune))
+    kept = prune.calibration_rows * length * spec.hidden_size * e // shards if by_block else 0
     paths = 2 if prune.dense_path else 1
     entries = _linear_entries(spec, along)
     linears = sum(entries.values())

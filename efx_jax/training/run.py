@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from efx_jax.training.search import cut_out, cut_report
 from efx_jax.training.start import different_settings, with_adapter
 from efx_jax.training.state import RunState
 from efx_jax.training.summary import print_summary, write_summary
+from efx_jax.weights.config_json import read_json
 from efx_jax.weights.expert import write_expert
 from efx_jax.weights.hf import load_pretrained
 from efx_jax.weights.params import params_source
@@ -70,7 +70,7 @@ def run(config: Config, output: Path, dry_run: bool = False, trunk: Path | None 
         if is_first:
             refuse_other_run(config, output)
     if (output / "summary.json").exists():
-        summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
+        summary: dict[str, Any] = read_json(output / "summary.json")
         if is_first:
             _describe(output, replace=False)
             print_summary(summary, output)
@@ -121,15 +121,21 @@ def _work(
         return {}
     with journal.announced("export"):
         _export(config, state, prepared, output / "export")
+    step, cut = (
+        int(state.train.step),
+        None if state.units is None else cut_report(state, prepared.spec, config.atp.space),
+    )
+    # The export is loaded in their place: a device that holds one model need not hold two.
+    for leaf in jax.tree.leaves((state, prepared.params, prepared.teacher)):
+        leaf.delete()
     with journal.announced("evaluate export"):
         exported, spec = load_pretrained(output / "export", None, mesh if mesh.size > 1 else None)
         from_disk = dataclasses.replace(prepared, params=exported, spec=spec)
         journal.results["sparse expert" if events else "dense expert"] = measure(config, from_disk, exported)
-    cut = None if state.units is None else cut_report(state, prepared.spec, config.atp.space)
     if is_first:
         # Before the summary, which says that the run is done.
         write_samples(output / "samples.jsonl", tasks_shown(config, prepared), journal.results)
-    summary = write_summary(output, exported, prepared, journal, int(state.train.step), events, config.seed, cut)
+    summary = write_summary(output, exported, prepared, journal, step, events, config.seed, cut)
     if is_first:
         _describe(output, replace=True)
         print_summary(summary, output)

@@ -17,7 +17,7 @@ from efx_jax.errors import InputError, MissingInputError
 from efx_jax.model.spec import ModelSpec, linear_shapes
 from efx_jax.parallel.fit import Sizes, check_mesh
 from efx_jax.pruning.block import matrix_group
-from efx_jax.pruning.selection import selection_counts
+from efx_jax.pruning.selection import SLAB, selection_counts
 from efx_jax.structural.slicing import settle_masks
 from efx_jax.structural.units import units_of
 from efx_jax.training.devices import Device
@@ -80,7 +80,7 @@ def check_shapes(config: Config, spec: ModelSpec) -> None:
         heads=(spec.num_heads, spec.num_kv_heads),
         vocabulary=spec.vocab_size,
         micro_batch=config.train.micro_batch or config.train.batch_size,
-        block=math.lcm(8, pattern[1]) if pattern else 8,
+        block=math.lcm(8, pattern[1]) if pattern else SLAB if prune.sparsity and prune.group == "slab" else 8,
     )
     check_mesh(config.mesh, sizes)
 

@@ -39,7 +39,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     """
     if path == QUICKSTART:
         return fetch_quickstart_model()
-    place = Path(path)
+    place = Path(path).expanduser()
     if place.is_file():
         if place.suffix != ".gguf":
             raise InputError(f"{place}: is a file; expected a Hugging Face folder, an Orbax folder or a .gguf file")

@@ -146,15 +146,18 @@ def _rope_parameters(
     file: GGUFFile, options: dict[str, Any], head_dim: int, rope_factors: np.ndarray | None
 ) -> dict[str, Any]:
     theta = options.get("rope.freq_base", _DEFAULT_THETA)
-    kind = options.get("rope.scaling.type", "linear" if "rope.scale_linear" in options else "none")
+    # llama.cpp takes a factor without a type as linear.
+    kind = options.get("rope.scaling.type", "linear")
     factor = options.get("rope.scaling.factor", options.get("rope.scale_linear", 1.0))
     if kind not in ("none", "linear", "yarn"):
         raise InputError(f"{file.path}: rope.scaling.type {kind!r} is not supported; expected none, linear or yarn")
+    if kind == "linear" and factor == 1:
+        kind = "none"
     if rope_factors is not None and np.any(rope_factors != 1):
         if kind != "none":
             raise InputError(f"{file.path}: both rope_freqs.weight and rope.scaling.type {kind!r}; expected one")
         return _llama3_parameters(file, theta, head_dim, rope_factors)
-    if kind == "none" or (kind == "linear" and factor == 1):
+    if kind == "none":
         return {"rope_type": "default", "rope_theta": theta}
     parameters = {"rope_type": kind, "rope_theta": theta, "factor": factor}
     if kind == "yarn":

@@ -160,7 +160,7 @@ def _special_ids(tokenizer: Any, spec: ModelSpec) -> dict[str, int]:
     fallback = {"bos": spec.bos_token_id, "eos": next(iter(spec.eos_token_ids), None), "pad": spec.pad_token_id}
     found = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
     chosen = {name: fallback.get(name) if index is None else index for name, index in found.items()}
-    return {_KEYS[name]: int(index) for name, index in chosen.items() if index is not None}
+    return {_KEYS[name]: int(index) for name, index in chosen.items() if index is not None and index >= 0}
 
 
 def _flags(tokenizer: Any) -> dict[str, bool]:

@@ -48,13 +48,22 @@ def folder_files(folder: Path) -> dict[Path, dict[str, Entry]]:
     """The safetensors files of a Hugging Face folder with the tensors of each, in the order of its header.
 
     Raises:
-        InputError: a missing, truncated or garbled file, or a tensor that the index promises and its shard lacks.
+        InputError: a missing, truncated or garbled file, a tensor that the index promises and its shard lacks, or one
+            that two shards hold.
     """
     promised = _promised_files(folder)
     files = {file: read_header(file) for file in sorted(set(promised.values()))}
     for name, file in promised.items():
         if name and name not in files[file]:
             raise InputError(f"{file}: tensor {name} is missing, though {INDEX} lists it here; download it again")
+    holders: dict[str, Path] = {}
+    for file, tensors in files.items():
+        for name in tensors:
+            if name in holders:
+                raise InputError(
+                    f"{file}: tensor {name} is in {holders[name].name} too; expected it once; download both again"
+                )
+            holders[name] = file
     return files
 
 

@@ -41,6 +41,10 @@ def test_the_ratio_is_that_of_perplexities_and_what_is_shared_cancels(hard: np.n
     np.testing.assert_allclose((found[0], *found[1]), np.exp(0.2), rtol=1e-9)
 
 
+def test_a_ratio_too_large_for_a_number_is_none(hard: np.ndarray) -> None:
+    assert perplexity_ratio({0: windows(800.0, hard)}, {0: windows(3.0, hard)}) is None
+
+
 def test_the_interval_is_that_of_a_paired_bootstrap_by_hand(hard: np.ndarray) -> None:
     apart = np.random.default_rng(1).normal(0.1, 0.3, len(TOKENS))
     found = perplexity_ratio({0: windows(3.0, hard + apart)}, {0: windows(3.0, hard)})

@@ -31,6 +31,7 @@ def test_every_format_gives_the_same_rows(tmp_path: pathlib.Path) -> None:
     lines = "\n".join(json.dumps(row) for row in ROWS)
     assert load_rows(write(tmp_path / "a.jsonl", lines + "\n\n")) == ROWS
     assert load_rows(write(tmp_path / "a.json", json.dumps(ROWS, indent=1))) == ROWS
+    assert load_rows(write(tmp_path / "b.json", "\n " + json.dumps(ROWS))) == ROWS
     assert load_rows(write(tmp_path / "a.csv", '\ufefftext\r\n"first, with comma"\r\nsecond é\r\n')) == ROWS
     assert load_rows(write(tmp_path / "a.tsv", "text\nfirst, with comma\nsecond é\n")) == ROWS
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))

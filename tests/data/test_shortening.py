@@ -143,6 +143,11 @@ def test_text_without_blanks_is_cut_too() -> None:
     assert after.prompt == "心" * 160 + "?"
 
 
+def test_a_context_of_blanks_is_left_out_where_it_does_not_fit() -> None:
+    (after,), count = shorten([Example(" " * 90 + "?", " yes", "row 1", (0, 90))], byte_tokenizer(), 20, 5)
+    assert (count, after.prompt) == (1, "?")
+
+
 @pytest.mark.parametrize("style", ["plain", "alpaca"])
 def test_rows_to_learn_and_to_score_are_shortened_in_the_named_column(style: str, tmp_path: Path) -> None:
     lengths = [3, 9, 27, 81]

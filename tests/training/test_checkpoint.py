@@ -131,14 +131,34 @@ def test_a_half_written_checkpoint_is_ignored(tmp_path: Path, state: RunState) -
         assert manager.latest_step() == 6
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_checkpoint_before_an_event_stands_until_the_one_after_it_is_whole(
+    tmp_path: Path, state: RunState, keep: int
+) -> None:
+    save(tmp_path / "c", [state])
+    waiting = at_step(state, 6)
+    with checkpoint.open_checkpoints(tmp_path / "c", keep) as manager:
+        checkpoint.save(manager, waiting, False, True, "ba5e", {})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(manager, "save", dying)
+            with pytest.raises(MemoryError):
+                checkpoint.save(manager, waiting, False, False, "ba5e", {})
+    with checkpoint.open_checkpoints(tmp_path / "c", keep) as manager:
+        found = checkpoint.restore(manager, blank(state), MASKS, "ba5e")
+        assert found is not None and (int(found[0].train.step), found[2]) == (6, True)
+        checkpoint.save(manager, waiting, False, False, "ba5e", {})
+        found = checkpoint.restore(manager, blank(state), MASKS, "ba5e")
+    assert found is not None and (int(found[0].train.step), found[2]) == (6, False)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["5", "6"][-keep:]
+
+
 def test_a_half_removed_checkpoint_is_ignored(tmp_path: Path, state: RunState) -> None:
-    """Killed while the checkpoint before an event makes room for the one after it."""
+    """Killed while the checkpoint before an event goes, as the one after it is whole."""
 
     def die(path: Path) -> None:
         next(path.rglob("_METADATA")).unlink()
         raise MemoryError
 
-    save(tmp_path / "c", [state])
     waiting = at_step(state, 6)
     with checkpoint.open_checkpoints(tmp_path / "c", 2) as manager:
         checkpoint.save(manager, waiting, False, True, "ba5e", {})
@@ -148,8 +168,12 @@ def test_a_half_removed_checkpoint_is_ignored(tmp_path: Path, state: RunState) -
                 checkpoint.save(manager, waiting, False, False, "ba5e", {})
     with checkpoint.open_checkpoints(tmp_path / "c", 2) as manager:
         found = checkpoint.restore(manager, blank(state), MASKS, "ba5e")
-    assert found is not None and int(found[0].train.step) == 5
-    assert [path.name for path in (tmp_path / "c").iterdir()] == ["5"]
+    assert found is not None and (int(found[0].train.step), found[2]) == (6, False)
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["6"]
+
+
+def dying(*arguments: Any, **options: Any) -> None:
+    raise MemoryError
 
 
 def test_another_base_model_is_refused(tmp_path: Path, state: RunState) -> None:

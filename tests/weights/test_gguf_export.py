@@ -1,6 +1,7 @@
 """A GGUF file that is written here is what llama.cpp's converter writes, and comes back as the same model."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,14 @@ def make_model(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, Any], Mode
 def logits(params: Any, spec: ModelSpec) -> np.ndarray:
     tokens = jnp.arange(40)[None]
     return np.asarray(jax.jit(forward, static_argnums=2)(params, tokens, spec))
+
+
+def test_a_pad_token_of_minus_one_is_none(make_model: Callable, tmp_path: Path) -> None:
+    folder, _, _ = make_model("llama")
+    config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": -1}
+    (folder / "config.json").write_text(json.dumps(config))
+    export_gguf(folder, tmp_path / "model.gguf", "float16")
+    assert load_pretrained(tmp_path / "model.gguf")[1].pad_token_id != -1
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

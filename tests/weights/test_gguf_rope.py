@@ -65,6 +65,9 @@ def test_linear_and_yarn_scaling_are_read(tmp_path: Path) -> None:
     linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}
     config = open_gguf(tiny_model(tmp_path / "l.gguf", **linear)).config
     assert config["rope_parameters"] == {"rope_type": "linear", "rope_theta": 500000.0, "factor": 2.0}
+    # As llama.cpp, which takes a factor without a type as linear.
+    del linear["rope.scaling.type"]
+    assert open_gguf(tiny_model(tmp_path / "f.gguf", **linear)).config == config
     yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32}
     rope = spec_from_config(open_gguf(tiny_model(tmp_path / "y.gguf", "qwen2", **yarn)).config).rope
     assert (rope.rope_type, rope.factor, rope.original_max_position) == ("yarn", 4.0, 32)

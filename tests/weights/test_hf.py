@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from efx_jax.errors import InputError
 from efx_jax.model.spec import param_shapes, spec_from_config
@@ -110,6 +111,16 @@ def test_loading_holds_two_leaves_and_a_tensor_beside_the_tree(make_folder: Call
     tracemalloc.stop()
     # jax lets the last leaf's buffer go only when it is called again, so that one is counted too.
     assert peak - at_the_end < 2.5 * params["layers"]["q_proj"].nbytes
+
+
+def test_a_tensor_in_two_shards_is_refused(make_folder: Callable) -> None:
+    folder = make_folder(shards=2)
+    first, second = sorted(folder.glob("*.safetensors"))
+    held = load_file(second)
+    name = next(iter(load_file(first)))
+    save_file(held | {name: load_file(first)[name]}, second)
+    with pytest.raises(InputError, match=f"tensor {re.escape(name)} is in {first.name} too"):
+        open_folder(folder)
 
 
 def test_rotary_buffers_of_old_checkpoints_are_ignored(make_folder: Callable, make_tensors: Callable) -> None:
