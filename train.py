@@ -19,8 +19,9 @@ class _Flags:
     settings: Annotated[Config, tyro.conf.arg(name="")]
     config: str = "configs/quickstart.yaml"
     """YAML file of settings, over the preset; flags override both."""
-    preset: Literal["paper", "official", "efx"] = "efx"
-    """Settings below the file's, which may name its own. Given without a file, no file is read."""
+    preset: Literal["paper", "official", "efx", "none"] = "efx"
+    """Settings below the file's, in place of those that the file names ("none": of none). Given without a file, no file
+    is read."""
     output: str = "runs/<name of the config>"
     """Folder that the run writes into; the same command again resumes."""
     dry_run: bool = False

@@ -79,9 +79,13 @@ class LoraConfig:
     """The adapters."""
 
     rank: int = 8
+    """R, the inner dimension of an adapter."""
     alpha: float = 16.0
+    """Numerator of the scale alpha / R by which B A is multiplied."""
     dropout: float = 0.0
+    """Share of the adapters' inputs set to zero in training."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linears that get an adapter."""
     rslora: bool = False
     """Scale alpha / sqrt(rank) instead of alpha / rank."""
     adapter: str = ""
@@ -116,6 +120,7 @@ class PruneConfig:
     row_targets: tuple[str, ...] = ()
     """Matrices that compare within rows even if `group` is "matrix", "slab" or "bounded"."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linears that are pruned."""
     swaps: int = 0
     """Most exact swaps in every row of a new mask, each of which lowers the error of the row's outputs; 0: none."""
     recovery: Recovery = "none"
@@ -143,7 +148,9 @@ class PruneConfig:
     """With recovery "gram_pbs": how often A and B are refitted in turn, A at first from the spectrum of what is lost; 0
     leaves A as it is. Both are found anew, so that where a mask hardly changes some of what they had learned goes."""
     admm_steps: int = 30
+    """Iterations of recovery "admm"."""
     admm_damping: float = 1e-2
+    """Added to the unit diagonal of the scaled Gram in "admm"."""
     admm_refine: int = 0
     """The first of these steps, in which every row chooses again which entries it keeps, as many as before."""
     gradient_labels: GradientLabels = "text"
@@ -173,6 +180,7 @@ class PruneConfig:
     """Share of them that is read, at least a row of each, in passes of their own: for the gradients of "foresight_loss"
     and, where an event goes block by block, for its budgets."""
     calibration_length: int = 2048
+    """Most tokens of a calibration row; at most the model's context."""
     calibration_tokens: int = 4096
     """Tokens per calibration batch, padding included: bounds the memory of an event."""
     sequential: bool = False
@@ -232,10 +240,13 @@ class TrainConfig:
     micro_tokens: int = 0
     """Most tokens of a forward pass over all devices, padding included, where that asks for fewer sequences; 0: any."""
     learning_rate: float = 1e-4
+    """The highest one, after the warm-up."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How it falls after that: to 0 in a line or a half cosine, or not at all."""
     warmup: float = 0.0
     """Share of the steps with a rising learning rate."""
     weight_decay: float = 0.01
+    """AdamW's, of the adapters."""
     clip: float = 1.0
     """Largest global gradient norm; 0 means no clipping."""
     remat: Remat = "block"
@@ -245,6 +256,7 @@ class TrainConfig:
     """On GPUs only operations whose sums have a fixed order: a resumed run is then bit-identical there too, at the
     cost of slower scatters and attention. CPUs always are."""
     log_every: int = 1
+    """Steps between the lines of metrics.jsonl."""
     checkpoint_every: int = 200
     """Steps between checkpoints, beside those at every event and at the end; 0 means only those."""
     keep: int = 2
@@ -269,6 +281,7 @@ class EvalConfig:
     """Answers of every measured model that the report shows, spread over the tasks; a run without tasks writes them
     to held-out prompts. 0: none."""
     batch_size: int = 16
+    """Rows or windows per forward pass."""
     every: int = 0
     """Steps between evaluations during training; 0 for none but those before, at the last event and after."""
     every_epochs: float = 0.0
@@ -286,7 +299,9 @@ class LogConfig:
     """Where metrics go beside metrics.jsonl."""
 
     tensorboard: bool = False
+    """Event files in the run's folder; needs the extra `tensorboard`."""
     wandb: bool = False
+    """Weights & Biases; needs the extra `wandb` and a login."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,3 +350,4 @@ class Config:
     profile: ProfileConfig = ProfileConfig()
     log: LogConfig = LogConfig()
     seed: int = 0
+    """Of everything random: adapters, order of the rows, calibration, drawn tokens."""

@@ -121,10 +121,8 @@ def _work(
         return {}
     with journal.announced("export"):
         _export(config, state, prepared, output / "export")
-    step, cut = (
-        int(state.train.step),
-        None if state.units is None else cut_report(state, prepared.spec, config.atp.space),
-    )
+    step = int(state.train.step)
+    cut = None if state.units is None else cut_report(state, prepared.spec, config.atp.space)
     # The export is loaded in their place: a device that holds one model need not hold two.
     for leaf in jax.tree.leaves((state, prepared.params, prepared.teacher)):
         leaf.delete()
