@@ -233,6 +233,9 @@ def _check_place(dst: Path, replace: bool, needs: int) -> None:
     """Refuses a place where something stands, or a disk without room."""
     if not replace and _is_filled(dst):
         raise InputError(f"{dst}: exists already; expected a new path; choose another or remove it first")
+    if dst.name in ("", "..") or dst.is_symlink() or os.path.ismount(dst):
+        # What is written gets its name at the end, which none of these can take.
+        raise InputError(f"{dst}: is a link, a mount point or a folder without a name; name a new folder in it")
     dst.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(dst.parent).free
     if free < needs:

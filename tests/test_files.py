@@ -77,6 +77,22 @@ def test_existing_folder_is_refused_before_any_work(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "dst") == ["old"]
 
 
+def test_what_cannot_be_renamed_over_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path / "empty")
+    for place in (tmp_path / "link", tmp_path / "dangling", Path()):
+        with pytest.raises(InputError, match="is a link, a mount point or"), atomic_folder(place):
+            pytest.fail("the body ran")
+    monkeypatch.setattr("os.path.ismount", lambda path: True)
+    with pytest.raises(InputError, match="is a link, a mount point or"), atomic_folder(tmp_path / "empty"):
+        pytest.fail("the body ran")
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "empty", "link"]
+
+
 def test_existing_empty_folder_is_filled(tmp_path: Path) -> None:
     (tmp_path / "dst").mkdir()
     with atomic_folder(tmp_path / "dst") as partial:

@@ -174,6 +174,7 @@ def fill(path: Path, source: TensorSource) -> None:
         source: where the tensors are read from, one block of rows in memory at a time.
 
     Raises:
+        InputError: a number that is not finite, as it is or in the file's dtype.
         OSError: the disk is full.
     """
     descriptor = os.open(path, os.O_WRONLY)
@@ -183,6 +184,11 @@ def fill(path: Path, source: TensorSource) -> None:
                 row_bytes = tensor_bytes(source, name) // entry.shape[0]
                 for block in row_blocks(part, row_bytes, _BLOCK_BYTES):
                     values = np.ascontiguousarray(source.read_part(name, block), DTYPES[entry.dtype])
+                    if not np.isfinite(values).all():
+                        raise InputError(
+                            f"{source.path}: tensor {name} holds numbers that are not finite in {entry.dtype}; get an "
+                            "intact checkpoint, or choose a dtype of wider range"
+                        )
                     byte_ranges.write_part(descriptor, entry.start, values, entry.shape, block)
         os.fsync(descriptor)
     finally:

@@ -183,6 +183,18 @@ def test_weight_that_is_no_number_is_refused_with_one_line(
     tensors["model.layers.1.self_attn.k_proj.weight"][7, 3] = value
     src = make_folder(tensors=tensors)
     _assert_refused(capsys, src, "model.layers.1.self_attn.k_proj.weight", f"holds {value} at [7, 3]")
+    code, _, err = _run(capsys, "export", src, src.parent / "dst")
+    assert (code, err.count("\n")) == (2, 1) and "k_proj.weight holds numbers that are not finite" in err, err
+
+
+def test_weight_beyond_a_dtype_is_refused_with_one_line(
+    capsys: pytest.CaptureFixture[str], make_folder: Callable, make_tensors: Callable
+) -> None:
+    tensors = make_tensors(dtype="float32")
+    tensors["model.norm.weight"][2] = np.finfo(np.float32).max
+    src = make_folder(tensors=tensors)
+    code, _, err = _run(capsys, "export", src, src.parent / "dst", "--dtype", "bfloat16")
+    assert (code, err.count("\n")) == (2, 1) and "model.norm.weight holds numbers that are not finite in" in err, err
 
 
 @pytest.mark.parametrize(
