@@ -48,9 +48,14 @@ def rope_from_config(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
         InputError: an unsupported kind of rope, or one that lacks a number.
     """
     # Where a config.json holds both, transformers takes the older key.
-    parameters = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
+        raise InputError(
+            f"config.json: rope_parameters must be one object for all layers, found {parameters!r}; "
+            "several kinds of rope in one model are not supported"
+        )
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    if rope_type not in _ROPE_FIELDS:
+    if not isinstance(rope_type, str) or rope_type not in _ROPE_FIELDS:
         raise InputError(
             f"config.json: rope_type {rope_type!r} is not supported; expected one of {', '.join(_ROPE_FIELDS)}"
         )
@@ -58,25 +63,43 @@ def rope_from_config(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
     if partial not in (None, 1, 1.0):
         raise InputError(f"config.json: partial_rotary_factor {partial} is not supported; expected 1.0")
     # An old reader's rope_theta stands at the top level, a new one's inside rope_parameters.
-    theta = parameters.get("rope_theta", config.get("rope_theta")) or _DEFAULT_THETA
-    missing = [name for name in _ROPE_FIELDS[rope_type] if name not in parameters]
+    theta = positive_number(parameters, "rope_theta", positive_number(config, "rope_theta", _DEFAULT_THETA))
+    original = positive_number(
+        parameters,
+        "original_max_position_embeddings",
+        positive_number(config, "original_max_position_embeddings", max_positions),
+    )
+    # transformers takes the factor implied by the two context lengths where it is null.
+    implied = {"factor": max_positions / original} if rope_type == "yarn" else {}
+    given = {name for name in parameters if parameters[name] is not None or name in implied}
+    missing = [name for name in _ROPE_FIELDS[rope_type] if name not in given]
     if missing:
         raise InputError(f"config.json: rope_type {rope_type!r} needs {', '.join(missing)} in rope_parameters")
-    original = parameters.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    factor = float(parameters.get("factor") or 1.0)
-    if rope_type == "yarn" and original:
-        # transformers takes the factor implied by the two context lengths unless it is given explicitly.
-        factor = float(parameters.get("factor") or max_positions / original)
+    factor = positive_number(parameters, "factor", implied.get("factor", 1.0))
     fields = {name: parameters[name] for name in _YARN_OPTIONAL if parameters.get(name) is not None}
     if rope_type == "llama3":
-        fields = {name: float(parameters[name]) for name in ("low_freq_factor", "high_freq_factor")}
+        fields = {name: positive_number(parameters, name, 1.0) for name in ("low_freq_factor", "high_freq_factor")}
     return RopeSpec(
         rope_type=rope_type,
-        theta=float(theta),
+        theta=theta,
         factor=factor,
-        original_max_position=int(original or max_positions),
+        original_max_position=int(original),
         **fields,
     )
+
+
+def positive_number(config: Mapping[str, Any], name: str, default: float) -> float:
+    """A number above 0 of a `config.json`, or the default where it is missing or null.
+
+    Raises:
+        InputError: anything else.
+    """
+    value = config.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InputError(f"config.json: {name} must be a number above 0, found {value!r}")
+    return float(value)
 
 
 def rope_to_config(rope: RopeSpec) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from efx_jax.errors import InputError
-from efx_jax.model.rope import RopeSpec, rope_from_config, rope_to_config
+from efx_jax.model.rope import RopeSpec, positive_number, rope_from_config, rope_to_config
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -68,13 +68,13 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
     _refuse_unsupported(config)
     num_heads = _required_int(config, "num_attention_heads")
     hidden_size = _required_int(config, "hidden_size")
-    num_kv_heads = config.get("num_key_value_heads") or num_heads
+    num_kv_heads = _optional_int(config, "num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise InputError(
             f"config.json: num_attention_heads {num_heads} must be a multiple of num_key_value_heads {num_kv_heads}"
         )
     head_dim = _head_dim(config, hidden_size, num_heads)
-    max_positions = config.get("max_position_embeddings") or {"llama": 2048}.get(model_type, 32768)
+    max_positions = _optional_int(config, "max_position_embeddings", {"llama": 2048}.get(model_type, 32768))
     return ModelSpec(
         model_type=model_type,
         vocab_size=_required_int(config, "vocab_size"),
@@ -84,15 +84,15 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(config.get("rms_norm_eps") or _DEFAULT_EPS),
+        rms_norm_eps=positive_number(config, "rms_norm_eps", _DEFAULT_EPS),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_position_embeddings=max_positions,
         rope=rope_from_config(config, max_positions),
         biases=_biases(config, model_type),
         qk_norm=model_type == "qwen3",
-        bos_token_id=config.get("bos_token_id"),
+        bos_token_id=_token_id(config, "bos_token_id"),
         eos_token_ids=_token_ids(config.get("eos_token_id")),
-        pad_token_id=config.get("pad_token_id"),
+        pad_token_id=_token_id(config, "pad_token_id"),
     )
 
 
@@ -195,9 +195,20 @@ def _required_int(config: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def _optional_int(config: Mapping[str, Any], name: str, default: int) -> int:
+    return default if config.get(name) is None else _required_int(config, name)
+
+
+def _token_id(config: Mapping[str, Any], name: str) -> int | None:
+    value = config.get(name)
+    if value is not None and not isinstance(value, int):
+        raise InputError(f"config.json: {name} must be an integer or null, found {value!r}")
+    return value
+
+
 def _head_dim(config: Mapping[str, Any], hidden_size: int, num_heads: int) -> int:
-    head_dim = config.get("head_dim") or (128 if config["model_type"] == "qwen3" else None)
-    if head_dim is None and hidden_size % num_heads:
+    head_dim = _optional_int(config, "head_dim", 128 if config["model_type"] == "qwen3" else 0)
+    if not head_dim and hidden_size % num_heads:
         raise InputError(
             f"config.json: hidden_size {hidden_size} must be a multiple of num_attention_heads {num_heads}, "
             "or head_dim be given"

@@ -255,6 +255,16 @@ REFUSED: list[tuple[Config, str]] = [
     ({"num_key_value_heads": 5}, "num_key_value_heads 5"),
     ({"hidden_size": 2050, "head_dim": None}, "hidden_size 2050"),
     ({"head_dim": 63}, "head_dim 63"),
+    ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a number above 0, found 0"),
+    ({"rope_scaling": {"type": "linear", "factor": None}}, "needs factor"),
+    ({"rope_scaling": "linear"}, "one object for all layers, found 'linear'"),
+    ({"rope_scaling": {"full_attention": {"rope_theta": 1e6}}}, "several kinds of rope"),
+    ({"rope_theta": float("nan")}, "rope_theta must be a number above 0"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number above 0"),
+    ({"rms_norm_eps": "1e-5"}, "found '1e-5'"),
+    ({"max_position_embeddings": "64"}, "max_position_embeddings must be a positive integer"),
+    ({"num_key_value_heads": -2}, "num_key_value_heads must be a positive integer"),
+    ({"bos_token_id": [1]}, "bos_token_id must be an integer or null"),
 ]
 
 
