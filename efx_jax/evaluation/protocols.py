@@ -132,7 +132,7 @@ def check_protocol(spec: ModelSpec, tokenizer: Tokenizer, task: Task, protocol: 
 
     Raises:
         InputError: no rows, a response that is no label, a prompt that is empty or leaves no room for an answer in the
-            model's context, labels that cannot be told apart, or free text without the package rouge-score.
+            model's context, labels that cannot be told apart, or free text that rouge-score cannot score.
     """
     if task.labels:
         reference_numbers(task.test, task.labels)
@@ -144,7 +144,7 @@ def check_protocol(spec: ModelSpec, tokenizer: Tokenizer, task: Task, protocol: 
     if task.labels:
         check_readable(task.labels)
     else:
-        check_rouge()
+        check_rouge([example.response for example in task.test])
     prompts = encode_prompts([example.prompt for example in task.test], tokenizer)
     check_room(prompts, task.test, spec, _new_tokens(task, tokenizer))
 

@@ -1,5 +1,6 @@
 """ROUGE of generated text, by the package rouge-score."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,9 +25,9 @@ def rouge_scores(texts: Sequence[str], references: Sequence[str], stemmer: bool 
         float64 [n,3] in [0, 1], columns as `ROUGE`.
 
     Raises:
-        InputError: the package is not installed.
+        InputError: as `check_rouge`.
     """
-    check_rouge()
+    check_rouge(references)
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(ROUGE), use_stemmer=stemmer)
@@ -34,13 +35,20 @@ def rouge_scores(texts: Sequence[str], references: Sequence[str], stemmer: bool 
     return np.asarray([[row[name].fmeasure for name in ROUGE] for row in rows]).reshape(-1, len(ROUGE))
 
 
-def check_rouge() -> None:
-    """Refuses to go on without the package, before anything is generated.
+def check_rouge(references: Sequence[str]) -> None:
+    """Refuses what cannot be scored, before anything is generated.
 
     Raises:
-        InputError: the package is not installed.
+        InputError: the package is not installed, or a wanted text of which rouge-score, which knows Latin letters
+            without accents and digits, reads no word: every answer would score 0.
     """
     try:
         import rouge_score  # noqa: F401
     except ImportError as error:
         raise InputError('ROUGE needs the package rouge-score; pip install "efx_jax[hf]"') from error
+    for text in references:
+        if text.strip() and not re.search("[a-z0-9]", text.lower()):
+            raise InputError(
+                f"ROUGE reads Latin letters and digits only; found none in {text[:40]!r}; leave this task out of "
+                "data.test, or measure perplexity on its text (data.text)"
+            )

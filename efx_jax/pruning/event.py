@@ -20,7 +20,7 @@ from efx_jax.masks import pack_mask, unpack_mask
 from efx_jax.model.decoder import Layer, stack_layers
 from efx_jax.model.spec import ModelSpec
 from efx_jax.parallel.partition import constrain_tree, to_device, to_host
-from efx_jax.pruning.average import Memory, PruneState, init_prune_state, prunable
+from efx_jax.pruning.average import Memory, PruneState, init_prune_state, keeps_scores, prunable
 from efx_jax.pruning.block import matrix_group, prune_block
 from efx_jax.pruning.budget import event_budgets
 from efx_jax.pruning.selection import Counts, selection_counts
@@ -244,8 +244,13 @@ def check_event(
         raise InputError(f"prune.recovery {config.recovery} moves adapters, found none; pass adapters, or take admm")
     if state is None:
         return init_prune_state(params, adapters, config, jax.random.key(0))
-    if config.ema < 1 and not (state.score or state.snapshots):
-        raise InputError(f"prune.ema {config.ema}: the state has no memory; make it by init_prune_state with this ema")
+    marked = {name.removeprefix("reach/") for name in state.snapshots if name.startswith("reach/")}
+    held = state.score.keys() if keeps_scores(config) else marked
+    if config.ema < 1 and not held >= set(prunable(params["layers"], config)):
+        raise InputError(
+            f"prune.ema {config.ema}: the state has no memory of these matrices; make it by init_prune_state with "
+            "these settings"
+        )
     return state
 
 

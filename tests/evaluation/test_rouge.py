@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from efx_jax.errors import InputError
 from efx_jax.evaluation.rouge import ROUGE, rouge_scores
 
 rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
@@ -30,3 +31,10 @@ def test_words_are_stemmed_unless_asked_otherwise() -> None:
 
 def test_an_empty_text_scores_nothing() -> None:
     assert rouge_scores([""], ["a summary"]).tolist() == [[0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("text", ["今天天气很好", "Привет мир", "?!"])
+def test_a_reference_without_a_word_that_rouge_knows_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="Latin letters and digits only"):
+        rouge_scores(["a summary", text], ["a summary", text])
+    assert rouge_scores([text, text], ["a summary", " "]).max() == 0.0

@@ -187,7 +187,7 @@ def test_every_input_has_a_name() -> None:
         ({"gradient_labels": "Model"}, "prune.gradient_labels must be one of text, model"),
         ({"targets": ("qproj",)}, "prune.targets"),
         ({"targets": ()}, "prune.targets"),
-        ({"ema": 0.5}, "the state has no memory"),
+        ({"ema": 0.5}, "the state has no memory of these matrices"),
         ({"score": "sparsegpt", "ema": 0.5}, "prune.ema must be 1 with prune.score sparsegpt"),
         (
             {"score": "sparsegpt", "group": "bounded"},
@@ -202,6 +202,16 @@ def test_settings_that_mean_nothing_are_refused_by_name(
     state = init_prune_state(llama.params, llama.adapters, PruneConfig(targets=TWO), jax.random.key(0))
     with pytest.raises(InputError, match=message):
         prune_event(llama.params, llama.adapters, None, stats, state, llama.spec, config)
+
+
+@pytest.mark.parametrize("change", [{"recovery": "admm"}, {"targets": (*TWO, "q_proj")}])
+def test_a_memory_of_another_kind_or_of_other_matrices_is_refused(
+    llama: Any, stats: Statistics, change: dict[str, Any]
+) -> None:
+    config = PruneConfig(targets=TWO, ema=0.5)
+    state = init_prune_state(llama.params, llama.adapters, config, jax.random.key(0))
+    with pytest.raises(InputError, match="no memory of these matrices"):
+        prune_event(llama.params, llama.adapters, None, stats, state, llama.spec, dataclasses.replace(config, **change))
 
 
 def test_a_recovery_that_moves_adapters_needs_them(llama: Any, stats: Statistics) -> None:
