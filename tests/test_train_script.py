@@ -83,6 +83,13 @@ def test_a_missing_shard_is_refused(model: Path, refusal: Say) -> None:
     assert "model-00002-of-00002.safetensors: shard is missing" in refusal()
 
 
+@pytest.mark.parametrize("file", [7, "../model-00002-of-00002.safetensors", "/model.safetensors"])
+def test_a_shard_outside_the_folder_is_refused(model: Path, refusal: Say, file: Any) -> None:
+    (model / "model.safetensors").rename(model.parent / "model-00002-of-00002.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+    assert "weight_map model.norm.weight: expected the name of a file in this folder" in refusal()
+
+
 def test_a_wrong_shape_is_refused(model: Path, refusal: Say) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     change_tensors(model, lambda tensors: tensors.update({name: np.zeros((24, 17), np.float32)}))

@@ -116,6 +116,8 @@ def _file_rows(path: pathlib.Path) -> list[dict[str, Any]]:
             return list(_json_rows(stream, path) if kind in _JSON else _table_rows(stream, path, _TABLES[kind]))
     except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise InputError(f"{path}: not readable as UTF-8 text: {error}; save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}; check its permissions") from error
 
 
 def _open_text(path: pathlib.Path) -> TextIO:

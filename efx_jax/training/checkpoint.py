@@ -51,12 +51,19 @@ def open_best(evaluation: EvalConfig, folder: Path) -> contextlib.AbstractContex
     return open_checkpoints(folder, 1) if evaluation.best else contextlib.nullcontext()
 
 
-def saver(manager: ocp.CheckpointManager, origin: str, journal: Journal) -> Callable[..., None]:
-    """`save` for one run, as a function of (state, base_moved, waiting): with the journal in it, and timed."""
+def saver(manager: ocp.CheckpointManager, origin: str, journal: Journal, moves_base: bool) -> Callable[..., None]:
+    """`save` for one run, as a function of (state, waiting=False): with the journal in it, and timed.
 
-    def save_state(state: RunState, base_moved: bool, waiting: bool) -> None:
+    Args:
+        manager: from `open_checkpoints`.
+        origin: fingerprint of what the run started from.
+        journal: goes along as notes.
+        moves_base: whether the run's events rewrite the base.
+    """
+
+    def save_state(state: RunState, waiting: bool = False) -> None:
         with journal.phase("checkpoint"):
-            save(manager, state, base_moved, waiting, origin, dataclasses.asdict(journal))
+            save(manager, state, moves_base and bool(state.masks), waiting, origin, dataclasses.asdict(journal))
 
     return save_state
 

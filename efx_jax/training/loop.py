@@ -1,6 +1,7 @@
 """The training loop: update, event, checkpoint."""
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,30 +95,34 @@ def train(
         count = max(1, len(prune_events(config.prune, config.train, steps)))
         return fresh_state(config, prepared.params, prepared.spec, mesh, tx, keys, count, prepared.adapters)
 
-    state = at_step_0(config)
-    fresh = state = dataclasses.replace(state, units=fresh_units(search, mesh) if search else None)
-    base_moved, waiting = False, False
+    fresh = dataclasses.replace(at_step_0(config), units=fresh_units(search, mesh) if search else None)
     by_step = {event.step: event for event in events}
+    origin = checkpoint.fingerprint(prepared.params, prepared.train, prepared.adapters)
+    masks = placed_shapes(mesh, mask_shapes(prepared.params["layers"], config.prune.targets))
     with (
         checkpoint.open_checkpoints(output / "checkpoints", config.train.keep) as manager,
         checkpoint.open_best(config.eval, output / "best") as best_manager,
         interruptible() as stop,
     ):
-        origin = checkpoint.fingerprint(prepared.params, prepared.train, prepared.adapters)
-        masks = placed_shapes(mesh, mask_shapes(prepared.params["layers"], config.prune.targets))
-        restored = checkpoint.restore(manager, state, masks, origin)
-        is_new = restored is None
+        found = checkpoint.restore(manager, fresh, masks, origin)
+        is_new = found is None
         if is_new:
-            restored = take_over(trunk, config, fresh, at_step_0, min(by_step, default=steps), origin, output)
-        if restored is not None:
-            state, base_moved, waiting, notes = restored
+            found = take_over(trunk, config, fresh, at_step_0, min(by_step, default=steps), origin, output)
+        if found is not None:
+            state, _, waiting, notes = found
             journal.take_up(notes)
         else:
+            state, waiting = fresh, False
             with journal.announced("evaluate base"):
                 journal.results.update(measure_start(config, prepared))
         start = int(state.train.step)
         if jax.process_index() == 0:
             tidy(output, start, steps, waiting)
+        save = checkpoint.saver(manager, origin, journal, moves_base(config.prune))
+        save_best = checkpoint.saver(best_manager, origin, journal, moves_base(config.prune)) if best_manager else None
+        if save_best and journal.best and journal.best.step == start:
+            # A run may have been killed between the two.
+            save_best(state)
         with progress(start, steps) as shown, tracing(config.profile, output / "profile") as trace:
             pinned = (tree_shardings(mesh, state.train), NamedSharding(mesh, PartitionSpec()))
             loop = _Loop(
@@ -140,51 +145,46 @@ def train(
                 progress=shown,
                 trace=trace,
             )
-            save = checkpoint.saver(manager, origin, journal)
-            save_best = checkpoint.saver(best_manager, origin, journal) if best_manager else None
-            if save_best and journal.best and journal.best.step == start:
-                # A run may have been killed between the two.
-                save_best(state, base_moved, waiting=False)
-            event = by_step.get(start) if waiting or is_new else None
-            if event is not None and not waiting:
-                save(state, base_moved, waiting=True)
-            sparsity = mask_sparsity(state.masks, state.params)
             batch = mesh_batch(config, prepared.train, start, mesh)
-            stopped = asked(stop)
-            while event is not None or (int(state.train.step) < steps and not stopped and not _enough(config, journal)):
-                if event is None:
+            sparsity = mask_sparsity(state.masks, state.params)
+            is_due = waiting or (is_new and start in by_step)
+            is_over = _is_over(loop, state, stop)
+            while is_due or not is_over:
+                if not is_due:
                     with journal.phase("train"):
                         state, batch = _update(loop, state, batch, sparsity)
-                    event = by_step.get(int(state.train.step))
-                    if event is not None:
-                        # An event may take longer than all training before it.
-                        save(state, base_moved, waiting=True)
-                if event is not None:
-                    state = _event(loop, state, event)
-                    base_moved = base_moved or moves_base(config.prune)
+                    is_due = int(state.train.step) in by_step
+                had_event, is_due = is_due, False
+                if had_event:
+                    # An event may take longer than all training before it.
+                    save(state, waiting=True)
+                    state = _event(loop, state, by_step[int(state.train.step)])
                     sparsity = mask_sparsity(state.masks, state.params)
-                number = int(state.train.step)
+                number, every = int(state.train.step), config.train.checkpoint_every
                 is_best = number in loop.validations and _validate(loop, state)
-                every = config.train.checkpoint_every
-                due = every and number % every == 0
-                stopped = asked(stop)
-                if event is not None or due or stopped or is_best or number == steps or _enough(config, journal):
-                    save(state, base_moved, waiting=False)
+                is_over = _is_over(loop, state, stop)
+                if had_event or is_best or is_over or (every and number % every == 0):
+                    save(state)
                 if save_best and is_best:
                     # Each is whole before the next begins: no checkpoint names a best one that never came to be.
                     manager.wait_until_finished()
-                    save_best(state, base_moved, waiting=False)
+                    save_best(state)
                     best_manager.wait_until_finished()
-                if event is not None:
+                if had_event:
                     forget_blocks(output / "event", manager)
-                event = None
-        if int(state.train.step) < steps and not _enough(config, journal):
+        if int(state.train.step) < steps and not _enough(loop):
             say_interrupted(int(state.train.step), steps, manager.latest_step() is not None, output)
             return None
         if best_manager and journal.best and journal.best.step != int(state.train.step):
             best_manager.wait_until_finished()
             state = checkpoint.restore_best(best_manager, fresh, masks, origin, journal.best.step)
     return state
+
+
+def _is_over(loop: _Loop, state: RunState, stop: threading.Event) -> bool:
+    """Whether no update follows: all are done, no better model is to be expected, or the user has asked to stop."""
+    # Asked first: hosts meet there.
+    return asked(stop) or int(state.train.step) >= loop.steps or _enough(loop)
 
 
 def _update(loop: _Loop, state: RunState, batch: _Batch, sparsity: float) -> tuple[RunState, _Batch]:
@@ -279,10 +279,10 @@ def _validate(loop: _Loop, state: RunState) -> bool:
     return loop.journal.best.step == step
 
 
-def _enough(config: Config, journal: Journal) -> bool:
+def _enough(loop: _Loop) -> bool:
     """Whether `eval.patience` evaluations have passed without a better model."""
-    patience = config.eval.patience
-    return bool(patience) and journal.best is not None and journal.best.stale >= patience
+    patience, best = loop.config.eval.patience, loop.journal.best
+    return bool(patience) and best is not None and best.stale >= patience
 
 
 def _agreed(path: Implementation) -> Implementation:

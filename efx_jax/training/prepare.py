@@ -137,6 +137,11 @@ def _check_teacher(config: Config, spec: ModelSpec) -> None:
             f"distill.teacher {path}: has a vocabulary of {other.vocab_size:,} tokens, expected the model's "
             f"{spec.vocab_size:,}; take a teacher with the same tokenizer"
         )
+    if other.max_position_embeddings < config.data.max_length:
+        raise InputError(
+            f"distill.teacher {path}: has a context of {other.max_position_embeddings:,} tokens, expected at least "
+            f"data.max_length {config.data.max_length:,}; lower that, or take another teacher"
+        )
 
 
 def _check_evaluation(

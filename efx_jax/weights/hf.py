@@ -246,6 +246,12 @@ def _promised_files(folder: Path) -> dict[str, Path]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise InputError(f"{folder / INDEX}: has no weight_map; download the file again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise InputError(
+                f"{folder / INDEX}: weight_map {name}: expected the name of a file in this folder, found {shard!r}; "
+                "download the file again"
+            )
     files = {name: folder / shard for name, shard in weight_map.items()}
     for file in sorted(set(files.values())):
         if not file.is_file():

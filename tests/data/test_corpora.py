@@ -1,5 +1,6 @@
 """Rows come back as written; whatever is wrong is named with file and line."""
 
+import errno
 import gzip
 import json
 import pathlib
@@ -83,6 +84,14 @@ def test_what_is_no_readable_file_is_refused(tmp_path: pathlib.Path) -> None:
     refused(str(tmp_path / "cut.jsonl.gz"), "cut.jsonl.gz")
     pytest.importorskip("pyarrow")
     refused(write(tmp_path / "bad.parquet", "no parquet"), "bad.parquet")
+
+
+def test_a_file_that_may_not_be_read_is_one_line(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: pathlib.Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("efx_jax.data.corpora._open_text", closed)
+    refused(write(tmp_path / "a.jsonl", '{"text": "x"}\n'), "a.jsonl: cannot be read: Permission denied", "permissions")
 
 
 def test_an_unreachable_hub_name_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,3 +251,13 @@ def test_a_teacher_of_another_vocabulary_is_refused(
     told = capsys.readouterr().err.strip()
     assert "has a vocabulary of 31 tokens, expected the model's 23" in told
     assert "\n" not in told and not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_reads_shorter_rows_than_training_has_is_refused(
+    launch: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = dataclasses.replace(LLAMA, vocab_size=23, max_position_embeddings=16)
+    save_pretrained(tmp_path / "short", init_params(KEY, short), short)
+    launch(tmp_path / "run", "--distill.teacher", str(tmp_path / "short"), code=2)
+    told = capsys.readouterr().err.strip()
+    assert "has a context of 16 tokens, expected at least data.max_length 32" in told
