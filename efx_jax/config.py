@@ -121,6 +121,9 @@ class PruneConfig:
     """Matrices that compare within rows even if `group` is "matrix", "slab" or "bounded"."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Linears that are pruned."""
+    permute: bool = False
+    """With group "N:M": let hidden units and dimensions of value heads change places before the first event, which
+    changes nothing but which entries compete; the export keeps the new order."""
     swaps: int = 0
     """Most exact swaps in every row of a new mask, each of which lowers the error of the row's outputs; 0: none."""
     recovery: Recovery = "none"

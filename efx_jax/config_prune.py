@@ -96,6 +96,12 @@ def _pair_rules(prune: PruneConfig) -> Iterable[Rule]:
             "0 without prune.sequential and a recovery with a target (gram_pbs, admm or obs)",
         ),
         (
+            "prune.permute",
+            prune.permute,
+            not prune.permute or (n_of_m(prune.group) is not None and prune.recovery in ("admm", "obs")),
+            "false without prune.group N:M, where places matter, and prune.recovery admm or obs, which write weights",
+        ),
+        (
             "prune.swaps",
             prune.swaps,
             prune.swaps == 0 or not sweeps or prune.recovery != "obs",
@@ -255,6 +261,7 @@ def _unit_rules(prune: PruneConfig) -> Iterable[Rule]:
         ),
         ("group", prune.group, prune.group == "row", "row, the default,", "units compete, not entries"),
         ("budget", prune.budget, prune.budget == "uniform", "uniform", "it scores no entries"),
+        ("permute", prune.permute, not prune.permute, "false", "units compete, not entries"),
         ("swaps", prune.swaps, prune.swaps == 0, "0", "units compete, not entries"),
         ("ema", prune.ema, prune.ema == 1, "1", "it has one event"),
         (

@@ -32,6 +32,7 @@ from efx_jax.pruning.event import (
     prune_event,
     put_block,
 )
+from efx_jax.pruning.permutation import find_order, permute
 from efx_jax.pruning.statistics import collect_statistics
 from efx_jax.training.importance import run_importance
 from efx_jax.training.prepare import Prepared, calibration
@@ -51,6 +52,8 @@ def prune_run(
 ) -> RunState:
     """The state after an event on the run's calibration rows; the last event may be a plain one.
 
+    Before the first event units may change places, see `efx_jax.pruning.permutation`.
+
     Args:
         config: the settings.
         prepared: model and data.
@@ -62,6 +65,8 @@ def prune_run(
     prune = dataclasses.replace(config.prune, sparsity=event.sparsity)
     if event.last and prune.plain_last_event:
         prune = dataclasses.replace(without_recovery(prune), ema=1.0)
+    if prune.permute and not state.masks:
+        state = _permuted(config, prepared, state, attention_path)
     adapters, masks = state.train.adapters, state.masks or None
     importance = run_importance(config, prepared, state, event, attention_path)
     batches = calibration(config, prepared)
@@ -94,6 +99,23 @@ def prune_run(
     train = dataclasses.replace(state.train, adapters=new_adapters, opt_state=opt_state)
     # Waited for here, so that the time of an event is not counted as that of whatever comes next.
     return jax.block_until_ready(RunState(train=train, params=params, masks=new_masks, prune=prune_state))
+
+
+def _permuted(config: Config, prepared: Prepared, state: RunState, attention_path: Implementation) -> RunState:
+    """The state with its units in an order that suits N:M. (Adam starts again after the event: it has no order.)"""
+    rows = calibration(config, prepared, surveyed_rows(config.prune))
+    stats = collect_statistics(
+        state.params,
+        rows,
+        prepared.spec,
+        state.train.adapters,
+        compute_dtype=config.model.compute_dtype,
+        attention_path=attention_path,
+    )
+    order = find_order(state.params, state.train.adapters, stats, prepared.spec, config.prune)
+    params, adapters = permute(state.params, state.train.adapters, order)
+    assert adapters is not None
+    return dataclasses.replace(state, params=params, train=dataclasses.replace(state.train, adapters=adapters))
 
 
 def _resumable(

@@ -17,6 +17,7 @@ from efx_jax.pruning.average import init_prune_state
 from efx_jax.pruning.blockwise import prune_event_blockwise
 from efx_jax.pruning.event import prune_event
 from efx_jax.pruning.output_gradient import output_gradient_energy
+from efx_jax.pruning.permutation import find_order, permute
 from efx_jax.pruning.statistics import collect_statistics
 from tests.tiers import few_of
 from tests.tiny import EVEN
@@ -189,6 +190,25 @@ def test_events_block_by_block_are_those_of_one_device(
         found = events(1, event, config, params, adapters, mesh)
     assert_same_outcomes(found, expected)
     assert_lies_as_before(found, mesh)
+
+
+def test_units_change_places_on_a_mesh_as_on_one_device(params: Any, adapters: Adapters, stats: Any) -> None:
+    config = PruneConfig(group="2:4", recovery="admm")
+    order = find_order(params, adapters, stats, SPEC, config)
+    expected = permute(params, adapters, order)
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    tree = {"params": params, "adapters": adapters}
+    tree = jax.device_put(tree, tree_shardings(mesh, tree))
+    seen = jax.device_put(stats, NamedSharding(mesh, PartitionSpec()))
+    with jax.set_mesh(mesh):
+        found_order = find_order(tree["params"], tree["adapters"], seen, SPEC, config)
+        found = permute(tree["params"], tree["adapters"], order)
+    assert not any(np.array_equal(places, np.sort(places)) for places in order.columns.values())
+    jax.tree.map(np.testing.assert_array_equal, found_order, order)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    tree = {"params": found[0], "adapters": found[1]}
+    for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(tree_shardings(mesh, tree)), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), (leaf.shape, leaf.sharding, sharding)
 
 
 def assert_lies_as_before(outcomes: list[Any], mesh: Any) -> None:

@@ -35,6 +35,8 @@ from efx_jax.errors import InputError
             "prune.group must be row, matrix or N:M with prune.score sparsegpt",
         ),
         ({"budget": "owl", "group": "2:4"}, "prune.budget must be uniform with prune.group 2:4"),
+        ({"permute": True, "recovery": "admm"}, "prune.permute must be false without prune.group N:M"),
+        ({"permute": True, "group": "2:4"}, "and prune.recovery admm or obs, which write weights, found True"),
     ],
 )
 def test_what_excludes_itself_is_refused_with_one_line(prune: dict[str, Any], message: str) -> None:

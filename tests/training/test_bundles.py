@@ -50,6 +50,17 @@ def test_base_and_bundle_are_the_export_bit_for_bit(
     assert files_of(tmp_path / "again") == files_of(run / "export")
 
 
+def test_units_in_another_order_come_with_the_bundle(
+    launch: Callable[..., Path], tiny_folder: Path, tmp_path: Path, files_of: Files
+) -> None:
+    """Of gate and up too, which nothing is pruned from."""
+    flags = "--preset paper --prune.group 2:4 --prune.recovery admm --prune.permute --prune.targets down_proj"
+    run = launch(tmp_path / "run", *flags.split(), "--prune.schedule", "fractions", "--prune.fractions", "0.5")
+    write_bundle(run_outcome(run), tmp_path / "bundle")
+    apply_bundle(tiny_folder, tmp_path / "bundle", tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(run / "export")
+
+
 def test_the_command_prints_what_every_part_weighs(
     paper_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -230,6 +230,25 @@ def test_two_of_four_refitted_block_by_block_and_merged_at_each_event(launch, tm
     assert json.loads((run / "export" / "efx_sparsity.json").read_text())["pattern"] == "2:4"
 
 
+def test_units_change_places_before_two_of_four_are_pruned(launch, tmp_path: Path) -> None:
+    """Where next to nothing is learned, what is not pruned is the base's own, in another order."""
+    flags = "--preset paper --prune.group 2:4 --prune.score sparsegpt --prune.recovery obs --prune.ema 1"
+    flags += " --prune.targets down_proj o_proj --prune.schedule fractions --prune.fractions 0"
+    flags += " --train.learning_rate 1e-20 --train.steps 1"
+    as_it_is = launch(tmp_path / "as_it_is", *flags.split())
+    permuted = launch(tmp_path / "permuted", *flags.split(), "--prune.permute")
+    (base, _), (other, spec) = (efx_jax.load_pretrained(run / "export", dtype=None) for run in (as_it_is, permuted))
+    for name in ("gate_proj", "up_proj", "v_proj"):
+        rows, moved = np.asarray(base["layers"][name]), np.asarray(other["layers"][name])
+        assert (rows != moved).any(), name
+        for layer in range(spec.num_layers):
+            assert sorted(map(tuple, rows[layer])) == sorted(map(tuple, moved[layer])), name
+    np.testing.assert_array_equal(base["layers"]["q_proj"], other["layers"]["q_proj"])
+    for name in ("down_proj", "o_proj"):
+        gone = zeros(permuted)[name]
+        assert (gone.reshape(*gone.shape[:2], -1, 4).sum(axis=-1) == 2).all(), name
+
+
 def test_without_sparsity_the_run_is_plain_lora(launch, tmp_path: Path, metrics_of: MetricsOf) -> None:
     run = launch(tmp_path / "run", "--prune.sparsity", "0", "--data.holdout", "0", "--train.steps", "6")
     summary = json.loads((run / "summary.json").read_text())

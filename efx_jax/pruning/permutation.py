@@ -1,0 +1,174 @@
+"""Which inputs compete in N:M: units that can change places do so that no group holds too many large entries.
+
+N:M keeps N of M consecutive inputs of every row, whatever stands there. But hidden units of the MLP (rows of gate and
+up, columns of down) and the dimensions of a value head (rows of v, columns of o in each query head that reads it) have
+no order: the model computes the same with them anywhere. The problem is that of J. Pool and C. Yu, Channel Permutations
+for N:M Sparsity (NeurIPS 2021), who swap channels. Here one member of every group at a time leaves its place, and all
+of them find new ones together, by the assignment that loses least: no step makes the loss larger.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from scipy.optimize import linear_sum_assignment
+
+from efx_jax.config import PruneConfig
+from efx_jax.config_prune import n_of_m
+from efx_jax.lora import Adapters, effective_weight
+from efx_jax.model.spec import ModelSpec
+from efx_jax.parallel.partition import constrain, constrain_tree
+from efx_jax.pruning.statistics import Statistics
+
+Array = jax.Array
+_SWEEPS = 6
+"""Passes over the members of the groups; later ones win back less than a hundredth of what is lost."""
+
+
+@struct.dataclass
+class Order:
+    """Where every line of a linear comes from: `rows[name]` int `[L,O]` and `columns[name]` int `[L,I]`."""
+
+    rows: dict[str, np.ndarray]
+    columns: dict[str, np.ndarray]
+
+
+def find_order(
+    params: Mapping[str, Any], adapters: Adapters | None, stats: Statistics, spec: ModelSpec, config: PruneConfig
+) -> Order:
+    """The order of hidden units and value dimensions in which N:M loses little: of sum (U_oi^2 sum_t x_ti^2), dropped.
+
+    Units whose rows have a bias stay where they are (an event rewrites weights alone), and so do value dimensions
+    where M does not divide a head.
+
+    Args:
+        params: the parameter tree.
+        adapters: adapters, or None.
+        stats: of the model as it stands; Grams are not needed.
+        spec: the model.
+        config: gives the group "N:M" and the matrices to prune.
+    """
+    pattern = n_of_m(config.group)
+    assert pattern is not None
+    kv_heads, width = spec.num_kv_heads, spec.head_dim
+    order = Order({}, {})
+    if "down_proj" in config.targets and not {"gate_proj", "up_proj"} & set(spec.biases):
+        hidden = np.stack(
+            [
+                group_inputs(_importance(params, adapters, stats, "down_proj", layer), *pattern)
+                for layer in range(spec.num_layers)
+            ]
+        )
+        order.rows.update(gate_proj=hidden, up_proj=hidden)
+        order.columns.update(down_proj=hidden)
+    if "o_proj" in config.targets and "v_proj" not in spec.biases and width % pattern[1] == 0:
+        dims = np.empty((spec.num_layers, kv_heads, width), np.int64)
+        for layer in range(spec.num_layers):
+            # Query heads of one group share the order: to them a dimension is one line that is G times as long.
+            lines = _importance(params, adapters, stats, "o_proj", layer)
+            lines = lines.reshape(kv_heads, spec.num_heads // kv_heads, width, -1).swapaxes(1, 2)
+            for head in range(kv_heads):
+                dims[layer, head] = group_inputs(lines[head].reshape(width, -1), *pattern)
+        order.rows["v_proj"] = _by_head(dims)
+        order.columns["o_proj"] = _by_head(np.repeat(dims, spec.num_heads // kv_heads, axis=1))
+    return order
+
+
+def _by_head(dims: np.ndarray) -> np.ndarray:
+    """Places within heads `[L,heads,H]` -> places `[L,heads*H]`."""
+    starts = np.arange(dims.shape[1])[None, :, None] * dims.shape[2]
+    return (dims + starts).reshape(len(dims), -1)
+
+
+def _importance(
+    params: Mapping[str, Any], adapters: Adapters | None, stats: Statistics, name: str, layer: int
+) -> Array:
+    """Squares of U by the energy of its inputs, transposed: float32 `[I,O]`, whole on every device."""
+    lora_a, lora_b = (None, None) if adapters is None else (adapters.lora_a.get(name), adapters.lora_b.get(name))
+    scale = 1.0 if adapters is None else adapters.scale
+    energy = jnp.square(stats.input_norm(name))
+    return _layer_importance(params["layers"][name], lora_a, lora_b, energy, layer, scale)
+
+
+@functools.partial(jax.jit, static_argnames="scale")
+def _layer_importance(
+    weight: Array, lora_a: Array | None, lora_b: Array | None, energy: Array, layer: Array | int, scale: float
+) -> Array:
+    weight, lora_a, lora_b, energy = jax.tree.map(lambda leaf: leaf[layer], (weight, lora_a, lora_b, energy))
+    return constrain((jnp.square(effective_weight(weight, lora_a, lora_b, scale)) * energy).T)
+
+
+def group_inputs(importance: Array, kept: int, block: int, sweeps: int = _SWEEPS) -> np.ndarray:
+    """An order of the inputs in which keeping the `kept` largest of `block` consecutive ones drops little.
+
+    Args:
+        importance: of every entry, at least 0, float32 `[I,O]`; `block` divides I.
+        kept: N.
+        block: M.
+        sweeps: how often every member of a group may move, on average.
+
+    Returns:
+        int64 `[I]`, a permutation: what stands at each place. No worse than the order as it is.
+    """
+    groups = np.arange(len(importance)).reshape(-1, block)
+    # Two that always left together would never meet in a group.
+    draw = np.random.default_rng(0)
+    for _ in range(sweeps * block):
+        leaving, *others = draw.permuted(groups, axis=1).T
+        staying = np.stack(others, axis=1)
+        losses = np.asarray(_losses(importance, leaving, staying, block - kept))
+        leaver, group = linear_sum_assignment(losses)
+        groups = np.concatenate([staying[group], leaving[leaver, None]], axis=1)
+    return groups.reshape(-1)
+
+
+@functools.partial(jax.jit, static_argnames="dropped")
+def _losses(importance: Array, leaving: Array, staying: Array, dropped: int) -> Array:
+    """What each group of M - 1 loses with each of those that are to join one; `[n]`, `[n,M-1]` -> `[n,n]`.
+
+    Of the M entries of a row the `dropped` smallest are lost: all but one of the smallest that stay, and of the last of
+    these and the newcomer the smaller one.
+    """
+    smallest = jnp.sort(importance[staying], axis=1)[:, :dropped]
+    limit, before = smallest[:, -1], jnp.sum(smallest[:, :-1], axis=(1, 2))
+    return jax.lax.map(lambda one: before + jnp.sum(jnp.minimum(limit, one), axis=1), importance[leaving])
+
+
+def permute(
+    params: Mapping[str, Any], adapters: Adapters | None, order: Order
+) -> tuple[dict[str, Any], Adapters | None]:
+    """The same model with its units in another order; arrays that have none of them are the same.
+
+    Args:
+        params: the parameter tree.
+        adapters: adapters, or None.
+        order: what stands where.
+    """
+    layers = dict(params["layers"])
+    lora_a, lora_b = ({}, {}) if adapters is None else (dict(adapters.lora_a), dict(adapters.lora_b))
+    for name, places in order.rows.items():
+        layers[name] = _taken({name: layers[name]}, places, 0)[name]
+        if name in lora_b:
+            lora_b[name] = _taken({"lora_b": {name: lora_b[name]}}, places, 0)["lora_b"][name]
+    for name, places in order.columns.items():
+        layers[name] = _taken({name: layers[name]}, places, 1)[name]
+        if name in lora_a:
+            lora_a[name] = _taken({"lora_a": {name: lora_a[name]}}, places, 1)["lora_a"][name]
+    if adapters is not None:
+        adapters = dataclasses.replace(adapters, lora_a=lora_a, lora_b=lora_b)
+    return {**params, "layers": layers}, adapters
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _taken(stacked: Any, places: Array, axis: int) -> Any:
+    """Lines of matrices `[L,...]` in another order, a layer at a time: no device holds more than one of them whole."""
+
+    def take(layer: tuple[Any, Array]) -> Any:
+        return jax.tree.map(lambda matrix: jnp.take(constrain(matrix), layer[1], axis=axis), layer[0])
+
+    return constrain_tree(jax.lax.map(take, (stacked, places)))
