@@ -10,10 +10,11 @@ from efx_jax.evaluation.scores import RESAMPLES, Interval, interval, resample_co
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
-    """Nats, float64 [n], and predicted tokens, int [n], of every window of a text."""
+    """Nats, float64 [n], and predicted tokens, int [n], of every window of a text, and the text's checksum."""
 
     nll: np.ndarray
     tokens: np.ndarray
+    text: str = ""
 
 
 def perplexity_ratio(
@@ -31,7 +32,7 @@ def perplexity_ratio(
 
     Returns:
         The ratio and its interval (None of a single window); None where there is nothing to pair: no seed in common,
-        other windows, or a ratio too large for a number.
+        another text or other windows, or a ratio too large for a number.
     """
     shared = [number for number in found if number in other]
     if not shared or not _are_same([each[number] for each in (found, other) for number in shared]):
@@ -54,5 +55,7 @@ def perplexity_ratio(
 
 
 def _are_same(windows: Sequence[Windows]) -> bool:
-    """Whether all of them are cut alike."""
-    return all(np.array_equal(each.tokens, windows[0].tokens) for each in windows)
+    """Whether all of them are of one text, cut alike."""
+    # Evaluations of before it was told have no checksum.
+    texts = {each.text for each in windows} - {""}
+    return len(texts) <= 1 and all(np.array_equal(each.tokens, windows[0].tokens) for each in windows)

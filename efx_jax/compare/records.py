@@ -62,7 +62,8 @@ def read_record(comparison: Comparison, cell: Cell, runs: Path) -> Record:
             _take(metrics, intervals, f"perplexity.{name}", text, "value", "interval")
             # Evaluations of before the windows were told have none; a ruined model's are not finite.
             if None not in text.get("window_nll", [None]):
-                windows[name] = Windows(np.asarray(text["window_nll"]), np.asarray(text["window_tokens"]))
+                counts = np.asarray(text["window_tokens"])
+                windows[name] = Windows(np.asarray(text["window_nll"]), counts, text.get("text", ""))
             continue
         for task, result in _read(folder)["tasks"].items():
             for metric in TITLES:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,8 @@ class Perplexity:
     """`value` = exp(nll_sum / tokens) with its 95 % bootstrap `interval` over windows (None of a single one); nats and
     predicted tokens.
 
-    `window_nll` float64 [n] and `window_tokens` int64 [n] are in the order of the windows given.
+    `window_nll` float64 [n] and `window_tokens` int64 [n] are in the order of the windows given; `text` is a checksum
+    of what they hold, "" where it is not known.
     """
 
     value: float
@@ -38,6 +40,7 @@ class Perplexity:
     tokens: int
     window_nll: np.ndarray
     window_tokens: np.ndarray
+    text: str = ""
 
 
 def perplexity(
@@ -76,7 +79,10 @@ def perplexity(
         chosen = [windows[row] for row in rows]
         batch = pad_batch(chosen, batch_size, bucket_length([len(w.tokens) - 1 for w in chosen], longest))
         window_nll[rows] = np.asarray(_batch_nll(params, batch, spec, adapters, masks, compute_dtype))[: len(rows)]
-    return summarise(window_nll, window_tokens)
+    checksum = 0
+    for window in windows:
+        checksum = zlib.crc32(window.loss.tobytes(), zlib.crc32(window.tokens.tobytes(), checksum))
+    return dataclasses.replace(summarise(window_nll, window_tokens), text=f"{checksum:08x}")
 
 
 def summarise(window_nll: np.ndarray, window_tokens: np.ndarray, seed: int = 0) -> Perplexity:

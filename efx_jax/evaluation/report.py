@@ -126,4 +126,5 @@ def _perplexity_fields(text: Perplexity) -> dict[str, Any]:
         "windows": len(text.window_nll),
         "window_nll": [round(float(number), 4) if math.isfinite(number) else None for number in text.window_nll],
         "window_tokens": text.window_tokens.tolist(),
+        "text": text.text,
     }

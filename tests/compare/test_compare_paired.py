@@ -70,6 +70,9 @@ def test_what_does_not_pair_has_no_ratio(hard: np.ndarray) -> None:
     other = Windows(np.ones(3), np.array([5, 5, 5]))
     assert perplexity_ratio({0: windows(3.0, hard)}, {1: windows(3.0, hard)}) is None
     assert perplexity_ratio({0: windows(3.0, hard)}, {0: other}) is None
+    here, there = (dataclasses.replace(windows(3.0, hard), text=text) for text in ("0a", "0b"))
+    assert perplexity_ratio({0: here}, {0: there}) is None
+    assert perplexity_ratio({0: here}, {0: windows(3.0, hard)}) is not None
     one = Windows(np.array([6.0]), np.array([2])), Windows(np.array([4.0]), np.array([2]))
     assert perplexity_ratio({0: one[0]}, {0: one[1]}) == (pytest.approx(np.e), None)
 

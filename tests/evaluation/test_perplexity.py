@@ -49,6 +49,13 @@ def test_perplexity_is_exp_of_the_sum_over_the_tokens() -> None:
     assert result.interval[0] < result.value < result.interval[1]
 
 
+def test_another_text_of_the_same_lengths_has_another_checksum() -> None:
+    texts = windows(20, 31)
+    other = [dataclasses.replace(texts[0], tokens=texts[0].tokens[::-1].copy()), texts[1]]
+    found = [perplexity(PARAMS, each, SPEC, batch_size=2).text for each in (texts, texts, other)]
+    assert found[0] == found[1] != found[2]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_filling_the_last_batch_changes_nothing(batch_size: int) -> None:
     texts = windows(20, 31, 12, 9, 31)
