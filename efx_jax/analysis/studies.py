@@ -14,6 +14,7 @@ from efx_jax.analysis.held import (
     before_event,
     read_checkpoint,
     refuse_cut_units,
+    refuse_permuted,
     run_adapters,
     run_linears,
     run_masks,
@@ -39,6 +40,7 @@ class Found:
 
 def adapter_base(run: Run, arguments: argparse.Namespace) -> Found:
     """The adapter subspaces of a run beside the weights that it began with (the paper's figures 5 to 8)."""
+    refuse_permuted(run)
     step = choose_step(run, tuple(arguments.steps))
     adapters = _adapters(run, step)
     params, spec = load_base(run)
@@ -98,6 +100,7 @@ def mask_events(run: Run, _: argparse.Namespace) -> Found:
 def moved(run: Run, _: argparse.Namespace) -> Found:
     """How far the kept weights of the export are from the base's."""
     refuse_cut_units(run)
+    refuse_permuted(run)
     final = load_export(run)
     params, _spec = load_base(run)
     rewritten = run_linears(run, read_checkpoint(run, run.steps[-1])) if run.steps else {}
@@ -108,6 +111,7 @@ def moved(run: Run, _: argparse.Namespace) -> Found:
 
 def scores(run: Run, arguments: argparse.Namespace) -> Found:
     """The scores of the run's own criterion around its threshold, before its first event."""
+    refuse_permuted(run)
     replay.event_settings(run.config.prune)
     params, spec = load_base(run)
     batch = training_rows(run, spec, arguments.rows, arguments.length)
@@ -123,6 +127,7 @@ def scores(run: Run, arguments: argparse.Namespace) -> Found:
 
 def recovery(run: Run, arguments: argparse.Namespace) -> Found:
     """What the run's event does to the output of every matrix, without and with its recovery, on rows held out."""
+    refuse_permuted(run)
     prune = replay.event_settings(run.config.prune)
     if prune.recovery == "none":
         raise InputError(f"{run.folder}: prune.recovery none repairs nothing; choose a run with a recovery")
@@ -263,7 +268,13 @@ def _by_pair(
 
 
 def _shifts(runs: Sequence[Run], arguments: argparse.Namespace) -> dict[tuple[str, str], str]:
-    """What changes between every two runs, by their names."""
+    """What changes between every two runs, by their names.
+
+    Raises:
+        InputError: a run whose units have changed places.
+    """
+    for run in runs:
+        refuse_permuted(run)
     known = [
         (domain, run.config.data.train, run.config.seed)
         for run, domain in zip(runs, shifts.run_domains(runs, arguments.domains), strict=True)

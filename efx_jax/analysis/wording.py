@@ -117,11 +117,12 @@ def method(config: Config) -> str:
     }[prune.schedule]
     refitted = ", A too" if prune.pbs_rounds else ""
     swapped = ", exact swaps within rows" if prune.swaps else ""
+    moved = ", units first brought into an order that suits the pattern" if prune.permute else ""
     refined = ", which chooses the mask again" if prune.recovery == "admm" and prune.admm_refine else ""
     text = f" and on text of {PurePath(config.distill.text).name}" if config.distill.text else ""
     teacher = f"; taught by {_teacher(config)} where rows have no labels{text}" if config.distill.teacher else ""
     return (
-        f"{adapters}; entries chosen by {_SCORES[prune.score]}{_BUDGETS[prune.budget]}{swapped}; {events}; "
+        f"{adapters}; entries chosen by {_SCORES[prune.score]}{_BUDGETS[prune.budget]}{swapped}{moved}; {events}; "
         f"{_RECOVERIES[prune.recovery]}{refitted}{refined}; mask in training: {prune.mask_forward}{teacher}."
     )
 

@@ -240,6 +240,11 @@ def check_event(
         InputError: as `prune_event`.
     """
     validate_prune(config)
+    if config.permute:
+        raise InputError(
+            "prune.permute: an event leaves units where they are, expected False; call find_order and permute of "
+            "efx_jax.pruning.permutation before it"
+        )
     if adapters is None and config.recovery in ("pbs", "gram_pbs"):
         raise InputError(f"prune.recovery {config.recovery} moves adapters, found none; pass adapters, or take admm")
     if state is None:

@@ -9,6 +9,7 @@ of them find new ones together, by the assignment that loses least: no step make
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from scipy.optimize import linear_sum_assignment
 
 from efx_jax.config import PruneConfig
 from efx_jax.config_prune import n_of_m
+from efx_jax.errors import InputError
+from efx_jax.files import meet
 from efx_jax.lora import Adapters, effective_weight
 from efx_jax.model.spec import ModelSpec
 from efx_jax.parallel.partition import constrain, constrain_tree
@@ -28,6 +31,8 @@ from efx_jax.pruning.statistics import Statistics
 Array = jax.Array
 _SWEEPS = 6
 """Passes over the members of the groups; later ones win back less than a hundredth of what is lost."""
+_TOGETHER = 512
+"""So many groups exchange members at a time, drawn anew: an assignment takes the cube of it on the host."""
 
 
 @struct.dataclass
@@ -114,29 +119,40 @@ def group_inputs(importance: Array, kept: int, block: int, sweeps: int = _SWEEPS
 
     Returns:
         int64 `[I]`, a permutation: what stands at each place. No worse than the order as it is.
+
+    Raises:
+        InputError: importance that is not finite, or hosts that find different orders.
     """
     groups = np.arange(len(importance)).reshape(-1, block)
     # Two that always left together would never meet in a group.
     draw = np.random.default_rng(0)
     for _ in range(sweeps * block):
-        leaving, *others = draw.permuted(groups, axis=1).T
-        staying = np.stack(others, axis=1)
-        losses = np.asarray(_losses(importance, leaving, staying, block - kept))
-        leaver, group = linear_sum_assignment(losses)
-        groups = np.concatenate([staying[group], leaving[leaver, None]], axis=1)
+        groups = draw.permutation(draw.permuted(groups, axis=1), axis=0)
+        for part in np.array_split(groups, -(-len(groups) // _TOGETHER)):
+            losses = np.asarray(_losses(importance, part[:, 0], part[:, 1:], block - kept))
+            if not np.isfinite(losses).all():
+                raise InputError("prune.permute: the calibration's activations are not finite; check prune.calibration")
+            leaver, group = linear_sum_assignment(losses)
+            part[group, 0] = part[leaver, 0]
+    _agree(groups)
     return groups.reshape(-1)
+
+
+def _agree(groups: np.ndarray) -> None:
+    """Every host moves its own part of the weights, by an order that it found itself."""
+    if len(set(meet(zlib.crc32(groups.tobytes()) >> 1))) > 1:
+        raise InputError("prune.permute: hosts found different orders; run them on the same processors and libraries")
 
 
 @functools.partial(jax.jit, static_argnames="dropped")
 def _losses(importance: Array, leaving: Array, staying: Array, dropped: int) -> Array:
-    """What each group of M - 1 loses with each of those that are to join one; `[n]`, `[n,M-1]` -> `[n,n]`.
+    """What each of those that are to join a group costs in each of them; `[n]`, `[n,M-1]` -> `[n,n]`.
 
-    Of the M entries of a row the `dropped` smallest are lost: all but one of the smallest that stay, and of the last of
-    these and the newcomer the smaller one.
+    Of the M entries of a row the `dropped` smallest are lost: all but one of the smallest that stay, whoever comes
+    (left out here), and of the last of these and the newcomer the smaller one.
     """
-    smallest = jnp.sort(importance[staying], axis=1)[:, :dropped]
-    limit, before = smallest[:, -1], jnp.sum(smallest[:, :-1], axis=(1, 2))
-    return jax.lax.map(lambda one: before + jnp.sum(jnp.minimum(limit, one), axis=1), importance[leaving])
+    limit = jnp.sort(importance[staying], axis=1)[:, dropped - 1]
+    return jax.lax.map(lambda one: jnp.sum(jnp.minimum(limit, one), axis=1), importance[leaving])
 
 
 def permute(

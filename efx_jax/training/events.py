@@ -62,10 +62,11 @@ def prune_run(
         attention_path: see `efx_jax.model.attention.choose_attention`.
         folder: where a long event leaves the blocks that it has finished.
     """
-    prune = dataclasses.replace(config.prune, sparsity=event.sparsity)
+    # Units change places once, and not in the event itself.
+    prune = dataclasses.replace(config.prune, sparsity=event.sparsity, permute=False)
     if event.last and prune.plain_last_event:
         prune = dataclasses.replace(without_recovery(prune), ema=1.0)
-    if prune.permute and not state.masks:
+    if config.prune.permute and not state.masks:
         state = _permuted(config, prepared, state, attention_path)
     adapters, masks = state.train.adapters, state.masks or None
     importance = run_importance(config, prepared, state, event, attention_path)

@@ -30,6 +30,7 @@ from efx_jax.training.step import has_teacher
 Bytes = dict[str, int]
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FLOAT32 = 4
+_PERMUTED = ("gate_proj", "up_proj", "down_proj", "v_proj", "o_proj")
 # What `efx_jax.model.loss` works on at a time.
 _LOSS_TOKENS = 512
 _MIB = 2**20
@@ -152,6 +153,8 @@ def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
         "new masks": mask_bytes(spec, config, along),
         # That of the first event takes the place of `linears of the first base`.
         "new base": e * linears if moves_base(prune) and layout.events > 1 else 0,
+        # Beside the base as it was and as it will be.
+        "units in another order": e * sum(entries[name] for name in _PERMUTED) if prune.permute else 0,
     }
 
 

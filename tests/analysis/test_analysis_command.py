@@ -209,6 +209,20 @@ def test_what_is_no_dense_run_is_refused_in_one_line(tmp_path, capsys) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("what", ["moved", "scores", "recovery", "adapter_base", "mask_runs", "subspaces"])
+def test_lines_in_another_order_are_compared_with_nothing(what: str, tmp_path, capsys) -> None:
+    prune = PruneConfig(group="2:4", recovery="admm", permute=True)
+    runs = []
+    for name in ("one", "other"):
+        run = tmp_path / name
+        run.mkdir()
+        (run / "config.yaml").write_text(to_yaml(Config(prune=prune)))
+        pruned_checkpoint(run, 5)
+        runs.append(str(run))
+    assert main([*runs, "--what", what, "--output", str(tmp_path / "out")]) == 2
+    assert "its units have changed places (prune.permute)" in capsys.readouterr().err
+
+
 def test_a_summary_that_cannot_be_written_is_refused_before_any_work(tmp_path, capsys) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(Config()))

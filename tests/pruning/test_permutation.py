@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from efx_jax.config import PruneConfig
+from efx_jax.errors import InputError
 from efx_jax.lora import merge
 from efx_jax.model.decoder import forward
+from efx_jax.pruning.event import prune_event
 from efx_jax.pruning.permutation import Order, find_order, group_inputs, permute
-from efx_jax.pruning.statistics import collect_statistics
+from efx_jax.pruning.statistics import Statistics, collect_statistics
 from tests.tiny import random_model
 
 CONFIG = PruneConfig(group="2:4", recovery="admm")
@@ -42,6 +44,33 @@ def test_every_further_sweep_drops_no_more() -> None:
     losses = [dropped(importance, group_inputs(jnp.float32(importance), 2, 4, n), 2, 4) for n in range(6)]
     assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(losses))
     assert losses[-1] < losses[0]
+
+
+def test_groups_that_meet_in_parts_lose_little_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    importance = np.random.default_rng(4).lognormal(size=(96, 1)) * np.random.default_rng(5).random((96, 6)) ** 2
+    together = dropped(importance, group_inputs(jnp.float32(importance), 2, 4), 2, 4)
+    monkeypatch.setattr("efx_jax.pruning.permutation._TOGETHER", 7)
+    order = group_inputs(jnp.float32(importance), 2, 4)
+    assert sorted(order) == list(range(96))
+    in_parts, as_it_is = dropped(importance, order, 2, 4), dropped(importance, np.arange(96), 2, 4)
+    assert together < in_parts < as_it_is - 0.8 * (as_it_is - together)
+
+
+def test_importance_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(InputError, match="not finite; check prune.calibration"):
+        group_inputs(jnp.full((8, 3), jnp.nan), 2, 4)
+
+
+def test_hosts_that_find_different_orders_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("efx_jax.pruning.permutation.meet", lambda value: [value, value ^ 1])
+    with pytest.raises(InputError, match="hosts found different orders"):
+        group_inputs(jnp.ones((8, 3)), 2, 4)
+
+
+def test_an_event_itself_moves_no_unit(llama: Any, stats: Statistics) -> None:
+    config = PruneConfig(group="2:4", recovery="admm", permute=True)
+    with pytest.raises(InputError, match="call find_order and permute"):
+        prune_event(llama.params, llama.adapters, None, stats, None, llama.spec, config)
 
 
 def test_the_best_order_of_two_groups_is_found() -> None:

@@ -53,9 +53,10 @@ def test_base_and_bundle_are_the_export_bit_for_bit(
 def test_units_in_another_order_come_with_the_bundle(
     launch: Callable[..., Path], tiny_folder: Path, tmp_path: Path, files_of: Files
 ) -> None:
-    """Of gate and up too, which nothing is pruned from."""
+    """Of gate and up too, which nothing is pruned from; of two events, the second one only a mask."""
     flags = "--preset paper --prune.group 2:4 --prune.recovery admm --prune.permute --prune.targets down_proj"
-    run = launch(tmp_path / "run", *flags.split(), "--prune.schedule", "fractions", "--prune.fractions", "0.5")
+    flags += " --prune.schedule fractions --prune.fractions 0.3 0.7 --prune.plain_last_event"
+    run = launch(tmp_path / "run", *flags.split())
     write_bundle(run_outcome(run), tmp_path / "bundle")
     apply_bundle(tiny_folder, tmp_path / "bundle", tmp_path / "again")
     assert files_of(tmp_path / "again") == files_of(run / "export")

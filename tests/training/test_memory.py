@@ -80,6 +80,13 @@ def test_where_events_move_the_base_the_average_stays_with_the_host_and_the_base
     assert event_bytes(SPEC, config, dataclasses.replace(LAYOUT, events=2))["new base"] == 2 * 2 * 1920
 
 
+def test_units_in_another_order_are_a_copy_of_their_linears() -> None:
+    config = dataclasses.replace(CONFIG, prune=PruneConfig(group="2:4", recovery="admm", permute=True))
+    # gate, up and down, v, o.
+    assert event_bytes(SPEC, config, LAYOUT)["units in another order"] == 2 * 2 * (3 * 24 * 16 + 8 * 16 + 16 * 16)
+    assert event_bytes(SPEC, CONFIG, LAYOUT)["units in another order"] == 0
+
+
 def test_block_remat_saves_the_residual_stream_of_every_block() -> None:
     assert saved_activations(SPEC, CONFIG, LAYOUT, rows=4) == 3 * 4 * 32 * 16 * 2
 
