@@ -1,6 +1,7 @@
 """Work in a process of its own: its memory, its device and its compiled programs go with it."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -8,6 +9,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
+
+from efx_jax.errors import InputError
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -19,6 +23,7 @@ def call(module: str, arguments: Sequence[str], log: Path) -> int:
     saves, and a second Ctrl-C stops it at once.
 
     Raises:
+        InputError: another process writes into that log: it does the same work.
         KeyboardInterrupt: it has ended, and was asked to.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +38,8 @@ def call(module: str, arguments: Sequence[str], log: Path) -> int:
         for child in children:
             child.send_signal(number)
 
-    with log.open("w") as stream, _heard(hand_on):
+    with log.open("a") as stream, _heard(hand_on):
+        _claim(stream, log)
         child = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             env=os.environ | {"PYTHONPATH": paths},
@@ -50,6 +56,18 @@ def call(module: str, arguments: Sequence[str], log: Path) -> int:
     if asked:
         raise KeyboardInterrupt
     return code
+
+
+def _claim(stream: TextIO, log: Path) -> None:
+    """Empties a log that nobody else writes; a child inherits the claim, and keeps it should this process be killed."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"{log}: another comparison is at this work; wait for it, and call this one again") from error
+    except OSError:
+        # A disk without locks: nobody is kept out.
+        pass
+    stream.truncate(0)
 
 
 def last_words(log: Path, code: int) -> str:

@@ -90,7 +90,10 @@ def is_finished(folder: Path) -> bool:
 def _call(module: str, arguments: list[str], log: Path) -> str:
     """Why the process has failed, or ""."""
     start = time.monotonic()
-    code = call(module, arguments, log)
+    try:
+        code = call(module, arguments, log)
+    except InputError as error:
+        return str(error)
     if code:
         return last_words(log, code)
     _say(f"  done in {time.monotonic() - start:.0f} s")

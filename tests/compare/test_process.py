@@ -1,5 +1,6 @@
 """A child process: what it prints, how it ends, and who gets Ctrl-C."""
 
+import fcntl
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from efx_jax.compare.process import call, last_words
+from efx_jax.errors import InputError
 
 CHILD = """
 import os, signal, sys, time
@@ -43,6 +45,21 @@ def ask_when_begun(log: Path, *numbers: int) -> None:
 
 def test_what_it_prints_is_in_the_log(log: Path) -> None:
     assert call("child_of_a_test", ["go", "on"], log) == 0
+    assert log.read_text() == "begun ['go', 'on']\n"
+
+
+def test_a_log_holds_the_last_attempt_alone(log: Path) -> None:
+    for word in ("first", "second"):
+        assert call("child_of_a_test", [word], log) == 0
+    assert log.read_text() == "begun ['second']\n"
+
+
+def test_the_log_of_a_process_at_work_is_left_alone(log: Path) -> None:
+    assert call("child_of_a_test", ["go", "on"], log) == 0
+    with log.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another comparison is at this work"):
+            call("child_of_a_test", ["again"], log)
     assert log.read_text() == "begun ['go', 'on']\n"
 
 
