@@ -130,7 +130,7 @@ def _pair_rules(prune: PruneConfig) -> Iterable[Rule]:
 
 def without_recovery(prune: PruneConfig) -> PruneConfig:
     """The same event, which only masks."""
-    return dataclasses.replace(prune, recovery="none", pbs_rounds=0, dense_path=0.0, permute=False)
+    return dataclasses.replace(prune, recovery="none", pbs_rounds=0, dense_path=0.0)
 
 
 def surveyed_rows(prune: PruneConfig) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
@@ -31,6 +32,25 @@ _UNWRITABLE = (
 
 class OtherProcessError(InputError):
     """Another process of the run has failed, and says there why."""
+
+
+def lock(descriptor: int, busy: str) -> bool:
+    """Locks an open file or folder for this process and those that inherit it; False where the disk knows no locks.
+
+    Args:
+        descriptor: of the file or folder.
+        busy: what to say where another process holds it.
+
+    Raises:
+        InputError: `busy`.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(busy) from error
+    except OSError:
+        return False
+    return True
 
 
 def meet(value: int = 0) -> list[int]:

@@ -38,17 +38,18 @@ def refuse_cut_units(run: Run) -> None:
         raise InputError(f"{run.folder}: cuts out whole units; what is left of them stands under `cut` in summary.json")
 
 
-def refuse_permuted(run: Run) -> None:
+def refuse_permuted(*runs: Run) -> None:
     """Refuses what is compared line by line with the base, or with another run.
 
     Raises:
-        InputError: the run's events have brought its units into another order.
+        InputError: a run whose events have brought its units into another order.
     """
-    if run.config.prune.permute and run.config.prune.sparsity:
-        raise InputError(
-            f"{run.folder}: its units have changed places (prune.permute), so that its lines are not those of the base "
-            "or of another run; choose a run without"
-        )
+    for run in runs:
+        if run.config.prune.permute and run.config.prune.sparsity:
+            raise InputError(
+                f"{run.folder}: its units have changed places (prune.permute), so that its lines are not those of the "
+                "base or of another run; choose a run without"
+            )
 
 
 def dense_steps(run: Run) -> tuple[int, ...]:

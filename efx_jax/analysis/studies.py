@@ -151,6 +151,7 @@ def recovery(run: Run, arguments: argparse.Namespace) -> Found:
 
 def subspace_shifts(runs: Sequence[Run], arguments: argparse.Namespace) -> Found:
     """The distances of the adapter subspaces of every two runs, by what changes between them (figure 3d)."""
+    refuse_permuted(*runs)
     pairs, kinds = shifts.pairs_of(runs), _shifts(runs, arguments)
     adapters = [_adapters(run, choose_step(run, tuple(arguments.steps))) for run in runs]
     records = [
@@ -165,6 +166,7 @@ def subspace_shifts(runs: Sequence[Run], arguments: argparse.Namespace) -> Found
 
 def mask_runs(runs: Sequence[Run], arguments: argparse.Namespace) -> Found:
     """What the last masks of every two runs share."""
+    refuse_permuted(*runs)
     pairs, kinds = shifts.pairs_of(runs), _shifts(runs, arguments)
     checkpoints = [read_checkpoint(run, choose_step(run, tuple(arguments.steps))) for run in runs]
     bare = next((run for run, found in zip(runs, checkpoints, strict=True) if not found.masked), None)
@@ -268,13 +270,7 @@ def _by_pair(
 
 
 def _shifts(runs: Sequence[Run], arguments: argparse.Namespace) -> dict[tuple[str, str], str]:
-    """What changes between every two runs, by their names.
-
-    Raises:
-        InputError: a run whose units have changed places.
-    """
-    for run in runs:
-        refuse_permuted(run)
+    """What changes between every two runs, by their names."""
     known = [
         (domain, run.config.data.train, run.config.seed)
         for run, domain in zip(runs, shifts.run_domains(runs, arguments.domains), strict=True)

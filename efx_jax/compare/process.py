@@ -1,7 +1,6 @@
 """Work in a process of its own: its memory, its device and its compiled programs go with it."""
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
@@ -9,9 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
 
-from efx_jax.errors import InputError
+from efx_jax.files import lock
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -39,7 +37,9 @@ def call(module: str, arguments: Sequence[str], log: Path) -> int:
             child.send_signal(number)
 
     with log.open("a") as stream, _heard(hand_on):
-        _claim(stream, log)
+        # The child inherits the lock, and keeps it should this process be killed.
+        lock(stream.fileno(), f"{log}: another comparison is at this work; wait for it, and call this one again")
+        stream.truncate(0)
         child = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             env=os.environ | {"PYTHONPATH": paths},
@@ -56,18 +56,6 @@ def call(module: str, arguments: Sequence[str], log: Path) -> int:
     if asked:
         raise KeyboardInterrupt
     return code
-
-
-def _claim(stream: TextIO, log: Path) -> None:
-    """Empties a log that nobody else writes; a child inherits the claim, and keeps it should this process be killed."""
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(f"{log}: another comparison is at this work; wait for it, and call this one again") from error
-    except OSError:
-        # A disk without locks: nobody is kept out.
-        pass
-    stream.truncate(0)
 
 
 def last_words(log: Path, code: int) -> str:

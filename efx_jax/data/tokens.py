@@ -3,7 +3,8 @@
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -65,6 +66,14 @@ def tokenize(
             stacklevel=2,
         )
     return rows
+
+
+def checksum(sequences: Iterable[Tokenized]) -> str:
+    """CRC-32 of all tokens and of which carry loss, in order: eight hexadecimal digits."""
+    value = 0
+    for sequence in sequences:
+        value = zlib.crc32(sequence.loss.tobytes(), zlib.crc32(sequence.tokens.tobytes(), value))
+    return f"{value:08x}"
 
 
 def text_windows(texts: Sequence[str], tokenizer: Tokenizer, window: int, limit: int = 0) -> list[Tokenized]:

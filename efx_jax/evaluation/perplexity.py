@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efx_jax.data.batches import bucket_length, pad_batch
-from efx_jax.data.tokens import Tokenized
+from efx_jax.data.tokens import Tokenized, checksum
 from efx_jax.errors import InputError
 from efx_jax.evaluation.likelihood import score_rows, target_log_probabilities
 from efx_jax.evaluation.scores import Interval, interval, resample_counts
@@ -79,10 +78,7 @@ def perplexity(
         chosen = [windows[row] for row in rows]
         batch = pad_batch(chosen, batch_size, bucket_length([len(w.tokens) - 1 for w in chosen], longest))
         window_nll[rows] = np.asarray(_batch_nll(params, batch, spec, adapters, masks, compute_dtype))[: len(rows)]
-    checksum = 0
-    for window in windows:
-        checksum = zlib.crc32(window.loss.tobytes(), zlib.crc32(window.tokens.tobytes(), checksum))
-    return dataclasses.replace(summarise(window_nll, window_tokens), text=f"{checksum:08x}")
+    return dataclasses.replace(summarise(window_nll, window_tokens), text=checksum(windows))
 
 
 def summarise(window_nll: np.ndarray, window_tokens: np.ndarray, seed: int = 0) -> Perplexity:

@@ -165,19 +165,19 @@ def permute(
         adapters: adapters, or None.
         order: what stands where.
     """
-    layers = dict(params["layers"])
-    lora_a, lora_b = ({}, {}) if adapters is None else (dict(adapters.lora_a), dict(adapters.lora_b))
-    for name, places in order.rows.items():
-        layers[name] = _taken({name: layers[name]}, places, 0)[name]
-        if name in lora_b:
-            lora_b[name] = _taken({"lora_b": {name: lora_b[name]}}, places, 0)["lora_b"][name]
-    for name, places in order.columns.items():
-        layers[name] = _taken({name: layers[name]}, places, 1)[name]
-        if name in lora_a:
-            lora_a[name] = _taken({"lora_a": {name: lora_a[name]}}, places, 1)["lora_a"][name]
+    layers = _moved("layers", params["layers"], order.rows, 0)
+    layers = _moved("layers", layers, order.columns, 1)
     if adapters is not None:
+        lora_a = _moved("lora_a", adapters.lora_a, order.columns, 1)
+        lora_b = _moved("lora_b", adapters.lora_b, order.rows, 0)
         adapters = dataclasses.replace(adapters, lora_a=lora_a, lora_b=lora_b)
     return {**params, "layers": layers}, adapters
+
+
+def _moved(kind: str, arrays: Mapping[str, Array], places: Mapping[str, Any], axis: int) -> dict[str, Array]:
+    """`arrays` of a kind (`efx_jax.parallel.partition`) with the lines of those that have places in another order."""
+    found = (name for name in places if name in arrays)
+    return {**arrays, **{name: _taken({kind: {name: arrays[name]}}, places[name], axis)[kind][name] for name in found}}
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import shutil
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from efx_jax.config import EvalConfig
-from efx_jax.data.tokens import Tokenized
+from efx_jax.data.tokens import Tokenized, checksum
 from efx_jax.errors import InputError
 from efx_jax.files import meet
 from efx_jax.lora import Adapters
@@ -197,11 +196,8 @@ def fingerprint(params: _Tree, sequences: Sequence[Tokenized], adapters: Adapter
 
     Of a run that starts from an adapter, one of that too.
     """
-    data = 0
-    for sequence in sequences:
-        data = zlib.crc32(sequence.loss.tobytes(), zlib.crc32(sequence.tokens.tobytes(), data))
     start = "" if adapters is None else f"-{int(_checksum(adapters)):08x}"
-    return f"{int(_checksum(params)):08x}-{data:08x}{start}"
+    return f"{int(_checksum(params)):08x}-{checksum(sequences)}{start}"
 
 
 @jax.jit

@@ -1,13 +1,13 @@
 """A run's folder belongs to one process (or one group of hosts) at a time."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from efx_jax.errors import InputError
+from efx_jax.files import lock
 
 
 @contextlib.contextmanager
@@ -27,22 +27,10 @@ def claimed(output: Path) -> Iterator[None]:
         where = error.filename or output
         raise InputError(f"{where}: cannot be written ({error.strerror}); choose another --output") from error
     try:
-        if _lock(descriptor, output):
+        busy = f"{output}: another process is at work on this run; wait for it, or choose another --output"
+        if lock(descriptor, busy):
             for partial in output.glob(".*.partial"):
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         yield
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int, output: Path) -> bool:
-    """Whether the folder is locked now; False where the disk knows no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(
-            f"{output}: another process is at work on this run; wait for it, or choose another --output"
-        ) from error
-    except OSError:
-        return False
-    return True
