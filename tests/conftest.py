@@ -16,6 +16,9 @@ from tests.tiny import LLAMA, WORDS, save_tokenizer
 jax.config.update("jax_num_cpu_devices", 8)
 # On a busy machine one of eight simulated devices may be late by more than the 40 s after which XLA ends the process.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+# XLA starts a thread for each of them, and collectives block those: whatever else a program does in parallel may then
+# find none, and all devices wait for ever. Seen in one of three runs of test_sharded_event.py on two busy cores.
+os.environ.setdefault("PJRT_NPROC", "32")
 # Two thirds of the tests' time goes into compiling, and much of that is what another worker, or a process that a test
 # starts, has compiled too. The workers of pytest-xdist come here with the variable set, so the folder is one for all.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

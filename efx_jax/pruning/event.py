@@ -207,12 +207,18 @@ def assemble(
         adapters = dataclasses.replace(adapters, lora_a=layers.lora_a, lora_b=layers.lora_b)
     masks = layers.masks
     if not packed:
-        masks = {name: unpack_mask(mask, params["layers"][name].shape[-1]) for name, mask in masks.items()}
+        masks = _unpacked(masks, {name: params["layers"][name] for name in masks})
     return {**params, "layers": {**params["layers"], **layers.weights}}, adapters, masks, state
 
 
+@jax.jit
 def _packed(masks: Mapping[str, Array]) -> dict[str, Array]:
-    return {name: pack_mask(mask) if mask.dtype == jnp.bool_ else mask for name, mask in masks.items()}
+    return constrain_tree({name: pack_mask(mask) if mask.dtype == jnp.bool_ else mask for name, mask in masks.items()})
+
+
+@jax.jit
+def _unpacked(masks: Mapping[str, Array], weights: Mapping[str, Array]) -> dict[str, Array]:
+    return constrain_tree({name: unpack_mask(mask, weights[name].shape[-1]) for name, mask in masks.items()})
 
 
 @jax.jit
