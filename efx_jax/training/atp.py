@@ -58,7 +58,8 @@ def _generator_step(
 
     Returns:
         The new state and float32 scalars: `loss`, its parts `nll` (nats per loss-carrying token) and `kept` (p, the
-        kept fraction under this draw's hard masks), and `grad_norm` before clipping.
+        kept fraction under this draw's hard masks), `grad_norm` before clipping, and `norm` of the weights after the
+        update.
     """
     noise_key = jax.random.fold_in(key, state.step)
     options = dataclasses.replace(options, dropout_rate=0.0)
@@ -81,9 +82,11 @@ def _generator_step(
     count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     grads = jax.tree.map(lambda data, ratio_term: data / count + ratio_term, summed_grads, far_grads)
     updates, opt_state = tx.update(grads, state.opt_state, weights)
-    generator = dataclasses.replace(state.generator, weights=optax.apply_updates(weights, updates))
+    weights = optax.apply_updates(weights, updates)
+    generator = dataclasses.replace(state.generator, weights=weights)
     nll = summed / count
-    metrics = {"loss": nll + far, "nll": nll, "kept": kept, "grad_norm": optax.tree.norm(grads)}
+    norms = {"grad_norm": optax.tree.norm(grads), "norm": optax.tree.norm(weights)}
+    metrics = {"loss": nll + far, "nll": nll, "kept": kept, **norms}
     return constrain_tree((GeneratorState(state.step + 1, generator, opt_state), metrics))
 
 

@@ -1,14 +1,14 @@
 """The training loop: update, event, checkpoint."""
 
 import dataclasses
+import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -21,7 +21,7 @@ from efx_jax.parallel.partition import placed_shapes, tree_shardings
 from efx_jax.pruning.average import moves_base
 from efx_jax.training import checkpoint, log
 from efx_jax.training.events import forget_blocks, mask_sparsity, prune_run
-from efx_jax.training.feed import epoch_rows, mesh_batch, rows_per_pass
+from efx_jax.training.feed import epoch_rows, mesh_batch, packed_shape, rows_per_pass
 from efx_jax.training.interrupt import asked, interruptible, say_interrupted
 from efx_jax.training.journal import Journal
 from efx_jax.training.measure import measure, measure_start
@@ -37,6 +37,15 @@ from efx_jax.training.validation import metric_values, update_best, validation_s
 
 Array = jax.Array
 _Batch = dict[str, Array]
+# Metric of a step, what it is, and the setting to lower where it is not finite.
+_FINITE = (
+    ("loss", "loss", "train.learning_rate"),
+    ("grad_norm", "norm of the gradient", "train.learning_rate"),
+    ("adapter_norm", "norm of the adapters", "train.learning_rate"),
+    ("generator_loss", "loss of the generator", "atp.learning_rate"),
+    ("generator_grad_norm", "norm of the generator's gradient", "atp.learning_rate"),
+    ("generator_norm", "norm of the generator's weights", "atp.learning_rate"),
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,8 +92,9 @@ def train(
     """
     *keys, dropout_key = jax.random.split(jax.random.key(config.seed), 3)
     tx, rate = optimizer(config.train, steps), learning_rate(config.train, steps)
-    packing = config.data.batching == "packing"
-    attention_path = _agreed(choose_attention(prepared.spec, config.model.compute_dtype, packed=packing))
+    attention_path = _agreed(
+        choose_attention(prepared.spec, config.model.compute_dtype, packed=packed_shape(config))
+    )
 
     def options_of(batch: Batch) -> StepOptions:
         return step_options(config, rows_per_pass(config, batch["tokens"].shape[1]), attention_path)
@@ -201,10 +211,7 @@ def _update(loop: _Loop, state: RunState, batch: _Batch, sparsity: float) -> tup
     following = mesh_batch(config, loop.prepared.train, number + 1, loop.mesh)
     values = {"sparsity": sparsity} | {name: float(value) for name, value in metrics.items()}
     seconds = time.perf_counter() - began
-    for name, setting in (("loss", "train.learning_rate"), ("generator_loss", "atp.learning_rate")):
-        if not np.isfinite(values.get(name, 0.0)):
-            found = f"step {number + 1}: the {'loss of the generator' if 'generator' in name else name} is not finite"
-            raise InputError(f"{found}; lower {setting} or set model.compute_dtype float32")
+    _refuse_diverged(number + 1, values)
     loop.journal.tokens += int(values["tokens"])
     row = {
         "step": number + 1,
@@ -225,6 +232,20 @@ def _update(loop: _Loop, state: RunState, batch: _Batch, sparsity: float) -> tup
             sink(row)
     loop.progress.step(row, is_logged)
     return new, following
+
+
+def _refuse_diverged(number: int, values: Mapping[str, float]) -> None:
+    """Refuses what update `number` has made before any of it is saved: the last good checkpoint stays.
+
+    Raises:
+        InputError: a loss before the update, its gradient or what it has led to is not finite.
+    """
+    for name, found, setting in _FINITE:
+        if not math.isfinite(values.get(name, 0.0)):
+            raise InputError(
+                f"step {number}: the {found} is not finite; lower {setting} or set model.compute_dtype float32, and "
+                "choose another --output"
+            )
 
 
 def _step(loop: _Loop, state: RunState, batch: _Batch) -> tuple[RunState, dict[str, Array]]:

@@ -146,8 +146,8 @@ def search_step(search: Search, state: RunState, batch: Batch) -> tuple[RunState
 
     Returns:
         The new state and float32 scalars: those of `training.step`, `sparsity` (share of the weights of the seven
-        linears that this step's masks leave out), and while it searches `generator_loss` and `generator_kept` (p of
-        the draw that it has learned from).
+        linears that this step's masks leave out), and while it searches `generator_loss`, `generator_kept` (p of the
+        draw that it has learned from), `generator_grad_norm` and `generator_norm`.
     """
     assert state.units is not None
     number = int(state.train.step)
@@ -188,7 +188,7 @@ def _learn_units(search: Search, state: RunState, units: UnitState, number: int)
         search.generator_tx,
         search.options_of(batch),
     )
-    found = {"generator_loss": metrics["loss"], "generator_kept": metrics["kept"]}
+    found = {f"generator_{name}": metrics[name] for name in ("loss", "kept", "grad_norm", "norm")}
     return dataclasses.replace(units, generator=generator), found
 
 

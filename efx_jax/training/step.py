@@ -201,8 +201,8 @@ def _step(
 
     Returns:
         The new state and float32 scalars: `loss` and `entropy` (nats per loss-carrying token), `labels` (the number of
-        those), `grad_norm` before clipping, `tokens` (real ones), with a teacher `divergence` from it (nats per token
-        that it taught).
+        those), `grad_norm` before clipping, `adapter_norm` after the update, `tokens` (real ones), with a teacher
+        `divergence` from it (nats per token that it taught).
     """
     arrays = trainable(state.adapters)
     step_key = jax.random.fold_in(key, state.step)
@@ -226,6 +226,8 @@ def _step(
         "entropy": sums["entropy"] / count,
         "labels": jnp.sum(batch["weights"]),
         "grad_norm": optax.tree.norm(grads),
+        # Its square bounds the entries of B A: they overflow no earlier.
+        "adapter_norm": optax.tree.norm(arrays),
         "tokens": jnp.sum(batch["lengths"]).astype(jnp.float32),
     }
     if teacher is not None:

@@ -122,6 +122,16 @@ def test_cut_off_it_goes_on_to_the_same_bytes(
     assert summary(output)["cut"] == summary(run)["cut"]
 
 
+def test_a_generator_that_goes_too_far_is_noticed_before_it_decides(
+    launch: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (*FLAGS, "--prune.fractions", "0.1", "--atp.learning_rate", "1e30")
+    run = launch(tmp_path / "run", *flags, code=2)
+    said = capsys.readouterr().err
+    assert "train.py: step 1: the norm of the generator's weights is not finite; lower atp.learning_rate" in said
+    assert list((run / "checkpoints").iterdir()) == []
+
+
 def test_a_finished_run_prints_what_was_cut_out(
     run: Path, launch: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:

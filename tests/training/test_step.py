@@ -110,9 +110,11 @@ def test_loss_and_gradient_are_means_over_the_tokens_that_carry_loss(spec, param
 
 def test_only_adapters_and_their_moments_change(spec, params, adapters, batch) -> None:
     before = jax.tree.map(np.array, params)
-    state, _ = train_step(fresh(adapters), params, None, batch, KEY, spec, TX, OPTIONS)
+    state, metrics = train_step(fresh(adapters), params, None, batch, KEY, spec, TX, OPTIONS)
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, params), before)
     assert int(state.step) == 1
+    squares = [float(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(trainable(state.adapters))]
+    assert float(metrics["adapter_norm"]) == pytest.approx(np.sqrt(sum(squares)), rel=1e-5)
     for kind in ("lora_a", "lora_b"):
         for name, leaf in getattr(state.adapters, kind).items():
             assert not np.array_equal(leaf, getattr(adapters, kind)[name]), name
