@@ -2,13 +2,13 @@
 
 import dataclasses
 import itertools
-import math
 import re
 from collections.abc import Iterable
 from typing import Any, get_args
 
 from efx_jax.config import Budget, GradientLabels, MaskForward, PruneConfig, Recovery, Score, TrainConfig
 from efx_jax.errors import InputError
+from efx_jax.rounding import round_up
 
 Rule = tuple[str, object, bool, str]
 """Setting, value found, whether it is right, what was expected."""
@@ -135,8 +135,7 @@ def without_recovery(prune: PruneConfig) -> PruneConfig:
 
 def surveyed_rows(prune: PruneConfig) -> int:
     """Calibration rows of the passes that only gradients and budgets need."""
-    # 0.07 * 100 is a little more than 7.
-    share = math.ceil(prune.survey_share * prune.calibration_rows - 1e-9)
+    share = round_up(prune.survey_share * prune.calibration_rows)
     return min(max(share, len(prune.calibration)), prune.calibration_rows)
 
 

@@ -1,11 +1,11 @@
 """When things happen: the learning rate over the steps, and the prune events among them."""
 
 import dataclasses
-import math
 
 import optax
 
 from efx_jax.config import PruneConfig, TrainConfig
+from efx_jax.rounding import round_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ def total_steps(config: TrainConfig, rows: int) -> int:
     """Number of updates: `steps`, or `epochs` passes over the rows; 0 where both are 0."""
     if config.steps or not config.epochs:
         return config.steps
-    return max(1, math.ceil(config.epochs * rows / config.batch_size))
+    return max(1, round_up(config.epochs * rows / config.batch_size))
 
 
 def prune_events(prune: PruneConfig, train: TrainConfig, steps: int) -> tuple[Event, ...]:

@@ -23,6 +23,12 @@ def test_steps_cover_every_epoch(rows: int, batch_size: int, expected: int) -> N
     assert total_steps(dataclasses.replace(config, steps=9), rows) == 9
 
 
+def test_a_number_of_epochs_that_floats_cannot_hold_makes_no_further_step() -> None:
+    # 1.1 * 100 is a little more than 110.
+    assert total_steps(TrainConfig(epochs=1.1, batch_size=10), 100) == 11
+    assert total_steps(TrainConfig(epochs=1.11, batch_size=10), 100) == 12
+
+
 @pytest.mark.parametrize(
     ("epochs", "steps", "at"), [(3, 30, [10, 20, 30]), (3, 8, [3, 5, 8]), (1, 7, [7]), (0.5, 4, [4])]
 )
