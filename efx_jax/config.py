@@ -133,7 +133,8 @@ class PruneConfig:
     ema: float = 1.0
     """Weight eta of the new score in the moving average over events; 1 has no memory."""
     schedule: Literal["epochs", "fractions", "cubic"] = "epochs"
-    """An event after every epoch, at `fractions` of training, or `events` events on a cubic ramp."""
+    """An event after every epoch, the last at the end of training, be it in the middle of one; at `fractions` of
+    training; or `events` events on a cubic ramp. With `train.steps` the epochs are shares of the steps."""
     fractions: tuple[float, ...] = (0.1,)
     """Event times as shares of the training steps (schedule "fractions"), 0 before the first; all at the full
     sparsity. With score "atp" the one time until which it searches."""

@@ -139,6 +139,11 @@ def surveyed_rows(prune: PruneConfig) -> int:
     return min(max(share, len(prune.calibration)), prune.calibration_rows)
 
 
+def epochs_begun(train: TrainConfig) -> int:
+    """Epochs of a run, at least one; the last may be a part of one."""
+    return max(1, round_up(train.epochs))
+
+
 def n_of_m(group: str) -> tuple[int, int] | None:
     """N and M of a comparison group "N:M" (N of M consecutive inputs stay), None for any other text."""
     match = re.fullmatch(r"(\d+):(\d+)", group)
@@ -218,7 +223,7 @@ def _schedule_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
     times, (start, end) = prune.fractions, prune.ramp
     is_increasing = all(early < late for early, late in itertools.pairwise(times))
     are_shares = len(times) > 0 and all(0 <= time <= 1 for time in times)
-    by_schedule = {"epochs": max(1, round(train.epochs)), "fractions": len(times), "cubic": prune.events}
+    by_schedule = {"epochs": epochs_begun(train), "fractions": len(times), "cubic": prune.events}
     is_single = prune.sparsity > 0 and by_schedule[prune.schedule] == 1
     prunes_first = is_single and prune.schedule == "fractions" and times == (0,)
     return [

@@ -105,7 +105,7 @@ def test_a_mask_that_training_never_sees_is_no_pruning_first() -> None:
     [
         {"prune.schedule": "fractions", "prune.fractions": (0.5,)},
         {"prune.schedule": "cubic", "prune.events": 1},
-        {"train.epochs": 1.2},
+        {"train.epochs": 0.8},
     ],
 )
 def test_a_plain_last_event_leaves_a_recovery_to_earlier_ones(schedule: dict[str, object]) -> None:
@@ -113,6 +113,10 @@ def test_a_plain_last_event_leaves_a_recovery_to_earlier_ones(schedule: dict[str
     validate(replace_values(Config(), settings))
     with pytest.raises(InputError, match="prune.plain_last_event must be false with a single event, or .* pbs would"):
         validate(replace_values(Config(), settings | {"prune.recovery": "pbs"}))
+
+
+def test_a_part_of_an_epoch_has_an_event_of_its_own() -> None:
+    validate(replace_values(Config(), {"train.epochs": 1.2, "prune.plain_last_event": True, "prune.recovery": "pbs"}))
 
 
 def test_a_score_of_adapter_gradients_needs_an_adapter_on_all_that_it_prunes():

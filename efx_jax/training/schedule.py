@@ -5,6 +5,7 @@ import dataclasses
 import optax
 
 from efx_jax.config import PruneConfig, TrainConfig
+from efx_jax.config_prune import epochs_begun
 from efx_jax.rounding import round_up
 
 
@@ -27,15 +28,16 @@ def total_steps(config: TrainConfig, rows: int) -> int:
 def prune_events(prune: PruneConfig, train: TrainConfig, steps: int) -> tuple[Event, ...]:
     """The events of a run, in order; none at sparsity 0.
 
-    "epochs": one after every epoch, which with `train.steps` means at equal fractions, the last at the end.
+    "epochs": one after every epoch, the last at the end, be it in the middle of one; with `train.steps` these shares of
+    the steps.
     "fractions": at these shares of the steps, 0 being before the first update. "cubic": `events` of them across the
     ramp, the sparsity following s (1 - (1 - t)^3) (Zhu & Gupta, arXiv 1710.01878).
     """
     if prune.sparsity == 0:
         return ()
     if prune.schedule == "epochs":
-        count = max(1, round(train.epochs))
-        planned = [((index + 1) / count, prune.sparsity) for index in range(count)]
+        ends = [(index + 1) / train.epochs for index in range(epochs_begun(train) - 1)]
+        planned = [(fraction, prune.sparsity) for fraction in (*ends, 1.0)]
     elif prune.schedule == "fractions":
         planned = [(fraction, prune.sparsity) for fraction in prune.fractions]
     else:

@@ -30,9 +30,20 @@ def test_a_number_of_epochs_that_floats_cannot_hold_makes_no_further_step() -> N
 
 
 @pytest.mark.parametrize(
-    ("epochs", "steps", "at"), [(3, 30, [10, 20, 30]), (3, 8, [3, 5, 8]), (1, 7, [7]), (0.5, 4, [4])]
+    ("epochs", "steps", "at"),
+    [
+        (3, 30, [10, 20, 30]),
+        (3, 8, [3, 5, 8]),
+        (1, 7, [7]),
+        (0.5, 4, [4]),
+        (1.5, 30, [20, 30]),
+        (2.5, 25, [10, 20, 25]),
+        (0, 6, [6]),
+    ],
 )
-def test_epoch_events_fall_at_equal_fractions_and_the_last_at_the_end(epochs: float, steps: int, at: list[int]) -> None:
+def test_epoch_events_fall_at_the_ends_of_the_epochs_and_the_last_at_the_end(
+    epochs: float, steps: int, at: list[int]
+) -> None:
     # The same whether `steps` comes from the epochs or from train.steps.
     for train in (dataclasses.replace(TRAIN, epochs=epochs), dataclasses.replace(TRAIN, epochs=epochs, steps=steps)):
         events = prune_events(PRUNE, train, steps)
