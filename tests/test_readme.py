@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import jax
 import numpy as np
 
 import efx_jax
+from efx_jax.config import Config
+from efx_jax.config_io import resolve
 from efx_jax.model.spec import init_params
+from efx_jax.training.start import different_settings
 from efx_jax.weights.hf import save_pretrained
 from tests.tiny import LLAMA
 
@@ -44,3 +48,14 @@ def test_the_flax_layer_of_the_readme_is_pruned_in_place() -> None:
     kernel = np.asarray(names["layer"].kernel[...])
     np.testing.assert_array_equal((kernel == 0).sum(axis=0), kernel.shape[0] // 2)
     assert names["error_after"] < names["error_masked"]
+
+
+def test_no_two_commands_of_the_readme_are_different_runs_in_one_folder() -> None:
+    commands = re.findall(r"python train\.py[^`\n#]*", README.read_text())
+    commands = [command for command in commands if not re.search(r"--help|FILE|/path/to", command)]
+    runs: dict[Path, Config] = {}
+    for command in commands:
+        found = resolve(shlex.split(command)[2:])
+        first = runs.setdefault(found.output, found.config)
+        assert different_settings(first, found.config) == [], command
+    assert len(runs) >= 4
