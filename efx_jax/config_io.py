@@ -42,10 +42,14 @@ def resolve(argv: Sequence[str]) -> Resolved:
         The checked settings; the output folder is `runs/<name of the file or preset>` unless given.
 
     Raises:
-        InputError: an unknown flag or key, a wrong type, an unreadable file, or a value out of range.
+        InputError: an unknown flag or key, a wrong type, an empty name, an unreadable file, or a value out of range.
     """
     kinds = setting_types() | _CONTROLS
     values = {name: parse_value(f"--{name}", texts, kinds[name]) for name, texts in _read_flags(argv).items()}
+    for name in ("config", "preset", "output"):
+        # Such as a variable of the shell that is not set.
+        if values.get(name) == "":
+            raise InputError(f"--{name} must not be empty; name one, or leave --{name} out")
     path, preset = values.pop("config", None), values.pop("preset", None)
     output, dry_run = values.pop("output", None), values.pop("dry_run", False)
     if path is None and preset is None:
@@ -53,7 +57,7 @@ def resolve(argv: Sequence[str]) -> Resolved:
     config = replace_values(load_config(path, preset), values)
     validate(config)
     name = Path(path).stem if path else preset
-    return Resolved(config=config, output=Path(output or f"runs/{name}"), dry_run=dry_run)
+    return Resolved(config=config, output=Path(f"runs/{name}" if output is None else output), dry_run=dry_run)
 
 
 def load_config(path: str | Path | None = None, preset: str | None = None) -> Config:

@@ -148,6 +148,9 @@ def test_unknown_section_names_a_setting_that_exists(write):
         (["--preset", "fast"], "preset 'fast' is not known; expected one of paper, official, efx, or none"),
         (["quickstart.yaml"], "'quickstart.yaml' does not follow a flag"),
         (["--config", "missing.yaml"], "missing.yaml cannot be read: No such file or directory"),
+        (["--config", ""], "--config must not be empty; name one, or leave --config out"),
+        (["--preset="], "--preset must not be empty; name one, or leave --preset out"),
+        (["--output", ""], "--output must not be empty; name one, or leave --output out"),
     ],
 )
 def test_wrong_value_is_refused_with_one_line(argv, expected):
