@@ -191,6 +191,14 @@ def test_a_perplexity_window_beyond_the_context_is_refused(tmp_path: Path, refus
     assert "eval.window" in said and "context of 64 tokens, found 65" in said
 
 
+@pytest.mark.parametrize("setting", ["prune.calibration", "distill.text"])
+def test_a_text_that_is_too_short_is_named(setting: str, tmp_path: Path, refusal: Say) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "cough"}) + "\n")
+    said = refusal(f"--{setting}", str(text))
+    assert f"{setting} {text}: expected at least 2 tokens, found 1; give more text" in said
+
+
 def test_an_output_that_holds_something_else_is_refused(tmp_path: Path, refusal: Say) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")

@@ -76,8 +76,10 @@ def checksum(sequences: Iterable[Tokenized]) -> str:
     return f"{value:08x}"
 
 
-def text_windows(texts: Sequence[str], tokenizer: Tokenizer, window: int, limit: int = 0) -> list[Tokenized]:
-    """Cuts perplexity text into windows.
+def text_windows(
+    texts: Sequence[str], tokenizer: Tokenizer, window: int, limit: int = 0, name: str = "perplexity text"
+) -> list[Tokenized]:
+    """Cuts text into windows: that of perplexity, and as well that of calibration or of a teacher.
 
     Convention (that of GPTQ, SparseGPT and Wanda, except that the remainder is kept): the texts are joined by blank
     lines and tokenised as one stream, with BOS at its start only where the tokenizer adds one; windows do not
@@ -89,6 +91,7 @@ def text_windows(texts: Sequence[str], tokenizer: Tokenizer, window: int, limit:
         tokenizer: a Hugging Face tokenizer.
         window: tokens per window, at least 2.
         limit: most tokens of the stream; 0 takes all.
+        name: of the text, in an error message.
 
     Returns:
         The windows.
@@ -103,7 +106,7 @@ def text_windows(texts: Sequence[str], tokenizer: Tokenizer, window: int, limit:
     pieces = [tokens[start : start + window] for start in range(0, len(tokens), window)]
     windows = [Tokenized(piece, np.arange(len(piece)) > 0) for piece in pieces if len(piece) > 1]
     if not windows:
-        raise InputError(f"perplexity text: expected at least 2 tokens, found {len(tokens)}; give more text")
+        raise InputError(f"{name}: expected at least 2 tokens, found {len(tokens)}; give more text")
     return windows
 
 

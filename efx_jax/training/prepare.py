@@ -121,7 +121,8 @@ def _calibration_pools(
     pools: list[list[Tokenized]] = []
     for source in config.prune.calibration:
         is_text = source != "train" and source in texts
-        pool = text_windows(texts[source], tokenizer, window, limit) if is_text else train
+        name = f"prune.calibration {source}"
+        pool = text_windows(texts[source], tokenizer, window, limit, name) if is_text else train
         if not any(pool is other for other in pools):
             pools.append(pool)
     return tuple(pools)

@@ -60,7 +60,8 @@ def training_rows(config: Config, own: list[Tokenized], tokenizer: Any, texts: T
         return own
     share = distill.text_share / (1 - distill.text_share)
     tokens = round(share * sum(len(row.tokens) for row in own))
-    windows = text_windows(texts[distill.text], tokenizer, config.data.max_length, max(2, tokens))
+    name = f"distill.text {distill.text}"
+    windows = text_windows(texts[distill.text], tokenizer, config.data.max_length, max(2, tokens), name)
     silent = [Tokenized(window.tokens, np.zeros_like(window.loss)) for window in windows]
     held = itertools.accumulate(len(window.tokens) for window in itertools.cycle(silent))
     count = 1 + next(number for number, total in enumerate(held) if total >= tokens)
