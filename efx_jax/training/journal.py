@@ -53,8 +53,7 @@ class Journal:
         self.best = Best(**notes["best"]) if notes["best"] else None
         for name, seconds in notes["seconds"].items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        # Checkpoints of before it was counted have none.
-        for name, peak in notes.get("memory", {}).items():
+        for name, peak in notes["memory"].items():
             self.memory[name] = max(self.memory.get(name, 0.0), peak)
 
 
