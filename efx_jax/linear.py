@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from efx_jax.config import MaskForward
+from efx_jax.einsum import dot
 from efx_jax.errors import InputError
 from efx_jax.lora import masked_weight
 from efx_jax.masks import unpack_mask
@@ -151,10 +152,10 @@ def _forward(
     y = jnp.zeros((), jnp.float32)
     if weight is not None or how.forms_u:
         matrix = _gather(how, _matrix(how, x, weight, lora_a, lora_b, mask))
-        y = _contract("...i,oi->...o", x, matrix)
+        y = dot("...i,oi->...o", x, matrix)
     if lora_a is not None and lora_b is not None and not how.forms_u:
-        hidden = _contract("...i,ri->...r", x, lora_a.astype(x.dtype)).astype(x.dtype)
-        y = y + how.scale * _contract("...r,or->...o", hidden, _gather(how, lora_b.astype(x.dtype)))
+        hidden = dot("...i,ri->...r", x, lora_a.astype(x.dtype)).astype(x.dtype)
+        y = y + how.scale * dot("...r,or->...o", hidden, _gather(how, lora_b.astype(x.dtype)))
     return _sum(y.astype(how.sum_dtype), _columns(how)).astype(jnp.float32) if _columns(how) else y
 
 
@@ -185,7 +186,7 @@ def _backward(
     d_weight = d_a = d_b = None
     if weight is not None or how.forms_u:
         matrix = _gather(how, _matrix(how, x, weight, lora_a, lora_b, mask))
-        dx = _contract("...o,oi->...i", dy, matrix)
+        dx = dot("...o,oi->...i", dy, matrix)
         # The gradient of W costs nothing extra: it is dU, which the exact adapter gradients need, and where nobody asks
         # for it the compiler drops it.
         d_matrix = weight_gradient(dy, x)
@@ -196,16 +197,16 @@ def _backward(
     if lora_a is not None and lora_b is not None:
         whole_b = _gather(how, lora_b)
         if how.mode == "exact":
-            d_a = how.scale * _contract("or,oi->ri", whole_b, d_matrix)
-            d_b = _sum(how.scale * _contract("oi,ri->or", d_matrix, lora_a), _columns(how))
+            d_a = how.scale * dot("or,oi->ri", whole_b, d_matrix)
+            d_b = _sum(how.scale * dot("oi,ri->or", d_matrix, lora_a), _columns(how))
         else:
-            hidden = _contract("...i,ri->...r", x, lora_a.astype(x.dtype))
+            hidden = dot("...i,ri->...r", x, lora_a.astype(x.dtype))
             hidden = _sum(hidden, _columns(how)).astype(x.dtype)
-            d_hidden = _contract("...o,or->...r", dy, whole_b.astype(x.dtype)).astype(x.dtype)
-            d_a = how.scale * _contract("...r,...i->ri", d_hidden, x)
-            d_b = how.scale * _contract("...o,...r->or", dy, hidden)
+            d_hidden = dot("...o,or->...r", dy, whole_b.astype(x.dtype)).astype(x.dtype)
+            d_a = how.scale * dot("...r,...i->ri", d_hidden, x)
+            d_b = how.scale * dot("...o,...r->or", dy, hidden)
             if not how.forms_u:
-                dx = dx + how.scale * _contract("...r,ri->...i", d_hidden, lora_a.astype(x.dtype))
+                dx = dx + how.scale * dot("...r,ri->...i", d_hidden, lora_a.astype(x.dtype))
         d_a = _sum(d_a, (*_batch(how), *_outputs(how))).astype(lora_a.dtype)
         d_b = _sum_rows(how, d_b).astype(lora_b.dtype)
     return _sum(dx.astype(x.dtype), _outputs(how)), d_weight, d_a, d_b
@@ -245,22 +246,18 @@ def _sum_rows(how: _How, rows: Array) -> Array:
     return _sum(rows, tuple(sorted(batch - {"fsdp"})))
 
 
-def _contract(equation: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
-
-
 def weight_gradient(dy: Array, x: Array) -> Array:
     """dU = dy^T x, the sum over all tokens: `dy [...,O]`, `x [...,I]` -> `[O,I]`, float32."""
 
     def plain(dy: Array, x: Array) -> Array:
-        return jnp.einsum("...o,...i->oi", dy, x, preferred_element_type=jnp.float32)
+        return dot("...o,...i->oi", dy, x)
 
     def transposed_first(dy: Array, x: Array) -> Array:
         # XLA's CPU backend contracts bfloat16 over a leading axis 2 to 4 times slower than over a trailing one, and
         # folds a bare transpose back into the slow product; the padding (zeros, which add nothing) keeps it apart.
         flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         columns = jnp.pad(flat_dy.T, ((0, 0), (0, 32)))
-        return jnp.einsum("ot,ti->oi", columns, jnp.pad(flat_x, ((0, 32), (0, 0))), preferred_element_type=jnp.float32)
+        return dot("ot,ti->oi", columns, jnp.pad(flat_x, ((0, 32), (0, 0))))
 
     if x.dtype != jnp.bfloat16:
         return plain(dy, x)
@@ -274,7 +271,7 @@ def contract(equation: str, x: Array, y: Array) -> Array:
     Without the cast the backward pass mixes float32 and bfloat16 operands, which no fast GEMM takes. Every index of an
     operand must stand in the other operand or in the output.
     """
-    return _contract(equation, x, y)
+    return dot(equation, x, y)
 
 
 def _contract_fwd(equation: str, x: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -286,8 +283,8 @@ def _contract_bwd(equation: str, residuals: tuple[Array, Array], dz: Array) -> t
     inputs, z_axes = equation.split("->")
     x_axes, y_axes = inputs.split(",")
     dz = dz.astype(x.dtype)
-    dx = _contract(f"{z_axes},{y_axes}->{x_axes}", dz, y)
-    dy = _contract(f"{z_axes},{x_axes}->{y_axes}", dz, x)
+    dx = dot(f"{z_axes},{y_axes}->{x_axes}", dz, y)
+    dy = dot(f"{z_axes},{x_axes}->{y_axes}", dz, x)
     return dx.astype(x.dtype), dy.astype(y.dtype)
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from efx_jax.einsum import einsum
 from efx_jax.errors import InputError
 from efx_jax.masks import unpack_mask
 
@@ -111,7 +112,7 @@ def effective_weight(weight: Array, lora_a: Array | None, lora_b: Array | None, 
     weight = weight.astype(jnp.float32)
     if lora_a is None or lora_b is None:
         return weight
-    delta = jnp.einsum("...or,...ri->...oi", lora_b, lora_a, precision="highest", preferred_element_type=jnp.float32)
+    delta = einsum("...or,...ri->...oi", lora_b, lora_a)
     return weight + scale * delta
 
 

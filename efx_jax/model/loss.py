@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from efx_jax.einsum import dot
 from efx_jax.parallel.partition import VOCABULARY, Axes, active_batch_axes
 
 Array = jax.Array
@@ -88,7 +89,7 @@ def _nll_and_gradient(
     vocabulary = jnp.arange(head.shape[0])
 
     def chunk(weight: Array, x: Array, target: Array) -> tuple[Array, Array]:
-        logits = jnp.einsum("td,vd->tv", x, head, preferred_element_type=jnp.float32)
+        logits = dot("td,vd->tv", x, head)
         powers, total, log_total = exponentials(logits, parts)
         here = (target >= 0) & (target < head.shape[0])
         chosen_logit = jnp.take_along_axis(logits, jnp.where(here, target, 0)[:, None], axis=1)[:, 0]
@@ -97,7 +98,7 @@ def _nll_and_gradient(
         entropy = jnp.sum(weight * (log_total - mean_logit))
         probs = powers * (1 / total)[:, None]
         d_logits = (weight[:, None] * (probs - (vocabulary == target[:, None]))).astype(x.dtype)
-        d_x = jnp.einsum("tv,vd->td", d_logits, head, preferred_element_type=jnp.float32)
+        d_x = dot("tv,vd->td", d_logits, head)
         return jnp.stack([nll, entropy]), over(jax.lax.psum, d_x, parts)
 
     (nll, entropy), d_hidden = by_chunks(chunk, weights, hidden, (targets - first,), head.dtype, 2)
@@ -125,7 +126,7 @@ def draw_tokens(hidden: Array, head: Array, row_keys: Array, compute_dtype: Any 
 
     def draw(operands: tuple[Array, Array]) -> Array:
         key, x = operands
-        logits = jnp.einsum("d,vd->v", x, head, preferred_element_type=jnp.float32)
+        logits = dot("d,vd->v", x, head)
         return jax.random.categorical(key, logits).astype(jnp.int32)
 
     states = hidden.reshape(-1, width).astype(head.dtype)

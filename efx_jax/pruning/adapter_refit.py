@@ -7,7 +7,7 @@ base. B has a closed form for every A (`efx_jax.pruning.recovery.gram_brain_surg
 import jax
 import jax.numpy as jnp
 
-from efx_jax.pruning.einsum import einsum
+from efx_jax.einsum import einsum
 
 Array = jax.Array
 _OVERSAMPLING = 8

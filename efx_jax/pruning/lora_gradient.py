@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import jax
 import jax.numpy as jnp
 
+from efx_jax.einsum import einsum
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters, effective_weight
 
@@ -32,7 +33,7 @@ def estimated_gradient(lora_a: Array, lora_b: Array, grad_a: Array, grad_b: Arra
     Returns:
         float32 `[...,O,I]`.
     """
-    return _product(grad_b, lora_a) + _product(lora_b - grad_b, grad_a)
+    return einsum("...or,...ri->...oi", grad_b, lora_a) + einsum("...or,...ri->...oi", lora_b - grad_b, grad_a)
 
 
 def lora_gradient_score(
@@ -90,7 +91,3 @@ def lora_gradient_importance(
         )
         for name in names
     }
-
-
-def _product(left: Array, right: Array) -> Array:
-    return jnp.einsum("...or,...ri->...oi", left, right, precision="highest", preferred_element_type=jnp.float32)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from efx_jax.pruning.einsum import einsum
+from efx_jax.einsum import einsum
 from efx_jax.pruning.selection import lowest, score_bits
 
 Array = jax.Array

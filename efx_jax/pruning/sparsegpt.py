@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from efx_jax.einsum import einsum
 from efx_jax.errors import InputError
 from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import linear_axes
-from efx_jax.pruning.einsum import einsum
 from efx_jax.pruning.recovery import damped, matrix_cholesky
 from efx_jax.pruning.selection import (
     SLAB,

@@ -7,7 +7,7 @@ after.
 import jax
 import jax.numpy as jnp
 
-from efx_jax.pruning.einsum import einsum
+from efx_jax.einsum import einsum
 
 Array = jax.Array
 # Of what the two entries add to the error alone; less is rounding, and would be swapped to and fro.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from efx_jax.einsum import dot
 from efx_jax.model.loss import by_chunks, exponentials, local_vocabulary, over, sum_vocabulary
 from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import VOCABULARY, Axes, active_batch_axes, axes_size, batch_axes
@@ -169,16 +170,16 @@ def _divergence_and_gradient(
     head, teacher_head = local_vocabulary(head, parts), local_vocabulary(teacher_head, parts)
 
     def chunk(weight: Array, x: Array, teacher_x: Array) -> tuple[Array, Array]:
-        logits = jnp.einsum("td,vd->tv", x, head, preferred_element_type=jnp.float32)
+        logits = dot("td,vd->tv", x, head)
         # What fills up the last chunk may be anything, as the model's own states are there.
         teacher_x = jnp.where(weight[:, None] > 0, teacher_x, 0)
-        goal = jnp.einsum("te,ve->tv", teacher_x, teacher_head, preferred_element_type=jnp.float32)
+        goal = dot("te,ve->tv", teacher_x, teacher_head)
         powers, total, log_total = exponentials(logits, parts)
         goal_powers, goal_total, goal_log_total = exponentials(goal, parts)
         goal_probs = goal_powers * (1 / goal_total)[:, None]
         apart = sum_vocabulary(goal_probs * (goal - logits), parts) + log_total - goal_log_total
         d_logits = weight[:, None] * (powers * (1 / total)[:, None] - goal_probs)
-        d_x = jnp.einsum("tv,vd->td", d_logits.astype(x.dtype), head, preferred_element_type=jnp.float32)
+        d_x = dot("tv,vd->td", d_logits.astype(x.dtype), head)
         return jnp.sum(weight * apart)[None], over(jax.lax.psum, d_x, parts)
 
     (found,), d_hidden = by_chunks(chunk, weights, hidden, (teacher_hidden,), head.dtype, 1)
