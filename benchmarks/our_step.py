@@ -43,7 +43,7 @@ def measure(case: Mapping[str, Any]) -> dict[str, Any]:
     spec = spec_from_config(shape_config(work.model))
     device = find_device("", 1)
     rate = matmul_rate(work.micro_batch * work.length, spec, work.repeats)
-    attention_path = choose_attention(spec, "bfloat16", packed=False)
+    attention_path = choose_attention(spec, "bfloat16")
     params = jax.block_until_ready(random_params(jax.random.key(0), spec, "bfloat16"))
     masks = None if work.modes == ["plain"] else random_masks(jax.random.key(1), spec)
     batch = random_batch(work, spec)

@@ -30,6 +30,7 @@ from random_model import MODELS, RANK, peak_memory, random_adapters, random_mask
 from rows import keep, row
 
 from efx_jax.config import PruneConfig, Recovery
+from efx_jax.model.attention import choose_attention
 from efx_jax.model.spec import ModelSpec, linear_shapes, spec_from_config
 from efx_jax.pruning.blockwise import prune_event_blockwise
 from efx_jax.pruning.event import block_before, needs_gram, plan_event, prune_event, prune_one
@@ -143,14 +144,13 @@ def measure(case: Mapping[str, Any]) -> dict[str, Any]:
 def event(model: Any, batches: Sequence[Any], spec: ModelSpec, config: PruneConfig) -> tuple[float, float]:
     """Seconds of the calibration and of the rest; of an event block by block, all of them as the rest."""
     params, adapters, masks = model
+    how: Any = {"compute_dtype": DTYPE, "attention_path": choose_attention(spec, DTYPE)}
     began = time.perf_counter()
     if needs_gram(config):
-        outcome = prune_event_blockwise(
-            params, adapters, masks, batches, None, spec, config, compute_dtype=DTYPE, packed=True
-        )
+        outcome = prune_event_blockwise(params, adapters, masks, batches, None, spec, config, packed=True, **how)
         jax.block_until_ready(outcome)
         return 0.0, time.perf_counter() - began
-    stats = collect_statistics(params, batches, spec, adapters, masks, compute_dtype=DTYPE)
+    stats = collect_statistics(params, batches, spec, adapters, masks, **how)
     jax.block_until_ready(stats)
     calibrated = time.perf_counter()
     jax.block_until_ready(prune_event(params, adapters, masks, stats, None, spec, config, packed=True))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from efx_jax.einsum import dot
 from efx_jax.model import cudnn_attention
 from efx_jax.model.spec import ModelSpec
 
@@ -18,6 +19,7 @@ _Saved = tuple[Array, Array, Array, Array | None, Array | None, Array]
 
 _BLOCKS, _SMALLEST_BLOCK = 8, 64  # measured on a CPU at 512 and 2,048 tokens; more blocks compile longer
 _TOLERANCE = 0.02  # of the norm; two right ways differ by half a percent in bfloat16
+_WORKSPACE = 2**30  # bytes that are not worth the slower path
 _SIZES = ((100, 60, 70, 26), (128, 128, 0, 0))  # segments and padding of the self-test's rows
 
 
@@ -67,10 +69,10 @@ def masked_attention(q: Array, k: Array, v: Array, visible: Array) -> Array:
     Returns:
         `[B,T,N*H]`, float32.
     """
-    scores = _dot("bkgth,bkhs->bkgts", _by_head(q, k.shape[1]), k) / math.sqrt(q.shape[3])
+    scores = dot("bkgth,bkhs->bkgts", _by_head(q, k.shape[1]), k) / math.sqrt(q.shape[3])
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
-    return _by_token(_dot("bkgts,bksh->bkgth", weights.astype(v.dtype), v)).reshape(*q.shape[:2], -1)
+    return _by_token(dot("bkgts,bksh->bkgth", weights.astype(v.dtype), v)).reshape(*q.shape[:2], -1)
 
 
 def visible_keys(segments: Array | None, first: int, stop: int, ends: Array | None = None) -> Array:
@@ -107,7 +109,7 @@ def _attend_by_blocks_fwd(
         highest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - highest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        mixed.append(_dot("bkgts,bksh->bkgth", weights.astype(v.dtype), values[:, :, :stop]) / total)
+        mixed.append(dot("bkgts,bksh->bkgth", weights.astype(v.dtype), values[:, :, :stop]) / total)
         sums.append(highest + jnp.log(total))
     # Saved under a remat policy by name, it spares the backward pass this whole function.
     log_sums = checkpoint_name(jnp.concatenate(sums, axis=3), "attention_log_sums")
@@ -128,12 +130,12 @@ def _attend_by_blocks_bwd(saved: _Saved, d_out: Array) -> tuple[Array, Array, Ar
         block = slice(first, stop)
         scores = _block_scores(queries[:, :, :, block], keys_t, segments, ends, first)
         weights = jnp.exp(scores - log_sums[:, :, :, block])
-        d_weights = _dot("bkgth,bkhs->bkgts", cotangents[:, :, :, block], values_t[..., :stop])
+        d_weights = dot("bkgth,bkhs->bkgts", cotangents[:, :, :, block], values_t[..., :stop])
         row_sums = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
         d_scores = (weights * (d_weights - row_sums) * scale).astype(q.dtype)
-        dv = _add_in_front(dv, _dot("bkght,bkgts->bkhs", cotangents_t[..., block], weights.astype(q.dtype)))
-        dk = _add_in_front(dk, _dot("bkght,bkgts->bkhs", queries_t[..., block], d_scores))
-        dq.append(_dot("bkgts,bksh->bkgth", d_scores, keys[:, :, :stop]))
+        dv = _add_in_front(dv, dot("bkght,bkgts->bkhs", cotangents_t[..., block], weights.astype(q.dtype)))
+        dk = _add_in_front(dk, dot("bkght,bkgts->bkhs", queries_t[..., block], d_scores))
+        dq.append(dot("bkgts,bksh->bkgth", d_scores, keys[:, :, :stop]))
     d_queries = _by_token(jnp.concatenate(dq, axis=3)).astype(q.dtype)
     d_keys, d_values = dk.transpose(0, 3, 1, 2).astype(k.dtype), dv.transpose(0, 3, 1, 2).astype(v.dtype)
     return d_queries, d_keys, d_values, None, None
@@ -161,7 +163,7 @@ def _query_blocks(length: int) -> list[tuple[int, int]]:
 def _block_scores(queries: Array, keys_t: Array, segments: Array | None, ends: Array | None, first: int) -> Array:
     """Scaled scores `[B,K,G,t,stop]` of `queries [B,K,G,t,H]`, -inf where a key is not seen; `keys_t [B,K,H,T]`."""
     stop = first + queries.shape[3]
-    scores = _dot("bkgth,bkhs->bkgts", queries, keys_t[..., :stop]) / math.sqrt(queries.shape[-1])
+    scores = dot("bkgth,bkhs->bkgts", queries, keys_t[..., :stop]) / math.sqrt(queries.shape[-1])
     return jnp.where(visible_keys(segments, first, stop, ends)[:, None, None], scores, -jnp.inf)
 
 
@@ -177,11 +179,7 @@ def _by_token(x: Array) -> Array:
     return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, width)
 
 
-def _dot(equation: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
-
-
-def choose_attention(spec: ModelSpec, compute_dtype: Any, *, packed: bool) -> Implementation:
+def choose_attention(spec: ModelSpec, compute_dtype: Any, *, packed: tuple[int, int] | None = None) -> Implementation:
     """cuDNN where there is a GPU and cuDNN passes a self-test on this model's heads, else XLA; on a GPU it warns why.
 
     Every process of a run must come to the same answer, so its hosts need the same GPUs and libraries.
@@ -189,7 +187,9 @@ def choose_attention(spec: ModelSpec, compute_dtype: Any, *, packed: bool) -> Im
     Args:
         spec: the model.
         compute_dtype: dtype of the matmul operands.
-        packed: whether the run packs several segments into a row.
+        packed: (B, T) of a device's forward pass where the run packs several segments into a row, else None. XLA gives
+            cuDNN as much workspace as if each of a row's `cudnn_attention.MAX_RUNS` segments were T tokens long, so
+            the compiler is asked whether there would be more of it than XLA's blocks of scores take.
     """
     if jax.default_backend() != "gpu":
         return "xla"
@@ -201,15 +201,15 @@ def choose_attention(spec: ModelSpec, compute_dtype: Any, *, packed: bool) -> Im
     return "xla"
 
 
-def _cudnn_fault(spec: ModelSpec, dtype: Any, packed: bool) -> str | None:
+def _cudnn_fault(spec: ModelSpec, dtype: Any, packed: tuple[int, int] | None) -> str | None:
     """What is wrong with cuDNN, in one line: it refuses, gives a gradient that is not finite, or differs from XLA."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, the compute dtype is {dtype}"
     q, k, v, segments = _self_test_case(spec, dtype)
     for name, layout in (("plain", None), ("packed", segments))[: 2 if packed else 1]:
-        expected = _output_and_gradients(q, k, v, layout, "xla")
+        expected = _output_and_gradients("xla")(q, k, v, layout)
         try:
-            found = jax.block_until_ready(_output_and_gradients(q, k, v, layout, "cudnn"))
+            found = jax.block_until_ready(_output_and_gradients("cudnn")(q, k, v, layout))
         except Exception as error:  # whatever jax, XLA or a changed private function of jax raises, the run goes on
             return f"{name} rows: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         for part in ("output", "dq", "dk", "dv"):
@@ -218,25 +218,43 @@ def _cudnn_fault(spec: ModelSpec, dtype: Any, packed: bool) -> str | None:
             distance = float(jnp.linalg.norm(found[part] - expected[part]) / jnp.linalg.norm(expected[part]))
             if distance > _TOLERANCE:
                 return f"{name} rows: {part} differs from XLA's by {distance:.1%}, expected at most {_TOLERANCE:.0%}"
+    if packed:
+        needed, usual = (_workspace(spec, dtype, *packed, implementation) for implementation in ("cudnn", "xla"))
+        if needed > max(usual, _WORKSPACE):
+            sizes = f"{needed / 2**30:.1f} GiB of workspace, XLA's path {usual / 2**30:.1f}"
+            return f"packed rows: {packed[0]} x {packed[1]} tokens need {sizes}"
     return None
 
 
+def _heads(spec: ModelSpec) -> tuple[int, int, int]:
+    return spec.num_heads, spec.num_kv_heads, spec.num_kv_heads
+
+
 def _self_test_case(spec: ModelSpec, dtype: Any) -> tuple[Array, Array, Array, Array]:
-    heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
     keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (2, 256, n, spec.head_dim), dtype) for key, n in zip(keys, heads, strict=True))
+    q, k, v = (
+        jax.random.normal(key, (2, 256, n, spec.head_dim), dtype) for key, n in zip(keys, _heads(spec), strict=True)
+    )
     ids = jnp.asarray([1, 2, 3, -1])
     return q, k, v, jnp.stack([jnp.repeat(ids, jnp.asarray(sizes), total_repeat_length=256) for sizes in _SIZES])
 
 
-def _output_and_gradients(
-    q: Array, k: Array, v: Array, segments: Array | None, implementation: Implementation
-) -> dict[str, Array]:
-    @jax.jit
-    def run(q: Array, k: Array, v: Array) -> dict[str, Array]:
+def _workspace(spec: ModelSpec, dtype: Any, rows: int, length: int, implementation: Implementation) -> int:
+    """Bytes that a layer's attention over packed rows and its gradient take beside operands and results."""
+    operands = (jax.ShapeDtypeStruct((rows, length, n, spec.head_dim), dtype) for n in _heads(spec))
+    segments = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    compiled = _output_and_gradients(implementation).lower(*operands, segments).compile()
+    analysis: Any = compiled.memory_analysis()
+    return int(analysis.temp_size_in_bytes)
+
+
+def _output_and_gradients(implementation: Implementation) -> Any:
+    """(q, k, v, segments) -> float32 vectors by name, compiled."""
+
+    def run(q: Array, k: Array, v: Array, segments: Array | None) -> dict[str, Array]:
         out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, segments, implementation), q, k, v)
         gradients = pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
         named = dict(zip(("output", "dq", "dk", "dv"), (out, *gradients), strict=True))
         return {name: array.astype(jnp.float32).ravel() for name, array in named.items()}
 
-    return run(q, k, v)
+    return jax.jit(run)

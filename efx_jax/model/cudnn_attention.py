@@ -4,10 +4,15 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from efx_jax.parallel.mesh import active_mesh
+from efx_jax.parallel.partition import batch_axes
 
 Array = jax.Array
 
-MAX_RUNS = 128  # segments of one row, the padding counted as one
+# Segments of one row, the padding counted as one. cuDNN's workspace grows with it (see `attention.choose_attention`).
+MAX_RUNS = 64
 
 
 def causal(q: Array, k: Array, v: Array) -> Array:
@@ -22,17 +27,30 @@ def causal(q: Array, k: Array, v: Array) -> Array:
 def packed(q: Array, k: Array, v: Array, segments: Array) -> Array:
     """`[B,T,N,H]` by cuDNN's flash attention over ragged segments, padding as a segment of its own. Hopper or newer.
 
-    Only jax's private function offers it. Keys and values are repeated to N heads first: jax 0.10 computes the keys'
-    offsets with the number of query heads, which is wrong where there are fewer key heads (jax 0.12 is right).
+    Keys and values are repeated to N heads first: jax 0.10 computes the keys' offsets with the number of query heads,
+    which is wrong where there are fewer key heads (jax 0.12 is right). On a mesh every device hands over its own rows
+    and heads: left to the partitioner it would get the offsets of all rows with its own q, k and v.
     """
+    group = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+    mesh = active_mesh()
+    if mesh is None:
+        return _packed(q, k, v, segments)
+    batch = batch_axes(q.shape[0], mesh.shape) or None
+    heads = P(batch, None, None if q.shape[2] % mesh.shape["tensor"] else "tensor", None)
+    specs = (heads, heads, heads, P(batch, None))
+    return jax.shard_map(_packed, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, segments)
+
+
+def _packed(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    # Only jax's private function offers it.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     starts, lengths, fits = segment_runs(segments, min(MAX_RUNS, segments.shape[1]))
-    group = q.shape[2] // k.shape[2]
     mixed = cudnn.dot_product_attention(
         q,
-        jnp.repeat(k, group, axis=2),
-        jnp.repeat(v, group, axis=2),
+        k,
+        v,
         q_seqlen=lengths,
         kv_seqlen=lengths,
         q_offsets=starts,

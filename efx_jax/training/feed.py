@@ -13,7 +13,7 @@ from efx_jax.data.batches import ALL_ROWS, Batch, bucketed_batch, make_batch
 from efx_jax.data.packing import packed_batch, packed_rows
 from efx_jax.data.tokens import Tokenized
 from efx_jax.parallel.mesh import mesh_sizes
-from efx_jax.parallel.partition import BATCH, axes_size
+from efx_jax.parallel.partition import BATCH, axes_size, batch_axes
 
 _MULTIPLE = 128  # of tokens: what attention kernels of GPUs want
 
@@ -69,6 +69,15 @@ def distant_batch(number: int, rows: int, size: int) -> int:
     half = max(1, rows // size // 2)
     is_ahead = number * size % rows + (half + 1) * size <= rows
     return number + half if is_ahead or number < half else number - half
+
+
+def packed_shape(config: Config) -> tuple[int, int] | None:
+    """(B, T) of one device's forward pass where rows are packed, else None."""
+    if config.data.batching != "packing":
+        return None
+    length, sizes = config.data.max_length, mesh_sizes(config.mesh)
+    rows = rows_per_pass(config, length)
+    return rows // axes_size(batch_axes(rows, sizes), sizes), length
 
 
 def rows_per_pass(config: Config, length: int) -> int:

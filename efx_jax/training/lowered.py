@@ -12,10 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from efx_jax.config import Config
 from efx_jax.lora import init_lora
 from efx_jax.masks import mask_shapes
-from efx_jax.model.attention import choose_attention
+from efx_jax.model.attention import Implementation, choose_attention
 from efx_jax.model.spec import ModelSpec, param_shapes
 from efx_jax.parallel.mesh import make_mesh, mesh_size, mesh_sizes
 from efx_jax.parallel.partition import batch_axes, placed_shapes
+from efx_jax.training.feed import packed_shape
 from efx_jax.training.memory import Layout
 from efx_jax.training.schedule import optimizer
 from efx_jax.training.state import init_train_state
@@ -90,7 +91,6 @@ def step_arguments(spec: ModelSpec, config: Config, layout: Layout, mesh: Mesh) 
     """The arguments of `train_step`: shapes, dtypes and places in place of arrays."""
     tx = optimizer(config.train, max(1, config.train.steps))
     lora = config.lora
-    packing = config.data.batching == "packing"
 
     def init(params: Any) -> Any:
         adapters = init_lora(jax.random.key(0), params, spec, lora.rank, lora.alpha, lora.targets, lora.rslora)
@@ -102,6 +102,10 @@ def step_arguments(spec: ModelSpec, config: Config, layout: Layout, mesh: Mesh) 
         is_leaf=lambda node: isinstance(node, tuple),
     )
     placed = placed_shapes(mesh, params)
+    # A mesh that is larger than this machine is simulated on its CPU, whatever else is at hand.
+    attention_path: Implementation = "xla"
+    if mesh.devices.flat[0].platform != "cpu":
+        attention_path = choose_attention(spec, config.model.compute_dtype, packed=packed_shape(config))
     return (
         placed_shapes(mesh, jax.eval_shape(init, params)),
         placed,
@@ -110,7 +114,7 @@ def step_arguments(spec: ModelSpec, config: Config, layout: Layout, mesh: Mesh) 
         jax.eval_shape(lambda: jax.random.key(0)),
         spec,
         tx,
-        step_options(config, layout.rows, choose_attention(spec, config.model.compute_dtype, packed=packing)),
+        step_options(config, layout.rows, attention_path),
         # A teacher of another size is planned as one of the model's.
         Teacher(placed, spec) if has_teacher(config) and layout.events else None,
     )

@@ -256,14 +256,20 @@ def blind_to_segments(q: Array, k: Array, v: Array, segments: Array) -> Array:
     return right(q, k, v)
 
 
-def choose(monkeypatch: pytest.MonkeyPatch, plain: Any, packed: Any, dtype: str = "bfloat16") -> tuple[str, list[str]]:
+def choose(
+    monkeypatch: pytest.MonkeyPatch,
+    plain: Any,
+    ragged: Any,
+    dtype: str = "bfloat16",
+    packed: tuple[int, int] = (2, 256),
+) -> tuple[str, list[str]]:
     """The choice for a packed run on a pretended GPU, and the warnings."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(cudnn_attention, "causal", plain)
-    monkeypatch.setattr(cudnn_attention, "packed", packed)
+    monkeypatch.setattr(cudnn_attention, "packed", ragged)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        choice = choose_attention(SPEC, dtype, packed=True)
+        choice = choose_attention(SPEC, dtype, packed=packed)
     return choice, [str(warning.message) for warning in caught]
 
 
@@ -290,6 +296,19 @@ def test_cudnn_that_fails_its_self_test_is_left_with_one_loud_line(
     assert "cuDNN flash attention is NOT used" in line and reason in line and "\n" not in line
 
 
+def greedy(q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
+    """Right, and with 64 bytes a pair of tokens beside it: 4 MiB in the self-test."""
+    pairs = jnp.sort(jnp.outer(jnp.arange(16 * q.shape[1]), q[0, :, 0, 0].astype(jnp.float32)), axis=0)
+    return right(q, k, v, segments) + 1e-9 * jnp.mean(pairs)
+
+
+def test_packed_rows_that_need_more_workspace_than_scores_are_left_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(monkeypatch, right, greedy) == ("cudnn", [])
+    choice, (line,) = choose(monkeypatch, right, greedy, packed=(1, 8192))
+    assert choice == "xla"
+    assert "packed rows: 1 x 8192 tokens need" in line and "GiB of workspace, XLA's path" in line
+
+
 def test_float32_runs_on_xla_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     choice, (line,) = choose(monkeypatch, right, right, "float32")
     assert choice == "xla" and "the compute dtype is float32" in line
@@ -299,7 +318,7 @@ def test_rows_of_one_sequence_do_not_ask_for_packing(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(cudnn_attention, "causal", right)
     monkeypatch.setattr(cudnn_attention, "packed", refusing)
-    assert choose_attention(SPEC, "float16", packed=False) == "cudnn"
+    assert choose_attention(SPEC, "float16") == "cudnn"
 
 
 def test_a_machine_without_cudnn_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +326,7 @@ def test_a_machine_without_cudnn_falls_back(monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("this machine may have cuDNN")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.warns(RuntimeWarning, match="NOT used.*cuDNN is not detected"):
-        assert choose_attention(SPEC, "bfloat16", packed=False) == "xla"
+        assert choose_attention(SPEC, "bfloat16") == "xla"
 
 
 def test_on_a_cpu_the_choice_is_xla_in_silence() -> None:
@@ -315,4 +334,4 @@ def test_on_a_cpu_the_choice_is_xla_in_silence() -> None:
         pytest.skip("needs a CPU")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose_attention(SPEC, "bfloat16", packed=True) == "xla"
+        assert choose_attention(SPEC, "bfloat16", packed=(2, 256)) == "xla"
