@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from efx_jax.training.devices import memory_settings
+
 Case = Mapping[str, Any]
-# The process has the GPU to itself, as a run has; see `efx_jax.training.devices`.
-_ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
 
 
 def run_case(script: str, case: Case, seconds: float) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def run_case(script: str, case: Case, seconds: float) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).with_name(script)), "--case", json.dumps(case)]
     try:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, timeout=seconds, env=_ENVIRONMENT | dict(os.environ)
+            command, stdout=subprocess.PIPE, text=True, timeout=seconds, env=os.environ | memory_settings(os.environ)
         )
     except subprocess.TimeoutExpired:
         return {"error": f"no result within {seconds:g} seconds"}

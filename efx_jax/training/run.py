@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from efx_jax.parallel.mesh import make_mesh, start_hosts
 from efx_jax.training import log
 from efx_jax.training.claim import claimed
 from efx_jax.training.determinism import ask_for_determinism
+from efx_jax.training.devices import memory_settings
 from efx_jax.training.feed import epoch_rows
 from efx_jax.training.journal import Journal
 from efx_jax.training.loop import train
@@ -56,6 +58,7 @@ def run(config: Config, output: Path, dry_run: bool = False, trunk: Path | None 
     Raises:
         InputError: bad input, before anything is written; or another run's folder.
     """
+    os.environ.update(memory_settings(os.environ))
     if config.train.deterministic:
         ask_for_determinism()
     config = with_adapter(config)

@@ -11,7 +11,7 @@ import pytest
 from efx_jax.config import Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, PruneConfig, TrainConfig
 from efx_jax.config_io import config_folder, resolve
 from efx_jax.errors import InputError
-from efx_jax.training.devices import USABLE_SHARE, find_device
+from efx_jax.training.devices import USABLE_SHARE, find_device, memory_settings
 from efx_jax.training.feed import rows_per_pass
 from efx_jax.training.plan import plan_text
 from efx_jax.training.survey import plan_layout
@@ -194,6 +194,15 @@ def test_a_device_is_a_name_or_a_number_of_gib() -> None:
     assert find_device("H200", 1).memory == pytest.approx(149e9 * USABLE_SHARE, rel=0.01)
     assert find_device("80", 1).memory == int(80 * 2**30 * USABLE_SHARE)
     assert find_device("h100", 1).peak == 989e12 and find_device("80", 1).peak is None
+
+
+def test_a_run_asks_for_the_memory_that_a_plan_counts_on_unless_the_environment_says_otherwise() -> None:
+    share, host = "XLA_CLIENT_MEM_FRACTION", "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+    asked = memory_settings({})
+    assert float(asked[share]) == USABLE_SHARE and int(asked[host]) * 10**9 <= find_device("", 1).memory + 10**9
+    assert memory_settings({share: "0.5", host: "3"}) == {}
+    # jax refuses both names together.
+    assert memory_settings({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}).keys() == {host}
 
 
 def test_the_cpu_at_hand_shares_its_memory_among_simulated_devices() -> None:
