@@ -65,7 +65,7 @@ def perplexity(
         compute_dtype: dtype of the matmul operands; sums are float32, sums over windows float64.
 
     Raises:
-        InputError: no window with a token to predict.
+        InputError: no window with a token to predict, or a loss that is not finite.
     """
     window_tokens = np.asarray([int(window.loss[1:].sum()) for window in windows], np.int64)
     if window_tokens.sum() == 0:
@@ -78,6 +78,8 @@ def perplexity(
         chosen = [windows[row] for row in rows]
         batch = pad_batch(chosen, batch_size, bucket_length([len(w.tokens) - 1 for w in chosen], longest))
         window_nll[rows] = np.asarray(_batch_nll(params, batch, spec, adapters, masks, compute_dtype))[: len(rows)]
+    if not np.isfinite(window_nll).all():
+        raise InputError("perplexity is not finite: the model overflows; check its weights or take another dtype")
     return dataclasses.replace(summarise(window_nll, window_tokens), text=checksum(windows))
 
 

@@ -7,7 +7,7 @@ of the model as it was. With `config.dense_path` the model as it was runs beside
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,17 +19,17 @@ from efx_jax.model.attention import Implementation
 from efx_jax.model.decoder import Layer, attend_within, block, embed
 from efx_jax.model.layers import rope_tables
 from efx_jax.model.spec import ModelSpec
-from efx_jax.pruning.average import Memory, PruneState
+from efx_jax.pruning.average import PruneState
 from efx_jax.pruning.budget import budget_statistics
 from efx_jax.pruning.event import (
+    Block,
     EventPlan,
-    Result,
     assemble,
     block_before,
     needs_gram,
     plan_event,
     prune_one,
-    put_block,
+    stack_blocks,
 )
 from efx_jax.pruning.statistics import (
     Statistics,
@@ -71,11 +71,8 @@ def prune_event_blockwise(
     batches = list(batches)
     stats = budget_statistics(params, adapters, masks, batches, spec, config, compute_dtype, attention_path)
     plan = plan_event(params, adapters, masks, state, spec, config, stats, importance)
-    result: Result | None = None
-    for index, pruned in enumerate(prune_blocks(plan, params, batches, compute_dtype, attention_path)):
-        result = put_block(result, pruned, index, spec.num_layers)
-    assert result is not None
-    return assemble(params, adapters, plan.state, result, packed)
+    blocks = prune_blocks(plan, params, batches, compute_dtype, attention_path)
+    return assemble(params, adapters, plan.state, stack_blocks(blocks, spec.num_layers), packed)
 
 
 def prune_blocks(
@@ -84,8 +81,8 @@ def prune_blocks(
     batches: Iterable[Mapping[str, Any]],
     compute_dtype: Any,
     attention_path: Implementation = "xla",
-    done: Sequence[tuple[Layer, Memory]] = (),
-) -> Iterator[tuple[Layer, Memory]]:
+    done: Iterable[Block] = (),
+) -> Iterator[Block]:
     """Every block after the event, in order.
 
     Args:
@@ -94,10 +91,7 @@ def prune_blocks(
         batches: calibration batches.
         compute_dtype: dtype of the matmul operands of the calibration passes.
         attention_path: see `efx_jax.model.attention.choose_attention`.
-        done: the first blocks as an interrupted event has left them; they are not pruned again.
-
-    Yields:
-        (block, its part of the moving average), see `prune_block`.
+        done: the first blocks as an interrupted event has left them, taken one by one; they are not pruned again.
 
     Raises:
         InputError: no real token.
@@ -121,10 +115,11 @@ def prune_blocks(
     )
     # The same rows in the model as it was; only a dense path needs them.
     dense = [x if config.dense_path else None for x, _ in hidden]
+    finished = iter(done)
     for index in range(spec.num_layers):
         layer, memory = block_before(plan, index)
-        if index < len(done):
-            pruned = done[index]
+        pruned = next(finished, None)
+        if pruned is not None:
             for place, (x, real) in enumerate(hidden):
                 if config.dense_path:
                     dense[place] = output(dense[place], layer, mask_forward=config.mask_forward)

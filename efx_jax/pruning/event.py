@@ -6,11 +6,12 @@ block by block, so that only one block's Grams exist. Both run the same `prune_b
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from efx_jax.config import GRADIENT_SCORES, PruneConfig
 from efx_jax.config_prune import validate_prune
@@ -28,6 +29,8 @@ from efx_jax.pruning.sparsegpt import slab_counts
 from efx_jax.pruning.statistics import Statistics
 
 Array = jax.Array
+# A block after the event, and its part of the moving average.
+Block = tuple[Layer, Memory]
 
 
 def reads_importance(config: PruneConfig) -> bool:
@@ -38,6 +41,11 @@ def reads_importance(config: PruneConfig) -> bool:
 def needs_gram(config: PruneConfig) -> bool:
     """Whether score, swaps or recovery read Gram matrices."""
     return config.score == "sparsegpt" or config.swaps > 0 or config.recovery in ("gram_pbs", "admm", "obs")
+
+
+def goes_by_block(config: PruneConfig) -> bool:
+    """Whether a run's events calibrate block by block: what is large, Grams and averages, exists for one at a time."""
+    return config.sequential or needs_gram(config) or (config.ema < 1 and keeps_scores(config))
 
 
 def prune_event(
@@ -78,15 +86,7 @@ def prune_event(
         raise InputError("prune.dense_path: expected an event block by block; use prune_event_blockwise")
     if needs_gram(config):
         stats.input_gram(next(iter(plan.counts[0])))
-    tokens = jnp.broadcast_to(stats.tokens, (spec.num_layers,))
-    stats = dataclasses.replace(stats, tokens=tokens)
-    result = None
-    for index in range(spec.num_layers):
-        layer, memory = block_before(plan, index)
-        block = prune_one(plan, index, layer, take_block(stats, index), memory)
-        result = put_block(result, block, index, spec.num_layers)
-    assert result is not None
-    return assemble(params, adapters, plan.state, result, packed)
+    return assemble(params, adapters, plan.state, stack_blocks(prune_from(plan, stats), spec.num_layers), packed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ class EventPlan:
     scale: float
 
 
-@dataclasses.dataclass
+@struct.dataclass
 class Result:
     """What blocks have become so far: stacked arrays that lead with L, and the moving averages of each on the host."""
 
@@ -165,8 +165,17 @@ def block_importance(plan: EventPlan, index: int) -> dict[str, Array]:
     return taken
 
 
-def prune_one(plan: EventPlan, index: int, layer: Layer, stats: Statistics, memory: Memory) -> tuple[Layer, Memory]:
-    """Block `index` after the event, by one program for all blocks and sparsities; its average goes to the host."""
+def prune_one(plan: EventPlan, index: int, layer: Layer, stats: Statistics, memory: Memory) -> Block:
+    """Block `index` after the event, by one program for all blocks and sparsities; its average goes to the host.
+
+    Raises:
+        InputError: statistics that are not finite, of which any mask could come.
+    """
+    if not _is_finite(stats):
+        raise InputError(
+            f"prune.calibration: the activations of block {index} are not finite; calibrate on other rows, or set "
+            "model.compute_dtype to float32, or to bfloat16 where it is float16"
+        )
     layer, memory = _prune_block(
         layer,
         stats,
@@ -182,7 +191,25 @@ def prune_one(plan: EventPlan, index: int, layer: Layer, stats: Statistics, memo
     return layer, {**memory, "score": {name: to_host(score) for name, score in memory["score"].items()}}
 
 
-def put_block(result: Result | None, block: tuple[Layer, Memory], index: int, num_layers: int) -> Result:
+def prune_from(plan: EventPlan, stats: Statistics) -> Iterator[Block]:
+    """Every block after the event, in order, from statistics of the whole model."""
+    tokens = jnp.broadcast_to(stats.tokens, (plan.spec.num_layers,))
+    stats = dataclasses.replace(stats, tokens=tokens)
+    for index in range(plan.spec.num_layers):
+        layer, memory = block_before(plan, index)
+        yield prune_one(plan, index, layer, take_block(stats, index), memory)
+
+
+def stack_blocks(blocks: Iterable[Block], num_layers: int) -> Result:
+    """All blocks after an event."""
+    result: Result | None = None
+    for index, block in enumerate(blocks):
+        result = put_block(result, block, index, num_layers)
+    assert result is not None
+    return result
+
+
+def put_block(result: Result | None, block: Block, index: int, num_layers: int) -> Result:
     """Writes a block among the others, in place; the first one makes room for all.
 
     Whatever no event moves is left out: the new model shares it with the old one.
@@ -209,6 +236,11 @@ def assemble(
     if not packed:
         masks = _unpacked(masks, {name: params["layers"][name] for name in masks})
     return {**params, "layers": {**params["layers"], **layers.weights}}, adapters, masks, state
+
+
+@jax.jit
+def _is_finite(tree: Any) -> Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 @jax.jit

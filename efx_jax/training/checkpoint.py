@@ -17,7 +17,6 @@ from efx_jax.data.tokens import Tokenized, checksum
 from efx_jax.errors import InputError
 from efx_jax.files import meet
 from efx_jax.lora import Adapters
-from efx_jax.parallel.partition import to_host
 from efx_jax.pruning.average import PruneState
 from efx_jax.training.journal import Journal
 from efx_jax.training.state import RunState
@@ -140,7 +139,7 @@ def restore(
     )
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
     tree = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
-    score = {name: tuple(to_host(block) for block in blocks) for name, blocks in tree["prune"]["score"].items()}
+    score = {name: tuple(blocks) for name, blocks in tree["prune"]["score"].items()}
     prune = PruneState(key=jax.random.wrap_key_data(tree["prune_key"]), **tree["prune"] | {"score": score})
     params = {**fresh.params, "layers": tree["layers"]} if meta["base_moved"] else fresh.params
     state = RunState(tree["train"], params, tree["masks"], prune, tree.get("units"))
@@ -183,10 +182,11 @@ def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 
 def _blocks(stacked: jax.Array) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The moving averages of a matrix's L blocks, laid out as the matrix is."""
+    """The moving averages of a matrix's L blocks: laid out as the matrix is, in the hosts' memory."""
     sharding = stacked.sharding
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    sharding = sharding.with_memory_kind("pinned_host")
     block = jax.ShapeDtypeStruct(stacked.shape[1:], jnp.float32, sharding=sharding)
     return (block,) * stacked.shape[0]
 

@@ -3,7 +3,7 @@
 import dataclasses
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,21 @@ from efx_jax.config import Config
 from efx_jax.config_prune import surveyed_rows, without_recovery
 from efx_jax.masks import count_kept, packed_shape
 from efx_jax.model.attention import Implementation
-from efx_jax.model.decoder import Layer
 from efx_jax.model.spec import LINEARS
-from efx_jax.parallel.partition import constrain_tree, to_host
-from efx_jax.pruning.average import Memory, moves_base, refits_base
+from efx_jax.pruning.average import moves_base, refits_base
 from efx_jax.pruning.blockwise import prune_blocks
 from efx_jax.pruning.budget import budget_statistics
 from efx_jax.pruning.event import (
+    Block,
     EventPlan,
     Result,
     assemble,
     block_before,
-    needs_gram,
+    goes_by_block,
     plan_event,
     prune_event,
     put_block,
+    take_block,
 )
 from efx_jax.pruning.permutation import find_order, permute
 from efx_jax.pruning.statistics import collect_statistics
@@ -38,8 +38,6 @@ from efx_jax.training.importance import run_importance
 from efx_jax.training.prepare import Prepared, calibration
 from efx_jax.training.schedule import Event
 from efx_jax.training.state import RunState, restart_adam
-
-_Block = tuple[Layer, Memory]
 
 
 def prune_run(
@@ -72,7 +70,7 @@ def prune_run(
     importance = run_importance(config, prepared, state, event, attention_path)
     batches = calibration(config, prepared)
     spec, dtype = prepared.spec, config.model.compute_dtype
-    if prune.sequential or needs_gram(prune) or state.prune.score:
+    if goes_by_block(prune):
         surveyed = calibration(config, prepared, surveyed_rows(prune))
         stats = budget_statistics(state.params, adapters, masks, surveyed, spec, prune, dtype, attention_path)
         plan = plan_event(state.params, adapters, masks, state.prune, spec, prune, stats, importance)
@@ -129,39 +127,45 @@ def _resumable(
     save_seconds: float = 60.0,
 ) -> Result:
     """The event block by block; what `save_seconds` have brought is saved, and taken up by the next attempt."""
-    done = _load(folder, plan)
+    blocks = prune_blocks(plan, params, batches, dtype, attention_path, _load(folder, plan))
+    saved, saved_at = sum(stop - first for first, stop, _ in _parts(folder)), time.monotonic()
     result: Result | None = None
-    unsaved: list[_Block] = []
-    saved_at = time.monotonic()
-    for index, block in enumerate(prune_blocks(plan, params, batches, dtype, attention_path, done)):
+    for index, block in enumerate(blocks):
         result = put_block(result, block, index, plan.spec.num_layers)
-        if index < len(done):
-            continue
-        unsaved.append(block)
-        if jax.process_count() == 1 and time.monotonic() - saved_at > save_seconds:
-            _save(folder, index + 1 - len(unsaved), jax.block_until_ready(unsaved))
-            unsaved, saved_at = [], time.monotonic()
+        if index >= saved and jax.process_count() == 1 and time.monotonic() - saved_at > save_seconds:
+            _save(folder, saved, index + 1, result)
+            saved, saved_at = index + 1, time.monotonic()
     assert result is not None
     return result
 
 
-def _save(folder: Path, first: int, blocks: list[_Block]) -> None:
-    """Writes some finished blocks, the first of them number `first`."""
+def _save(folder: Path, first: int, stop: int, result: Result) -> None:
+    """Writes the blocks from `first` to before `stop`."""
+    layers, snapshots = jax.tree.map(lambda leaf: leaf[first:stop], (result.layers, result.snapshots))
+    score = {name: blocks[first:stop] for name, blocks in result.score.items()}
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((folder / f"blocks-{first:05d}-{first + len(blocks):05d}").absolute(), blocks)
+        checkpointer.save((folder / f"blocks-{first:05d}-{stop:05d}").absolute(), Result(layers, snapshots, score))
 
 
-def _load(folder: Path, plan: EventPlan) -> list[_Block]:
-    """The finished blocks of an earlier attempt, in order; Orbax's half-written folders have other names."""
-    blocks: list[_Block] = []
-    for part in sorted(folder.glob("blocks-?????-?????")):
-        _, first, end = part.name.split("-")
-        if int(first) != len(blocks):
+def _parts(folder: Path) -> list[tuple[int, int, Path]]:
+    """(first, stop, path) of the saved blocks without a gap; Orbax's half-written folders have other names."""
+    parts: list[tuple[int, int, Path]] = []
+    for path in sorted(folder.glob("blocks-?????-?????")):
+        first, stop = map(int, path.name.split("-")[1:])
+        if first != (parts[-1][1] if parts else 0):
             break
-        template = [_template(plan)] * (int(end) - int(first))
+        parts.append((first, stop, path))
+    return parts
+
+
+def _load(folder: Path, plan: EventPlan) -> Iterator[Block]:
+    """The finished blocks of an earlier attempt, in order."""
+    for first, stop, path in _parts(folder):
         with ocp.StandardCheckpointer() as checkpointer:
-            blocks += checkpointer.restore(part.absolute(), template)
-    return [(layer, {**memory, "score": jax.tree.map(to_host, memory["score"])}) for layer, memory in blocks]
+            part: Result = checkpointer.restore(path.absolute(), _template(plan, stop - first))
+        for index in range(stop - first):
+            layer, snapshots = take_block((part.layers, part.snapshots), index)
+            yield layer, {"snapshots": snapshots, "score": {name: past[index] for name, past in part.score.items()}}
 
 
 def forget_blocks(folder: Path, manager: ocp.CheckpointManager) -> None:
@@ -171,13 +175,26 @@ def forget_blocks(folder: Path, manager: ocp.CheckpointManager) -> None:
         shutil.rmtree(folder)
 
 
-def _template(plan: EventPlan) -> _Block:
-    """Arrays of the shapes, dtypes and places of a finished block."""
-    layer, memory = block_before(plan, 0)
-    moved = {name: layer.weights[name] for name in LINEARS} if moves_base(plan.config) else {}
-    shapes = {name: packed_shape(layer.weights[name].shape) for name in plan.counts[0]}
-    masks = layer.masks | {name: jnp.zeros(shape, jnp.uint8) for name, shape in shapes.items()}
-    return jax.jit(constrain_tree)((dataclasses.replace(layer, weights=moved, masks=masks), memory))
+def _template(plan: EventPlan, count: int) -> Result:
+    """Shapes, dtypes and places of `count` finished blocks."""
+
+    def some(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+
+    def some_bits(weight: jax.Array) -> jax.ShapeDtypeStruct:
+        shape = (count, *packed_shape(weight.shape[1:]))
+        return jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=weight.sharding)
+
+    def on_host(block: jax.Array) -> jax.ShapeDtypeStruct:
+        place = block.sharding.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(block.shape, block.dtype, sharding=place)
+
+    before, weights = plan.stacked, plan.stacked.weights
+    layers, snapshots = jax.tree.map(some, (before, plan.state.snapshots))
+    moved = {name: layers.weights[name] for name in LINEARS} if moves_base(plan.config) else {}
+    masks = layers.masks | {name: some_bits(weights[name]) for name in plan.counts[0]}
+    score: Any = {name: (on_host(block),) * count for name, block in block_before(plan, 0)[1]["score"].items()}
+    return Result(dataclasses.replace(layers, weights=moved, masks=masks), snapshots, score)
 
 
 def mask_sparsity(masks: Mapping[str, jax.Array], params: Mapping[str, Any]) -> float:

@@ -15,7 +15,7 @@ from efx_jax.model.spec import LINEARS, ModelSpec, linear_shapes, param_shapes
 from efx_jax.parallel.mesh import mesh_sizes
 from efx_jax.parallel.partition import BATCH, axes_size, linear_axes, partition
 from efx_jax.pruning.average import keeps_scores, moves_base
-from efx_jax.pruning.event import needs_gram
+from efx_jax.pruning.event import goes_by_block, needs_gram
 from efx_jax.pruning.statistics import INPUT_OF, INPUTS
 from efx_jax.training.accounting import (
     calibration_length,
@@ -136,7 +136,8 @@ def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
     shards = axes_size(BATCH, along)
     rows = -(-max(1, min(prune.calibration_rows, prune.calibration_tokens // length)) // shards)
     grams = needs_gram(prune) or prune.score == "dpruner"
-    by_block = grams or prune.sequential or (prune.ema < 1 and keeps_scores(prune))
+    # D-Pruner's pass for its general importance goes by block as well.
+    by_block = goes_by_block(prune) or prune.score == "dpruner"
     kept = prune.calibration_rows * length * spec.hidden_size * e // shards if by_block else 0
     paths = 2 if prune.dense_path else 1
     entries = _linear_entries(spec, along)

@@ -49,6 +49,12 @@ def test_perplexity_is_exp_of_the_sum_over_the_tokens() -> None:
     assert result.interval[0] < result.value < result.interval[1]
 
 
+def test_a_model_that_overflows_has_no_perplexity() -> None:
+    broken = PARAMS | {"norm": np.full(PARAMS["norm"].shape, np.inf, np.float32)}
+    with pytest.raises(InputError, match="perplexity is not finite: the model overflows"):
+        perplexity(broken, windows(40, 33), SPEC, batch_size=2)
+
+
 def test_another_text_of_the_same_lengths_has_another_checksum() -> None:
     texts = windows(20, 31)
     other = [dataclasses.replace(texts[0], tokens=texts[0].tokens[::-1].copy()), texts[1]]

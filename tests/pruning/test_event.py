@@ -174,6 +174,19 @@ def test_an_event_that_cannot_be_is_refused_with_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("recovery", ["none", "admm"])
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_calibration_that_overflows_is_refused_and_makes_no_mask(
+    llama: Any, stats: Statistics, broken: float, recovery: Any
+) -> None:
+    energy = {name: np.array(values) for name, values in stats.energy.items()}
+    energy["down_in"][-1, 3] = broken
+    overflown = dataclasses.replace(stats, energy=energy)
+    last = llama.spec.num_layers - 1
+    with pytest.raises(InputError, match=f"prune.calibration: the activations of block {last} are not finite"):
+        prune_event(llama.params, llama.adapters, None, overflown, None, llama.spec, PruneConfig(recovery=recovery))
+
+
 def test_every_input_has_a_name() -> None:
     assert set(INPUT_OF) == set(LINEARS)
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +121,26 @@ def test_a_cut_off_event_goes_on_from_its_blocks(
         assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
     moved = [np.asarray(b) for b in jax.tree.leaves(jax.tree.map(jnp.subtract, found.params, before.params))]
     assert any(np.any(difference) for difference in moved) is moves_base(prune)
+
+
+def test_no_block_outlives_its_place_among_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two saves nothing holds what the stacked arrays have: it would be another copy of the new base."""
+    monkeypatch.setattr(events, "_resumable", functools.partial(events._resumable, save_seconds=1e9))
+    prune_one, blocks, most = blockwise.prune_one, [], 0
+
+    def watched(*arguments: Any) -> Any:
+        nonlocal most
+        gc.collect()
+        most = max(most, sum(block() is not None for block in blocks))
+        layer, memory = prune_one(*arguments)
+        blocks.append(weakref.ref(layer.weights["down_proj"]))
+        return layer, memory
+
+    monkeypatch.setattr(blockwise, "prune_one", watched)
+    config = settings(PruneConfig(recovery="admm"), (1, 1, 1))
+    prepared, state = start(config, SPEC)
+    events.prune_run(config, prepared, state, Event(1, 0.5, True), tmp_path / "event", attention_path="xla")
+    assert len(blocks) == LAYERS and most <= 1
 
 
 def test_a_run_cut_off_in_its_event_goes_on_and_leaves_no_blocks(
