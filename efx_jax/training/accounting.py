@@ -15,7 +15,7 @@ from efx_jax.model.spec import ModelSpec, linear_shapes, param_shapes
 from efx_jax.parallel.mesh import mesh_sizes
 from efx_jax.parallel.partition import axes_size, batch_axes
 from efx_jax.pruning.adapter_refit import CG_STEPS
-from efx_jax.pruning.event import needs_gram
+from efx_jax.pruning.event import goes_by_block, needs_gram
 from efx_jax.pruning.statistics import INPUT_OF
 from efx_jax.structural.generator import init_generator
 from efx_jax.structural.units import units_of
@@ -200,7 +200,8 @@ def event_flops(spec: ModelSpec, prune: PruneConfig, rank: int, tokens: int, len
     """
     forward = _forward_flops(spec, length)
     per_token: float = forward * (1 + prune.sequential + bool(prune.dense_path))
-    surveyed = forward * (prune.budget != "uniform")
+    # Budgets need the whole model's statistics, which block by block takes a pass of its own.
+    surveyed = forward * (prune.budget != "uniform" and goes_by_block(prune))
     if prune.score == "foresight_loss":
         # Forward, every block again, the activations' gradient; logits and theirs, and once more to draw from them.
         logits = 2 * spec.vocab_size * spec.hidden_size

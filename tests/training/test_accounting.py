@@ -129,13 +129,24 @@ FORWARD = 2 * LINEARS + ATTENTION
     ("change", "passes", "surgeons"),
     [
         ({"score": "wanda"}, FORWARD, None),
-        ({"score": "wanda", "budget": "owl"}, 2 * FORWARD, None),
+        # The only pass over the whole model tells the budget too; block by block it needs one before.
+        ({"score": "wanda", "budget": "owl"}, FORWARD, None),
+        ({"score": "wanda", "budget": "owl", "sequential": True}, 3 * FORWARD, None),
+        ({"budget": "owl", "recovery": "admm", "admm_steps": 20}, 2 * FORWARD, 7 / 3 * CUBES + 21 * 2 * WITH_GRAM),
+        ({"score": "lora_gradient", "budget": "owl", "ema": 0.5}, 2 * FORWARD, None),
+        ({"score": "wanda", "budget": "owl", "ema": 0.5}, FORWARD, None),
         ({"score": "wanda", "sequential": True}, 2 * FORWARD, None),
-        ({"score": "foresight_loss", "budget": "global"}, 5 * FORWARD + 4 * HEAD, None),
+        ({"score": "foresight_loss", "budget": "global"}, 4 * FORWARD + 4 * HEAD, None),
         ({"score": "foresight_loss", "gradient_labels": "model"}, 4 * FORWARD + 6 * HEAD, None),
         (
-            {"score": "foresight_loss", "budget": "global", "calibration_rows": 40, "survey_share": 0.25},
-            2 * FORWARD + HEAD,
+            {
+                "score": "foresight_loss",
+                "budget": "global",
+                "sequential": True,
+                "calibration_rows": 40,
+                "survey_share": 0.25,
+            },
+            3 * FORWARD + HEAD,
             None,
         ),
         ({"recovery": "admm", "admm_steps": 20}, FORWARD, 7 / 3 * CUBES + 21 * 2 * WITH_GRAM),
