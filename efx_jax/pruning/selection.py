@@ -20,6 +20,7 @@ from efx_jax.parallel.partition import LinearAxes
 Array = jax.Array
 SLAB = 128  # input columns that are decided together, by SparseGPT and D-Pruner
 _NEVER = 0xFFFFFFFF  # above the bits of every float: such an entry is never among the lowest
+_FEW = 16  # entries of a group that are compared with each other, each with each
 
 
 class Counts(NamedTuple):
@@ -121,6 +122,8 @@ def lowest(bits: Array, count: Array | int, dims: int = 1, split: Split = WHOLE)
     Returns:
         bool like `bits`, with exactly `count` True in every group (over all devices).
     """
+    if dims == 1 and not split.columns and bits.shape[-1] <= _FEW:
+        return _lowest_of_few(bits, count)
     find = functools.partial(_lowest, dims=dims, split=split)
     # A pass over the scores is bound by memory on a GPU and by arithmetic on a CPU.
     return jax.lax.platform_dependent(
@@ -129,6 +132,18 @@ def lowest(bits: Array, count: Array | int, dims: int = 1, split: Split = WHOLE)
         cpu=functools.partial(find, digit=1),
         default=functools.partial(find, digit=4),
     )
+
+
+def _lowest_of_few(bits: Array, count: Array | int) -> Array:
+    """As `lowest`, of groups as small as those of N:M: every entry counts the ones before it."""
+    # One copy for all comparisons: see `_lowest`.
+    bits = jax.lax.optimization_barrier(bits)
+    places = jnp.arange(bits.shape[-1])
+    before = jnp.zeros(bits.shape, jnp.int32)
+    for place in range(bits.shape[-1]):
+        other = bits[..., place : place + 1]
+        before += (other < bits) | ((other == bits) & (place < places))
+    return before < count
 
 
 def _lowest(bits: Array, count: Array, dims: int, split: Split, digit: int) -> Array:

@@ -242,13 +242,14 @@ def _sweep_slab(state: Sweep, factor: Array, pick: Pick, first: Array, width: in
         place = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=begin, axis=1)
         slab = slab._replace(mask=place(slab.mask, mask), importance=place(slab.importance, importance))
 
-        def column(index: Array, moved: tuple[Array, Array]) -> tuple[Array, Array]:
-            weight, errors = moved
+        def column(place: Array, moved: tuple[Array, Array]) -> tuple[Array, Array]:
+            index, (weight, errors) = begin + place, moved
             error = jnp.where(slab.mask[:, index], 0.0, weight[:, index] / diagonal[index])
             # The factor is upper triangular: earlier columns stay as they are.
             return weight - error[:, None] * block[index], errors.at[:, index].set(error)
 
-        weight, errors = jax.lax.fori_loop(begin, begin + together, column, (slab.weight, errors))
+        # From 0: of a loop whose start is computed GPUs do not know how often it turns, and ask before every turn.
+        weight, errors = jax.lax.fori_loop(0, together, column, (slab.weight, errors))
         return slab._replace(weight=weight), errors
 
     slab, errors = jax.lax.fori_loop(0, width // together, stretch, (slab, jnp.zeros_like(slab.weight)))

@@ -92,9 +92,7 @@ def train(
     """
     *keys, dropout_key = jax.random.split(jax.random.key(config.seed), 3)
     tx, rate = optimizer(config.train, steps), learning_rate(config.train, steps)
-    attention_path = _agreed(
-        choose_attention(prepared.spec, config.model.compute_dtype, packed=packed_shape(config))
-    )
+    attention_path = _agreed(choose_attention(prepared.spec, config.model.compute_dtype, packed=packed_shape(config)))
 
     def options_of(batch: Batch) -> StepOptions:
         return step_options(config, rows_per_pass(config, batch["tokens"].shape[1]), attention_path)
