@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from efx_jax.errors import InputError, is_disk_full
+from efx_jax.parallel.hosts import meet, together
 
 _UNWRITABLE = (
     errno.EACCES,
@@ -28,10 +27,6 @@ _UNWRITABLE = (
     errno.ENOTEMPTY,
     errno.ENAMETOOLONG,
 )
-
-
-class OtherProcessError(InputError):
-    """Another process of the run has failed, and says there why."""
 
 
 def lock(descriptor: int, busy: str) -> bool:
@@ -51,63 +46,6 @@ def lock(descriptor: int, busy: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def meet(value: int = 0) -> list[int]:
-    """Waits until every process of the run has come here too.
-
-    Args:
-        value: what this process tells the others, below 2^31; negative: it has failed, and meets for the last time.
-
-    Returns:
-        What each process has told, in the order of the processes; `[value]` in a run of one.
-
-    Raises:
-        OtherProcessError: another process has failed.
-    """
-    if jax.process_count() == 1:
-        return [value]
-    told = _gather(value)
-    failed = [process for process, number in enumerate(told) if number < 0]
-    if failed and value >= 0:
-        raise OtherProcessError(f"process {failed[0]} has failed, so this one stops; its own message says why")
-    return told
-
-
-def _gather(value: int) -> list[int]:
-    """The value of every process, once all devices of this one have it.
-
-    `multihost_utils.process_allgather` returns with the first device's answer: a process that ends then leaves those of
-    its other devices halfway, and both hosts wait for ever.
-    """
-    devices = np.array(jax.devices()).reshape(jax.process_count(), jax.local_device_count())
-    mesh = jax.sharding.Mesh(devices, ("process", "device"))
-    apart = NamedSharding(mesh, PartitionSpec("process"))
-    own = jax.make_array_from_process_local_data(apart, np.array([value], np.int32))
-    gathered = jax.jit(_identity, out_shardings=NamedSharding(mesh, PartitionSpec()))(own)
-    told: list[int] = np.asarray(gathered.block_until_ready()).tolist()
-    return told
-
-
-def _identity(told: jax.Array) -> jax.Array:
-    return told
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Runs the body in every process of the run; if it fails in one, no other waits for that one in vain.
-
-    Raises:
-        OtherProcessError: the body has failed in another process.
-    """
-    try:
-        yield
-    except OtherProcessError:
-        raise
-    except BaseException:
-        meet(-1)
-        raise
-    meet()
 
 
 @contextlib.contextmanager

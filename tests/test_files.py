@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from efx_jax.errors import InputError
-from efx_jax.files import atomic_file, atomic_folder, atomic_write, meet, read_text, sha256_of
+from efx_jax.files import atomic_file, atomic_folder, atomic_write, read_text, sha256_of
+from efx_jax.parallel.hosts import meet
 
 
 def _break_off(dst: Path, error: BaseException) -> None:

@@ -1,6 +1,5 @@
-"""The mesh `data` x `fsdp` x `tensor`, and the hosts behind it."""
+"""The mesh `data` x `fsdp` x `tensor`."""
 
-import os
 from collections.abc import Sequence
 
 import jax
@@ -10,40 +9,6 @@ from efx_jax.config import MeshConfig
 from efx_jax.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
-# Which variable says how many processes a launcher has started; jax finds the rest of what it needs by itself.
-_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI", "PMI_SIZE": "MPICH"}
-
-
-def start_hosts(config: MeshConfig) -> None:
-    """Joins the processes of a run over several hosts; does nothing in a run of one process.
-
-    By `mesh.coordinator` if it is given, else as found by `jax.distributed` under Slurm, MPI and Kubernetes (an indexed
-    Job). Call it before anything touches a device.
-
-    Raises:
-        InputError: the processes do not find each other.
-    """
-    by_hand = bool(config.coordinator)
-    if not by_hand and not _launched():
-        return
-    try:
-        if by_hand:
-            jax.distributed.initialize(config.coordinator, config.processes, config.process)
-        else:
-            jax.distributed.initialize()
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"several hosts: jax.distributed could not start ({reason}); set mesh.coordinator, mesh.processes and "
-            "mesh.process, the same coordinator everywhere"
-        ) from error
-
-
-def _launched() -> bool:
-    """Whether a launcher has started this process as one of several."""
-    counts = [os.environ.get(name, "1") for name in _LAUNCHERS]
-    in_indexed_job = "JOB_COMPLETION_INDEX" in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ
-    return in_indexed_job or any(count.isdigit() and int(count) > 1 for count in counts)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

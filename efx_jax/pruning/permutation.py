@@ -22,9 +22,9 @@ from scipy.optimize import linear_sum_assignment
 from efx_jax.config import PruneConfig
 from efx_jax.config_prune import n_of_m
 from efx_jax.errors import InputError
-from efx_jax.files import meet
 from efx_jax.lora import Adapters, effective_weight
 from efx_jax.model.spec import ModelSpec
+from efx_jax.parallel.hosts import meet
 from efx_jax.parallel.partition import constrain, constrain_tree
 from efx_jax.pruning.statistics import Statistics
 

@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from efx_jax.config import EvalConfig
 from efx_jax.data.tokens import Tokenized, checksum
 from efx_jax.errors import InputError
-from efx_jax.files import meet
 from efx_jax.lora import Adapters
+from efx_jax.parallel.hosts import meet
 from efx_jax.pruning.average import PruneState
 from efx_jax.training.journal import Journal
 from efx_jax.training.state import RunState

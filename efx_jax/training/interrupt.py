@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from efx_jax.files import meet
+from efx_jax.parallel.hosts import meet
 
 
 def say_interrupted(done: int, steps: int, is_saved: bool, output: Path) -> None:

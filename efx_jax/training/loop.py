@@ -14,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efx_jax.config import Config
 from efx_jax.errors import InputError
-from efx_jax.files import meet
 from efx_jax.masks import mask_shapes
 from efx_jax.model.attention import Implementation, choose_attention
+from efx_jax.parallel.hosts import meet
 from efx_jax.parallel.partition import placed_shapes, tree_shardings
 from efx_jax.pruning.average import moves_base
 from efx_jax.training import checkpoint, log

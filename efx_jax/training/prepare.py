@@ -14,9 +14,9 @@ from efx_jax.data.tokenizer import check_vocabulary
 from efx_jax.data.tokens import Tokenized, text_windows
 from efx_jax.errors import InputError
 from efx_jax.evaluation.protocols import check_protocol
-from efx_jax.files import together
 from efx_jax.lora import Adapters
 from efx_jax.model.spec import ModelSpec, spec_from_config
+from efx_jax.parallel.hosts import together
 from efx_jax.parallel.partition import tree_shardings
 from efx_jax.training.rows import Texts, own_rows, read_texts, taught_texts, training_rows
 from efx_jax.training.step import Teacher, has_teacher

@@ -15,8 +15,9 @@ from efx_jax.analysis.record import read_record
 from efx_jax.config import Config
 from efx_jax.config_io import read_config, to_yaml
 from efx_jax.errors import InputError
-from efx_jax.files import atomic_write, meet, refuse_unwritable, together
-from efx_jax.parallel.mesh import make_mesh, start_hosts
+from efx_jax.files import atomic_write, refuse_unwritable
+from efx_jax.parallel.hosts import meet, start_hosts, together
+from efx_jax.parallel.mesh import make_mesh
 from efx_jax.training import log
 from efx_jax.training.claim import claimed
 from efx_jax.training.determinism import ask_for_determinism

@@ -12,7 +12,8 @@ from efx_jax.config import AtpConfig, Config, DistillConfig, LoraConfig, PruneCo
 from efx_jax.config_io import read_config
 from efx_jax.config_rules import validate
 from efx_jax.errors import InputError
-from efx_jax.files import atomic_write, meet
+from efx_jax.files import atomic_write
+from efx_jax.parallel.hosts import meet
 from efx_jax.training import checkpoint, log
 from efx_jax.training.rows import taught_texts
 from efx_jax.training.state import RunState

@@ -12,8 +12,9 @@ import jax
 from jax.sharding import Mesh
 
 from efx_jax.errors import InputError
-from efx_jax.files import atomic_folder, meet, together
+from efx_jax.files import atomic_folder
 from efx_jax.model.spec import ModelSpec, spec_from_config
+from efx_jax.parallel.hosts import meet, together
 from efx_jax.weights.assemble import assemble
 from efx_jax.weights.config_json import check_tokenizer_fits, config_to_write, copy_extras, read_json
 from efx_jax.weights.fetch import local_path

@@ -8,7 +8,8 @@ import pytest
 
 from efx_jax.config import MeshConfig
 from efx_jax.errors import InputError
-from efx_jax.parallel.mesh import AXES, active_mesh, make_mesh, mesh_size, start_hosts
+from efx_jax.parallel.hosts import start_hosts
+from efx_jax.parallel.mesh import AXES, active_mesh, make_mesh, mesh_size
 
 LAUNCHED = {
     "Slurm": {"SLURM_STEP_NUM_TASKS": "4"},

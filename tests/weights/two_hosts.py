@@ -18,8 +18,9 @@ from safetensors.numpy import load_file
 
 from efx_jax.config import MeshConfig
 from efx_jax.errors import InputError
-from efx_jax.files import atomic_folder, meet
-from efx_jax.parallel.mesh import make_mesh, start_hosts
+from efx_jax.files import atomic_folder
+from efx_jax.parallel.hosts import meet, start_hosts
+from efx_jax.parallel.mesh import make_mesh
 from efx_jax.weights.hf import load_pretrained, save_pretrained
 
 SHAPES = ((1, 2, 2), (2, 1, 2), (1, 4, 1), (1, 1, 4))
