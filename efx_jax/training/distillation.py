@@ -14,14 +14,14 @@ from efx_jax.model.loss import by_chunks, exponentials, local_vocabulary, over, 
 from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import VOCABULARY, Axes, active_batch_axes, axes_size, batch_axes
 from efx_jax.pruning.statistics import real_tokens
+from efx_jax.rounding import round_up
 
 Array = jax.Array
 
 
 def rows_read(share: float, rows: int, shards: int = 1) -> int:
     """How many of so many rows the teacher reads: their share, rounded up, and up again to as many on every shard."""
-    # Products such as 0.07 * 100 are a little above the whole number.
-    count = max(1, math.ceil(round(share * rows, 6)))
+    count = max(1, round_up(share * rows))
     return -(-count // shards) * shards
 
 
