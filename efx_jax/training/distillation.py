@@ -1,7 +1,6 @@
 """What a dense teacher teaches: its next-token distributions, at the tokens that have no label."""
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 

@@ -39,19 +39,9 @@ def test_a_run_on_a_mesh_ends_as_on_one_device(
 def test_the_default_preset_on_a_mesh_ends_as_on_one_device(
     run_on: Callable[..., Path], tmp_path: Path, assert_same_run: Callable[[Path, Path], None]
 ) -> None:
-    # With the preset's damping the refit makes up to a hundred times as much of what other orders of sums differ by.
-    damping = ("--prune.admm_damping", "1")
-    flags = (
-        "--preset",
-        "efx",
-        "--prune.fractions",
-        "0.5",
-        "--prune.calibration",
-        "train",
-        "--distill.text",
-        "",
-        *damping,
-    )
+    flags = ("--preset", "efx", "--prune.fractions", "0.5", "--prune.calibration", "train", "--distill.text", "")
+    # The preset's damping leaves the Gram of so few rows nearly singular, and roundings are magnified threefold.
+    flags += ("--prune.admm_damping", "1")
     assert_same_run(
         run_on((2, 2, 2), tmp_path / "run", *flags),
         run_on((1, 1, 1), tmp_path / "single", *flags),
