@@ -79,7 +79,8 @@ def prune_event(
 
     Raises:
         InputError: settings that mean nothing, a sparsity or group that does not fit, statistics without Grams or
-            not finite, a state without the memory that `ema` needs, adapters to move where there are none, no importance to score by.
+            not finite, a state without the memory that `ema` needs, adapters to move where there are
+            none, no importance to score by.
     """
     plan = plan_event(params, adapters, masks, state, spec, config, stats, importance)
     if config.dense_path:
