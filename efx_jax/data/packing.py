@@ -24,7 +24,7 @@ def pack_epoch(sizes: Sequence[int], seed: int, epoch: int, length: int) -> list
         length: tokens per row.
 
     Returns:
-        The rows, each a list of at most 63 sequence numbers; every sequence stands in exactly one.
+        The rows, each a list of fewer than `MAX_RUNS` sequence numbers; every sequence stands in exactly one.
 
     Raises:
         InputError: a sequence longer than `length`.
