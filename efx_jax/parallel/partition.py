@@ -182,6 +182,14 @@ def to_host(array: jax.Array) -> jax.Array:
     return jax.device_put(array, array.sharding.with_memory_kind("pinned_host"))
 
 
+def block_on_host(stacked: jax.Array) -> jax.ShapeDtypeStruct:
+    """Shape and place of what `to_host` makes of a float32 array `[O,I]` that lies as a block of `stacked [L,O,I]`."""
+    sharding = stacked.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(stacked.shape[1:], jax.numpy.float32, sharding=sharding.with_memory_kind("pinned_host"))
+
+
 def to_device(array: jax.Array) -> jax.Array:
     """Back from `to_host`."""
     return jax.device_put(array, array.sharding.with_memory_kind("device"))

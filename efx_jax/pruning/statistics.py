@@ -119,8 +119,7 @@ def block_statistics(
         # Products of 16-bit numbers are exact in float32: only the order of the sums differs from a float32 Gram.
         right = right * real[..., None].astype(right.dtype)
         left = left * real[..., None].astype(left.dtype)
-        narrow = right.dtype.itemsize == 2
-        return weight_gradient(left, right) if narrow else jnp.einsum("bti,btj->ij", left, right, precision="highest")
+        return weight_gradient(left, right)
 
     return Statistics(
         energy=energies,

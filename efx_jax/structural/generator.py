@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from efx_jax.einsum import einsum
 from efx_jax.model.spec import ModelSpec
 from efx_jax.structural.units import Space, units_of
 
@@ -64,7 +65,7 @@ def unit_logits(generator: Generator) -> dict[str, Array]:
     weights = generator.weights
     states = encode(weights["encoder"], generator.embeddings)
     states = layer_norm(states, **weights["norm"])
-    return {kind: _einsum("ld,lnd->ln", states, matrix) for kind, matrix in weights["units"].items()}
+    return {kind: einsum("ld,lnd->ln", states, matrix) for kind, matrix in weights["units"].items()}
 
 
 def encode(encoder: Mapping[str, Mapping[str, Array]], states: Array) -> Array:
@@ -112,17 +113,13 @@ def _attention(weights: Mapping[str, Mapping[str, Array]], states: Array) -> Arr
     length = states.shape[0]
     query, key, value = jnp.split(_linear(weights["in_proj"], states), 3, axis=-1)
     query, key, value = (part.reshape(length, HEADS, -1) for part in (query, key, value))
-    scores = _einsum("qhd,khd->hqk", query, key) / (WIDTH // HEADS) ** 0.5
-    context = _einsum("hqk,khd->qhd", jax.nn.softmax(scores, axis=-1), value)
+    scores = einsum("qhd,khd->hqk", query, key) / (WIDTH // HEADS) ** 0.5
+    context = einsum("hqk,khd->qhd", jax.nn.softmax(scores, axis=-1), value)
     return _linear(weights["out_proj"], context.reshape(length, WIDTH))
 
 
 def _linear(layer: Mapping[str, Array], x: Array) -> Array:
-    return _einsum("...i,oi->...o", x, layer["weight"]) + layer["bias"]
-
-
-def _einsum(equation: str, x: Array, y: Array) -> Array:
-    return jnp.einsum(equation, x, y, precision="highest")
+    return einsum("...i,oi->...o", x, layer["weight"]) + layer["bias"]
 
 
 def _init_encoder(key: Array) -> Weights:

@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from efx_jax.config import EvalConfig
 from efx_jax.data.tokens import Tokenized, checksum
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
 from efx_jax.parallel.hosts import meet
+from efx_jax.parallel.partition import block_on_host
 from efx_jax.pruning.average import PruneState
 from efx_jax.training.journal import Journal
 from efx_jax.training.state import RunState
@@ -132,7 +132,8 @@ def restore(
         )
     prune = fresh.prune
     if meta["averaged"]:
-        score: Any = {name: _blocks(fresh.params["layers"][name]) for name in prune.score}
+        layers = fresh.params["layers"]
+        score: Any = {name: (block_on_host(layers[name]),) * len(layers[name]) for name in prune.score}
         prune = dataclasses.replace(prune, score=score)
     template = _to_tree(
         dataclasses.replace(fresh, masks=mask_shapes if meta["masked"] else {}, prune=prune), meta["base_moved"]
@@ -179,16 +180,6 @@ def _remove(whole: Path) -> None:
 
 def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-
-
-def _blocks(stacked: jax.Array) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The moving averages of a matrix's L blocks: laid out as the matrix is, in the hosts' memory."""
-    sharding = stacked.sharding
-    if isinstance(sharding, NamedSharding):
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    sharding = sharding.with_memory_kind("pinned_host")
-    block = jax.ShapeDtypeStruct(stacked.shape[1:], jnp.float32, sharding=sharding)
-    return (block,) * stacked.shape[0]
 
 
 def fingerprint(params: _Tree, sequences: Sequence[Tokenized], adapters: Adapters | None = None) -> str:

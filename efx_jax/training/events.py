@@ -17,6 +17,7 @@ from efx_jax.config_prune import surveyed_rows, without_recovery
 from efx_jax.masks import count_kept, packed_shape
 from efx_jax.model.attention import Implementation
 from efx_jax.model.spec import LINEARS
+from efx_jax.parallel.partition import block_on_host
 from efx_jax.pruning.average import moves_base, refits_base
 from efx_jax.pruning.blockwise import prune_blocks
 from efx_jax.pruning.budget import budget_statistics
@@ -25,7 +26,6 @@ from efx_jax.pruning.event import (
     EventPlan,
     Result,
     assemble,
-    block_before,
     goes_by_block,
     plan_event,
     prune_event,
@@ -38,6 +38,9 @@ from efx_jax.training.importance import run_importance
 from efx_jax.training.prepare import Prepared, calibration
 from efx_jax.training.schedule import Event
 from efx_jax.training.state import RunState, restart_adam
+
+# The first block of a saved part, the one behind its last, and its folder.
+_Part = tuple[int, int, Path]
 
 
 def prune_run(
@@ -127,8 +130,9 @@ def _resumable(
     save_seconds: float = 60.0,
 ) -> Result:
     """The event block by block; what `save_seconds` have brought is saved, and taken up by the next attempt."""
-    blocks = prune_blocks(plan, params, batches, dtype, attention_path, _load(folder, plan))
-    saved, saved_at = sum(stop - first for first, stop, _ in _parts(folder)), time.monotonic()
+    parts = _parts(folder)
+    blocks = prune_blocks(plan, params, batches, dtype, attention_path, _load(parts, plan))
+    saved, saved_at = parts[-1][1] if parts else 0, time.monotonic()
     result: Result | None = None
     for index, block in enumerate(blocks):
         result = put_block(result, block, index, plan.spec.num_layers)
@@ -147,9 +151,9 @@ def _save(folder: Path, first: int, stop: int, result: Result) -> None:
         checkpointer.save((folder / f"blocks-{first:05d}-{stop:05d}").absolute(), Result(layers, snapshots, score))
 
 
-def _parts(folder: Path) -> list[tuple[int, int, Path]]:
-    """(first, stop, path) of the saved blocks without a gap; Orbax's half-written folders have other names."""
-    parts: list[tuple[int, int, Path]] = []
+def _parts(folder: Path) -> list[_Part]:
+    """The saved blocks without a gap; Orbax's half-written folders have other names."""
+    parts: list[_Part] = []
     for path in sorted(folder.glob("blocks-?????-?????")):
         first, stop = map(int, path.name.split("-")[1:])
         if first != (parts[-1][1] if parts else 0):
@@ -158,9 +162,9 @@ def _parts(folder: Path) -> list[tuple[int, int, Path]]:
     return parts
 
 
-def _load(folder: Path, plan: EventPlan) -> Iterator[Block]:
+def _load(parts: list[_Part], plan: EventPlan) -> Iterator[Block]:
     """The finished blocks of an earlier attempt, in order."""
-    for first, stop, path in _parts(folder):
+    for first, stop, path in parts:
         with ocp.StandardCheckpointer() as checkpointer:
             part: Result = checkpointer.restore(path.absolute(), _template(plan, stop - first))
         for index in range(stop - first):
@@ -185,15 +189,11 @@ def _template(plan: EventPlan, count: int) -> Result:
         shape = (count, *packed_shape(weight.shape[1:]))
         return jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=weight.sharding)
 
-    def on_host(block: jax.Array) -> jax.ShapeDtypeStruct:
-        place = block.sharding.with_memory_kind("pinned_host")
-        return jax.ShapeDtypeStruct(block.shape, block.dtype, sharding=place)
-
     before, weights = plan.stacked, plan.stacked.weights
     layers, snapshots = jax.tree.map(some, (before, plan.state.snapshots))
     moved = {name: layers.weights[name] for name in LINEARS} if moves_base(plan.config) else {}
     masks = layers.masks | {name: some_bits(weights[name]) for name in plan.counts[0]}
-    score: Any = {name: (on_host(block),) * count for name, block in block_before(plan, 0)[1]["score"].items()}
+    score: Any = {name: (block_on_host(weights[name]),) * count for name in plan.state.score}
     return Result(dataclasses.replace(layers, weights=moved, masks=masks), snapshots, score)
 
 
