@@ -12,21 +12,19 @@ from flax import struct
 from efx_jax.errors import InputError
 from efx_jax.linear import contract
 from efx_jax.lora import Adapters
-from efx_jax.model.attention import attention, masked_attention
+from efx_jax.model.cache import KVCache, empty_cache, extend
 from efx_jax.model.decoder import (
     Layer,
     LinearOptions,
     Params,
-    block,
     embed,
     freeze,
     from_bits,
     head_weight,
     stack_layers,
-    thaw,
     to_bits,
 )
-from efx_jax.model.layers import rms_norm, rope_tables
+from efx_jax.model.layers import rms_norm
 from efx_jax.model.sampling import Sampling, draw, most_likely
 from efx_jax.model.spec import ModelSpec
 
@@ -36,17 +34,6 @@ Padding = Literal["right", "left"]
 # width is compiled by itself, which short answers would not pay for.
 _LONG_ANSWER = 128
 _NARROWEST = 8
-
-
-@struct.dataclass
-class KVCache:
-    """Rotated keys `[L,B,K,H,S]` and values `[L,B,K,S,H]` of all layers, by `to_bits`.
-
-    The first T slots are those of the prompts, padding included; every further token takes the same slot in all rows.
-    """
-
-    keys: Array
-    values: Array
 
 
 @struct.dataclass
@@ -65,6 +52,20 @@ class _Progress:
     ends: Array
     draws: Array | None
     cache: KVCache
+
+
+@struct.dataclass
+class _Model:
+    """The weights as every token wants them (`freeze`, `to_bits`; `dtype` is the embeddings'), and how to compute."""
+
+    layers: Layer
+    aside: dict[str, Array]
+    table: dict[str, Array]
+    norm: Array
+    head: Array
+    spec: ModelSpec = struct.field(pytree_node=False)
+    options: LinearOptions = struct.field(pytree_node=False)
+    dtype: Any = struct.field(pytree_node=False)
 
 
 @functools.partial(
@@ -121,66 +122,91 @@ def generate(
     runs = 1 if key is None else key.size
     draws = None if key is None else _row_keys(key, jnp.arange(batch) if rows is None else rows)
     tokens = _to_the_left(tokens, lengths) if padding == "left" else tokens
-    layers = stack_layers(params, adapters, masks)
-    if adapters is None and compute_dtype is not None:
-        layers = _cast_linears(layers, compute_dtype)
-    head = head_weight(params)
-    head = head.astype(head.dtype if compute_dtype is None else compute_dtype)
-    layers, aside = freeze(layers)
-    embeddings = params["embed_tokens"]
-    table = {"embed_tokens": to_bits(embeddings)}
-    options = LinearOptions(scale=1.0 if adapters is None else adapters.scale, compute_dtype=compute_dtype)
+    model = _prepare(params, adapters, masks, spec, compute_dtype)
     stops = jnp.asarray(stop_tokens, jnp.int32)
 
-    def advance(
-        cache: KVCache, ids: Array, positions: Array, slot: Array, visible: Array | None
-    ) -> tuple[Array, KVCache]:
-        x = from_bits(embed(table, ids), embeddings.dtype)
-        x, cache = _extend(x, layers, aside, positions, cache, spec, options, slot, visible)
-        return rms_norm(x, params["norm"], spec.rms_norm_eps), cache
-
-    def choose(hidden: Array, count: Array, draws: Array | None) -> Array:
-        logits = contract("bd,vd->bv", hidden.astype(head.dtype), head)
-        if sampling is None or draws is None:
-            return most_likely(logits)
-        return draw(draws, count, logits, sampling)
-
-    def step(progress: _Progress) -> _Progress:
-        # The last token chosen is the first whose keys are not in the cache yet.
-        positions = (progress.ends + progress.count)[:, None]
-        slot = prompt_length + progress.count - 1
-        visible = (slots <= progress.ends[:, None]) | ((slots >= prompt_length) & (slots <= slot))
-        hidden, cache = advance(progress.cache, progress.last[:, None], positions, slot, visible[:, None])
-        chosen = choose(hidden[:, 0], progress.count, progress.draws)
-        told = jnp.where(progress.stopped, -1, chosen)
-        return dataclasses.replace(
-            progress,
-            output=progress.output.at[progress.rows, progress.count].set(told),
-            count=progress.count + 1,
-            last=chosen,
-            stopped=progress.stopped | jnp.isin(chosen, stops),
-            cache=cache,
-        )
-
-    slots = jnp.arange(prompt_length + max_new_tokens)
-    positions = jnp.broadcast_to(slots[:prompt_length], (batch, prompt_length))
-    cache = _empty_cache(params, batch, slots.size, spec, compute_dtype)
-    hidden, cache = advance(cache, tokens, positions, jnp.int32(0), None)
-    ends = jnp.tile(lengths - 1, runs)
-    first = choose(jnp.tile(hidden[jnp.arange(batch), lengths - 1], (runs, 1)), jnp.int32(0), draws)
+    positions = jnp.broadcast_to(jnp.arange(prompt_length), (batch, prompt_length))
+    cache = empty_cache(params, batch, prompt_length + max_new_tokens, spec, compute_dtype)
+    hidden, cache = _advance(model, cache, tokens, positions, jnp.int32(0), None)
+    last_hidden = jnp.tile(hidden[jnp.arange(batch), lengths - 1], (runs, 1))
+    first = _choose(model, last_hidden, jnp.int32(0), draws, sampling)
     progress = _Progress(
         output=jnp.full((runs * batch, max_new_tokens), -1, jnp.int32).at[:, 0].set(first),
         count=jnp.int32(1),
         rows=jnp.arange(runs * batch),
         last=first,
         stopped=jnp.isin(first, stops),
-        ends=ends,
+        ends=jnp.tile(lengths - 1, runs),
         draws=draws,
         cache=jax.tree.map(lambda slots: jnp.tile(slots, (1, runs, 1, 1, 1)), cache),
     )
+    next_token = functools.partial(_next_token, model, prompt_length, stops, sampling)
     for width, fewest in _stages(runs * batch, max_new_tokens):
-        progress = jax.lax.while_loop(functools.partial(_goes_on, fewest), step, _keep_at_work(progress, width))
+        progress = jax.lax.while_loop(functools.partial(_goes_on, fewest), next_token, _keep_at_work(progress, width))
     return progress.output.reshape(*(() if key is None else key.shape), batch, max_new_tokens)
+
+
+def _prepare(
+    params: Params,
+    adapters: Adapters | None,
+    masks: Mapping[str, Array] | None,
+    spec: ModelSpec,
+    compute_dtype: str | None,
+) -> _Model:
+    layers = stack_layers(params, adapters, masks)
+    if adapters is None and compute_dtype is not None:
+        layers = _cast_linears(layers, compute_dtype)
+    layers, aside = freeze(layers)
+    head = head_weight(params)
+    return _Model(
+        layers=layers,
+        aside=aside,
+        table={"embed_tokens": to_bits(params["embed_tokens"])},
+        norm=params["norm"],
+        head=head.astype(head.dtype if compute_dtype is None else compute_dtype),
+        spec=spec,
+        options=LinearOptions(scale=1.0 if adapters is None else adapters.scale, compute_dtype=compute_dtype),
+        dtype=params["embed_tokens"].dtype,
+    )
+
+
+def _advance(
+    model: _Model, cache: KVCache, ids: Array, positions: Array, slot: Array, visible: Array | None
+) -> tuple[Array, KVCache]:
+    """Final-normed hidden states `[B,T,D]` of new tokens `[B,T]`, see `efx_jax.model.cache.extend`."""
+    x = from_bits(embed(model.table, ids), model.dtype)
+    x, cache = extend(x, model.layers, model.aside, positions, cache, model.spec, model.options, slot, visible)
+    return rms_norm(x, model.norm, model.spec.rms_norm_eps), cache
+
+
+def _choose(model: _Model, hidden: Array, count: Array, draws: Array | None, sampling: Sampling | None) -> Array:
+    """The next token `[B]` after the hidden states `[B,D]`."""
+    logits = contract("bd,vd->bv", hidden.astype(model.head.dtype), model.head)
+    if sampling is None or draws is None:
+        return most_likely(logits)
+    return draw(draws, count, logits, sampling)
+
+
+def _next_token(
+    model: _Model, prompt_length: int, stops: Array, sampling: Sampling | None, progress: _Progress
+) -> _Progress:
+    """One more token of every row at work."""
+    # The last token chosen is the first whose keys are not in the cache yet.
+    positions = (progress.ends + progress.count)[:, None]
+    slot = prompt_length + progress.count - 1
+    slots = jnp.arange(prompt_length + progress.output.shape[1])
+    visible = (slots <= progress.ends[:, None]) | ((slots >= prompt_length) & (slots <= slot))
+    hidden, cache = _advance(model, progress.cache, progress.last[:, None], positions, slot, visible[:, None])
+    chosen = _choose(model, hidden[:, 0], progress.count, progress.draws, sampling)
+    told = jnp.where(progress.stopped, -1, chosen)
+    return dataclasses.replace(
+        progress,
+        output=progress.output.at[progress.rows, progress.count].set(told),
+        count=progress.count + 1,
+        last=chosen,
+        stopped=progress.stopped | jnp.isin(chosen, stops),
+        cache=cache,
+    )
 
 
 def _stages(batch: int, max_new_tokens: int) -> list[tuple[int, int]]:
@@ -216,14 +242,6 @@ def _row_keys(key: Array, rows: Array) -> Array:
     return jax.vmap(lambda run: jax.vmap(lambda row: jax.random.fold_in(run, row))(rows))(key.ravel()).ravel()
 
 
-def _empty_cache(params: Params, batch: int, slots: int, spec: ModelSpec, compute_dtype: str | None) -> KVCache:
-    dtype = params["layers"]["q_proj"].dtype if compute_dtype is None else jnp.dtype(compute_dtype)
-    heads, width = (spec.num_layers, batch, spec.num_kv_heads), spec.head_dim
-    return KVCache(
-        keys=to_bits(jnp.zeros((*heads, width, slots), dtype)), values=to_bits(jnp.zeros((*heads, slots, width), dtype))
-    )
-
-
 def _to_the_left(tokens: Array, lengths: Array) -> Array:
     """Left-padded rows `[B,T]` with their padding behind them."""
     length = tokens.shape[1]
@@ -235,52 +253,3 @@ def _cast_linears(layers: Layer, dtype: str) -> Layer:
     """The blocks with their linears as the matmuls want them, so that no step casts them again."""
     weights = {name: w.astype(dtype) if name.endswith("_proj") else w for name, w in layers.weights.items()}
     return dataclasses.replace(layers, weights=weights)
-
-
-def _extend(
-    x: Array,
-    layers: Layer,
-    aside: Mapping[str, Array],
-    positions: Array,
-    cache: KVCache,
-    spec: ModelSpec,
-    options: LinearOptions,
-    slot: Array,
-    visible: Array | None,
-) -> tuple[Array, KVCache]:
-    """All blocks on new tokens, whose keys and values enter the cache.
-
-    Args:
-        x: residual stream of the new tokens `[B,T,D]`.
-        layers: stacked blocks, from `freeze`.
-        aside: what `freeze` put aside.
-        positions: int `[B,T]`.
-        cache: keys and values so far.
-        spec: the model.
-        options: how the linears are computed.
-        slot: the slot of the first of the T tokens.
-        visible: bool `[B,T,S]`: the slots that a token sees; None: the tokens are the prompts, and each sees those
-            before it.
-    """
-    rope = rope_tables(spec.rope, spec.head_dim, positions)
-
-    def body(carry: tuple[Array, KVCache], scanned: tuple[Layer, Array]) -> tuple[tuple[Array, KVCache], None]:
-        x, cache = carry
-        layer, index = scanned
-
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-            keys, values = to_bits(k.transpose(0, 2, 3, 1)), to_bits(v.transpose(0, 2, 1, 3))
-            written = KVCache(
-                keys=jax.lax.dynamic_update_slice(cache.keys, keys[None], (index, 0, 0, 0, slot)),
-                values=jax.lax.dynamic_update_slice(cache.values, values[None], (index, 0, 0, slot, 0)),
-            )
-            if visible is None:
-                return attention(q, k, v), written
-            seen_keys, seen_values = (from_bits(slots[index], k.dtype) for slots in (written.keys, written.values))
-            return masked_attention(q, seen_keys, seen_values, visible), written
-
-        x, _, cache = block(x, thaw(layer, aside, index), spec, options, rope, attend)
-        return (x, cache), None
-
-    (x, cache), _ = jax.lax.scan(body, (x, cache), (layers, jnp.arange(spec.num_layers)))
-    return x, cache
