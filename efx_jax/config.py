@@ -181,8 +181,8 @@ class PruneConfig:
     calibration_rows: int = 128
     """Of all of them together."""
     survey_share: float = 1.0
-    """Share of them that is read, at least a row of each, in passes of their own: for the gradients of "foresight_loss"
-    and, where an event goes block by block, for its budgets."""
+    """Share of them that is read, at least a row of each, in passes of their own: for "foresight_loss"'s gradients, for
+    the order of `permute` and, where an event goes block by block, for its budgets."""
     calibration_length: int = 2048
     """Most tokens of a calibration row; at most the model's context."""
     calibration_tokens: int = 4096
@@ -193,7 +193,7 @@ class PruneConfig:
     """With `sequential`: how far recovery aims at what each linear put out behind blocks that nothing was pruned from,
     in [0, 1]; 0 aims at the linear as it was."""
     chunk_mib: int = 512
-    """Memory that the surgeons may use for intermediate arrays, in MiB."""
+    """Memory that recovery "gram_pbs" may use for intermediate arrays, in MiB."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,7 +87,7 @@ def _pair_rules(prune: PruneConfig) -> Iterable[Rule]:
             "prune.mask_forward",
             prune.mask_forward,
             prune.pbs_rounds == 0 or prune.mask_forward != "frozen",
-            "exact, ste or dense with prune.pbs_rounds: no fit holds for what frozen computes at pruned entries",
+            "another than frozen with prune.pbs_rounds: no fit holds for what frozen computes at pruned entries",
         ),
         (
             "prune.dense_path",
@@ -206,7 +206,12 @@ def _calibration_rules(prune: PruneConfig) -> Iterable[Rule]:
             and len(set(prune.calibration)) == len(prune.calibration),
             "train, files or names, each once",
         ),
-        ("prune.calibration_rows", prune.calibration_rows, prune.calibration_rows >= 1, "at least 1"),
+        (
+            "prune.calibration_rows",
+            prune.calibration_rows,
+            prune.calibration_rows >= max(1, len(prune.calibration)),
+            f"at least {max(1, len(prune.calibration))}, a row of each of prune.calibration",
+        ),
         ("prune.survey_share", prune.survey_share, 0 < prune.survey_share <= 1, "above 0 and at most 1"),
         ("prune.calibration_length", prune.calibration_length, prune.calibration_length >= 1, "at least 1"),
         ("prune.calibration_tokens", prune.calibration_tokens, prune.calibration_tokens >= 1, "at least 1"),
@@ -226,6 +231,8 @@ def _schedule_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
     by_schedule = {"epochs": epochs_begun(train), "fractions": len(times), "cubic": prune.events}
     is_single = prune.sparsity > 0 and by_schedule[prune.schedule] == 1
     prunes_first = is_single and prune.schedule == "fractions" and times == (0,)
+    trains_after = not (prune.schedule == "fractions" and times == (1,))
+    is_made_up_for = prune.recovery in ("pbs", "gram_pbs") and not prune.merge_each_event
     return [
         ("prune.fractions", times, are_shares and is_increasing, "increasing shares in [0, 1]"),
         ("prune.events", prune.events, prune.events >= 1, "at least 1"),
@@ -235,6 +242,13 @@ def _schedule_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
             prune.mask_forward,
             not (prunes_first and prune.mask_forward == "dense"),
             "exact, ste or frozen with the only event at 0: training would never see the mask that it starts from",
+        ),
+        (
+            "prune.mask_forward",
+            prune.mask_forward,
+            not (prune.sparsity > 0 and prune.mask_forward == "dense" and is_made_up_for and trains_after),
+            f"exact, ste or frozen with prune.recovery {prune.recovery}, whose adapters make up for what dense still "
+            "has; or set prune.merge_each_event",
         ),
         (
             "prune.plain_last_event",

@@ -115,6 +115,27 @@ def test_a_plain_last_event_leaves_a_recovery_to_earlier_ones(schedule: dict[str
         validate(replace_values(Config(), settings | {"prune.recovery": "pbs"}))
 
 
+def test_adapters_do_not_make_up_for_what_training_still_has() -> None:
+    settings = {"prune.mask_forward": "dense", "prune.recovery": "gram_pbs"}
+    said = "prune.mask_forward must be exact, ste or frozen with prune.recovery gram_pbs, whose adapters make up for"
+    with pytest.raises(InputError, match=said):
+        validate(replace_values(Config(), settings))
+    for allowed in (
+        {"prune.merge_each_event": True},
+        {"prune.recovery": "admm"},
+        {"prune.schedule": "fractions", "prune.fractions": (1.0,)},
+        {"prune.sparsity": 0.0},
+    ):
+        validate(replace_values(Config(), settings | allowed))
+
+
+def test_every_source_of_calibration_has_a_row() -> None:
+    settings: dict[str, object] = {"prune.calibration": ("train", "c4"), "prune.calibration_rows": 2}
+    validate(replace_values(Config(), settings))
+    with pytest.raises(InputError, match="prune.calibration_rows must be at least 2, a row of each of prune.calib"):
+        validate(replace_values(Config(), settings | {"prune.calibration_rows": 1}))
+
+
 def test_a_part_of_an_epoch_has_an_event_of_its_own() -> None:
     validate(replace_values(Config(), {"train.epochs": 1.2, "prune.plain_last_event": True, "prune.recovery": "pbs"}))
 

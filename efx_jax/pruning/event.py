@@ -79,7 +79,7 @@ def prune_event(
 
     Raises:
         InputError: settings that mean nothing, a sparsity or group that does not fit, statistics without Grams or
-            not finite, a state without the memory that `ema` needs, adapters to move where there are
+            or an importance not finite, a state without the memory that `ema` needs, adapters to move where there are
             none, no importance to score by.
     """
     plan = plan_event(params, adapters, masks, state, spec, config, stats, importance)
@@ -170,17 +170,19 @@ def prune_one(plan: EventPlan, index: int, layer: Layer, stats: Statistics, memo
     """Block `index` after the event, by one program for all blocks and sparsities; its average goes to the host.
 
     Raises:
-        InputError: statistics that are not finite, of which any mask could come.
+        InputError: statistics or an importance that are not finite, of which any mask could come.
     """
-    if not _is_finite(stats):
-        raise InputError(
-            f"prune.calibration: the activations of block {index} are not finite; calibrate on other rows, or set "
-            "model.compute_dtype to float32, or to bfloat16 where it is float16"
-        )
+    importance = block_importance(plan, index)
+    for found, name in ((stats, "prune.calibration: the activations"), (importance, "prune.score: the gradients")):
+        if jax.tree.leaves(found) and not _is_finite(found):
+            raise InputError(
+                f"{name} of block {index} are not finite; calibrate on other rows, or set model.compute_dtype to "
+                "float32, or to bfloat16 where it is float16"
+            )
     layer, memory = _prune_block(
         layer,
         stats,
-        block_importance(plan, index),
+        importance,
         memory,
         plan.counts[index],
         plan.keys[index],

@@ -1,9 +1,8 @@
 """Checkpoints of a run: adapters, optimizer, masks and pruning state; the base only where an event has moved it."""
 
-import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,12 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from efx_jax.config import EvalConfig
 from efx_jax.data.tokens import Tokenized, checksum
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
 from efx_jax.parallel.hosts import meet
 from efx_jax.parallel.partition import block_on_host
 from efx_jax.pruning.average import PruneState
-from efx_jax.training.journal import Journal
 from efx_jax.training.state import RunState
 
 _Tree = dict[str, Any]
@@ -42,28 +39,6 @@ def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
                 aside.rename(whole)
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
     return ocp.CheckpointManager(folder.absolute(), options=options)
-
-
-def open_best(evaluation: EvalConfig, folder: Path) -> contextlib.AbstractContextManager[Any]:
-    """The manager of the best model's checkpoint; None where no metric chooses one."""
-    return open_checkpoints(folder, 1) if evaluation.best else contextlib.nullcontext()
-
-
-def saver(manager: ocp.CheckpointManager, origin: str, journal: Journal, moves_base: bool) -> Callable[..., None]:
-    """`save` for one run, as a function of (state, waiting=False): with the journal in it, and timed.
-
-    Args:
-        manager: from `open_checkpoints`.
-        origin: fingerprint of what the run started from.
-        journal: goes along as notes.
-        moves_base: whether the run's events rewrite the base.
-    """
-
-    def save_state(state: RunState, waiting: bool = False) -> None:
-        with journal.phase("checkpoint"):
-            save(manager, state, moves_base and bool(state.masks), waiting, origin, dataclasses.asdict(journal))
-
-    return save_state
 
 
 def save(
@@ -147,21 +122,6 @@ def restore(
     return state, meta["base_moved"], meta["waiting"], meta["notes"]
 
 
-def restore_best(
-    manager: ocp.CheckpointManager, fresh: RunState, mask_shapes: _Tree, origin: str, step: int
-) -> RunState:
-    """The state of the best step, see `restore`.
-
-    Raises:
-        InputError: somebody has removed it.
-    """
-    found = restore(manager, fresh, mask_shapes, origin)
-    if found is None or int(found[0].train.step) != step:
-        lost = f"{manager.directory}: the checkpoint of step {step}, the best, is not there"
-        raise InputError(f"{lost}; bring it back, or choose another --output")
-    return found[0]
-
-
 def _set_aside(manager: ocp.CheckpointManager, step: int) -> Path:
     """Makes room for another checkpoint of this step; this one is kept under the name that is returned."""
     whole = Path(manager.directory) / str(step)
@@ -187,12 +147,13 @@ def fingerprint(params: _Tree, sequences: Sequence[Tokenized], adapters: Adapter
 
     Of a run that starts from an adapter, one of that too.
     """
-    start = "" if adapters is None else f"-{int(_checksum(adapters)):08x}"
-    return f"{int(_checksum(params)):08x}-{checksum(sequences)}{start}"
+    start = "" if adapters is None else f"-{int(weights_checksum(adapters)):08x}"
+    return f"{int(weights_checksum(params)):08x}-{checksum(sequences)}{start}"
 
 
 @jax.jit
-def _checksum(params: _Tree | Adapters) -> jax.Array:
+def weights_checksum(params: _Tree | Adapters) -> jax.Array:
+    """A checksum of all arrays of a tree, uint32, computed where they lie."""
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(params):
         unsigned = jnp.uint32 if leaf.dtype.itemsize == 4 else jnp.uint16

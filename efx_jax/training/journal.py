@@ -17,7 +17,7 @@ from efx_jax.training.validation import Best
 class Journal:
     """Measurements by model, seconds by phase, real tokens trained on, and the best model so far (`eval.best`).
 
-    `memory`: the most that a session had taken up to the end of each phase, in MiB.
+    `memory`: the most that a session had taken up to the end of each phase, in MiB. `sparsity`: of the masks in force.
     """
 
     results: dict[str, dict[str, Any]]
@@ -25,6 +25,7 @@ class Journal:
     tokens: int
     best: Best | None = None
     memory: dict[str, float] = dataclasses.field(default_factory=dict)
+    sparsity: float = 0.0
 
     @contextlib.contextmanager
     def phase(self, name: str, show: Callable[[str], object] | None = None) -> Iterator[None]:

@@ -1,7 +1,10 @@
 """From settings to everything that training consumes: model, tokens, calibration. Bad input stops here, early."""
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+import warnings
+import zlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -11,12 +14,12 @@ from efx_jax.config import Config
 from efx_jax.data.batches import Batch, calibration_batches
 from efx_jax.data.tasks import Data, Task, load_data
 from efx_jax.data.tokenizer import check_vocabulary
-from efx_jax.data.tokens import Tokenized, text_windows
+from efx_jax.data.tokens import Tokenized, checksum, text_windows
 from efx_jax.errors import InputError
 from efx_jax.evaluation.protocols import check_protocol
 from efx_jax.lora import Adapters
 from efx_jax.model.spec import ModelSpec, spec_from_config
-from efx_jax.parallel.hosts import together
+from efx_jax.parallel.hosts import meet, together
 from efx_jax.parallel.partition import tree_shardings
 from efx_jax.training.rows import Texts, own_rows, read_texts, taught_texts, training_rows
 from efx_jax.training.step import Teacher, has_teacher
@@ -70,6 +73,8 @@ def prepare(config: Config, mesh: Mesh) -> Prepared:
         check_validation(config, data)
         _check_teacher(config, spec)
         _check_evaluation(config, spec, windows, data.tasks, tokenizer)
+        _say_untaught(config)
+    _refuse_different_hosts([*train, *windows, *itertools.chain(*pools)], data.tasks)
     dtype = None if config.model.dtype == "keep" else config.model.dtype
     place = mesh if mesh.size > 1 else None
     params, _ = load_pretrained(config.model.path, dtype, place)
@@ -126,6 +131,30 @@ def _calibration_pools(
         if not any(pool is other for other in pools):
             pools.append(pool)
     return tuple(pools)
+
+
+def _refuse_different_hosts(sequences: Iterable[Tokenized], tasks: Sequence[Task]) -> None:
+    """Every host reads for itself, and lays out its own rows of batches that all draw alike."""
+    if jax.process_count() == 1:
+        return
+    value = zlib.crc32(repr(tasks).encode(), int(checksum(sequences), 16))
+    if len(set(meet(value >> 1))) > 1:
+        raise InputError(
+            "several hosts: expected the same rows and texts on each of them, found different ones; give all of them "
+            "the same files (data.root, HF_HOME), or the same lack of network"
+        )
+
+
+def _say_untaught(config: Config) -> None:
+    """One line where a teacher or its text is asked for and has no say (without pruning neither is expected to)."""
+    distill = config.distill
+    if has_teacher(config) or config.prune.sparsity == 0:
+        return
+    if distill.teacher:
+        reason = "every token has a label of its own (data.loss_on all)"
+        warnings.warn(f"distill.teacher {distill.teacher}: teaches nothing, as {reason}", stacklevel=2)
+    elif distill.text:
+        warnings.warn(f"distill.text {distill.text}: is not read, as there is no distill.teacher", stacklevel=2)
 
 
 def _check_teacher(config: Config, spec: ModelSpec) -> None:

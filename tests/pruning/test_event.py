@@ -187,6 +187,16 @@ def test_calibration_that_overflows_is_refused_and_makes_no_mask(
         prune_event(llama.params, llama.adapters, None, overflown, None, llama.spec, PruneConfig(recovery=recovery))
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_gradients_that_overflow_are_refused_and_make_no_mask(llama: Any, stats: Statistics, broken: float) -> None:
+    """Activations may be finite where their gradients are not, as in float16."""
+    importance = {name: np.ones(llama.params["layers"][name].shape[:2], np.float32) for name in LINEARS}
+    importance["o_proj"][-1, 3] = broken
+    config, last = PruneConfig(score="foresight_loss", group="matrix"), llama.spec.num_layers - 1
+    with pytest.raises(InputError, match=f"prune.score: the gradients of block {last} are not finite"):
+        prune_event(llama.params, llama.adapters, None, stats, None, llama.spec, config, importance=importance)
+
+
 def test_every_input_has_a_name() -> None:
     assert set(INPUT_OF) == set(LINEARS)
 

@@ -209,7 +209,7 @@ def test_a_fingerprint_on_a_mesh_is_the_same_and_gathers_nothing() -> None:
     placed = jax.device_put(weights, NamedSharding(mesh, PartitionSpec(None, ("tensor", "fsdp"), None)))
     found = [checkpoint.fingerprint({"layers": {"gate_proj": leaf}}, []) for leaf in (weights, placed)]
     assert found[0] == found[1]
-    program = checkpoint._checksum.lower({"layers": {"gate_proj": placed}}).compile().as_text()
+    program = checkpoint.weights_checksum.lower({"layers": {"gate_proj": placed}}).compile().as_text()
     assert "all-reduce" in program and "all-gather" not in program
 
 

@@ -4,10 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from efx_jax.config import Config, DataConfig, EvalConfig, ModelConfig, PruneConfig
+from efx_jax.config import Config, DataConfig, DistillConfig, EvalConfig, ModelConfig, PruneConfig
 from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import FallbackWarning, InputError
 from efx_jax.parallel.mesh import make_mesh
@@ -39,6 +40,45 @@ def test_without_c4_the_training_rows_calibrate_and_a_warning_says_so(monkeypatc
     with pytest.raises(InputError, match=r"other\.jsonl"):
         pools("other.jsonl")
     assert pools("train") == (rows,)
+
+
+@pytest.mark.parametrize(
+    ("distill", "loss_on", "sparsity", "said"),
+    [
+        (DistillConfig(text="c4"), "response", 0.5, "distill.text c4: is not read, as there is no distill.teacher"),
+        (
+            DistillConfig(teacher="base"),
+            "all",
+            0.5,
+            "distill.teacher base: teaches nothing, as every token",
+        ),
+        (DistillConfig(teacher="base", text="c4"), "response", 0.5, None),
+        (DistillConfig(teacher="base", text="c4"), "all", 0.0, None),
+    ],
+)
+def test_a_teacher_without_a_say_is_told(
+    distill: DistillConfig, loss_on: Any, sparsity: float, said: str | None, recwarn: pytest.WarningsRecorder
+) -> None:
+    prepare._say_untaught(
+        Config(distill=distill, data=DataConfig(loss_on=loss_on), prune=PruneConfig(sparsity=sparsity))
+    )
+    assert [str(warning.message)[: len(said or "")] for warning in recwarn] == ([said] if said else [])
+
+
+def test_hosts_that_have_read_different_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, told = [Tokenized(np.arange(4, dtype=np.int32), np.ones(4, bool))], []
+
+    def meet(value: int) -> list[int]:
+        told.append(value)
+        return told
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(prepare, "meet", meet)
+    prepare._refuse_different_hosts(rows, [])
+    prepare._refuse_different_hosts(rows, [])
+    assert 0 <= told[0] < 2**31
+    with pytest.raises(InputError, match="several hosts: expected the same rows and texts on each of them"):
+        prepare._refuse_different_hosts(rows * 2, [])
 
 
 @pytest.mark.parametrize("sources", [("train",), ("text.txt",), ("train", "text.txt")])

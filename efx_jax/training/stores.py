@@ -1,0 +1,123 @@
+"""The checkpoints of one run: the latest ones, which it goes on from, and the best one, which it ends with."""
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from efx_jax.config import Config
+from efx_jax.data.tokens import checksum
+from efx_jax.errors import InputError
+from efx_jax.masks import mask_shapes
+from efx_jax.parallel.partition import placed_shapes
+from efx_jax.pruning.average import moves_base
+from efx_jax.training import checkpoint
+from efx_jax.training.journal import Journal
+from efx_jax.training.prepare import Prepared
+from efx_jax.training.state import RunState
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stores:
+    """Where the states of a run are kept, and what reading and writing them takes.
+
+    `best` is None where `eval.best` names no metric. `fresh` is the state at step 0, `masks` the shapes and places of
+    packed masks, `origin` the fingerprint of what the run starts from, `sources` that of what it reads besides. The
+    journal is saved along.
+    """
+
+    latest: ocp.CheckpointManager
+    best: ocp.CheckpointManager | None
+    fresh: RunState
+    masks: dict[str, jax.ShapeDtypeStruct]
+    origin: str
+    sources: str
+    journal: Journal
+    moves_base: bool
+
+
+@contextlib.contextmanager
+def open_stores(
+    config: Config, prepared: Prepared, fresh: RunState, journal: Journal, mesh: jax.sharding.Mesh, output: Path
+) -> Iterator[Stores]:
+    """Opens `checkpoints/` of a run's folder, and `best/` where a metric chooses the best model."""
+    with contextlib.ExitStack() as stack:
+        latest = stack.enter_context(checkpoint.open_checkpoints(output / "checkpoints", config.train.keep))
+        chosen = config.eval.best
+        yield Stores(
+            latest=latest,
+            best=stack.enter_context(checkpoint.open_checkpoints(output / "best", 1)) if chosen else None,
+            fresh=fresh,
+            masks=placed_shapes(mesh, mask_shapes(prepared.params["layers"], config.prune.targets)),
+            origin=checkpoint.fingerprint(prepared.params, prepared.train, prepared.adapters),
+            sources=_sources(prepared),
+            journal=journal,
+            moves_base=moves_base(config.prune),
+        )
+
+
+def _sources(prepared: Prepared) -> str:
+    """Fingerprint of the rows that events calibrate on and, where it is another model than the base, of the teacher."""
+    found, teacher = checksum(itertools.chain(*prepared.pools)), prepared.teacher
+    if teacher is None or teacher.params is prepared.params:
+        return found
+    return f"{found}-{int(checkpoint.weights_checksum(teacher.params)):08x}"
+
+
+def restore_latest(stores: Stores) -> tuple[RunState, bool, bool, dict[str, Any]] | None:
+    """See `efx_jax.training.checkpoint.restore`.
+
+    Raises:
+        InputError: as there; or the run has calibrated on other rows, or learned from another teacher.
+    """
+    found = checkpoint.restore(stores.latest, stores.fresh, stores.masks, stores.origin)
+    if found is not None and found[3]["sources"] != stores.sources:
+        raise InputError(
+            f"{stores.latest.directory}: was written by a run that calibrates on other rows or has another teacher "
+            f"(fingerprint {found[3]['sources']}, found {stores.sources}); bring back what prune.calibration and "
+            "distill.teacher held, or choose another --output"
+        )
+    return found
+
+
+def save(stores: Stores, state: RunState, waiting: bool = False) -> None:
+    """Saves a state among the latest ones; `waiting`: the event of its step is still to come."""
+    _save(stores, stores.latest, state, waiting)
+
+
+def save_best(stores: Stores, state: RunState) -> None:
+    """Saves a state as the best one. Each is whole before the next: no checkpoint names a best one that never was."""
+    assert stores.best is not None
+    stores.latest.wait_until_finished()
+    _save(stores, stores.best, state, waiting=False)
+    stores.best.wait_until_finished()
+
+
+def _save(stores: Stores, manager: ocp.CheckpointManager, state: RunState, waiting: bool) -> None:
+    with stores.journal.phase("checkpoint"):
+        base_moved = stores.moves_base and bool(state.masks)
+        notes = {**dataclasses.asdict(stores.journal), "sources": stores.sources}
+        checkpoint.save(manager, state, base_moved, waiting, stores.origin, notes)
+
+
+def best_state(stores: Stores, last: RunState) -> RunState:
+    """The state that a run ends with: its last one, or the best one where a metric has chosen another.
+
+    Raises:
+        InputError: somebody has removed the best one.
+    """
+    best = stores.journal.best
+    if stores.best is None or best is None or best.step == int(last.train.step):
+        return last
+    found = checkpoint.restore(stores.best, stores.fresh, stores.masks, stores.origin)
+    if found is None or int(found[0].train.step) != best.step:
+        raise InputError(
+            f"{stores.best.directory}: the checkpoint of step {best.step}, the best, is not there; bring it back, or "
+            "choose another --output"
+        )
+    return found[0]
