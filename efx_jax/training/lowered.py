@@ -16,8 +16,8 @@ from efx_jax.model.attention import Implementation, choose_attention
 from efx_jax.model.spec import ModelSpec, param_shapes
 from efx_jax.parallel.mesh import make_mesh, mesh_size, mesh_sizes
 from efx_jax.parallel.partition import batch_axes, placed_shapes
+from efx_jax.training.activations import Layout
 from efx_jax.training.feed import packed_shape
-from efx_jax.training.memory import Layout
 from efx_jax.training.schedule import optimizer
 from efx_jax.training.state import init_train_state
 from efx_jax.training.step import Teacher, has_teacher, jit_step, step_options, train_step

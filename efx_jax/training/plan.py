@@ -20,10 +20,11 @@ from efx_jax.training.accounting import (
     flops_per_token,
     search_flops_per_token,
 )
+from efx_jax.training.activations import Layout
 from efx_jax.training.devices import Device, find_device
 from efx_jax.training.lowered import compile_step, simulate_devices
 from efx_jax.training.measure import rows_table
-from efx_jax.training.memory import Layout, Memory, memory
+from efx_jax.training.memory import Memory, memory
 from efx_jax.training.schedule import Event, prune_events, total_steps
 from efx_jax.training.survey import DataCounts, RowCounts, check_shapes, count_data, plan_layout
 from efx_jax.weights.shapes import FoundSpec, find_spec
@@ -217,7 +218,8 @@ def _memory_lines(needs: Memory, device: Device, config: Config) -> list[str]:
     unit, name = (_GIB, "GiB") if needs.peak >= 4 * _GIB else (_MIB, "MiB")
     where = f"each of {count} devices" if count > 1 else "one device"
     lines = ["", f"{name} on {where} (data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor})"]
-    for title, parts in [("always", needs.resident), ("in a step", needs.step), ("in an event", needs.event)]:
+    sums = [("always", needs.resident), ("in a step", needs.step), ("for a score", needs.score)]
+    for title, parts in [*sums, ("in an event", needs.event)]:
         if parts:
             lines.append(_row(title, sum(parts.values()), unit))
             lines += [_row(f"  {part}", size, unit) for part, size in parts.items() if size >= unit / 200]

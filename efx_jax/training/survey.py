@@ -20,9 +20,9 @@ from efx_jax.pruning.block import matrix_group
 from efx_jax.pruning.selection import SLAB, selection_counts
 from efx_jax.structural.slicing import settle_masks
 from efx_jax.structural.units import units_of
+from efx_jax.training.activations import Layout
 from efx_jax.training.devices import Device
 from efx_jax.training.feed import epoch_rows, rows_per_pass
-from efx_jax.training.memory import Layout
 from efx_jax.training.rows import own_rows, read_texts, taught_texts, training_rows
 from efx_jax.training.schedule import prune_events
 from efx_jax.training.validation import check_validation
