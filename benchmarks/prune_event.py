@@ -33,7 +33,8 @@ from efx_jax.config import PruneConfig, Recovery
 from efx_jax.model.attention import choose_attention
 from efx_jax.model.spec import ModelSpec, linear_shapes, spec_from_config
 from efx_jax.pruning.blockwise import prune_event_blockwise
-from efx_jax.pruning.event import block_before, needs_gram, plan_event, prune_event, prune_one
+from efx_jax.pruning.event import block_before, prune_event, prune_one
+from efx_jax.pruning.event_plan import needs_gram, plan_event
 from efx_jax.pruning.statistics import Statistics, batch_statistics, collect_statistics
 from efx_jax.training.accounting import event_flops
 from efx_jax.training.devices import find_device

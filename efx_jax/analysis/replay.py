@@ -22,7 +22,8 @@ from efx_jax.masks import unpack_mask
 from efx_jax.pruning.average import prunable
 from efx_jax.pruning.block import block_scores, matrix_group
 from efx_jax.pruning.budget import budget_statistics
-from efx_jax.pruning.event import EventPlan, block_before, block_importance, needs_gram, plan_event, prune_one
+from efx_jax.pruning.event import block_before, block_importance, prune_one
+from efx_jax.pruning.event_plan import EventPlan, needs_gram, plan_event
 from efx_jax.pruning.output_gradient import output_gradient_energy
 from efx_jax.pruning.selection import drop_by_counts
 from efx_jax.pruning.statistics import INPUT_OF, block_statistics

@@ -7,7 +7,7 @@ of the model as it was. With `config.dense_path` the model as it was runs beside
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,16 +21,8 @@ from efx_jax.model.layers import rope_tables
 from efx_jax.model.spec import ModelSpec
 from efx_jax.pruning.average import PruneState
 from efx_jax.pruning.budget import budget_statistics
-from efx_jax.pruning.event import (
-    Block,
-    EventPlan,
-    assemble,
-    block_before,
-    needs_gram,
-    plan_event,
-    prune_one,
-    stack_blocks,
-)
+from efx_jax.pruning.event import Block, assemble, block_before, prune_one, stack_blocks
+from efx_jax.pruning.event_plan import EventPlan, needs_gram, plan_event
 from efx_jax.pruning.statistics import (
     Statistics,
     add_statistics,
@@ -97,10 +89,12 @@ def prune_blocks(
         InputError: no real token.
     """
     spec, config = plan.spec, plan.config
-    hidden = [
-        (embed(params, tokens), real_tokens(tokens, lengths)) for tokens, lengths in map(tokens_and_lengths, batches)
+    # The rows in the model as it was are needed by a dense path alone.
+    rows = [
+        _Rows(x := embed(params, tokens), x if config.dense_path else None, real_tokens(tokens, lengths))
+        for tokens, lengths in map(tokens_and_lengths, batches)
     ]
-    require_tokens(sum(jnp.sum(real) for _, real in hidden))
+    require_tokens(sum(jnp.sum(row.real) for row in rows))
     observe = functools.partial(
         observe_block,
         spec=spec,
@@ -113,34 +107,54 @@ def prune_blocks(
     output = functools.partial(
         block_output, spec=spec, scale=plan.scale, compute_dtype=compute_dtype, attention_path=attention_path
     )
-    # The same rows in the model as it was; only a dense path needs them.
-    dense = [x if config.dense_path else None for x, _ in hidden]
     finished = iter(done)
     for index in range(spec.num_layers):
         layer, memory = block_before(plan, index)
         pruned = next(finished, None)
-        if pruned is not None:
-            for place, (x, real) in enumerate(hidden):
-                if config.dense_path:
-                    dense[place] = output(dense[place], layer, mask_forward=config.mask_forward)
-                elif not config.sequential:
-                    hidden[place] = output(x, layer, mask_forward=config.mask_forward), real
+        if pruned is None:
+            pruned = prune_one(plan, index, layer, _observe(rows, layer, observe, config), memory)
         else:
-            total: Statistics | None = None
-            # Batch by batch in its own place: these are the largest arrays of an event.
-            for place, (x, real) in enumerate(hidden):
-                seen, dense[place], stats = observe(x, dense[place], real, layer)
-                if not config.sequential:
-                    hidden[place] = seen, real
-                total = stats if total is None else add_statistics(total, stats)
-            assert total is not None
-            pruned = prune_one(plan, index, layer, total, memory)
+            _pass_by(rows, layer, output, config)
         yield pruned
         if config.sequential:
             # As it will be shipped: always through the exact mask.
             after = dataclasses.replace(pruned[0], weights=layer.weights | pruned[0].weights)
-            for place, (x, real) in enumerate(hidden):
-                hidden[place] = output(x, after, mask_forward="exact"), real
+            for row in rows:
+                row.x = output(row.x, after, mask_forward="exact")
+
+
+@dataclasses.dataclass(eq=False)
+class _Rows:
+    """A calibration batch on its way: what reaches the next block `[B,T,D]`, and what would in the model as it was.
+
+    These are the largest arrays of an event, so each takes the place of the one before it. `real`: float32 `[B,T]`.
+    """
+
+    x: Array
+    dense: Array | None
+    real: Array
+
+
+def _observe(
+    rows: list[_Rows], layer: Layer, observe: Callable[..., tuple[Array, Array | None, Statistics]], config: PruneConfig
+) -> Statistics:
+    """A block's statistics. The rows go on behind the block as it was; under `sequential` they wait for the new one."""
+    total: Statistics | None = None
+    for row in rows:
+        seen, row.dense, stats = observe(row.x, row.dense, row.real, layer)
+        row.x = row.x if config.sequential else seen
+        total = stats if total is None else add_statistics(total, stats)
+    assert total is not None
+    return total
+
+
+def _pass_by(rows: list[_Rows], layer: Layer, output: Callable[..., Array], config: PruneConfig) -> None:
+    """The same on the way past a block that is pruned already."""
+    for row in rows:
+        if config.dense_path:
+            row.dense = output(row.dense, layer, mask_forward=config.mask_forward)
+        elif not config.sequential:
+            row.x = output(row.x, layer, mask_forward=config.mask_forward)
 
 
 @functools.partial(

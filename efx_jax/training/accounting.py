@@ -15,7 +15,7 @@ from efx_jax.model.spec import ModelSpec, linear_shapes, param_shapes
 from efx_jax.parallel.mesh import mesh_sizes
 from efx_jax.parallel.partition import axes_size, batch_axes
 from efx_jax.pruning.adapter_refit import CG_STEPS
-from efx_jax.pruning.event import goes_by_block, needs_gram
+from efx_jax.pruning.event_plan import goes_by_block, needs_gram
 from efx_jax.pruning.statistics import INPUT_OF
 from efx_jax.structural.generator import init_generator
 from efx_jax.structural.units import units_of

@@ -21,17 +21,8 @@ from efx_jax.parallel.partition import block_on_host
 from efx_jax.pruning.average import moves_base, refits_base
 from efx_jax.pruning.blockwise import prune_blocks
 from efx_jax.pruning.budget import budget_statistics
-from efx_jax.pruning.event import (
-    Block,
-    EventPlan,
-    Result,
-    assemble,
-    goes_by_block,
-    plan_event,
-    prune_event,
-    put_block,
-    take_block,
-)
+from efx_jax.pruning.event import Block, Result, assemble, prune_event, put_block, take_block
+from efx_jax.pruning.event_plan import EventPlan, goes_by_block, plan_event
 from efx_jax.pruning.permutation import find_order, permute
 from efx_jax.pruning.statistics import collect_statistics
 from efx_jax.training.importance import run_importance

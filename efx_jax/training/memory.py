@@ -14,7 +14,7 @@ from efx_jax.model.spec import LINEARS, ModelSpec, linear_shapes, param_shapes
 from efx_jax.parallel.mesh import mesh_sizes
 from efx_jax.parallel.partition import BATCH, axes_size, linear_axes, partition
 from efx_jax.pruning.average import keeps_scores, moves_base
-from efx_jax.pruning.event import goes_by_block, needs_gram
+from efx_jax.pruning.event_plan import goes_by_block, needs_gram
 from efx_jax.pruning.statistics import INPUT_OF, INPUTS
 from efx_jax.training.accounting import (
     calibration_length,

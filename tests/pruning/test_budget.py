@@ -11,7 +11,8 @@ from efx_jax.errors import InputError
 from efx_jax.lora import merge
 from efx_jax.pruning.blockwise import prune_event_blockwise
 from efx_jax.pruning.budget import global_budgets, outlier_shares, owl_sparsities
-from efx_jax.pruning.event import plan_event, prune_event
+from efx_jax.pruning.event import prune_event
+from efx_jax.pruning.event_plan import plan_event
 from efx_jax.pruning.selection import drop_count, drop_share
 from efx_jax.pruning.statistics import Statistics, collect_statistics
 
