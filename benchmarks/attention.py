@@ -3,22 +3,22 @@
     python benchmarks/attention.py [--models llama2_7b ...] [--batch 16] [--length 2048] [--out attention.json]
 
 On a CPU: `--models smollm2_135m --batch 2 --length 512`. One JSON object per row as it is measured; `ratio` is the time
-over that of `jax.nn.dot_product_attention` with an explicit mask in XLA, `ratio_to_xla` over that of our XLA path.
+over that of `full_mask`, `jax.nn.dot_product_attention` with an explicit mask in XLA, `ratio_to_xla` over that of our
+XLA path.
 TFLOP/s count the causal half of the scores. Packed rows hold eight equal segments. A case that cannot run (cuDNN
 without a GPU, a mask too large for the memory) is a row with the reason.
 """
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from cases import failed, reason
+from rows import keep, row
 
 from efx_jax.model.attention import attention, visible_keys
 
@@ -34,23 +34,14 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 def main() -> None:
     arguments = parse()
-    rows = []
     for model in arguments.models:
         for rows_are, segments in (("plain", None), ("packed", segment_ids(arguments.batch, arguments.length))):
             for backward in (False, True):
                 times: dict[str, float] = {}
                 for name, attend in implementations(segments, arguments.length).items():
-                    row = measure(model, name, attend, backward, times, arguments)
-                    found = {
-                        "name": f"{model} {rows_are} {'forward+backward' if backward else 'forward'} {name}",
-                        **row,
-                    }
-                    print(json.dumps(found), flush=True)
-                    rows.append(found)
-    if arguments.out:
-        words = [Path(word).name if word.startswith("/") else word for word in sys.argv]
-        record = {"command": "python " + " ".join(words), "device": jax.devices()[0].device_kind, "rows": rows}
-        Path(arguments.out).write_text(json.dumps(record, indent=1) + "\n")
+                    case = f"{model} {rows_are} {'forward+backward' if backward else 'forward'} {name}"
+                    found = measure(case, SHAPES[model], name, attend, backward, times, arguments)
+                    keep(arguments.out, [found])
 
 
 def implementations(segments: jax.Array | None, length: int) -> dict[str, Attend]:
@@ -72,29 +63,32 @@ def full_mask(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | No
 
 
 def measure(
-    model: str, name: str, attend: Attend, backward: bool, times: dict[str, float], arguments: argparse.Namespace
+    case: str,
+    sizes: tuple[int, int, int],
+    name: str,
+    attend: Attend,
+    backward: bool,
+    times: dict[str, float],
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """One case: milliseconds, and the ratios to the `times` measured before it."""
-    heads, kv_heads, width = SHAPES[model]
+    """The row of one case: milliseconds, and the ratios to the `times` measured before it, which it joins."""
+    heads, kv_heads, width = sizes
     shape = {"batch": arguments.batch, "length": arguments.length, "heads": heads, "kv_heads": kv_heads, "width": width}
     try:
         seconds = timed(attend, shape, backward, arguments)
     except Exception as error:  # out of memory, or cuDNN refuses: the other cases go on
-        reason = (str(error).strip() or "no message").splitlines()[0][:200]
-        return {"value": None, "unit": "ms", "ratio": None, "error": f"{type(error).__name__}: {reason}", **shape}
+        return failed(case, "ms", reason(error), **shape)
+    ratio = seconds / times["full_mask"] if "full_mask" in times else None
+    to_xla = {"ratio_to_xla": round(seconds / times["xla"], 4)} if "xla" in times else {}
     times[name] = seconds
     flops = 2 * arguments.batch * heads * arguments.length**2 * width * (3.5 if backward else 1)
-    against = {key: times[other] for key, other in (("ratio", "full_mask"), ("ratio_to_xla", "xla")) if other in times}
-    ratios = {key: round(seconds / other, 4) for key, other in against.items()}
-    return {
-        "value": round(1e3 * seconds, 3),
-        "unit": "ms",
-        "ratio": None,
-        **ratios,
+    details = {
+        **to_xla,
         "tflops": round(flops / seconds / 1e12, 2),
         "dtype": arguments.dtype,
-        **shape,
+        "device": jax.devices()[0].device_kind,
     }
+    return row(case, 1e3 * seconds, "ms", ratio, "full_mask", **details, **shape)
 
 
 def timed(attend: Attend, shape: dict[str, int], backward: bool, arguments: argparse.Namespace) -> float:

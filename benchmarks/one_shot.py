@@ -10,14 +10,13 @@ model's.
 import argparse
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rows import hide_paths
+from rows import keep, row
 
 from efx_jax.config import PruneConfig
 from efx_jax.data.tokens import Tokenized, text_windows
@@ -29,6 +28,7 @@ from efx_jax.pruning.output_gradient import output_gradient_energy
 from efx_jax.pruning.statistics import collect_statistics
 from efx_jax.weights.hf import load_pretrained, load_tokenizer
 
+USUAL = 0.5
 WANDA = PruneConfig(score="wanda", group="row")
 GRAM_PBS = dataclasses.replace(WANDA, recovery="gram_pbs")
 GATED = PruneConfig(
@@ -99,11 +99,10 @@ def main() -> None:
     stats = collect_statistics(params, batches, spec, gram=True, compute_dtype=arguments.compute_dtype)
     importance = output_gradient_energy(params, batches, spec, compute_dtype=arguments.compute_dtype)
     dense = measure(params)
-    rows = [row("dense", 0.0, dense, dense, 0.0, sizes)]
+    keep(arguments.out, [report("dense", 0.0, dense, dense, 0.0, sizes)])
+    chosen = [case for case in CASES if arguments.only in case[0]]
     for sparsity in arguments.sparsity:
-        for name, config, rank in CASES:
-            if arguments.only and arguments.only not in name:
-                continue
+        for name, config, rank in chosen:
             began = time.perf_counter()
             config = dataclasses.replace(config, sparsity=sparsity)
             adapters = init_lora(jax.random.key(0), params, spec, rank=rank, alpha=2 * rank)
@@ -117,28 +116,17 @@ def main() -> None:
                 event = prune_event(params, adapters, None, stats, None, spec, config, importance=importance)
             pruned = jax.block_until_ready(merge(*event[:3]))
             seconds = time.perf_counter() - began
-            rows.append(row(name, sparsity, measure(pruned), dense, seconds, sizes))
-    if arguments.out:
-        record = {"command": "python " + " ".join([sys.argv[0], *hide_paths(sys.argv[1:])]), "rows": rows}
-        Path(arguments.out).write_text(json.dumps(record, indent=1) + "\n")
+            keep(arguments.out, [report(name, sparsity, measure(pruned), dense, seconds, sizes)])
 
 
-def row(
+def report(
     name: str, sparsity: float, value: float, dense: float, seconds: float, sizes: dict[str, int]
 ) -> dict[str, Any]:
-    """Builds and prints one result."""
-    found = {
-        "name": name,
-        "sparsity": sparsity,
-        "value": round(value, 3),
-        "unit": "perplexity",
-        "ratio": round(value / dense, 4),
-        "against": "dense",
-        "event_seconds": round(seconds, 1),
-        **sizes,
-    }
-    print(json.dumps(found), flush=True)
-    return found
+    """The row of one result."""
+    # A file has one row of a name; those of the usual sparsity do without it.
+    case = name if sparsity in (0.0, USUAL) else f"{name}, {100 * sparsity:g} %"
+    details = {"sparsity": sparsity, "event_seconds": round(seconds, 1), **sizes}
+    return row(case, value, "perplexity", value / dense, "dense", **details)
 
 
 def documents(path: str) -> tuple[list[str], list[str]]:
@@ -161,7 +149,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Perplexity after one prune event, without training.")
     parser.add_argument("--data", required=True)
     parser.add_argument("--model", default="quickstart")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[USUAL])
     parser.add_argument("--calibration", type=int, default=16, help="windows of 512 tokens")
     parser.add_argument("--test", type=int, default=12, help="windows of 512 tokens")
     parser.add_argument("--compute-dtype", default="bfloat16")

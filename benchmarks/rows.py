@@ -21,15 +21,15 @@ def row(name: str, value: float, unit: str, ratio: float | None, against: str, *
 
 
 def keep(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the rows into the JSON file `path`, replacing rows of the same names; other rows stay."""
+    """Writes the rows into the JSON file `path`, replacing rows of the same names; other rows and keys stay."""
     if not path:
         return
     file = Path(path)
-    before = json.loads(file.read_text())["rows"] if file.exists() else []
+    before = json.loads(file.read_text()) if file.exists() else {"rows": []}
     command = "python " + " ".join([sys.argv[0], *hide_paths(sys.argv[1:])])
     new = [{**found, "command": command} for found in rows]
     names = {found["name"] for found in new}
-    record = {"rows": [found for found in before if found["name"] not in names] + new}
+    record = {**before, "rows": [found for found in before["rows"] if found["name"] not in names] + new}
     partial = file.with_name(file.name + ".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(partial, file)

@@ -35,7 +35,7 @@ def draw_score_errors(folder: Path, errors: Mapping[int, Sequence[ScoreError]]) 
         figure = Figure(
             title=f"{score}: change that eq. 2 predicts over the change measured",
             x_label="training step",
-            y_label="predicted / actual (mean of the layers)",
+            y_label="predicted / actual (geometric mean of the layers)",
             series=tuple(each for each in along if each.y),
             levels=(Level("eq. 2 is exact", 1.0),),
         )

@@ -71,10 +71,11 @@ def _curve(rows: Sequence[Row], name: str, title: str, events: tuple[int, ...]) 
         return Html("")
     lines = [Line(name, steps, values, is_stepped=name == "sparsity")]
     if name in _JITTERY and len(rows) >= _SMOOTH_FROM:
-        width = max(3, len(rows) // 20)
-        smooth = _running_mean(values, width)
-        lines = [Line(name, steps, values, is_thin=True), Line(f"{name}, mean of {width} steps", steps, smooth)]
-        title = f"{title} (thick: mean of {width} lines)"
+        # As many before a step as after it, and itself.
+        width = max(3, len(rows) // 20) | 1
+        smooth, meant = _running_mean(values, width), f"mean of {width} logged steps"
+        lines = [Line(name, steps, values, is_thin=True), Line(f"{name}, {meant}", steps, smooth)]
+        title = f"{title} (thick: {meant})"
     percent = name == "sparsity"
     bounds = (0.0, max(0.1, *known)) if percent else (0.0, max(known)) if name == "learning_rate" else None
     told = f"{title}: {known[0]:.4g} at step {steps[0]:,}, {known[-1]:.4g} at step {steps[-1]:,}."
@@ -117,7 +118,7 @@ def _events_text(events: Sequence[int]) -> str:
 
 
 def _running_mean(values: Sequence[Any], width: int) -> list[float | None]:
-    """The mean of so many values around each, as far as there are any."""
+    """The mean of so many values, an odd number, around each, as far as there are any."""
     means: list[float | None] = []
     for at in range(len(values)):
         around = [v for v in values[max(0, at - width // 2) : at + width // 2 + 1] if v is not None]

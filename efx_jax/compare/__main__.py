@@ -7,7 +7,7 @@ from pathlib import Path
 
 from efx_jax.compare.figures import draw_figures
 from efx_jax.compare.grid import Cell, choose_cells, list_cells
-from efx_jax.compare.plan import plan_lines
+from efx_jax.compare.plan import plan_lines, uneven_training
 from efx_jax.compare.records import Record, read_record
 from efx_jax.compare.settings import Comparison, read_comparison
 from efx_jax.compare.table import write_tables
@@ -27,6 +27,10 @@ def _run(arguments: argparse.Namespace) -> int:
     cells = list_cells(comparison)
     chosen = choose_cells(cells, arguments.only)
     output = Path(arguments.output)
+    # Of all cells: they stand in one table, whichever are chosen now.
+    uneven = uneven_training(cells)
+    if uneven:
+        print(f"warning: {comparison.name}: {uneven}", file=sys.stderr)
     if arguments.dry_run:
         print("\n".join(plan_lines(comparison, chosen, output / "runs")))
         return 0

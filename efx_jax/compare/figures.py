@@ -74,9 +74,10 @@ def _heat_map(figure: Figure) -> HeatMap:
 def build_figure(comparison: Comparison, drawing: Drawing, records: Sequence[Record]) -> Figure:
     """What is to be drawn: a series per method and schedule, and further axes that vary.
 
-    Of several seeds the means with their standard deviations, of one its value with its interval where it has one; all
-    seeds in a figure of points. A method that prunes nothing has no schedule and no value of axes below `prune`: where
-    that leaves it without a place on the x axis it is a level.
+    Of several seeds the means with their standard deviations; where no row has several, values with their intervals, as
+    far as they have one: bars of one figure mean one thing. All seeds in a figure of points. A method that prunes
+    nothing has no schedule and no value of axes below `prune`, one without a teacher none of those below `distill`:
+    where that leaves it without a place on the x axis it is a level.
 
     Raises:
         InputError: no run with this metric is there yet.
@@ -89,16 +90,19 @@ def build_figure(comparison: Comparison, drawing: Drawing, records: Sequence[Rec
     if not placed:
         raise InputError(_absence(drawing, [row for row, _ in shown]))
     others = [key for key in _parts(comparison, placed[0][0]) if key != drawing.x]
-    varied = [key for key in others if len({parts[key] for _, parts in placed} - {None}) > 1]
+    varied = [key for key in others if len({parts[key] for _, parts in measured} - {None}) > 1]
+    seeds = max(len(spread(row, drawing.y)["values"]) for row, _ in measured)
     points: dict[str, list[_Point]] = {}
     for row, parts in placed:
         place = _place(drawing.x, parts[drawing.x])
-        points.setdefault(_label(parts, others, varied), []).extend(_points(drawing, column, row, place))
+        points.setdefault(_label(parts, others, varied), []).extend(_points(drawing, column, row, place, seeds))
     levels = [
-        _level(column, row, _label(parts, others, varied)) for row, parts in measured if not _has_place(drawing, parts)
+        _level(column, row, _label(parts, others, varied), seeds)
+        for row, parts in measured
+        if not _has_place(drawing, parts)
     ]
     return Figure(
-        title=_title(comparison, drawing, column, placed, varied),
+        title="\n".join([_title(comparison, drawing, column, placed, varied), _legend(drawing, measured, seeds)]),
         x_label=f"{drawing.x} (%)" if drawing.x == "prune.sparsity" else drawing.x,
         y_label=column.title,
         series=tuple(_series(label, found, drawing.kind) for label, found in points.items()),
@@ -158,18 +162,18 @@ def _place(axis: str, value: Any) -> Place:
     return axis_text(value)
 
 
-def _points(drawing: Drawing, column: Column, row: Row, place: Place) -> list[_Point]:
+def _points(drawing: Drawing, column: Column, row: Row, place: Place, seeds: int) -> list[_Point]:
     if drawing.kind == "points":
         values = spread(row, drawing.y)["values"]
         return [(place, column.factor * value, None) for value in values]
-    level = _level(column, row, "")
+    level = _level(column, row, "", seeds)
     return [(place, level.y, None if level.low is None or level.high is None else (level.low, level.high))]
 
 
-def _level(column: Column, row: Row, label: str) -> Level:
-    """The mean of a row, with its deviation or its interval."""
+def _level(column: Column, row: Row, label: str, seeds: int) -> Level:
+    """The mean of a row, with its deviation or, where no row has several of the `seeds`, its interval."""
     found = spread(row, column.key)
-    mean, deviation, ends = found["mean"], found["std"], found["interval"]
+    mean, deviation, ends = found["mean"], found["std"], found["interval"] if seeds == 1 else None
     if deviation is not None:
         ends = (mean - deviation, mean + deviation)
     low, high = (column.factor * end for end in ends) if ends else (None, None)
@@ -194,18 +198,20 @@ def _title(
     placed: Sequence[tuple[Row, _Parts]],
     varied: Sequence[str],
 ) -> str:
-    """What is drawn, at which value of the axes that do not vary, and what marks and bars stand for."""
+    """What is drawn, and at which value of the axes that do not vary."""
     alike = [key for key in comparison.axes if key not in (drawing.x, *varied)]
     fixed = {key: parts[key] for key in alike for _, parts in placed if parts[key] is not None}
-    head = ", ".join(
-        [f"{comparison.name}: {column.title}", *(f"{key} {axis_text(value)}" for key, value in fixed.items())]
-    )
-    seeds = max(len(spread(row, drawing.y)["values"]) for row, _ in placed)
+    told = [f"{key} {axis_text(value)}" for key, value in fixed.items()]
+    return ", ".join([f"{comparison.name}: {column.title}", *told])
+
+
+def _legend(drawing: Drawing, measured: Sequence[tuple[Row, _Parts]], seeds: int) -> str:
+    """What marks and bars stand for."""
     if drawing.kind == "points":
-        return f"{head}\nall seeds, up to {seeds} of each, and their median"
+        return f"all seeds, up to {seeds} of each, and their median"
     if drawing.kind == "heat_map":
-        return f"{head}\n{f'mean over up to {seeds} seeds' if seeds > 1 else 'one seed'}"
+        return f"mean over up to {seeds} seeds" if seeds > 1 else "one seed"
     if seeds > 1:
-        return f"{head}\nmean ± standard deviation over up to {seeds} seeds"
-    has_ends = any(spread(row, drawing.y)["interval"] for row, _ in placed)
-    return f"{head}\none seed, 95 % bootstrap intervals" if has_ends else f"{head}\none seed"
+        return f"mean ± standard deviation over up to {seeds} seeds"
+    has_ends = any(spread(row, drawing.y)["interval"] for row, _ in measured)
+    return "one seed, 95 % bootstrap intervals" if has_ends else "one seed"

@@ -109,8 +109,7 @@ def _cell(comparison: Comparison, method: str, schedule: str, varied: Settings, 
     config = _resolve(comparison, method, schedule, varied, seed)
     # The reference learns from the same rows with the same adapters; only its method is another one.
     reference = comparison.reference and run_name(_resolve(comparison, comparison.reference, "", varied, seed))
-    prunes = config.prune.sparsity > 0
-    shown = tuple(_value(config, key) if prunes or not key.startswith(("prune.", "atp.")) else None for key in varied)
+    shown = tuple(_value(config, key) if _has_say(config, key) else None for key in varied)
     refusal = ""
     try:
         validate(config)
@@ -127,6 +126,14 @@ def _resolve(comparison: Comparison, method: str, schedule: str, varied: Setting
         config = dataclasses.replace(config, distill=DistillConfig())
     # Where nothing is pruned no other setting of it has a say: all of them are the same run.
     return config if config.prune.sparsity else unpruned(config)
+
+
+def _has_say(config: Config, key: str) -> bool:
+    """Whether a setting can matter to a run, as `_resolve` leaves it."""
+    section = key.partition(".")[0]
+    if not config.prune.sparsity:
+        return section not in ("prune", "atp", "distill")
+    return section != "distill" or key == "distill.teacher" or bool(config.distill.teacher)
 
 
 def _value(config: Config, key: str) -> Any:

@@ -9,6 +9,7 @@ from efx_jax.compare.grid import Cell
 from efx_jax.compare.settings import Comparison
 from efx_jax.compare.work import is_finished, measurements
 from efx_jax.errors import InputError
+from efx_jax.training.rows import taught_texts
 from efx_jax.training.run import refuse_other_run
 from efx_jax.training.schedule import total_steps
 from efx_jax.training.survey import DataCounts, RowCounts, check_shapes, count_data
@@ -42,6 +43,28 @@ def plan_lines(comparison: Comparison, cells: Sequence[Cell], runs: Path) -> lis
     return [*lines, f"{len(cells)} cells: {', '.join(f'{count} {state}' for state, count in states.items())}"]
 
 
+def uneven_training(cells: Sequence[Cell]) -> str:
+    """Why some of the cells would train on more tokens than others, in one line, or "".
+
+    An epoch has the windows of `distill.text` beside the rows, and without packing a window is longer than most rows.
+    """
+    first: dict[float, Cell] = {}
+    for cell in cells:
+        train, distill = cell.config.train, cell.config.distill
+        trains = not cell.refusal and (train.steps or train.epochs)
+        if trains and not (train.steps and cell.config.data.batching == "packing"):
+            first.setdefault(distill.text_share if taught_texts(cell.config) else 0.0, cell)
+    if len(first) < 2:
+        return ""
+    most, least = first[max(first)], first[min(first)]
+    config = most.config
+    return (
+        f"{most.title} trains on more tokens than {least.title}, as distill.text {config.distill.text} comes beside "
+        f"its rows; expected train.steps above 0 and data.batching packing, found {config.train.steps} and "
+        f"{config.data.batching}; set both in the base, and all train on as many"
+    )
+
+
 def _plan(comparison: Comparison, cell: Cell, runs: Path, counts: Counts) -> tuple[str, str]:
     """The state of a cell and what is to be said of it."""
     run = runs / cell.run
@@ -73,7 +96,9 @@ def _reached(run: Path) -> int | None:
 def _size(cell: Cell, counts: Counts) -> str:
     """Steps and tokens of a run, as far as its data can be counted here; cells of equal data are counted once."""
     config = cell.config
-    key = (config.model, config.data, config.eval, config.seed)
+    # Of a teacher nothing but its text is among the rows.
+    text = (config.distill.text, config.distill.text_share)
+    key = (config.model, config.data, config.eval, config.seed, text)
     if key not in counts:
         counts[key] = count_data(config, find_spec(config.model.path))
     found = counts[key]

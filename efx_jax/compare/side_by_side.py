@@ -54,19 +54,25 @@ def _reference(comparison: Comparison, row: Row, rows: Sequence[Row]) -> Row | N
 
 
 def _best_other(text: str, row: Row, rows: Sequence[Row]) -> Row | None:
-    """The pruned row beside this one, at its sparsity, pattern and axes, with the lowest perplexity."""
+    """The pruned row beside this one, at its sparsity, pattern and axes, with the lowest perplexity; an axis that has
+    no say in one of the two sets no rivals apart."""
     means = {
         number: spread(each, f"perplexity.{text}")["mean"]
         for number, each in enumerate(rows)
-        if each is not row and row.asked > 0 and _kind(each) == _kind(row)
+        if each is not row and row.asked > 0 and _are_rivals(each, row)
     }
     finite = {number: mean for number, mean in means.items() if mean is not None}
     return rows[min(finite, key=lambda number: finite[number])] if finite else None
 
 
+def _are_rivals(one: Row, other: Row) -> bool:
+    apart = [pair for pair in zip(one.axes, other.axes, strict=True) if None not in pair and pair[0] != pair[1]]
+    return not apart and _kind(one) == _kind(other)
+
+
 def _kind(row: Row) -> tuple[Any, ...]:
-    """What two rows must have in common to be rivals."""
-    return row.asked, row.axes, n_of_m(row.records[0].cell.config.prune.group)
+    """What two rows must have in common to be rivals, whatever the axes are."""
+    return row.asked, n_of_m(row.records[0].cell.config.prune.group)
 
 
 def _ratio(text: str, row: Row, other: Row) -> Ratio | None:

@@ -111,7 +111,8 @@ def _side_by_side(comparison: Comparison, rows: Sequence[Row], beside: Sequence[
     ]
     legend = (
         "Perplexity over another's on the same windows [95 % bootstrap, paired: both see the same resample of windows, "
-        "and of seeds]. The best other is the best pruned one beside this at the same sparsity, N:M pattern and axes."
+        "and of seeds]. The best other is the best pruned one beside this at the same sparsity, N:M pattern and axes "
+        "(as far as an axis has a say in both)."
     )
     return ["## Side by side", legend, markdown_table(header, lines)]
 

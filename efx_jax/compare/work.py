@@ -52,7 +52,7 @@ def finish(comparison: Comparison, cell: Cell, runs: Path) -> str:
         runs: the folder of all run folders.
 
     Returns:
-        Why something has failed, in one line, or "".
+        Why something has failed, in one line, or "". What one measurement lacks keeps no other one waiting.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, when the process at work has saved what it had.
@@ -71,15 +71,15 @@ def finish(comparison: Comparison, cell: Cell, runs: Path) -> str:
         reason = _call("efx_jax.compare.train_one", [str(path) for path in paths], runs / f"{cell.run}.log")
         if reason:
             return reason
+    reasons = []
     for asked in measurements(comparison, cell):
         folder = asked.folder(run)
         if not is_finished(folder):
             _say(f"{cell.title}: measuring {asked.name}")
             flags = [str(run), *asked.flags, "--output", str(folder)]
             reason = _call("efx_jax.evaluation", flags, folder.with_name(f"{folder.name}.log"))
-            if reason:
-                return f"{asked.name}: {reason}"
-    return ""
+            reasons += [f"{asked.name}: {reason}"] if reason else []
+    return "; ".join(reasons)
 
 
 def is_finished(folder: Path) -> bool:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from efx_jax.analysis import report
+from efx_jax.analysis import report, report_curves
+from efx_jax.analysis.html import Html
 from efx_jax.analysis.record import read_record
+from efx_jax.analysis.svg import Chart
 from efx_jax.config import Config, DataConfig, ModelConfig, PruneConfig
-from tests.analysis.reported import EVIL, leave_run, samples, summary
+from tests.analysis.reported import EVIL, leave_run, metrics, samples, summary
 
 CONFIG = Config(
     model=ModelConfig(path="/home/somebody/<b>base</b>"),
@@ -138,6 +140,22 @@ def test_right_and_wrong_are_said_in_words(page: Page) -> None:
     said = page.said("article")
     assert "✗ wrong, margin 0.50" in said and "✓ right, margin 0.50" in said and "ROUGE-L 50 %" in said
     assert "right with dense LoRA, step 4: 0 of 1; right with sparse expert: 1 of 1" in page.said("p")
+
+
+def test_a_smooth_curve_is_named_by_as_many_steps_as_its_means_are_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 90 lines a twentieth would be 4, and no 4 lines lie around one."""
+    charts: list[Chart] = []
+    monkeypatch.setattr(report_curves, "line_chart", lambda chart, name: charts.append(chart) or Html(""))
+    record = read_record(leave_run(tmp_path / "run"))
+    rows = [row | {"loss": float(row["step"] == 30)} for row in metrics(90)]
+    page = Page(report_curves.curves(dataclasses.replace(record, metrics=rows)))
+    assert "Loss, nats per token (thick: mean of 5 logged steps)" in page.said("figcaption")
+    smooth = charts[0].lines[1]
+    assert smooth.name == "loss, mean of 5 logged steps"
+    found = {step: mean for step, mean in zip(smooth.steps, smooth.values, strict=True) if mean}
+    assert found == pytest.approx(dict.fromkeys(range(28, 33), 1 / 5))
 
 
 def test_without_a_dense_adapter_the_base_is_compared_and_named(tmp_path: Path) -> None:

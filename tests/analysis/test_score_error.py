@@ -1,15 +1,18 @@
 """Predicted against actual: exact where eq. 2 is exact, and what is reported is what is measured."""
 
 import dataclasses
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
+from efx_jax.analysis import figures
 from efx_jax.analysis.blocks import look_at, mean_nll, walk
 from efx_jax.analysis.criteria import CRITERIA, criteria_scores, prediction_units
-from efx_jax.analysis.score_error import Pruning, score_errors, spearman, summarise
+from efx_jax.analysis.plots import Figure
+from efx_jax.analysis.score_error import Pruning, ScoreError, score_errors, spearman, summarise
 from efx_jax.analysis.targets import entry_changes
 from efx_jax.errors import InputError
 from efx_jax.lora import merge
@@ -135,3 +138,17 @@ def test_rank_correlation_is_that_of_scipy_with_ties_too() -> None:
     assert spearman(first, second) == pytest.approx(stats.spearmanr(first, second).statistic, abs=1e-12)
     assert spearman([1, 2, 5], [2, 3, 9]) == pytest.approx(1.0)
     assert spearman([1, 1], [2, 3]) is None
+
+
+def test_a_figure_of_the_ratio_names_the_mean_that_it_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers at 1 and 4 are at 2 together, not at 2.5."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "draw_lines", lambda path, figure: drawn.append(figure))
+    monkeypatch.setattr(figures, "draw_points", lambda path, figure: None)
+    errors = [
+        ScoreError(layer, "q_proj", "wanda", ratio, 1.0, 1.0, None, None, None) for layer, ratio in ((0, 1.0), (1, 4.0))
+    ]
+    figures.draw_score_errors(tmp_path, {0: errors})
+    (figure,) = drawn
+    assert figure.y_label == "predicted / actual (geometric mean of the layers)"
+    assert figure.series[0].y == (pytest.approx(2.0),)

@@ -1,4 +1,7 @@
-"""Every speed benchmark runs on a CPU with core dependencies alone, and its rows hold what a reader compares."""
+"""Every benchmark but vs_peft runs on a CPU, and its rows hold what a reader compares.
+
+Those that run_all calls, and streaming, need the core dependencies alone. Of tasks only the plan is tested.
+"""
 
 import dataclasses
 import importlib
@@ -6,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = str(BENCHMARKS / "tiny")
+EARLIER = {"note": "by hand", "rows": [{"name": "another day", "value": 1.0, "unit": "s"}]}
 OPTIONAL = ("torch", "transformers", "peft", "datasets", "evaluate", "tokenizers", "gguf", "sklearn")
 Row = dict[str, Any]
 
@@ -98,10 +103,77 @@ def test_one_command_goes_on_after_a_script_that_fails(core_only: dict[str, str]
     assert [line["ended"] for line in lines if "ended" in line] == ["cut off after 0.001 minutes"] * 2
 
 
-def test_one_command_keeps_the_rows_of_every_script(core_only: dict[str, str], tmp_path: Path) -> None:
-    lines = run("run_all", "--small", "--only", "selection", "--out", str(tmp_path), environment=core_only)
+@pytest.mark.parametrize("script", ["selection", "attention"])
+def test_one_command_keeps_the_rows_of_every_script(script: str, core_only: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / f"{script}.json").write_text(json.dumps(EARLIER))
+    lines = run("run_all", "--small", "--only", script, "--out", str(tmp_path), environment=core_only)
     assert lines[-1]["ended"] == "done"
-    assert set(kept(tmp_path / "selection.json")) == {line["name"] for line in lines if "name" in line}
+    rows = kept(tmp_path / f"{script}.json")
+    assert set(rows) == {line["name"] for line in lines if "name" in line} | {"another day"}
+    assert json.loads((tmp_path / f"{script}.json").read_text())["note"] == EARLIER["note"]
+    assert all("error" not in found for found in rows.values())
+    if script == "attention":
+        assert len(rows) == 1 + 2 * 2 * 2
+        found = rows["smollm2_135m packed forward+backward xla"]
+        assert found["against"] == "full_mask" and found["ratio"] > 0 and found["heads"] == 9
+        assert "ratio" not in rows["smollm2_135m plain forward full_mask"]
+
+
+def test_an_attention_that_fails_is_a_row_without_a_ratio(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    attention, keep = importlib.import_module("attention"), importlib.import_module("rows").keep
+    asked = Namespace(batch=1, length=8, dtype="float32", repeats=1)
+    keep(
+        str(tmp_path / "rows.json"),
+        [attention.measure("a case", (2, 1, 4), "xla", lambda q, k, v: q @ k, False, {}, asked)],
+    )
+    (found,) = kept(tmp_path / "rows.json").values()
+    assert found["name"] == "a case" and found["value"] is None and "TypeError" in found["error"]
+    assert "a case" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_every_conversion_has_its_memory_and_its_time(
+    core_only: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three of them; those of tests/weights/test_streaming.py are measured there."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    streaming = importlib.import_module("streaming")
+    monkeypatch.setenv("PYTHONPATH", core_only["PYTHONPATH"])
+    monkeypatch.setattr(streaming, "CASES", {case: streaming.CASES[case] for case in ("load", "save", "pack")})
+    flags = ("--layers", "2", "--width", "64", "--out", str(tmp_path / "rows.json"))
+    monkeypatch.setattr(sys, "argv", ["streaming.py", *flags])
+    streaming.main()
+    rows = kept(tmp_path / "rows.json")
+    assert set(rows) == {f"{case}_{what}" for case in ("load", "save", "pack") for what in ("memory", "time")}
+    assert all(found["value"] > 0 and found["layers"] == 2 for name, found in rows.items() if name.endswith("time"))
+    assert rows["load_memory"]["against"] == "2 x largest stacked + 500 MiB"
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+
+
+def test_one_shot_adds_to_the_rows_of_its_file(byte_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(EARLIER))
+    (tmp_path / "text.txt").write_text("fever and a mild cough\n" * 80)
+    flags = ("--data", str(tmp_path / "text.txt"), "--model", str(byte_folder), "--calibration", "1", "--test", "1")
+    flags += ("--sparsity", "0.5", "0.75", "--only", "magnitude", "--out", str(tmp_path / "rows.json"))
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    run("one_shot", *flags, environment=environment)
+    rows = kept(tmp_path / "rows.json")
+    assert set(rows) == {"another day", "dense", "magnitude, row", "magnitude, row, 75 %"}
+    assert json.loads((tmp_path / "rows.json").read_text())["note"] == EARLIER["note"]
+    found = rows["magnitude, row"]
+    assert found["against"] == "dense" and found["ratio"] == pytest.approx(
+        found["value"] / rows["dense"]["value"], rel=1e-3
+    )
+    assert str(tmp_path) not in found["command"]
+
+
+def test_whoever_has_the_sources_of_a_release_has_what_its_tests_read() -> None:
+    root = BENCHMARKS.parent
+    targets = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
+    assert {"/tests", "/benchmarks", "/configs", "/docs", "/train.py"} <= set(targets["sdist"]["include"])
 
 
 def test_a_step_that_does_not_fit_is_a_row_and_is_tried_with_fewer_sequences(

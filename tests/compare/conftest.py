@@ -17,6 +17,11 @@ from tests.tiny import write_rows
 
 LINES = [("fever cough", "lung"), ("old rash mild", "skin"), ("no cough", "lung"), ("severe rash", "skin")]
 TEST_LINES = [("mild cough", "lung"), ("severe rash old", "skin"), ("new rash", "skin")]
+# Three windows of 16 tokens and a rest, no two alike, so that perplexity has an interval.
+TEXT = (
+    "old skin rash . yes no mild cough joint pain severe chronic heart lung . new blood fever no . old cough yes mild "
+    "rash skin severe lung pain heart . chronic joint blood new . fever cough rash yes no old pain mild lung . severe"
+)
 BASE = """
 base:
   model: {{path: {model}, compute_dtype: float32}}
@@ -62,7 +67,7 @@ def write(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Write:
     folder = tmp_path_factory.mktemp("user")
     write_rows(folder / "train.jsonl", LINES)
     write_rows(folder / "test.jsonl", TEST_LINES)
-    (folder / "text.jsonl").write_text(json.dumps({"text": "old skin rash . yes"}) + "\n")
+    (folder / "text.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
     base = BASE.format(model=tiny_folder, folder=folder)
 
     def write_file(name: str, more: str = "") -> Path:

@@ -136,6 +136,33 @@ def test_one_seed_has_the_interval_of_its_evaluation_in_percent(read: Read) -> N
     assert (series.y, series.low, series.high) == (near([60]), near([25]), near([75]))
 
 
+def test_an_interval_stands_nowhere_beside_deviations(read: Read) -> None:
+    """RIA has one seed of two: what its bar would show is another thing than what the title says."""
+    comparison = read()
+    found = [each for each in records(comparison) if each.cell.method != "ria" or each.cell.seed == 0]
+    figure = build_figure(comparison, drawing("schedule", kind="bars", prune__sparsity=(0.5,)), found)
+    wanda, ria = figure.series
+    assert wanda.low == near((31 - 2**0.5, 29 - 2**0.5))
+    assert ria.y == (34.0, 32.0) and not ria.low and not ria.high
+    assert figure.title.endswith("\nmean ± standard deviation over up to 2 seeds")
+    # Neither do they beside the deviations of a level.
+    dense = [each for each in records(comparison) if each.cell.method == "dense" or each.cell.seed == 0]
+    figure = build_figure(comparison, drawing("schedule", kind="bars", prune__sparsity=(0.5,)), dense)
+    assert not any(series.low for series in figure.series)
+    assert figure.levels[0].low == pytest.approx(16 - 2**0.5)
+    assert figure.title.endswith("\nmean ± standard deviation over up to 2 seeds")
+
+
+def test_what_no_teacher_teaches_is_a_level_with_its_schedule_where_that_varies(read: Read) -> None:
+    comparison = read(
+        "methods: {dense: {prune: {sparsity: 0}}, wanda: {}, taught: {distill: {teacher: base}}}\n"
+        "runs: {dense: , wanda: [post_hoc, during], taught: during}\naxes: {distill.share: [0.25, 0.5]}"
+    )
+    figure = build_figure(comparison, drawing("distill.share"), records(comparison))
+    assert [(series.label, series.x) for series in figure.series] == [("taught, during", (0.25, 0.5))]
+    assert [level.label for level in figure.levels] == ["dense", "wanda, post_hoc", "wanda, during"]
+
+
 def test_what_is_not_there_or_not_finite_is_left_out(read: Read) -> None:
     comparison = read()
     found = records(comparison)

@@ -81,7 +81,8 @@ def test_a_cells_numbers_are_those_of_its_run_and_its_evaluations(done: Path, re
         assert (metrics["tokens"], metrics["peak_memory_mib"]) == (summary["tokens"], summary["peak_memory_mib"])
         text, task = (read(evaluation(run, name) / "summary.json") for name in ("general", "likelihood"))
         assert metrics["perplexity.general"] == text["perplexity"]["value"]
-        assert entry["intervals"].get("perplexity.general") == text["perplexity"]["interval"]
+        low, high = entry["intervals"]["perplexity.general"]
+        assert [low, high] == text["perplexity"]["interval"] and low < metrics["perplexity.general"] < high
         for name in ("accuracy", "macro_f1"):
             assert metrics[f"{TASK}.{name}"] == task["tasks"]["test"][name]
             assert entry["intervals"][f"{TASK}.{name}"] == task["tasks"]["test"][f"{name}_interval"]
@@ -114,6 +115,19 @@ def test_a_row_is_the_mean_over_its_seeds(done: Path, read: Read) -> None:
             assert found["values"] == values
             assert found["mean"] == pytest.approx(np.mean(values)) == pytest.approx(float(line[key]))
             assert found["std"] == pytest.approx(np.std(values, ddof=1)) == pytest.approx(float(line[f"{key}_std"]))
+
+
+def test_perplexities_stand_beside_that_of_dense_on_the_same_windows(done: Path, read: Read) -> None:
+    """From the windows that the evaluations have written: nothing here is made up."""
+    for row in read(done / "small" / "table.json"):
+        ratios, mean = row["ratios"], row["metrics"]["perplexity.general"]["mean"]
+        assert mean > 0 and set(ratios) == (
+            {"general over dense", "general over the best other"} if row["schedule"] else set()
+        )
+        for ratio in ratios.values():
+            low, high = ratio["interval"]
+            assert low < ratio["value"] < high
+    assert "## Side by side" in (done / "small" / "table.md").read_text()
 
 
 def test_the_markdown_has_a_row_for_each(done: Path, read: Read) -> None:
@@ -222,6 +236,21 @@ def test_a_failing_cell_is_told_and_the_others_go_on(
     assert "wanda/half, seed 0: failed: the model has gone; see " in capsys.readouterr().err
     assert launch(file, done) == 0
     assert {entry["status"] for entry in read(done / "failing" / "runs.json")} == {"done"}
+
+
+def test_a_text_that_cannot_be_read_keeps_no_task_waiting(
+    done: Path, write: Write, launch: Launch, read: Read, calls: list[str]
+) -> None:
+    more = "runs: {dense: []}\nevaluate: {tasks: [TEST], texts: {gone: GONE, lost: LOST}, window: 16}"
+    folder = write("any").parent
+    more = more.replace("TEST", str(folder / "test.jsonl")).replace("GONE", str(folder / "gone.jsonl"))
+    assert launch(write("unread", more.replace("LOST", str(folder / "lost.jsonl"))), done) == 1
+    # The task's answers are those of the first comparison.
+    assert calls == ["evaluation", "evaluation"]
+    (dense,) = read(done / "unread" / "runs.json")
+    assert dense["status"] == "failed" and f"{TASK}.accuracy" in dense["metrics"]
+    gone, lost = dense["reason"].split("; lost: ")
+    assert gone.startswith("gone: ") and "gone.jsonl" in gone and "lost.jsonl" in lost
 
 
 def test_an_impossible_pair_is_told_and_the_others_go_on(done: Path, write: Write, launch: Launch, read: Read) -> None:

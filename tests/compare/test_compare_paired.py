@@ -77,6 +77,29 @@ def test_what_does_not_pair_has_no_ratio(hard: np.ndarray) -> None:
     assert perplexity_ratio({0: one[0]}, {0: one[1]}) == (pytest.approx(np.e), None)
 
 
+def test_an_axis_without_a_say_in_one_of_two_rows_sets_no_rivals_apart(tmp_path: Path, hard: np.ndarray) -> None:
+    text = GRID.replace("ria: {prune: {score: ria}}", "taught: {distill: {teacher: base}}")
+    text = text.replace("prune.sparsity: [0.4, 0.5]", "distill.share: [0.25, 0.5]")
+    (tmp_path / "grid.yaml").write_text(text)
+    comparison = read_comparison(tmp_path / "grid.yaml")
+    nats = {("dense", None): 3.0, ("wanda", None): 3.3, ("taught", 0.25): 3.2, ("taught", 0.5): 3.1}
+    records = []
+    for cell in list_cells(comparison):
+        found = windows(nats[cell.method, *cell.axes], hard)
+        perplexity = float(np.exp(found.nll.sum() / found.tokens.sum()))
+        records.append(Record(cell, {"perplexity.general": perplexity}, {}, True, "", {"general": found}))
+    write_tables(comparison, records, {}, {}, tmp_path)
+    best = {
+        (row["method"], row["axes"]["distill.share"]): row["ratios"]["general over the best other"]
+        for row in json.loads((tmp_path / "table.json").read_text())
+        if row["schedule"]
+    }
+    # Wanda is beside the better share; shares are a column of their own.
+    assert {ratio["other"] for ratio in best.values()} == {"taught/during", "wanda/during"}
+    assert best["wanda", None]["value"] == pytest.approx(np.exp(0.2))
+    assert best["taught", 0.25]["other"] == best["taught", 0.5]["other"] == "wanda/during"
+
+
 def test_a_table_sets_every_row_beside_dense_and_the_best_other(tmp_path: Path, hard: np.ndarray) -> None:
     (tmp_path / "grid.yaml").write_text(GRID)
     comparison = read_comparison(tmp_path / "grid.yaml")

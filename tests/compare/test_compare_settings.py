@@ -92,6 +92,18 @@ def test_without_a_teacher_how_it_teaches_makes_no_other_run(write: Write) -> No
     assert bare == plain and len(with_teacher & plain) == 1  # dense LoRA
 
 
+def test_an_axis_of_a_teacher_has_no_value_where_none_teaches(write: Write) -> None:
+    text = SMALL.replace("wide: {lora: {rank: 32}}", "wide: {distill: {teacher: base}}").replace("during:", "end:")
+    cells = list_cells(read_comparison(write(text + "axes: {distill.share: [0.25, 0.5]}")))
+    found = [(cell.method, cell.axes) for cell in cells if cell.schedule != "end"]
+    assert found == [("dense", (None,)), ("wanda", (None,)), ("wide", (0.25,)), ("wide", (0.5,))]
+    # Whether one teaches is told of what is pruned; its share only where one does.
+    text = SMALL + 'axes: {distill.teacher: ["", base], distill.share: [0.25, 0.5]}\nruns: {dense: , wanda: [during]}'
+    cells = list_cells(read_comparison(write(text)))
+    assert [cell.axes for cell in cells] == [(None, None), ("", None), ("base", 0.25), ("base", 0.5)]
+    assert len({cell.run for cell in cells}) == 4 and {cell.reference for cell in cells} == {cells[0].run}
+
+
 def test_a_run_is_named_by_what_it_is_and_not_by_where_it_is_computed() -> None:
     name = run_name(Config())
     assert name.startswith("icd10-wanda-0.5-seed0-")
