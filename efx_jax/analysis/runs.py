@@ -7,7 +7,7 @@ from typing import Any
 
 from efx_jax.config import Config
 from efx_jax.config_io import read_config
-from efx_jax.data.batches import Batch, calibration_batches, round_up
+from efx_jax.data.batches import Batch, calibration_batches, up_to_multiple
 from efx_jax.data.tasks import load_data
 from efx_jax.data.tokens import tokenize
 from efx_jax.errors import InputError
@@ -126,7 +126,7 @@ def training_rows(run: Run, spec: ModelSpec, rows: int, length: int) -> Batch:
     data = load_data(config.data, config.seed, tokenizer, rows=1)
     sequences = tokenize(data.train, tokenizer, config.data.max_length, config.data.loss_on)
     length = min(length, spec.max_position_embeddings)
-    room = rows * round_up(length, _MULTIPLE)
+    room = rows * up_to_multiple(length, _MULTIPLE)
     batch = next(calibration_batches(sequences, config.seed, rows, length, room))
     filled = batch["lengths"] > 0
     return {"tokens": batch["tokens"][filled], "lengths": batch["lengths"][filled]}

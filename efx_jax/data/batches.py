@@ -31,12 +31,12 @@ def bucket_length(lengths: Sequence[int] | np.ndarray, max_length: int, multiple
     return multiple * max(units, min(rounded, -(-max_length // multiple)))
 
 
-def round_up(length: int, multiple: int) -> int:
+def up_to_multiple(length: int, multiple: int) -> int:
     """The smallest multiple that holds `length` tokens, at least one."""
     return multiple * max(1, -(-length // multiple))
 
 
-def rows_per_pass(batch_size: int, length: int, token_budget: int, shards: int = 1) -> int:
+def rows_within_budget(batch_size: int, length: int, token_budget: int, shards: int = 1) -> int:
     """Rows of a batch that go through the model at once: the largest divisor of the batch within the token budget.
 
     Args:
@@ -155,7 +155,7 @@ def bucketed_batch(
     _refuse_nothing(examples)
     lengths = np.asarray([len(example.tokens) - 1 for example in examples])
     chosen = batch_rows(len(examples), seed, n, batch_size, lengths)
-    return _lay_out(examples, chosen[rows], round_up(int(lengths[chosen].max()), multiple))
+    return _lay_out(examples, chosen[rows], up_to_multiple(int(lengths[chosen].max()), multiple))
 
 
 def _refuse_nothing(examples: Sequence[Tokenized]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from efx_jax.data.batches import ALL_ROWS, Batch, group_by_length, round_up
+from efx_jax.data.batches import ALL_ROWS, Batch, group_by_length, up_to_multiple
 from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import InputError
 from efx_jax.model.cudnn_attention import MAX_RUNS
@@ -115,7 +115,7 @@ def packed_batch(
         chosen += [packed[row] for row in order[start : start + batch_size - len(chosen)]]
         epoch, first = epoch + 1, first + len(packed)
     if multiple is not None:
-        length = round_up(max(_fill(sizes, row) for row in chosen), multiple)
+        length = up_to_multiple(max(_fill(sizes, row) for row in chosen), multiple)
     return _lay_out(examples, chosen[rows], length)
 
 

@@ -1,6 +1,7 @@
 """Rows of a data set -> examples: a prompt that is given and a response that is learned."""
 
 import dataclasses
+import datetime
 import math
 import string
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,11 @@ _ALPACA_WITH_INPUT = (
 )
 _ALPACA_END = "\n\n### Response:\n"
 _PLAIN_END = "\n\nAnswer:"
+# LLaMA 3.2's template, for one, writes today's date into a prompt: a run could not be resumed on the next day, nor two
+# evaluations be compared. This is the date that the template itself takes where there is no clock.
+_CLOCK, _DAY = "strftime_now", datetime.datetime(2024, 7, 26)
+# What Qwen3's template writes with enable_thinking=False.
+_THOUGHT, _NO_THOUGHT = "<think>", "\n\n</think>\n\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +126,8 @@ def apply_format(examples: Sequence[Example], style: Format, tokenizer: Tokenize
         examples: examples with bare prompts.
         style: "plain" (no frame but the instruction above and "Answer:" below, for examples that have an instruction),
             "alpaca" (the Alpaca instruction frame of the paper's appendix H) or "chat" (one user turn in the
-            tokenizer's chat template, up to where the assistant starts; where the template can think, as Qwen3's, it
-            does not).
+            tokenizer's chat template, up to where the assistant starts; where the template can think, as Qwen3's, or
+            always does, as DeepSeek-R1's, the thought is an empty one; its date is always 26 July 2024).
         tokenizer: needed for "chat".
 
     Returns:
@@ -129,7 +135,7 @@ def apply_format(examples: Sequence[Example], style: Format, tokenizer: Tokenize
         blanks are dropped.
 
     Raises:
-        InputError: "chat" with a tokenizer that has no chat template.
+        InputError: "chat" with a tokenizer that has no chat template, or one that fails or changes the text of a turn.
     """
     return [_framed(example, style, tokenizer) if example.prompt else example for example in examples]
 
@@ -162,17 +168,42 @@ def _frame(body: str, instruction: str, style: Format, tokenizer: Tokenizer | No
         return asked, _PLAIN_END
     if tokenizer is None or not tokenizer.chat_template:
         raise InputError("data.format chat: the tokenizer has no chat template; expected one; use plain or alpaca")
-    turns = [{"role": "user", "content": asked + body}]
-    framed = str(
-        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    )
-    before, found, after = framed.partition(asked + body)
+    before, found, after = _chat_turn(asked + body, tokenizer).partition(asked + body)
     if not found:
         raise InputError(
             "data.format chat: the tokenizer's chat template changes the text of a turn; expected it to stay as it is; "
             "use plain or alpaca"
         )
+    if after.rstrip().endswith(_THOUGHT):
+        # Some templates open a thought whatever they are told: an answer has to come after it, not in it.
+        after = f"{after.rstrip()}{_NO_THOUGHT}"
     return before + asked, after
+
+
+def _chat_turn(text: str, tokenizer: Tokenizer) -> str:
+    """One user turn and the beginning of the answer, the same on every day."""
+    turns = [{"role": "user", "content": text}]
+    try:
+        template = tokenizer.get_chat_template()
+        if _CLOCK in template:
+            template = _stopped_clock() + template
+        framed = tokenizer.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    # A template is a program of somebody else's, and may fail in any way.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+        raise InputError(
+            f"data.format chat: the tokenizer's chat template fails ({reason}); expected one that takes a single user "
+            "turn; use plain or alpaca"
+        ) from error
+    return str(framed)
+
+
+def _stopped_clock() -> str:
+    """A macro in the place of the clock that transformers gives to templates: it lets no other function through."""
+    signs = (f"|replace('%{sign}', '{_DAY.strftime('%' + sign)}')" for sign in "aAbBdmyYHIMSpj")
+    return f"{{% macro {_CLOCK}(format) %}}{{{{ format{''.join(signs)} }}}}{{% endmacro %}}\n"
 
 
 def plain_text(examples: Sequence[Example]) -> list[str]:

@@ -14,8 +14,15 @@ class Tokenizer(Protocol):
     chat_template: Any
 
     def __call__(self, text: Any, *, add_special_tokens: bool = True) -> Any: ...
+    def get_chat_template(self) -> str: ...
     def apply_chat_template(
-        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool, enable_thinking: bool
+        self,
+        conversation: Any,
+        *,
+        chat_template: str,
+        tokenize: bool,
+        add_generation_prompt: bool,
+        enable_thinking: bool,
     ) -> Any: ...
     def decode(self, token_ids: Any, *, skip_special_tokens: bool) -> str: ...
     def convert_ids_to_tokens(self, ids: Any) -> Any: ...

@@ -117,6 +117,7 @@ def check_ratios(dense: Results, dense_records: Records, folder: Path) -> None:
     for name, result in dense.items():
         try:
             _scores(name, result, dense_records, np.ones((1, result["rows"])))
+            _groups(name, dense_records)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder}: predictions of {name} are garbled ({error!r}); evaluate again") from error
 
@@ -178,7 +179,7 @@ def _ends(values: np.ndarray) -> list[float] | None:
 def _groups(task: str, records: Records) -> np.ndarray:
     """Group numbers int [rows] of a task's rows."""
     numbers = {record["row"]: record["group"] for record in records if record["task"] == task}
-    return np.asarray([numbers[row] for row in range(len(numbers))])
+    return np.asarray([numbers[row] for row in range(len(numbers))], int)
 
 
 def _scores(task: str, result: Mapping[str, Any], records: Records, counts: np.ndarray) -> dict[str, np.ndarray]:

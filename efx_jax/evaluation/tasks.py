@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from efx_jax.data.batches import bucket_length, round_up
+from efx_jax.data.batches import bucket_length, up_to_multiple
 from efx_jax.data.prompts import Example
 from efx_jax.data.tokenizer import Tokenizer, encode_prompts
 from efx_jax.errors import InputError
@@ -93,7 +93,7 @@ def _batches(
 def _padded_length(tokens: int, longest: int) -> int:
     """A length for trees of so many tokens, longer by less than a quarter or by 31: padding costs as much as text."""
     step = max(32, 1 << max(0, (tokens - 1).bit_length() - 3))
-    return min(round_up(tokens, step), round_up(longest, 8))
+    return min(up_to_multiple(tokens, step), up_to_multiple(longest, 8))
 
 
 def check_task(spec: ModelSpec, tokenizer: Tokenizer, examples: Sequence[Example], labels: Sequence[str]) -> None:

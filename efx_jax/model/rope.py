@@ -34,7 +34,8 @@ _ROPE_FIELDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
 }
-_YARN_OPTIONAL = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
+_YARN_NUMBERS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+_YARN_OPTIONAL = (*_YARN_NUMBERS, "truncate")
 
 
 def rope_from_config(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
@@ -45,7 +46,7 @@ def rope_from_config(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
         max_positions: the model's context length in tokens.
 
     Raises:
-        InputError: an unsupported kind of rope, or one that lacks a number.
+        InputError: an unsupported kind of rope, or one that lacks a number or has another value in its place.
     """
     # Where a config.json holds both, transformers takes the older key.
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -76,7 +77,9 @@ def rope_from_config(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
     if missing:
         raise InputError(f"config.json: rope_type {rope_type!r} needs {', '.join(missing)} in rope_parameters")
     factor = positive_number(parameters, "factor", implied.get("factor", 1.0))
-    fields = {name: parameters[name] for name in _YARN_OPTIONAL if parameters.get(name) is not None}
+    fields: dict[str, Any] = {}
+    if rope_type == "yarn":
+        fields = _yarn_fields(parameters)
     if rope_type == "llama3":
         fields = {name: positive_number(parameters, name, 1.0) for name in ("low_freq_factor", "high_freq_factor")}
     return RopeSpec(
@@ -86,6 +89,23 @@ def rope_from_config(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
         original_max_position=int(original),
         **fields,
     )
+
+
+def _yarn_fields(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given of YaRN's options."""
+    # transformers takes an mscale of 0 for none.
+    given = [
+        name
+        for name in _YARN_NUMBERS
+        if parameters.get(name) is not None and not (name.startswith("mscale") and parameters[name] == 0)
+    ]
+    fields: dict[str, Any] = {name: positive_number(parameters, name, 1.0) for name in given}
+    truncate = parameters.get("truncate")
+    if truncate is None:
+        return fields
+    if not isinstance(truncate, bool):
+        raise InputError(f"config.json: truncate must be true, false or null, found {truncate!r}")
+    return fields | {"truncate": truncate}
 
 
 def positive_number(config: Mapping[str, Any], name: str, default: float) -> float:

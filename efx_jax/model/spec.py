@@ -57,7 +57,8 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         The model's spec.
 
     Raises:
-        InputError: a missing field, an unsupported `model_type`, activation, attention or RoPE option.
+        InputError: a missing field or one of a wrong type, an unsupported `model_type`, activation, attention or RoPE
+            option.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
@@ -85,13 +86,13 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=positive_number(config, "rms_norm_eps", _DEFAULT_EPS),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=_flag(config, "tie_word_embeddings"),
         max_position_embeddings=max_positions,
         rope=rope_from_config(config, max_positions),
         biases=_biases(config, model_type),
         qk_norm=model_type == "qwen3",
         bos_token_id=_token_id(config, "bos_token_id"),
-        eos_token_ids=_token_ids(config.get("eos_token_id")),
+        eos_token_ids=_token_ids(config, "eos_token_id"),
         pad_token_id=_token_id(config, "pad_token_id"),
     )
 
@@ -190,7 +191,7 @@ def init_params(key: jax.Array, spec: ModelSpec, dtype: Any = "float32") -> dict
 
 def _required_int(config: Mapping[str, Any], name: str) -> int:
     value = config.get(name)
-    if not isinstance(value, int) or value <= 0:
+    if type(value) is not int or value <= 0:
         raise InputError(f"config.json: {name} must be a positive integer, found {value!r}")
     return value
 
@@ -201,9 +202,24 @@ def _optional_int(config: Mapping[str, Any], name: str, default: int) -> int:
 
 def _token_id(config: Mapping[str, Any], name: str) -> int | None:
     value = config.get(name)
-    if value is not None and not isinstance(value, int):
+    if value is not None and type(value) is not int:
         raise InputError(f"config.json: {name} must be an integer or null, found {value!r}")
     return value
+
+
+def _token_ids(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    value = config.get(name)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(index) is not int for index in ids):
+        raise InputError(f"config.json: {name} must be an integer, a list of integers or null, found {value!r}")
+    return tuple(ids)
+
+
+def _flag(config: Mapping[str, Any], name: str) -> bool:
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"config.json: {name} must be true, false or null, found {value!r}")
+    return bool(value)
 
 
 def _head_dim(config: Mapping[str, Any], hidden_size: int, num_heads: int) -> int:
@@ -219,18 +235,12 @@ def _head_dim(config: Mapping[str, Any], hidden_size: int, num_heads: int) -> in
     return head_dim
 
 
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
-
-
 def _biases(config: Mapping[str, Any], model_type: str) -> tuple[str, ...]:
     attention = ("q_proj", "k_proj", "v_proj")
     if model_type == "qwen2":
         return attention
-    names: tuple[str, ...] = (*attention, "o_proj") if config.get("attention_bias") else ()
-    if config.get("mlp_bias"):
+    names: tuple[str, ...] = (*attention, "o_proj") if _flag(config, "attention_bias") else ()
+    if _flag(config, "mlp_bias"):
         names += ("gate_proj", "up_proj", "down_proj")
     return names
 
@@ -239,8 +249,10 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise InputError(f"config.json: hidden_act {activation!r} is not supported; expected 'silu'")
-    layer_types = config.get("layer_types") or []
-    if config.get("use_sliding_window") or any(kind != "full_attention" for kind in layer_types):
+    layer_types = config.get("layer_types")
+    if not isinstance(layer_types, list | None):
+        raise InputError(f"config.json: layer_types must be a list or null, found {layer_types!r}")
+    if _flag(config, "use_sliding_window") or any(kind != "full_attention" for kind in layer_types or ()):
         raise InputError(
             "config.json: sliding-window attention is not supported; expected use_sliding_window false and "
             "layer_types of full_attention only"

@@ -71,7 +71,7 @@ def distant_batch(number: int, rows: int, size: int) -> int:
     return number + half if is_ahead or number < half else number - half
 
 
-def packed_shape(config: Config) -> tuple[int, int] | None:
+def packed_pass(config: Config) -> tuple[int, int] | None:
     """(B, T) of one device's forward pass where rows are packed, else None."""
     if config.data.batching != "packing":
         return None
@@ -86,4 +86,4 @@ def rows_per_pass(config: Config, length: int) -> int:
     rows = train.micro_batch or train.batch_size
     if not train.micro_tokens:
         return rows
-    return batches.rows_per_pass(rows, length, train.micro_tokens, axes_size(BATCH, mesh_sizes(config.mesh)))
+    return batches.rows_within_budget(rows, length, train.micro_tokens, axes_size(BATCH, mesh_sizes(config.mesh)))

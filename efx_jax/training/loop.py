@@ -17,7 +17,7 @@ from efx_jax.parallel.hosts import meet
 from efx_jax.parallel.partition import tree_shardings
 from efx_jax.training import log
 from efx_jax.training.events import forget_blocks, mask_sparsity, prune_run
-from efx_jax.training.feed import epoch_rows, mesh_batch, packed_shape, rows_per_pass
+from efx_jax.training.feed import epoch_rows, mesh_batch, packed_pass, rows_per_pass
 from efx_jax.training.interrupt import asked, interruptible, say_interrupted
 from efx_jax.training.journal import Journal
 from efx_jax.training.measure import measure, measure_start
@@ -294,5 +294,5 @@ def _enough(loop: _Loop) -> bool:
 def _attention_path(config: Config, prepared: Prepared) -> Implementation:
     """cuDNN's attention only where all hosts have found it to be right, for the teacher too: they run one program."""
     specs = {prepared.spec} | ({prepared.teacher.spec} if prepared.teacher else set())
-    paths = [choose_attention(spec, config.model.compute_dtype, packed=packed_shape(config)) for spec in specs]
+    paths = [choose_attention(spec, config.model.compute_dtype, packed=packed_pass(config)) for spec in specs]
     return "cudnn" if all(meet(all(path == "cudnn" for path in paths))) else "xla"

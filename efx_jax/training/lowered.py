@@ -17,7 +17,7 @@ from efx_jax.model.spec import ModelSpec, param_shapes
 from efx_jax.parallel.mesh import make_mesh, mesh_size, mesh_sizes
 from efx_jax.parallel.partition import batch_axes, placed_shapes
 from efx_jax.training.activations import Layout
-from efx_jax.training.feed import packed_shape
+from efx_jax.training.feed import packed_pass
 from efx_jax.training.schedule import optimizer
 from efx_jax.training.state import init_train_state
 from efx_jax.training.step import Teacher, has_teacher, jit_step, step_options, train_step
@@ -105,7 +105,7 @@ def step_arguments(spec: ModelSpec, config: Config, layout: Layout, mesh: Mesh) 
     # A mesh that is larger than this machine is simulated on its CPU, whatever else is at hand.
     attention_path: Implementation = "xla"
     if mesh.devices.flat[0].platform != "cpu":
-        attention_path = choose_attention(spec, config.model.compute_dtype, packed=packed_shape(config))
+        attention_path = choose_attention(spec, config.model.compute_dtype, packed=packed_pass(config))
     return (
         placed_shapes(mesh, jax.eval_shape(init, params)),
         placed,

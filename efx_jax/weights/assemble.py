@@ -19,6 +19,7 @@ from efx_jax.weights.source import (
     TensorSource,
     cast,
     check_names_and_shapes,
+    leaf_dtype,
     leaves,
 )
 
@@ -65,7 +66,7 @@ def tree_bytes(source: TensorSource, spec: ModelSpec) -> int:
         InputError: a missing, unknown or wrongly shaped tensor.
     """
     check_names_and_shapes(source, spec)
-    return sum(math.prod(leaf.shape) * DTYPES[_leaf_dtype(source, leaf)].itemsize for leaf in leaves(spec))
+    return sum(math.prod(leaf.shape) * DTYPES[leaf_dtype(source, leaf)].itemsize for leaf in leaves(spec))
 
 
 Layout = dict[tuple[str, ...], Sharding]
@@ -110,17 +111,11 @@ def _local_parts(sharding: Sharding, shape: tuple[int, ...]) -> list[tuple[Part,
     return list(found.values())
 
 
-def _leaf_dtype(source: TensorSource, leaf: Leaf) -> str:
-    """The dtype that holds all of a leaf's layers exactly: theirs if they agree, else float32."""
-    distinct = {source.dtypes[name] for name in leaf.names}
-    return distinct.pop() if len(distinct) == 1 else "float32"
-
-
 def _read_leaf(source: TensorSource, leaf: Leaf, part: Part) -> np.ndarray:
     """One part of a leaf; a stacked one is filled layer by layer."""
     if not leaf.stacked:
         return _read_finite(source, leaf.names[0], part)
-    stacked = np.empty(part_shape(part), DTYPES[_leaf_dtype(source, leaf)])
+    stacked = np.empty(part_shape(part), DTYPES[leaf_dtype(source, leaf)])
     for layer, name in enumerate(leaf.names):
         stacked[layer] = _read_finite(source, name, part[1:])
     return stacked

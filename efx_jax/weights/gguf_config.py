@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from efx_jax.errors import InputError
+from efx_jax.model.rope import RopeSpec
 from efx_jax.model.spec import ARCHITECTURES
 from efx_jax.weights.gguf_file import GGUFFile
 
@@ -177,7 +178,7 @@ def _llama3_parameters(file: GGUFFile, theta: float, head_dim: int, factors: np.
     so low and high are taken as every published model has them, 1 and 4.
     """
     factor = float(factors.max())
-    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    wavelengths = _wavelengths(theta, head_dim)
     lengths = [_LLAMA3_LENGTH]
     between = (factors > 1) & (factors < factor)
     if factors.shape == wavelengths.shape and between.any():
@@ -185,7 +186,8 @@ def _llama3_parameters(file: GGUFFile, theta: float, head_dim: int, factors: np.
         fitted = (smooth * (_LLAMA3_HIGH - _LLAMA3_LOW) + _LLAMA3_LOW) * wavelengths[between]
         lengths.append(round(float(np.median(fitted))))
     for length in lengths:
-        expected = _llama3_factors(wavelengths, factor, length)
+        rope = RopeSpec("llama3", theta, factor, length, _LLAMA3_LOW, _LLAMA3_HIGH)
+        expected = llama3_factors(rope, head_dim)
         if expected.shape == factors.shape and np.allclose(expected, factors, rtol=1e-5, atol=0):
             return {
                 "rope_type": "llama3",
@@ -201,8 +203,14 @@ def _llama3_parameters(file: GGUFFile, theta: float, head_dim: int, factors: np.
     )
 
 
-def _llama3_factors(wavelengths: np.ndarray, factor: float, original_length: float) -> np.ndarray:
+def llama3_factors(rope: RopeSpec, head_dim: int) -> np.ndarray:
     """What LLaMA 3.1 divides its `[H/2]` rotary frequencies by (transformers' `_compute_llama3_parameters`)."""
-    smooth = (original_length / wavelengths - _LLAMA3_LOW) / (_LLAMA3_HIGH - _LLAMA3_LOW)
+    periods = rope.original_max_position / _wavelengths(rope.theta, head_dim)
+    smooth = (periods - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     smooth = np.clip(smooth, 0, 1)
-    return 1 / ((1 - smooth) / factor + smooth)
+    return 1 / ((1 - smooth) / rope.factor + smooth)
+
+
+def _wavelengths(theta: float, head_dim: int) -> np.ndarray:
+    """Of the `[H/2]` rotary frequencies, in tokens."""
+    return 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)

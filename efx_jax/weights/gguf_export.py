@@ -19,6 +19,7 @@ from efx_jax.files import atomic_file
 from efx_jax.model.rope import RopeSpec, yarn_attention_factor
 from efx_jax.model.spec import ModelSpec, config_from_spec, spec_from_config
 from efx_jax.weights.gguf import ROPE_FACTORS, stored_names, stored_order
+from efx_jax.weights.gguf_config import llama3_factors
 from efx_jax.weights.gguf_vocabulary import vocabulary_metadata
 from efx_jax.weights.hf import open_checkpoint
 from efx_jax.weights.source import DTYPES, TensorSource, cast, check_names_and_shapes
@@ -66,7 +67,7 @@ def _write(
     try:
         for key, value in metadata.items():
             _add(writer, key, value)
-        factors = _llama3_factors(spec)
+        factors = _stored_factors(spec)
         if factors is not None:
             writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
         for name, hf_name in names.items():
@@ -141,11 +142,23 @@ def _model_metadata(source: TensorSource, spec: ModelSpec, dtype: str) -> dict[s
     }
     general = {
         "general.type": "model",
-        "general.name": str(source.config.get("_name_or_path") or source.path.stem),
+        "general.name": str(source.config.get("_name_or_path") or _model_name(source.path)),
         "general.file_type": _TYPES[dtype][1],
         "general.quantization_version": _QUANTIZATION_VERSION,
     }
     return general | {f"{arch}.{key}": value for key, value in keys.items()}
+
+
+def _model_name(path: Path) -> str:
+    """What a folder or file is called; a dot in a folder's name (Llama-3.2-1B) begins no suffix."""
+    place = path.absolute()
+    if place.suffix == ".gguf":
+        return place.stem
+    if place.parent.name == "snapshots":
+        # The Hub's cache: models--OWNER--NAME/snapshots/COMMIT.
+        return place.parent.parent.name.split("--")[-1]
+    # A run's export is called as the run.
+    return place.parent.name if place.name == "export" else place.name
 
 
 def _rope_metadata(rope: RopeSpec) -> dict[str, Any]:
@@ -171,17 +184,9 @@ def _rope_metadata(rope: RopeSpec) -> dict[str, Any]:
     return keys
 
 
-def _llama3_factors(spec: ModelSpec) -> np.ndarray | None:
+def _stored_factors(spec: ModelSpec) -> np.ndarray | None:
     """What LLaMA 3.1's scaling divides the `[H/2]` rotary frequencies by, float32."""
-    rope = spec.rope
-    if rope.rope_type != "llama3":
-        return None
-    wavelengths = 2 * math.pi * rope.theta ** (np.arange(0, spec.head_dim, 2) / spec.head_dim)
-    smooth = (rope.original_max_position / wavelengths - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
-    smooth = np.clip(smooth, 0, 1)
-    return (1 / ((1 - smooth) / rope.factor + smooth)).astype(np.float32)
+    return llama3_factors(spec.rope, spec.head_dim).astype(np.float32) if spec.rope.rope_type == "llama3" else None
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

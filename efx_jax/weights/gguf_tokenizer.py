@@ -9,14 +9,18 @@ that is coarser than the tokenizer the model was trained with:
 - llama-bpe: without an add_bos_token key in the file no bos is added.
 
 It differs where the conversion would leave the vocabulary: transformers adds a `<|endoftext|>` beyond the embedding to
-a vocabulary that lacks it, and cuts control tokens outside the byte alphabet (`<｜User｜>` of DeepSeek) into bytes.
+a vocabulary that lacks it, and cuts control tokens outside the byte alphabet (`<｜User｜>` of DeepSeek) into bytes. And
+it differs where the conversion misses a part of it: some hundred tokens of LLaMA 3 that no merges lead to are taken
+whole here, as by the original and by llama.cpp (github.com/ggml-org/llama.cpp/pull/7193).
 The split patterns are those of the models' own `tokenizer.json` files, as llama.cpp (`src/llama-vocab.cpp`) names them.
 """
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from efx_jax.errors import InputError
+from efx_jax.weights.config_json import read_json
 from efx_jax.weights.gguf_file import GGUFFile, read_header
 
 if TYPE_CHECKING:
@@ -41,6 +45,8 @@ _SPLITS = {
     "qwen2": QWEN2_SPLIT,
     "deepseek-r1-qwen": QWEN2_SPLIT,
 }
+# A piece of text that is a token is that token, whatever the merges make of it.
+_IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3")
 _CONTROL, _USER_DEFINED = 3, 4
 _SPECIAL_IDS = {
     "bos_token": "tokenizer.ggml.bos_token_id",
@@ -84,6 +90,20 @@ def gguf_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     )
 
 
+def save_gguf_tokenizer(path: str | Path, folder: Path) -> None:
+    """Writes the tokenizer of a GGUF file into a folder, under a class that transformers 4 and 5 know.
+
+    Raises:
+        InputError: see `gguf_tokenizer`.
+    """
+    gguf_tokenizer(path).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = read_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    # transformers 4, on which much of vLLM stands, knows neither the new name of the class nor this key.
+    config.pop("backend", None)
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _byte_level(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -94,7 +114,8 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
             "use the safetensors checkpoint with its tokenizer.json"
         )
     vocab = {token: index for index, token in enumerate(_spelled(tokens, _token_types(file, tokens)))}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=_stored_merges(file, vocab)))
+    merges = _stored_merges(file, vocab)
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _IGNORE_MERGES))
     split = _SPLITS[pre]
     if split is None:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -22,8 +22,9 @@ from efx_jax.weights.packed_file import is_packed_folder, open_packed
 from efx_jax.weights.params import params_source
 from efx_jax.weights.safetensors_file import Entry, create, fill, read_header, read_part, tensor_bytes
 from efx_jax.weights.source import TensorSource, check_names_and_shapes, leaves
+from efx_jax.weights.tokenizer_json import folder_tokenizer
 
-_SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 
 
@@ -193,9 +194,9 @@ def write_extras(extras: Path, folder: Path) -> None:
     if extras.is_dir():
         copy_extras(extras, folder)
         return
-    from efx_jax.weights.gguf_tokenizer import gguf_tokenizer
+    from efx_jax.weights.gguf_tokenizer import save_gguf_tokenizer
 
-    gguf_tokenizer(extras).save_pretrained(folder)
+    save_gguf_tokenizer(extras, folder)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -208,12 +209,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         A transformers fast tokenizer.
 
     Raises:
-        InputError: there is no tokenizer, or `transformers` is not installed.
+        InputError: there is no tokenizer, one that cannot be loaded, or `transformers` is not installed.
     """
     # It advises to install torch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        import transformers
+        import transformers  # noqa: F401
     except ImportError as error:
         raise InputError("tokenizers need the package transformers; pip install transformers") from error
     place = local_path(path)
@@ -221,29 +222,21 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         from efx_jax.weights.gguf_tokenizer import gguf_tokenizer
 
         return gguf_tokenizer(place)
-    try:
-        return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"{place}: has no tokenizer that transformers can load ({reason}); add tokenizer.json"
-        ) from error
+    return folder_tokenizer(place)
 
 
 def _promised_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file by the index, every file present; a checkpoint without index has one file, under ""."""
-    if (folder / _SINGLE).is_file():
-        return {"": folder / _SINGLE}
+    if (folder / SINGLE).is_file():
+        return {"": folder / SINGLE}
     if not (folder / INDEX).is_file():
         pickles = sorted(folder.glob("pytorch_model*.bin"))
         if pickles:
             raise InputError(
-                f"{pickles[0]}: is a pickle, which can run code when it is opened; expected {_SINGLE}; "
+                f"{pickles[0]}: is a pickle, which can run code when it is opened; expected {SINGLE}; "
                 "get the checkpoint's safetensors version"
             )
-        raise InputError(
-            f"{folder}: has neither {_SINGLE} nor {INDEX}; expected a Hugging Face folder with safetensors"
-        )
+        raise InputError(f"{folder}: has neither {SINGLE} nor {INDEX}; expected a Hugging Face folder with safetensors")
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise InputError(f"{folder / INDEX}: has no weight_map; download the file again")
@@ -280,7 +273,7 @@ def _split(source: TensorSource, names: list[str], max_bytes: int) -> dict[str, 
         shards[-1].append(name)
         filled += size
     if len(shards) == 1:
-        return {_SINGLE: shards[0]}
+        return {SINGLE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, start=1)}
 
 

@@ -17,7 +17,7 @@ from efx_jax.model.spec import ModelSpec
 from efx_jax.weights.bitmask import unpack_bits
 from efx_jax.weights.byte_ranges import Part
 from efx_jax.weights.params import host_part
-from efx_jax.weights.source import DTYPES, TensorSource, leaves
+from efx_jax.weights.source import DTYPES, TensorSource, leaf_dtype, leaves
 
 # Entries that are worked on at a time: their float64 sums stay in a processor's second cache.
 _BLOCK_ENTRIES = 1 << 15
@@ -146,8 +146,7 @@ def leaf_dtypes(source: TensorSource, spec: ModelSpec) -> TensorSource:
     """The same checkpoint in the dtypes that its tree has: of layers that differ float32, see `assemble`."""
     dtypes = dict(source.dtypes)
     for leaf in leaves(spec):
-        distinct = {source.dtypes[name] for name in leaf.names}
-        dtypes |= dict.fromkeys(leaf.names, distinct.pop() if len(distinct) == 1 else "float32")
+        dtypes |= dict.fromkeys(leaf.names, leaf_dtype(source, leaf))
 
     def read_part(name: str, part: Part) -> np.ndarray:
         return source.read_part(name, part).astype(DTYPES[dtypes[name]], copy=False)

@@ -2,7 +2,7 @@
 
 ```
 DST/params/        Orbax checkpoint of the tree of `param_shapes(spec)`
-DST/config.json    the original's, untouched
+DST/config.json    the original's content, its dtype too, whatever that of the tensors is
 DST/manifest.json  dtypes: Hugging Face tensor name -> dtype that an export gives it; files: size of each in params/
 DST/tokenizer...   and the other small files of the original
 ```

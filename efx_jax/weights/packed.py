@@ -39,7 +39,15 @@ from efx_jax.weights.packed_file import (
     read_manifest,
     stored_tensors,
 )
-from efx_jax.weights.safetensors_file import STORED, Entry, lay_out, read_header, read_header_text, read_part
+from efx_jax.weights.safetensors_file import (
+    STORED,
+    Entry,
+    array_bytes,
+    lay_out,
+    read_header,
+    read_header_text,
+    read_part,
+)
 from efx_jax.weights.sealed import check_files, file_table, is_inner_name, write_sealed
 from efx_jax.weights.source import check_names_and_shapes, leaves
 
@@ -102,7 +110,7 @@ def pack(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> Packing:
         if name in linears and (count := _worth_packing(name, entry)) is not None
     }
     layouts = {file: _layout(entries, kept) for file, entries in files.items()}
-    needs = sum(_bytes(*shape) for layout in layouts.values() for shape in layout.values())
+    needs = sum(array_bytes(*array) for layout in layouts.values() for array in layout.values())
     carried, left_out = _other_files(folder, {file.name for file in files})
     with atomic_folder(dst, needs=needs) as partial:
         manifest: dict[str, Any] = {"format": FORMAT, "version": VERSION, "files": {}, "tensors": {}}
@@ -195,10 +203,6 @@ def _layout(entries: Mapping[str, Entry], kept: Mapping[str, int]) -> _Layout:
         layout[stem + SHAPE] = ((2,), "int64")
         layout[stem + ROW_OFFSETS] = ((rows,), "int64")
     return layout
-
-
-def _bytes(shape: tuple[int, ...], dtype: str) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * STORED[dtype].itemsize
 
 
 def _pack_file(entries: Mapping[str, Entry], layout: _Layout, path: Path) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,6 @@ No other loader takes the folder for a dense checkpoint: it holds neither a `.sa
 """
 
 import dataclasses
-import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from efx_jax.errors import InputError
 from efx_jax.weights.bitmask import BITMASK, COMPRESSED, ROW_OFFSETS, SHAPE, SUFFIX, count_bits, expand_rows
 from efx_jax.weights.byte_ranges import Part, part_shape
 from efx_jax.weights.config_json import check_tokenizer_fits, read_json
-from efx_jax.weights.safetensors_file import STORED, Entry, parse_header, read_header, read_part
+from efx_jax.weights.safetensors_file import STORED, Entry, array_bytes, parse_header, read_header, read_part
 from efx_jax.weights.sealed import FILE_TABLE, check_layout, check_names, read_sealed
 from efx_jax.weights.source import TensorSource
 
@@ -113,7 +112,7 @@ def stored_tensors(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Store
         entries = read_header(path, integers=True)
         header = fields["header"].encode()
         dense_entries = parse_header(header, folder / dense_name)
-        ends = [dense.start + _bytes(dense) for dense in dense_entries.values()]
+        ends = [dense.start + array_bytes(dense.shape, dense.dtype) for dense in dense_entries.values()]
         if fields["bytes"] != max(ends, default=8 + len(header)):
             raise InputError(
                 f"{folder / MANIFEST}: {dense_name} has not the size of its tensors; copy the folder again"
@@ -161,10 +160,6 @@ def _pieces(name: str, dense: Entry, entries: Mapping[str, Entry], path: Path) -
     if tuple(shape.tolist()) != dense.shape:
         raise InputError(f"{path}: {stem}{SHAPE} says {shape.tolist()}, expected {list(dense.shape)}; copy it again")
     return pieces
-
-
-def _bytes(entry: Entry) -> int:
-    return math.prod(entry.shape) * STORED[entry.dtype].itemsize
 
 
 def _check_piece(entry: Entry, shape: tuple[int, ...], dtype: str, name: str) -> None:

@@ -139,7 +139,7 @@ def lay_out(
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in sorted(shapes, key=lambda name: -STORED[dtypes[name]].itemsize):
-        start, end = end, end + math.prod(shapes[name]) * STORED[dtypes[name]].itemsize
+        start, end = end, end + array_bytes(shapes[name], dtypes[name])
         header[name] = {"dtype": _CODES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -197,4 +197,9 @@ def fill(path: Path, source: TensorSource) -> None:
 
 def tensor_bytes(source: TensorSource, name: str) -> int:
     """Size of one tensor in bytes."""
-    return math.prod(source.shapes[name]) * DTYPES[source.dtypes[name]].itemsize
+    return array_bytes(source.shapes[name], source.dtypes[name])
+
+
+def array_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Size of an array in bytes; `dtype` is a name of `STORED`."""
+    return math.prod(shape) * STORED[dtype].itemsize

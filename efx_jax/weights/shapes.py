@@ -1,8 +1,10 @@
 """What a model looks like, found without reading a weight: for plans of runs whose checkpoint is elsewhere."""
 
 import dataclasses
+import math
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ from efx_jax.config_io import config_folder
 from efx_jax.errors import InputError
 from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.weights.config_json import read_json
-from efx_jax.weights.fetch import QUICKSTART
-from efx_jax.weights.hf import open_checkpoint
-from efx_jax.weights.source import DTYPES
+from efx_jax.weights.fetch import QUICKSTART, local_path
+from efx_jax.weights.hf import INDEX, SINGLE, open_checkpoint
+from efx_jax.weights.orbax import is_orbax_folder
+from efx_jax.weights.packed_file import is_packed_folder
+from efx_jax.weights.source import DTYPES, TensorSource, check_names_and_shapes, leaf_dtype, leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +39,8 @@ class FoundSpec:
 def find_spec(path: str | os.PathLike[str]) -> FoundSpec:
     """The description of the model that `load_pretrained(path)` would load; reads no tensor.
 
-    A folder or file on this disk comes first, then `configs/shapes/` by Hub name or file name, then the Hub, of which
-    only `config.json` is fetched.
+    A folder or file on this disk comes first, with the dtype that its weights have where it holds some; then
+    `configs/shapes/` by Hub name or file name, then the Hub, of which only `config.json` is fetched.
 
     Args:
         path: as for `load_pretrained`; also the file name of a shape, such as "llama-2-7b".
@@ -44,7 +48,7 @@ def find_spec(path: str | os.PathLike[str]) -> FoundSpec:
     Raises:
         InputError: nothing describes a model of that name, or what does is damaged or unsupported.
     """
-    place = Path(path)
+    place = Path(path).expanduser()
     if path == QUICKSTART or place.exists():
         return _on_disk(path)
     shapes = known_shapes()
@@ -64,14 +68,31 @@ def known_shapes() -> dict[str, dict[str, Any]]:
 
 
 def _on_disk(path: str | os.PathLike[str]) -> FoundSpec:
-    folder = Path(path) / "export" if (Path(path) / "export" / "config.json").is_file() else Path(path)
-    if path != QUICKSTART and (folder / "config.json").is_file():
-        config = read_json(folder / "config.json")
-        return FoundSpec(spec_from_config(config), _dtype(config), str(folder / "config.json"), True)
-    source = open_checkpoint(path)
-    dtypes = set(source.dtypes.values())
-    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    return FoundSpec(spec_from_config(source.config), dtype, str(source.path), True)
+    place = local_path(path)
+    file = place / "config.json"
+    if file.is_file() and not _has_weights(place):
+        config = read_json(file)
+        return FoundSpec(spec_from_config(config), _dtype(config), str(file), True)
+    source = open_checkpoint(place)
+    spec = spec_from_config(source.config)
+    return FoundSpec(spec, _stored_dtype(source, spec), str(file if file.is_file() else place), True)
+
+
+def _has_weights(folder: Path) -> bool:
+    return (
+        is_packed_folder(folder)
+        or is_orbax_folder(folder)
+        or any((folder / name).is_file() for name in (SINGLE, INDEX))
+    )
+
+
+def _stored_dtype(source: TensorSource, spec: ModelSpec) -> str:
+    """The dtype of most entries of the tree: a GGUF file has float32 norms, an import may differ from its config."""
+    check_names_and_shapes(source, spec)
+    entries: Counter[str] = Counter()
+    for leaf in leaves(spec):
+        entries[leaf_dtype(source, leaf)] += math.prod(leaf.shape)
+    return entries.most_common(1)[0][0]
 
 
 def _dtype(config: dict[str, Any]) -> str:

@@ -99,6 +99,12 @@ def leaves(spec: ModelSpec) -> list[Leaf]:
     return top[:1] + layers + top[1:]
 
 
+def leaf_dtype(source: TensorSource, leaf: Leaf) -> str:
+    """The dtype that holds all of a leaf's layers exactly: theirs if they agree, else float32."""
+    distinct = {source.dtypes[name] for name in leaf.names}
+    return distinct.pop() if len(distinct) == 1 else "float32"
+
+
 def check_names_and_shapes(source: TensorSource, spec: ModelSpec) -> None:
     """Refuses a checkpoint whose tensors are not exactly the spec's; reads no tensor.
 

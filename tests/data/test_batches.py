@@ -13,7 +13,7 @@ from efx_jax.data.batches import (
     bucketed_batch,
     calibration_batches,
     make_batch,
-    rows_per_pass,
+    rows_within_budget,
 )
 from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import InputError
@@ -130,14 +130,14 @@ def test_a_host_lays_out_its_rows_alone_at_the_length_of_the_whole_batch(build: 
 
 
 def test_a_pass_takes_the_largest_divisor_of_the_batch_within_the_budget() -> None:
-    assert rows_per_pass(16, 128, 16 * 128) == 16
-    assert rows_per_pass(16, 128, 16 * 128 - 1) == 8
-    assert rows_per_pass(12, 100, 500) == 4
-    assert rows_per_pass(16, 2048, 100) == 1
-    assert rows_per_pass(24, 100, 1000, shards=4) == 8
-    assert rows_per_pass(24, 100, 100, shards=4) == 4
+    assert rows_within_budget(16, 128, 16 * 128) == 16
+    assert rows_within_budget(16, 128, 16 * 128 - 1) == 8
+    assert rows_within_budget(12, 100, 500) == 4
+    assert rows_within_budget(16, 2048, 100) == 1
+    assert rows_within_budget(24, 100, 1000, shards=4) == 8
+    assert rows_within_budget(24, 100, 100, shards=4) == 4
     with pytest.raises(InputError, match="5 shards"):
-        rows_per_pass(24, 100, 100, shards=5)
+        rows_within_budget(24, 100, 100, shards=5)
 
 
 def test_calibration_draws_whole_rows_without_replacement() -> None:

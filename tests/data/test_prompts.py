@@ -63,16 +63,69 @@ def test_chat_needs_a_template() -> None:
         apply_format([Example("p", "r")], "chat")
 
 
-def test_chat_uses_the_tokenizers_template() -> None:
+TURNS = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+STARTED = "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def in_chat(template: str | dict[str, str]) -> str:
+    """The prompt "Hi?" in a chat template."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bare)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    assert apply_format([Example("Hi?", " yes")], "chat", tokenizer) == [Example("<user>Hi?<assistant>", "yes")]
+    tokenizer.chat_template = template
+    (framed,) = apply_format([Example("Hi?", " yes")], "chat", tokenizer)
+    assert framed.response == "yes"
+    return framed.prompt
+
+
+def test_chat_uses_the_tokenizers_template() -> None:
+    assert in_chat(TURNS + STARTED) == "<user>Hi?<assistant>"
+    assert in_chat({"default": TURNS + STARTED, "rag": "no"}) == "<user>Hi?<assistant>"
+
+
+@pytest.mark.parametrize(
+    ("clock", "date"),
+    [
+        # LLaMA 3.2's own lines.
+        (
+            "{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}\n"
+            '        {%- set date_string = strftime_now("%d %b %Y") %}\n    {%- else %}\n'
+            '        {%- set date_string = "26 Jul 2024" %}\n    {%- endif %}\n{%- endif %}\n{{- date_string }}',
+            "26 Jul 2024",
+        ),
+        ("{{ strftime_now('%A, %B %d, %Y, %H:%M:%S') }}", "Friday, July 26, 2024, 00:00:00"),
+        ("{% macro today() %}{{ strftime_now('%Y-%m-%d') }}{% endmacro %}{{ today() }}", "2024-07-26"),
+    ],
+)
+def test_a_chat_prompt_is_the_same_on_every_day(clock: str, date: str) -> None:
+    assert in_chat(clock + TURNS + STARTED) == f"{date}<user>Hi?<assistant>"
+
+
+def test_a_template_that_always_thinks_gets_an_empty_thought() -> None:
+    closed = "<user>Hi?<assistant><think>\n\n</think>\n\n"
+    assert in_chat(TURNS + STARTED + "{{ '<think>\n' }}") == closed
+    assert in_chat(TURNS + STARTED + "<think>") == closed
+    # Qwen3's own way to say it.
+    asked = "{% if not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    assert in_chat(TURNS + STARTED + asked) == closed
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('Roles must\\nalternate') }}", "Roles must"),
+        ("{% for m in messages %}", "Unexpected end of template"),
+        ("{{ messages[0].text.upper() }}", "has no attribute 'text'"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ({"rag": TURNS}, "multiple chat templates with no default"),
+    ],
+)
+def test_a_chat_template_that_fails_is_named_in_a_line(template: str | dict[str, str], reason: str) -> None:
+    with pytest.raises(InputError, match="data.format chat: the tokenizer's chat template fails") as caught:
+        in_chat(template)
+    assert reason in str(caught.value) and "use plain or alpaca" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_plain_text_joins_prompt_and_response() -> None:

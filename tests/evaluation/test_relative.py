@@ -163,6 +163,11 @@ def test_lost_predictions_are_noticed() -> None:
     for garbled in ({"task": "choice"}, records[0] | {"prediction": "z"}, records[0] | {"run": 7}):
         with pytest.raises(InputError, match="dense: predictions of choice are garbled"):
             check_ratios(results, [*records[1:], garbled], Path("dense"))
+    # Of an evaluation of an earlier version: the groups would be missed after the whole of the new one.
+    for group in ({}, {"group": None}, {"group": "first"}):
+        changed = [{name: value for name, value in record.items() if name != "group"} | group for record in records]
+        with pytest.raises(InputError, match="dense: predictions of choice are garbled"):
+            check_ratios(results, changed, Path("dense"))
     check_ratios(results, records, Path("dense"))
 
 

@@ -226,6 +226,13 @@ def test_yarn_factor_follows_from_the_two_lengths_unless_it_is_given() -> None:
     assert spec_from_config({**config, "rope_scaling": {**implied, "factor": 3.0}}).rope.factor == 3.0
 
 
+def test_a_yarn_mscale_of_zero_is_none() -> None:
+    zero = {**YARN, "mscale": 1.0, "mscale_all_dim": 0}
+    rope = spec_from_config({**QWEN25, "rope_scaling": zero}).rope
+    assert (rope.mscale, rope.mscale_all_dim) == (1.0, None)
+    assert yarn_attention_factor(rope) == pytest.approx(0.1 * math.log(4) + 1)
+
+
 def test_yarn_attention_factor_is_given_or_follows_from_the_factor() -> None:
     yarn = RopeSpec("yarn", 1e6, 4.0, 32768)
     assert yarn_attention_factor(yarn) == pytest.approx(0.1 * math.log(4) + 1)
@@ -265,6 +272,16 @@ REFUSED: list[tuple[Config, str]] = [
     ({"max_position_embeddings": "64"}, "max_position_embeddings must be a positive integer"),
     ({"num_key_value_heads": -2}, "num_key_value_heads must be a positive integer"),
     ({"bos_token_id": [1]}, "bos_token_id must be an integer or null"),
+    ({"pad_token_id": True}, "pad_token_id must be an integer or null, found True"),
+    ({"eos_token_id": "2"}, "eos_token_id must be an integer, a list of integers or null, found '2'"),
+    ({"eos_token_id": [2, None]}, "eos_token_id must be an integer, a list of integers or null"),
+    ({"num_hidden_layers": True}, "num_hidden_layers must be a positive integer, found True"),
+    ({"layer_types": True}, "layer_types must be a list or null, found True"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true, false or null, found 'false'"),
+    ({"attention_bias": "no"}, "attention_bias must be true, false or null"),
+    ({"rope_scaling": {**YARN, "beta_fast": "32"}}, "beta_fast must be a number above 0, found '32'"),
+    ({"rope_scaling": {**YARN, "attention_factor": "x"}}, "attention_factor must be a number above 0, found 'x'"),
+    ({"rope_scaling": {**YARN, "truncate": 1}}, "truncate must be true, false or null, found 1"),
 ]
 
 

@@ -156,6 +156,28 @@ def test_cache_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         fetch.fetch_quickstart_model(tmp_path / "file" / "cache")
 
 
+def test_of_the_hub_come_licences_and_templates_but_no_code_pickles_or_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    wanted = ["config.json", "model.safetensors", "chat_template.jinja", "additional_chat_templates/rag.jinja"]
+    wanted += ["LICENSE.txt", "NOTICE", "USE_POLICY.md", "tokenizer.model"]
+    others = ["modeling.py", "pytorch_model.bin", "original/params.json", "onnx/model.safetensors", "README.md"]
+    chosen: list[str] = []
+
+    def choose(name: str, *, allow_patterns: list[str], ignore_patterns: list[str], local_dir: Path | None) -> str:
+        chosen.extend(
+            huggingface_hub.utils.filter_repo_objects(
+                wanted + others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            )
+        )
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", choose)
+    assert fetch.local_path("some/model") == tmp_path
+    assert chosen == wanted
+
+
 def test_unknown_name_is_neither_a_path_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     huggingface_hub = pytest.importorskip("huggingface_hub")
 

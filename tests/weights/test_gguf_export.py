@@ -20,6 +20,7 @@ from efx_jax.weights.gguf import open_gguf
 from efx_jax.weights.gguf_export import export_gguf
 from efx_jax.weights.gguf_tokenizer import gguf_tokenizer
 from efx_jax.weights.hf import load_pretrained, load_tokenizer, save_pretrained
+from efx_jax.weights.shapes import find_spec
 from tests.tiny import save_tokenizer
 from tests.weights.gguf_files import gguf_name
 from tests.weights.test_gguf_tokenizer import golden_texts, tokenizer_file
@@ -178,7 +179,8 @@ def test_split_pattern_has_llama_cpp_s_name(kind: str, pre: str, make_model: Cal
     assert fields["tokenizer.ggml.pre"].contents() == pre
 
 
-def test_tokenizer_that_cuts_at_digits_is_named_smollm(make_model: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])
+def test_tokenizer_that_cuts_at_digits_is_named_smollm(declared: str, make_model: Callable, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, pre_tokenizers
 
     folder, _, _ = make_model("llama", "gpt2")
@@ -186,9 +188,36 @@ def test_tokenizer_that_cuts_at_digits_is_named_smollm(make_model: Callable, tmp
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     tokenizer.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": declared}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     export_gguf(folder, tmp_path / "model.gguf")
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     assert fields["tokenizer.ggml.pre"].contents() == "smollm"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("hub/Llama-3.2-1B-Instruct", "Llama-3.2-1B-Instruct"),
+        ("models--Qwen--Qwen3-0.6B/snapshots/c0ffee", "Qwen3-0.6B"),
+        ("runs/mine-0.5/export", "mine-0.5"),
+    ],
+)
+def test_the_file_is_named_after_the_model(path: str, name: str, make_model: Callable, tmp_path: Path) -> None:
+    folder, _, _ = make_model("llama")
+    (tmp_path / path).parent.mkdir(parents=True)
+    folder.rename(tmp_path / path)
+    export_gguf(tmp_path / path, tmp_path / "a-1.5.f16.gguf")
+    export_gguf(tmp_path / "a-1.5.f16.gguf", tmp_path / "b.gguf")
+    found = [
+        gguf.GGUFReader(tmp_path / file).fields["general.name"].contents() for file in ("a-1.5.f16.gguf", "b.gguf")
+    ]
+    assert found == [name, "a-1.5.f16"]
+
+
+def test_a_file_of_16_bits_is_described_as_one(make_model: Callable, tmp_path: Path) -> None:
+    export_gguf(make_model("llama")[0], tmp_path / "model.gguf", "bfloat16")
+    assert find_spec(tmp_path / "model.gguf").dtype == "bfloat16"
 
 
 def test_gguf_file_keeps_its_own_tokenizer(make_model: Callable, tmp_path: Path) -> None:

@@ -165,6 +165,25 @@ def test_tokenizer_may_not_be_larger_than_the_embedding(largest: int, make_folde
         open_folder(folder)
 
 
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        {"model": [1]},
+        {"model": {"vocab": 3}},
+        {"model": {"vocab": {"a": "0"}}},
+        {"added_tokens": [{"content": "<new>"}]},
+        {"added_tokens": [{"id": "3", "content": "<new>"}]},
+        {"added_tokens": 3},
+    ],
+)
+def test_a_garbled_tokenizer_json_is_named(tokenizer: dict, make_folder: Callable) -> None:
+    folder = make_folder()
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match="tokenizer.json: is no tokenizer's; expected .* with integer ids") as caught:
+        open_folder(folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_run_folder_stands_for_its_export(make_folder: Callable, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -9,6 +9,8 @@ import pytest
 
 from efx_jax.errors import InputError
 from efx_jax.model.spec import linear_shapes, param_shapes, spec_from_config
+from efx_jax.weights.convert import import_checkpoint
+from efx_jax.weights.hf import load_pretrained, save_pretrained
 from efx_jax.weights.shapes import find_spec, known_shapes
 
 # Parameter counts that the checkpoints' own safetensors indexes state; where a tied head is stored twice, once.
@@ -76,6 +78,24 @@ def test_a_folder_needs_no_weights_to_be_described(tmp_path: Path) -> None:
 def test_a_checkpoint_on_disk_is_described_by_its_own_files(tiny_folder: Path) -> None:
     found = find_spec(tiny_folder)
     assert (found.spec.hidden_size, found.spec.num_layers, found.on_disk) == (16, 2, True)
+
+
+def test_a_home_folder_is_found(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tiny_folder.parent))
+    assert find_spec(f"~/{tiny_folder.name}") == find_spec(tiny_folder)
+
+
+def test_the_dtype_is_that_of_the_weights(tiny_folder: Path, tmp_path: Path) -> None:
+    import_checkpoint(tiny_folder, tmp_path / "narrow", "bfloat16")
+    assert json.loads((tmp_path / "narrow" / "config.json").read_text())["dtype"] == "float32"
+    assert find_spec(tmp_path / "narrow").dtype == "bfloat16"
+    assert find_spec(tiny_folder).dtype == "float32"
+
+
+def test_a_few_wide_norms_do_not_make_a_model_wide(tiny_folder: Path, tmp_path: Path) -> None:
+    params, spec = load_pretrained(tiny_folder, "float16")
+    save_pretrained(tmp_path / "mixed", params | {"norm": params["norm"].astype("float32")}, spec)
+    assert find_spec(tmp_path / "mixed").dtype == "float16"
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
