@@ -43,7 +43,6 @@ def prune_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
         *_pair_rules(prune),
         *_calibration_rules(prune),
         *_schedule_rules(prune, train),
-        *(_unit_rules(prune) if prune.score == "atp" else ()),
     ]
 
 
@@ -63,20 +62,40 @@ def _choice_rules(prune: PruneConfig) -> Iterable[Rule]:
 
 def _pair_rules(prune: PruneConfig) -> Iterable[Rule]:
     """What no event can do, whatever the model."""
-    sweeps = prune.score == "sparsegpt"
+    return [*_sweep_rules(prune), *_recovery_rules(prune), *_pattern_rules(prune)]
+
+
+def _sweep_rules(prune: PruneConfig) -> Iterable[Rule]:
+    """What SparseGPT's sweep, which scores an entry after its row has moved, leaves no choice in."""
+    if prune.score != "sparsegpt":
+        return []
     return [
-        (
-            "prune.ema",
-            prune.ema,
-            not sweeps or prune.ema == 1,
-            "1 with prune.score sparsegpt: an entry is scored after its row has moved, so that events do not compare",
-        ),
+        ("prune.ema", prune.ema, prune.ema == 1, "1 with prune.score sparsegpt, whose scores of events do not compare"),
         (
             "prune.group",
             prune.group,
-            not sweeps or prune.group not in ("slab", "bounded"),
+            prune.group not in ("slab", "bounded"),
             "row, matrix or N:M with prune.score sparsegpt, which takes them within slabs of columns",
         ),
+        (
+            "prune.swaps",
+            prune.swaps,
+            prune.swaps == 0 or prune.recovery != "obs",
+            "0 with prune.score sparsegpt and prune.recovery obs: the weights were updated for the sweep's own mask",
+        ),
+        (
+            "prune.budget",
+            prune.budget,
+            prune.budget != "global",
+            "uniform or owl with prune.score sparsegpt, which scores an entry after its budget is set",
+        ),
+    ]
+
+
+def _recovery_rules(prune: PruneConfig) -> Iterable[Rule]:
+    has_target = prune.recovery in ("gram_pbs", "admm", "obs")
+    refines = prune.recovery == "admm" and prune.admm_refine > 0
+    return [
         (
             "prune.pbs_rounds",
             prune.pbs_rounds,
@@ -92,38 +111,32 @@ def _pair_rules(prune: PruneConfig) -> Iterable[Rule]:
         (
             "prune.dense_path",
             prune.dense_path,
-            prune.dense_path == 0 or (prune.sequential and prune.recovery in ("gram_pbs", "admm", "obs")),
+            prune.dense_path == 0 or (prune.sequential and has_target),
             "0 without prune.sequential and a recovery with a target (gram_pbs, admm or obs)",
         ),
         (
+            "prune.swaps",
+            prune.swaps,
+            prune.swaps == 0 or not refines,
+            "0 with prune.admm_refine, whose first step chooses the entries of every row anew",
+        ),
+    ]
+
+
+def _pattern_rules(prune: PruneConfig) -> Iterable[Rule]:
+    has_pattern = n_of_m(prune.group) is not None
+    return [
+        (
             "prune.permute",
             prune.permute,
-            not prune.permute or (n_of_m(prune.group) is not None and prune.recovery in ("admm", "obs")),
+            not prune.permute or (has_pattern and prune.recovery in ("admm", "obs")),
             "false without prune.group N:M, where places matter, and prune.recovery admm or obs, which write weights",
         ),
         (
-            "prune.swaps",
-            prune.swaps,
-            prune.swaps == 0 or not sweeps or prune.recovery != "obs",
-            "0 with prune.score sparsegpt and prune.recovery obs: the weights were updated for the sweep's own mask",
-        ),
-        (
-            "prune.swaps",
-            prune.swaps,
-            prune.swaps == 0 or prune.recovery != "admm" or prune.admm_refine == 0,
-            "0 with prune.admm_refine, whose first step chooses the entries of every row anew",
-        ),
-        (
             "prune.budget",
             prune.budget,
-            prune.budget == "uniform" or n_of_m(prune.group) is None,
+            prune.budget == "uniform" or not has_pattern,
             f"uniform with prune.group {prune.group}, which has one sparsity only",
-        ),
-        (
-            "prune.budget",
-            prune.budget,
-            prune.budget != "global" or not sweeps,
-            "uniform or owl with prune.score sparsegpt, which scores an entry after its budget is set",
         ),
     ]
 
@@ -256,50 +269,4 @@ def _schedule_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
             not (is_single and prune.plain_last_event and prune.recovery != "none"),
             f"false with a single event, or prune.recovery {prune.recovery} would never run",
         ),
-    ]
-
-
-def _unit_rules(prune: PruneConfig) -> Iterable[Rule]:
-    """What ATP leaves no choice in."""
-    times, all_seven = prune.fractions, PruneConfig().targets
-    found: list[tuple[str, object, bool, str, str]] = [
-        (
-            "mask_forward",
-            prune.mask_forward,
-            prune.mask_forward == "frozen",
-            "frozen",
-            "pruned units keep their adapters until its group lasso has emptied them",
-        ),
-        (
-            "recovery",
-            prune.recovery,
-            prune.recovery == "none",
-            "none",
-            "its adapters learn to do without the pruned units",
-        ),
-        ("group", prune.group, prune.group == "row", "row, the default,", "units compete, not entries"),
-        ("budget", prune.budget, prune.budget == "uniform", "uniform", "it scores no entries"),
-        ("permute", prune.permute, not prune.permute, "false", "units compete, not entries"),
-        ("swaps", prune.swaps, prune.swaps == 0, "0", "units compete, not entries"),
-        ("ema", prune.ema, prune.ema == 1, "1", "it has one event"),
-        (
-            "merge_each_event",
-            prune.merge_each_event,
-            not prune.merge_each_event,
-            "false",
-            "its group lasso needs the adapters apart",
-        ),
-        (
-            "targets",
-            " ".join(prune.targets),
-            set(prune.targets) == set(all_seven),
-            "all seven linears",
-            "a unit has rows and columns of several",
-        ),
-        ("schedule", prune.schedule, prune.schedule == "fractions", "fractions", "its search ends once"),
-        ("fractions", times, len(times) == 1 and times[0] > 0, "one share above 0", "it searches until then"),
-    ]
-    return [
-        (f"prune.{name}", value, is_right, f"{wanted} with prune.score atp: {reason}")
-        for name, value, is_right, wanted, reason in found
     ]

@@ -11,6 +11,7 @@ from efx_jax.config import (
     LoraConfig,
     MeshConfig,
     ProfileConfig,
+    PruneConfig,
     TrainConfig,
 )
 from efx_jax.config_prune import Rule, prune_rules, refuse, target_rule
@@ -72,9 +73,56 @@ def _atp_rules(config: Config) -> Iterable[Rule]:
     by_entry = config.prune.score != "atp"
     expected = "1 with prune.score atp: the heads and hidden units left need not divide among devices; use mesh.data"
     return [
+        *([] if by_entry else _unit_rules(config.prune)),
         ("atp.learning_rate", rate, rate > 0, "above 0"),
         ("mesh.fsdp", mesh.fsdp, by_entry or mesh.fsdp == 1, expected),
         ("mesh.tensor", mesh.tensor, by_entry or mesh.tensor == 1, expected),
+    ]
+
+
+def _unit_rules(prune: PruneConfig) -> Iterable[Rule]:
+    """What ATP leaves no choice in."""
+    times, all_seven = prune.fractions, PruneConfig().targets
+    found: list[tuple[str, object, bool, str, str]] = [
+        (
+            "mask_forward",
+            prune.mask_forward,
+            prune.mask_forward == "frozen",
+            "frozen",
+            "pruned units keep their adapters until its group lasso has emptied them",
+        ),
+        (
+            "recovery",
+            prune.recovery,
+            prune.recovery == "none",
+            "none",
+            "its adapters learn to do without the pruned units",
+        ),
+        ("group", prune.group, prune.group == "row", "row, the default,", "units compete, not entries"),
+        ("budget", prune.budget, prune.budget == "uniform", "uniform", "it scores no entries"),
+        ("permute", prune.permute, not prune.permute, "false", "units compete, not entries"),
+        ("swaps", prune.swaps, prune.swaps == 0, "0", "units compete, not entries"),
+        ("ema", prune.ema, prune.ema == 1, "1", "it has one event"),
+        (
+            "merge_each_event",
+            prune.merge_each_event,
+            not prune.merge_each_event,
+            "false",
+            "its group lasso needs the adapters apart",
+        ),
+        (
+            "targets",
+            " ".join(prune.targets),
+            set(prune.targets) == set(all_seven),
+            "all seven linears",
+            "a unit has rows and columns of several",
+        ),
+        ("schedule", prune.schedule, prune.schedule == "fractions", "fractions", "its search ends once"),
+        ("fractions", times, len(times) == 1 and times[0] > 0, "one share above 0", "it searches until then"),
+    ]
+    return [
+        (f"prune.{name}", value, is_right, f"{wanted} with prune.score atp: {reason}")
+        for name, value, is_right, wanted, reason in found
     ]
 
 

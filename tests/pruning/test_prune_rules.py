@@ -28,7 +28,7 @@ from efx_jax.errors import InputError
         ),
         (
             {"recovery": "gram_pbs", "pbs_rounds": 2, "mask_forward": "frozen"},
-            "prune.mask_forward must be exact, ste or dense with prune.pbs_rounds",
+            "prune.mask_forward must be another than frozen with prune.pbs_rounds",
         ),
         (
             {"score": "sparsegpt", "group": "bounded"},
