@@ -27,6 +27,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = str(BENCHMARKS / "tiny")
 EARLIER = {"note": "by hand", "rows": [{"name": "another day", "value": 1.0, "unit": "s"}]}
 OPTIONAL = ("torch", "transformers", "peft", "datasets", "evaluate", "tokenizers", "gguf", "sklearn")
+# What a script measures is of no interest here: its programs need not be fast.
+QUICK = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 Row = dict[str, Any]
 
 
@@ -36,7 +38,7 @@ def core_only(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("absent")
     for name in OPTIONAL:
         (folder / f"{name}.py").write_text("raise ImportError('it is not there')\n")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(BENCHMARKS.parent)])}
+    return {**QUICK, "PYTHONPATH": os.pathsep.join([str(folder), str(BENCHMARKS.parent)])}
 
 
 def run(script: str, *flags: str, environment: dict[str, str], code: int = 0) -> list[Row]:
@@ -158,7 +160,7 @@ def test_one_shot_adds_to_the_rows_of_its_file(byte_folder: Path, tmp_path: Path
     (tmp_path / "text.txt").write_text("fever and a mild cough\n" * 80)
     flags = ("--data", str(tmp_path / "text.txt"), "--model", str(byte_folder), "--calibration", "1", "--test", "1")
     flags += ("--sparsity", "0.5", "0.75", "--only", "magnitude", "--out", str(tmp_path / "rows.json"))
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    environment = {**QUICK, "PYTHONPATH": str(BENCHMARKS.parent)}
     run("one_shot", *flags, environment=environment)
     rows = kept(tmp_path / "rows.json")
     assert set(rows) == {"another day", "dense", "magnitude, row", "magnitude, row, 75 %"}
@@ -224,7 +226,7 @@ def test_evaluation_is_measured_beside_transformers(byte_folder: Path, tmp_path:
     sizes = ("--rows", "3", "--length", "12", "--hypotheses", "2", "--batch", "2", "--new-tokens", "3")
     sizes += ("--prompts", "3", "--repeats", "1")
     out = str(tmp_path / "rows.json")
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    environment = {**QUICK, "PYTHONPATH": str(BENCHMARKS.parent)}
     run("evaluation", "--model", str(byte_folder), *sizes, "--out", out, environment=environment)
     rows = kept(Path(out))
     assert rows["greedy_same_tokens float32"]["value"] == 1

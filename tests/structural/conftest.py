@@ -1,7 +1,7 @@
 """Tiny models with random weights and biases, random masks of units, and what they mean spelled out row by row."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import pytest
 from efx_jax.lora import Adapters
 from efx_jax.model.spec import LINEARS, ModelSpec, param_shapes, spec_from_config
 from efx_jax.structural.units import Space, units_of
+from tests.quick import quick_compilation
 
 Tree = dict[str, Any]
 CASES = {
@@ -21,6 +22,12 @@ CASES = {
     "qwen3": {"model_type": "qwen3", "num_attention_heads": 6, "num_key_value_heads": 3, "tie_word_embeddings": True},
 }
 SPACES: tuple[Space, ...] = ("paper", "sliceable")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    with quick_compilation():
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Small Hugging Face checkpoints, named and shaped here by hand and not by the code under test."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.quick import quick_compilation
+
 Tensors = dict[str, np.ndarray]
 NUMPY_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    with quick_compilation():
+        yield
 
 
 def _config(model_type: str, tied: bool, dtype: str) -> dict[str, Any]:
