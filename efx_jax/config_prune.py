@@ -244,7 +244,7 @@ def _schedule_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
     by_schedule = {"epochs": epochs_begun(train), "fractions": len(times), "cubic": prune.events}
     is_single = prune.sparsity > 0 and by_schedule[prune.schedule] == 1
     prunes_first = is_single and prune.schedule == "fractions" and times == (0,)
-    trains_after = not (prune.schedule == "fractions" and times == (1,))
+    is_at_end = is_single and {"epochs": True, "fractions": times == (1,), "cubic": end == 1}[prune.schedule]
     is_made_up_for = prune.recovery in ("pbs", "gram_pbs") and not prune.merge_each_event
     return [
         ("prune.fractions", times, are_shares and is_increasing, "increasing shares in [0, 1]"),
@@ -259,7 +259,7 @@ def _schedule_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
         (
             "prune.mask_forward",
             prune.mask_forward,
-            not (prune.sparsity > 0 and prune.mask_forward == "dense" and is_made_up_for and trains_after),
+            not (prune.sparsity > 0 and prune.mask_forward == "dense" and is_made_up_for and not is_at_end),
             f"exact, ste or frozen with prune.recovery {prune.recovery}, whose adapters make up for what dense still "
             "has; or set prune.merge_each_event",
         ),

@@ -124,6 +124,8 @@ def test_adapters_do_not_make_up_for_what_training_still_has() -> None:
         {"prune.merge_each_event": True},
         {"prune.recovery": "admm"},
         {"prune.schedule": "fractions", "prune.fractions": (1.0,)},
+        {"prune.schedule": "cubic", "prune.events": 1, "prune.ramp": (0.0, 1.0)},
+        {"train.epochs": 0.5},
         {"prune.sparsity": 0.0},
     ):
         validate(replace_values(Config(), settings | allowed))

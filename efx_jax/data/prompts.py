@@ -202,8 +202,11 @@ def _chat_turn(text: str, tokenizer: Tokenizer) -> str:
 
 def _stopped_clock() -> str:
     """A macro in the place of the clock that transformers gives to templates: it lets no other function through."""
-    signs = (f"|replace('%{sign}', '{_DAY.strftime('%' + sign)}')" for sign in "aAbBdmyYHIMSpj")
-    return f"{{% macro {_CLOCK}(format) %}}{{{{ format{''.join(signs)} }}}}{{% endmacro %}}\n"
+    signs = {sign: _DAY.strftime(f"%{sign}") for sign in "aAbBdmyYHIMSpj"}
+    # Without the padding, as Linux writes them.
+    signs |= {f"-{sign}": str(int(signs[sign])) for sign in "dmyHIMSj"} | {"e": f"{_DAY.day:2d}"}
+    steps = "".join(f"|replace('%{sign}', '{text}')" for sign, text in signs.items())
+    return f"{{% macro {_CLOCK}(format) %}}{{{{ format{steps} }}}}{{% endmacro %}}\n"
 
 
 def plain_text(examples: Sequence[Example]) -> list[str]:

@@ -73,7 +73,7 @@ def restore_latest(stores: Stores) -> tuple[RunState, bool, bool, dict[str, Any]
     """See `efx_jax.training.checkpoint.restore`.
 
     Raises:
-        InputError: as there; or the run has calibrated on other rows, or learned from another teacher.
+        InputError: as there; or the run calibrates on other rows, or learns from another teacher.
     """
     found = checkpoint.restore(stores.latest, stores.fresh, stores.masks, stores.origin)
     if found is not None and found[3]["sources"] != stores.sources:

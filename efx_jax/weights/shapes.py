@@ -13,7 +13,7 @@ from efx_jax.errors import InputError
 from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.weights.config_json import read_json
 from efx_jax.weights.fetch import QUICKSTART, local_path
-from efx_jax.weights.hf import INDEX, SINGLE, open_checkpoint
+from efx_jax.weights.hf import open_checkpoint
 from efx_jax.weights.orbax import is_orbax_folder
 from efx_jax.weights.packed_file import is_packed_folder
 from efx_jax.weights.source import DTYPES, TensorSource, check_names_and_shapes, leaf_dtype, leaves
@@ -79,11 +79,8 @@ def _on_disk(path: str | os.PathLike[str]) -> FoundSpec:
 
 
 def _has_weights(folder: Path) -> bool:
-    return (
-        is_packed_folder(folder)
-        or is_orbax_folder(folder)
-        or any((folder / name).is_file() for name in (SINGLE, INDEX))
-    )
+    """Whether it holds any: an index alone, as of a folder with nothing but JSON files, does not count."""
+    return is_packed_folder(folder) or is_orbax_folder(folder) or any(folder.glob("*.safetensors"))
 
 
 def _stored_dtype(source: TensorSource, spec: ModelSpec) -> str:

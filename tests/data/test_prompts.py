@@ -96,6 +96,7 @@ def test_chat_uses_the_tokenizers_template() -> None:
         ),
         ("{{ strftime_now('%A, %B %d, %Y, %H:%M:%S') }}", "Friday, July 26, 2024, 00:00:00"),
         ("{% macro today() %}{{ strftime_now('%Y-%m-%d') }}{% endmacro %}{{ today() }}", "2024-07-26"),
+        ("{{ strftime_now('%e %B, %-m/%-d %-I %p') }}", "26 July, 7/26 12 AM"),
     ],
 )
 def test_a_chat_prompt_is_the_same_on_every_day(clock: str, date: str) -> None:

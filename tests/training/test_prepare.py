@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from efx_jax.config import Config, DataConfig, DistillConfig, EvalConfig, ModelConfig, PruneConfig
+from efx_jax.data.prompts import Example
+from efx_jax.data.tasks import Task
 from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import FallbackWarning, InputError
 from efx_jax.parallel.mesh import make_mesh
@@ -74,8 +76,8 @@ def test_hosts_that_have_read_different_rows_are_refused(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(prepare, "meet", meet)
-    prepare._refuse_different_hosts(rows, [])
-    prepare._refuse_different_hosts(rows, [])
+    for origin in ("one host's file row 1", "another's row 1"):
+        prepare._refuse_different_hosts(rows, [Task("asked", [Example("cough", " lung", origin)], ("lung", "skin"))])
     assert 0 <= told[0] < 2**31
     with pytest.raises(InputError, match="several hosts: expected the same rows and texts on each of them"):
         prepare._refuse_different_hosts(rows * 2, [])

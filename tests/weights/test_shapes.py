@@ -8,10 +8,11 @@ import jax
 import pytest
 
 from efx_jax.errors import InputError
-from efx_jax.model.spec import linear_shapes, param_shapes, spec_from_config
+from efx_jax.model.spec import config_from_spec, linear_shapes, param_shapes, spec_from_config
 from efx_jax.weights.convert import import_checkpoint
 from efx_jax.weights.hf import load_pretrained, save_pretrained
 from efx_jax.weights.shapes import find_spec, known_shapes
+from tests.tiny import LLAMA
 
 # Parameter counts that the checkpoints' own safetensors indexes state; where a tied head is stored twice, once.
 PUBLISHED = {
@@ -78,6 +79,14 @@ def test_a_folder_needs_no_weights_to_be_described(tmp_path: Path) -> None:
 def test_a_checkpoint_on_disk_is_described_by_its_own_files(tiny_folder: Path) -> None:
     found = find_spec(tiny_folder)
     assert (found.spec.hidden_size, found.spec.num_layers, found.on_disk) == (16, 2, True)
+
+
+def test_a_folder_of_nothing_but_json_files_describes_a_model(tmp_path: Path) -> None:
+    """As a Hub's folder fetched without its weights: an index promises shards that a plan does not need."""
+    (tmp_path / "config.json").write_text(json.dumps(config_from_spec(LLAMA, "bfloat16")))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "1.safetensors"}}')
+    found = find_spec(tmp_path)
+    assert (found.spec.hidden_size, found.dtype) == (LLAMA.hidden_size, "bfloat16")
 
 
 def test_a_home_folder_is_found(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
