@@ -70,9 +70,24 @@ def train(
     sinks: list[log.Sink],
     trunk: Path | None,
 ) -> RunState | None:
-    """Trains from the last checkpoint, or from the start, to the last step; None if the user interrupted it.
+    """Trains from the last checkpoint, or from the start, to the last step (paper, Algorithm 1, its epoch loop).
 
-    The start may be what `trunk` has learned, see `efx_jax.training.start`.
+    Args:
+        config: the settings.
+        prepared: model and data.
+        mesh: where the arrays lie.
+        steps: updates of the run.
+        events: its prune events, in order.
+        output: its folder, for checkpoints, logs and what a long event has finished.
+        journal: what it has found so far; grows.
+        sinks: where the metrics of a step go besides `metrics.jsonl`.
+        trunk: folder of a run whose learning may be taken over, see `efx_jax.training.start`, or None.
+
+    Returns:
+        The last state, or the best one where `eval.best` has chosen another; None if the user interrupted the run.
+
+    Raises:
+        InputError: an update that diverges, calibration that is not finite, a checkpoint of another run.
     """
     loop, fresh = _init(config, prepared, mesh, steps, events, output, journal, sinks)
     with open_stores(config, prepared, fresh, journal, mesh, output) as stores, interruptible() as stop:
