@@ -72,6 +72,11 @@ def meet(value: int = 0) -> list[int]:
     return told
 
 
+def are_alike(checksum: int) -> bool:
+    """Whether every process of the run comes here with the same unsigned 32-bit checksum, but for its lowest bit."""
+    return len(set(meet(checksum >> 1))) == 1
+
+
 def _gather(value: int) -> list[int]:
     """The value of every process, once all devices of this one have it.
 

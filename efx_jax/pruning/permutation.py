@@ -24,7 +24,7 @@ from efx_jax.config_prune import n_of_m
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters, effective_weight
 from efx_jax.model.spec import ModelSpec
-from efx_jax.parallel.hosts import meet
+from efx_jax.parallel.hosts import are_alike
 from efx_jax.parallel.partition import constrain, constrain_tree
 from efx_jax.pruning.statistics import Statistics
 
@@ -140,7 +140,7 @@ def group_inputs(importance: Array, kept: int, block: int, sweeps: int = _SWEEPS
 
 def _agree(groups: np.ndarray) -> None:
     """Every host moves its own part of the weights, by an order that it found itself."""
-    if len(set(meet(zlib.crc32(groups.tobytes()) >> 1))) > 1:
+    if not are_alike(zlib.crc32(groups.tobytes())):
         raise InputError("prune.permute: hosts found different orders; run them on the same processors and libraries")
 
 

@@ -38,8 +38,11 @@ _Batch = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Loop:
-    """What every step of a run reads and none changes. `search` is None unless the run prunes whole units."""
+class Loop:
+    """What every step of a run reads and none changes, and the state at step 0.
+
+    `search` is None unless the run prunes whole units.
+    """
 
     config: Config
     prepared: Prepared
@@ -57,9 +60,10 @@ class _Loop:
     search: Search | None
     attention_path: Implementation
     dropout_key: Array
+    fresh: RunState
 
 
-def train(
+def init_loop(
     config: Config,
     prepared: Prepared,
     mesh: Mesh,
@@ -68,9 +72,8 @@ def train(
     output: Path,
     journal: Journal,
     sinks: list[log.Sink],
-    trunk: Path | None,
-) -> RunState | None:
-    """Trains from the last checkpoint, or from the start, to the last step (paper, Algorithm 1, its epoch loop).
+) -> Loop:
+    """What the steps of a run read.
 
     Args:
         config: the settings.
@@ -81,6 +84,43 @@ def train(
         output: its folder, for checkpoints, logs and what a long event has finished.
         journal: what it has found so far; grows.
         sinks: where the metrics of a step go besides `metrics.jsonl`.
+    """
+    *_, dropout_key = _keys(config)
+    tx, rate = optimizer(config.train, steps), learning_rate(config.train, steps)
+    attention_path = _attention_path(config, prepared)
+
+    def options_of(batch: Batch) -> StepOptions:
+        return step_options(config, rows_per_pass(config, batch["tokens"].shape[1]), attention_path)
+
+    search = plan_search(config, prepared, mesh, steps, events, tx, rate, dropout_key, options_of)
+    fresh = _at_step_0(config, prepared, mesh, steps, tx)
+    pinned = (tree_shardings(mesh, fresh.train), NamedSharding(mesh, PartitionSpec()))
+    return Loop(
+        config=config,
+        prepared=prepared,
+        mesh=mesh,
+        steps=steps,
+        events={event.step: event for event in events},
+        validations=validation_steps(config.eval, config.train, epoch_rows(config, prepared.train), steps),
+        output=output,
+        journal=journal,
+        sinks=sinks,
+        tx=tx,
+        learning_rate=rate,
+        step=train_step if mesh.size == 1 else jit_step(pinned),
+        options_of=options_of,
+        search=search,
+        attention_path=attention_path,
+        dropout_key=dropout_key,
+        fresh=dataclasses.replace(fresh, units=fresh_units(search, mesh) if search else None),
+    )
+
+
+def train(loop: Loop, trunk: Path | None) -> RunState | None:
+    """Trains from the last checkpoint, or from the start, to the last step (paper, Algorithm 1, its epoch loop).
+
+    Args:
+        loop: from `init_loop`.
         trunk: folder of a run whose learning may be taken over, see `efx_jax.training.start`, or None.
 
     Returns:
@@ -89,8 +129,9 @@ def train(
     Raises:
         InputError: an update that diverges, calibration that is not finite, a checkpoint of another run.
     """
-    loop, fresh = _init(config, prepared, mesh, steps, events, output, journal, sinks)
-    with open_stores(config, prepared, fresh, journal, mesh, output) as stores, interruptible() as stop:
+    config, prepared, mesh, steps = loop.config, loop.prepared, loop.mesh, loop.steps
+    output, journal = loop.output, loop.journal
+    with open_stores(config, prepared, loop.fresh, journal, mesh, output) as stores, interruptible() as stop:
         state, is_due = _begin(loop, stores, trunk)
         start = int(state.train.step)
         with progress(start, steps) as shown, tracing(config.profile, output / "profile") as trace:
@@ -114,48 +155,6 @@ def train(
         return best_state(stores, state)
 
 
-def _init(
-    config: Config,
-    prepared: Prepared,
-    mesh: Mesh,
-    steps: int,
-    events: tuple[Event, ...],
-    output: Path,
-    journal: Journal,
-    sinks: list[log.Sink],
-) -> tuple[_Loop, RunState]:
-    """What the steps of a run read, and its state at step 0."""
-    *_, dropout_key = _keys(config)
-    tx, rate = optimizer(config.train, steps), learning_rate(config.train, steps)
-    attention_path = _attention_path(config, prepared)
-
-    def options_of(batch: Batch) -> StepOptions:
-        return step_options(config, rows_per_pass(config, batch["tokens"].shape[1]), attention_path)
-
-    search = plan_search(config, prepared, mesh, steps, events, tx, rate, dropout_key, options_of)
-    fresh = _at_step_0(config, prepared, mesh, steps, tx)
-    pinned = (tree_shardings(mesh, fresh.train), NamedSharding(mesh, PartitionSpec()))
-    loop = _Loop(
-        config=config,
-        prepared=prepared,
-        mesh=mesh,
-        steps=steps,
-        events={event.step: event for event in events},
-        validations=validation_steps(config.eval, config.train, epoch_rows(config, prepared.train), steps),
-        output=output,
-        journal=journal,
-        sinks=sinks,
-        tx=tx,
-        learning_rate=rate,
-        step=train_step if mesh.size == 1 else jit_step(pinned),
-        options_of=options_of,
-        search=search,
-        attention_path=attention_path,
-        dropout_key=dropout_key,
-    )
-    return loop, dataclasses.replace(fresh, units=fresh_units(search, mesh) if search else None)
-
-
 def _keys(config: Config) -> list[Array]:
     """The keys of the adapters, of the pruning and of dropout."""
     return list(jax.random.split(jax.random.key(config.seed), 3))
@@ -169,7 +168,7 @@ def _at_step_0(
     return fresh_state(config, prepared.params, prepared.spec, mesh, tx, keys, count, prepared.adapters)
 
 
-def _begin(loop: _Loop, stores: Stores, trunk: Path | None) -> tuple[RunState, bool]:
+def _begin(loop: Loop, stores: Stores, trunk: Path | None) -> tuple[RunState, bool]:
     """The state that the run goes on from, and whether an event is due before any update."""
     config, prepared, mesh, steps, journal = loop.config, loop.prepared, loop.mesh, loop.steps, loop.journal
     found = restore_latest(stores)
@@ -180,9 +179,9 @@ def _begin(loop: _Loop, stores: Stores, trunk: Path | None) -> tuple[RunState, b
             return _at_step_0(other, prepared, mesh, steps, loop.tx)
 
         first = min(loop.events, default=steps)
-        found = take_over(trunk, config, stores.fresh, at_step_0, first, stores.origin, loop.output)
+        found = take_over(trunk, config, loop.fresh, at_step_0, first, stores.origin, loop.output)
     if found is None:
-        state, waiting = stores.fresh, False
+        state, waiting = loop.fresh, False
         with journal.announced("evaluate base"):
             journal.results.update(measure_start(config, prepared))
     else:
@@ -198,7 +197,7 @@ def _begin(loop: _Loop, stores: Stores, trunk: Path | None) -> tuple[RunState, b
 
 
 def _settle(
-    loop: _Loop, stores: Stores, shown: Progress, stop: threading.Event, state: RunState, had_event: bool
+    loop: Loop, stores: Stores, shown: Progress, stop: threading.Event, state: RunState, had_event: bool
 ) -> bool:
     """What follows an update and its event: evaluation and checkpoints; whether it was the last one."""
     step, every = int(state.train.step), loop.config.train.checkpoint_every
@@ -213,13 +212,13 @@ def _settle(
     return is_over
 
 
-def _is_over(loop: _Loop, state: RunState, stop: threading.Event) -> bool:
+def _is_over(loop: Loop, state: RunState, stop: threading.Event) -> bool:
     """Whether no update follows: all are done, no better model is to be expected, or the user has asked to stop."""
     # Asked first: hosts meet there.
     return asked(stop) or int(state.train.step) >= loop.steps or _enough(loop)
 
 
-def _update(loop: _Loop, shown: Progress, state: RunState, batch: _Batch) -> tuple[RunState, _Batch]:
+def _update(loop: Loop, shown: Progress, state: RunState, batch: _Batch) -> tuple[RunState, _Batch]:
     """One training step, its line in metrics.jsonl and its place on the progress bar; and the next batch."""
     number, began = int(state.train.step), time.perf_counter()
     with loop.journal.phase("train"):
@@ -242,7 +241,7 @@ def _update(loop: _Loop, shown: Progress, state: RunState, batch: _Batch) -> tup
     return new, following
 
 
-def _step(loop: _Loop, state: RunState, batch: _Batch) -> tuple[RunState, dict[str, Array]]:
+def _step(loop: Loop, state: RunState, batch: _Batch) -> tuple[RunState, dict[str, Array]]:
     """One update of the adapters under masks of entries."""
     train, metrics = loop.step(
         state.train,
@@ -258,7 +257,7 @@ def _step(loop: _Loop, state: RunState, batch: _Batch) -> tuple[RunState, dict[s
     return dataclasses.replace(state, train=train), metrics
 
 
-def _event(loop: _Loop, stores: Stores, shown: Progress, state: RunState) -> RunState:
+def _event(loop: Loop, stores: Stores, shown: Progress, state: RunState) -> RunState:
     """The dense adapter, once it has learned, measured where this is the only event, then the event of this step.
 
     (Adapters that have learned beside ATP's search are not dense ones: they have met other masks in every step.)
@@ -280,7 +279,7 @@ def _event(loop: _Loop, stores: Stores, shown: Progress, state: RunState) -> Run
     return state
 
 
-def _validate(loop: _Loop, shown: Progress, state: RunState) -> bool:
+def _validate(loop: Loop, shown: Progress, state: RunState) -> bool:
     """Measures the model as it stands, writes the line of evaluations.jsonl; whether it is the best to ship so far."""
     evaluation, step = loop.config.eval, int(state.train.step)
     params, masks = masked_base(loop.search, state) if loop.search else (state.params, state.masks)
@@ -300,7 +299,7 @@ def _validate(loop: _Loop, shown: Progress, state: RunState) -> bool:
     return loop.journal.best.step == step
 
 
-def _enough(loop: _Loop) -> bool:
+def _enough(loop: Loop) -> bool:
     """Whether `eval.patience` evaluations have passed without a better model."""
     patience, best = loop.config.eval.patience, loop.journal.best
     return bool(patience) and best is not None and best.stale >= patience

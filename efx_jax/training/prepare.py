@@ -19,7 +19,7 @@ from efx_jax.errors import InputError
 from efx_jax.evaluation.protocols import check_protocol
 from efx_jax.lora import Adapters
 from efx_jax.model.spec import ModelSpec, spec_from_config
-from efx_jax.parallel.hosts import meet, together
+from efx_jax.parallel.hosts import are_alike, together
 from efx_jax.parallel.partition import tree_shardings
 from efx_jax.training.rows import Texts, own_rows, read_texts, taught_texts, training_rows
 from efx_jax.training.step import Teacher, has_teacher
@@ -139,8 +139,7 @@ def _refuse_different_hosts(sequences: Iterable[Tokenized], tasks: Sequence[Task
         return
     # Where a row came from may differ: every host has its own copy of the files.
     asked = [(task.name, task.labels, [(row.prompt, row.response) for row in task.test]) for task in tasks]
-    value = zlib.crc32(repr(asked).encode(), int(checksum(sequences), 16))
-    if len(set(meet(value >> 1))) > 1:
+    if not are_alike(zlib.crc32(repr(asked).encode(), int(checksum(sequences), 16))):
         raise InputError(
             "several hosts: expected the same rows and texts on each of them, found different ones; give all of them "
             "the same files (data.root, HF_HOME), or the same lack of network"

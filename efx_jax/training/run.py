@@ -24,7 +24,7 @@ from efx_jax.training.determinism import ask_for_determinism
 from efx_jax.training.devices import memory_settings
 from efx_jax.training.feed import epoch_rows
 from efx_jax.training.journal import Journal
-from efx_jax.training.loop import train
+from efx_jax.training.loop import init_loop, train
 from efx_jax.training.measure import measure
 from efx_jax.training.plan import plan_text
 from efx_jax.training.prepare import Prepared, prepare
@@ -120,7 +120,8 @@ def _work(
     with contextlib.ExitStack() as stack:
         with together():
             sinks = stack.enter_context(log.open_sinks(config, output)) if is_first else []
-        state = train(config, prepared, mesh, steps, events, output, journal, sinks, trunk)
+        # Not kept by a name: it holds the state at step 0.
+        state = train(init_loop(config, prepared, mesh, steps, events, output, journal, sinks), trunk)
     if state is None:
         return {}
     with journal.announced("export"):

@@ -62,7 +62,7 @@ def test_importance_that_is_not_finite_is_refused() -> None:
 
 
 def test_hosts_that_find_different_orders_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("efx_jax.pruning.permutation.meet", lambda value: [value, value ^ 1])
+    monkeypatch.setattr("efx_jax.parallel.hosts.meet", lambda value: [value, value ^ 1])
     with pytest.raises(InputError, match="hosts found different orders"):
         group_inputs(jnp.ones((8, 3)), 2, 4)
 

@@ -75,7 +75,7 @@ def test_hosts_that_have_read_different_rows_are_refused(monkeypatch: pytest.Mon
         return told
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(prepare, "meet", meet)
+    monkeypatch.setattr("efx_jax.parallel.hosts.meet", meet)
     for origin in ("one host's file row 1", "another's row 1"):
         prepare._refuse_different_hosts(rows, [Task("asked", [Example("cough", " lung", origin)], ("lung", "skin"))])
     assert 0 <= told[0] < 2**31
