@@ -8,13 +8,13 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from efx_jax.config import GRADIENT_SCORES, Config
+from efx_jax.config import Config
 from efx_jax.config_prune import n_of_m
 from efx_jax.model.spec import LINEARS, ModelSpec, linear_shapes, param_shapes
 from efx_jax.parallel.mesh import mesh_sizes
 from efx_jax.parallel.partition import BATCH, axes_size, linear_axes, partition
 from efx_jax.pruning.average import keeps_scores, moves_base
-from efx_jax.pruning.event_plan import goes_by_block, needs_gram
+from efx_jax.pruning.event_plan import goes_by_block, needs_gram, reads_importance
 from efx_jax.pruning.statistics import INPUT_OF, INPUTS
 from efx_jax.training.accounting import (
     calibration_length,
@@ -89,18 +89,26 @@ def resident_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
 def step_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
     """What one training step needs on top of `resident_bytes`, at its widest place."""
     along = mesh_sizes(config.mesh)
-    e, c = WIDTH[layout.dtype], WIDTH[config.model.compute_dtype]
     gradients = 2 * FLOAT32 * _adapter_parameters(spec, config, along)  # the sum, and one micro-batch's
-    rows = -(-layout.rows // axes_size(BATCH, along))
     return {
         "gradients": gradients,
+        **_pass_bytes(spec, config, layout, masked=layout.events > 0, logits=4 if has_teacher(config) else 2),
+        "soft masks": _search_bytes(spec, config, WIDTH[layout.dtype]),
+        "teacher's pass": _teacher_bytes(spec, config, layout, along) if has_teacher(config) else 0,
+    }
+
+
+def _pass_bytes(spec: ModelSpec, config: Config, layout: Layout, masked: bool, logits: int) -> Bytes:
+    """A forward and a backward pass, without the gradients that it is for."""
+    along = mesh_sizes(config.mesh)
+    e, c = WIDTH[layout.dtype], WIDTH[config.model.compute_dtype]
+    rows = -(-layout.rows // axes_size(BATCH, along))
+    return {
         "saved activations": saved_activations(spec, config, layout, rows),
         "backward of a block": block_working_set(spec, config, layout, rows),
-        "soft masks": _search_bytes(spec, config, e),
-        "U and dU": _matrix_buffers(spec, config, along, e, c, masked=layout.events > 0),
+        "U and dU": _matrix_buffers(spec, config, along, e, c, masked),
         "copies of weights": _weight_copies(spec, along, e, c),
-        "teacher's pass": _teacher_bytes(spec, config, layout, along) if has_teacher(config) else 0,
-        "loss": _loss_bytes(spec, config, layout, rows, logits=4 if has_teacher(config) else 2),
+        "loss": _loss_bytes(spec, config, layout, rows, logits),
     }
 
 
@@ -120,20 +128,14 @@ def _teacher_bytes(spec: ModelSpec, config: Config, layout: Layout, along: Mappi
 
 def score_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
     """What the gradients that a score reads need on top of `resident_bytes`, before the event itself."""
-    prune, along = config.prune, mesh_sizes(config.mesh)
-    if prune.score not in (*GRADIENT_SCORES, "foresight_loss"):
+    if not reads_importance(config.prune):
         return {}
-    e, c = WIDTH[layout.dtype], WIDTH[config.model.compute_dtype]
-    # The others read batches of the training.
-    reads = _calibrating(spec, config, layout) if prune.score == "foresight_loss" else layout
-    rows = -(-reads.rows // axes_size(BATCH, along))
+    # The other scores read batches of the training.
+    reads = _calibrating(spec, config, layout) if config.prune.score == "foresight_loss" else layout
+    entries = _linear_entries(spec, mesh_sizes(config.mesh))
     return {
-        "saved activations": saved_activations(spec, config, reads, rows),
-        "backward of a block": block_working_set(spec, config, reads, rows),
-        "U and dU": _matrix_buffers(spec, config, along, e, c, masked=layout.events > 1),
-        "copies of weights": _weight_copies(spec, along, e, c),
-        "loss": _loss_bytes(spec, config, reads, rows, logits=2),
-        "importance": importance_bytes(config, _linear_entries(spec, along), e),
+        **_pass_bytes(spec, config, reads, masked=layout.events > 1, logits=2),
+        "importance": importance_bytes(config, entries, WIDTH[layout.dtype]),
     }
 
 
