@@ -13,6 +13,8 @@ from efx_jax.parallel.partition import VOCABULARY, Axes, active_batch_axes
 
 Array = jax.Array
 _CHUNK_TOKENS = 512
+# A token is drawn by the sums of so many probabilities at a time, then among those of one sum.
+_DRAWN_TOGETHER = 256
 
 
 def cross_entropy(
@@ -33,16 +35,35 @@ def cross_entropy(
     Returns:
         (nll, entropy), float32 scalars; only nll is differentiable.
     """
+    return _sum_loss(hidden, head, jnp.asarray(targets), weights, compute_dtype)
+
+
+def drawn_cross_entropy(
+    hidden: Array, head: Array, fractions: Array, weights: Array, compute_dtype: Any = None
+) -> tuple[Array, Array]:
+    """As `cross_entropy`, of tokens that the model draws itself instead of those of a text.
+
+    Args:
+        fractions: float32 `[B,T]` in [0, 1): the token of a position is the first whose cumulative probability, in the
+            order of the vocabulary, exceeds its fraction. Of uniform fractions it is a draw from what the model expects.
+    """
+    return _sum_loss(hidden, head, jnp.asarray(fractions, jnp.float32), weights, compute_dtype)
+
+
+def _sum_loss(
+    hidden: Array, head: Array, targets: Array, weights: Array, compute_dtype: Any
+) -> tuple[Array, Array]:
     dtype = head.dtype if compute_dtype is None else jnp.dtype(compute_dtype)
     batch = active_batch_axes(hidden.shape[0])
     frozen_head = jax.lax.stop_gradient(head).astype(dtype)
-    return _cross_entropy(batch, hidden, frozen_head, jnp.asarray(targets), jnp.asarray(weights, jnp.float32))
+    return _cross_entropy(batch, hidden, frozen_head, targets, jnp.asarray(weights, jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(
     batch: Axes | None, hidden: Array, head: Array, targets: Array, weights: Array
 ) -> tuple[Array, Array]:
+    """Sums over targets int `[B,T]`, or over tokens drawn by fractions float32 `[B,T]`."""
     return _cross_entropy_fwd(batch, hidden, head, targets, weights)[0]
 
 
@@ -80,9 +101,10 @@ def _nll_and_gradient(
         batch: mesh axes that split the tokens; None: one device.
         hidden: `[B,T,D]`.
         head: `[V,D]`; on a mesh this device's part of the vocabulary over `tensor` and `fsdp`.
-        targets: int `[B,T]`.
+        targets: int `[B,T]`, or fractions float32 `[B,T]` to draw them by.
         weights: float32 `[B,T]`.
     """
+    drawn = jnp.issubdtype(targets.dtype, jnp.floating)
     parts: tuple[str, ...] = () if batch is None else ("tensor",)
     head = local_vocabulary(head, parts)
     first = jax.lax.axis_index("tensor") * head.shape[0] if parts else jnp.int32(0)
@@ -91,6 +113,8 @@ def _nll_and_gradient(
     def chunk(weight: Array, x: Array, target: Array) -> tuple[Array, Array]:
         logits = dot("td,vd->tv", x, head)
         powers, total, log_total = exponentials(logits, parts)
+        if drawn:
+            target = _draw(powers, target, parts)
         here = (target >= 0) & (target < head.shape[0])
         chosen_logit = jnp.take_along_axis(logits, jnp.where(here, target, 0)[:, None], axis=1)[:, 0]
         nll = jnp.sum(weight * (log_total - over(jax.lax.psum, jnp.where(here, chosen_logit, 0), parts)))
@@ -101,36 +125,48 @@ def _nll_and_gradient(
         d_x = dot("tv,vd->td", d_logits, head)
         return jnp.stack([nll, entropy]), over(jax.lax.psum, d_x, parts)
 
-    (nll, entropy), d_hidden = by_chunks(chunk, weights, hidden, (targets - first,), head.dtype, 2)
+    (nll, entropy), d_hidden = by_chunks(chunk, weights, hidden, (targets if drawn else targets - first,), head.dtype, 2)
     return over(jax.lax.psum, nll, batch), over(jax.lax.psum, entropy, batch), d_hidden
 
 
-def draw_tokens(hidden: Array, head: Array, row_keys: Array, compute_dtype: Any = None) -> Array:
-    """A next token for every position, drawn from what the model predicts there; some hundred positions at a time.
+def _draw(powers: Array, fractions: Array, parts: Axes) -> Array:
+    """The token at a fraction of what the model expects, as an index into this device's part of the vocabulary.
 
-    What is drawn at a position depends on its row's key and its place in the row, and on nothing beside it.
+    Sums of some hundred probabilities are searched, then those of one sum: a cumulative sum over the whole vocabulary,
+    or a random number for every token of it, would take longer than the logits.
 
     Args:
-        hidden: final-normed hidden states `[B,T,D]`.
-        head: output embedding `[V,D]`.
-        row_keys: PRNG key of every row `[B]`.
-        compute_dtype: dtype of the matmul operands; None takes the head's.
+        powers: float32 `[t,V]`, proportional to the probabilities.
+        fractions: float32 `[t]` in [0, 1).
+        parts: mesh axes that split the vocabulary.
 
     Returns:
-        int32 `[B,T]`.
+        int32 `[t]`; -1 where the token is another device's.
     """
-    head = head.astype(head.dtype if compute_dtype is None else jnp.dtype(compute_dtype))
-    rows, length, width = hidden.shape
-    fold_places = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    keys = jax.vmap(fold_places, in_axes=(0, None))(row_keys, jnp.arange(length)).reshape(-1)
+    vocabulary = powers.shape[1]
+    whole = vocabulary - vocabulary % _DRAWN_TOGETHER
+    sums = jnp.sum(powers[:, :whole].reshape(len(powers), -1, _DRAWN_TOGETHER), axis=-1)
+    if whole < vocabulary:
+        sums = jnp.concatenate([sums, jnp.sum(powers[:, whole:], axis=-1, keepdims=True)], axis=-1)
+    ends = jnp.cumsum(sums, axis=-1)
+    goals, mine = fractions * ends[:, -1], jnp.bool_(True)
+    if parts:
+        device, bounds = jax.lax.axis_index(parts), jnp.cumsum(jax.lax.all_gather(ends[:, -1], parts), axis=0)
+        goals = fractions * bounds[-1]
+        mine = device == _first_above(bounds.T, goals)
+        goals = goals - (bounds[device] - ends[:, -1])
+    group = _first_above(ends, goals)[:, None]
+    places = group * _DRAWN_TOGETHER + jnp.arange(_DRAWN_TOGETHER)
+    inside = jnp.take_along_axis(powers, jnp.minimum(places, vocabulary - 1), axis=1)
+    inside = jnp.where(places < vocabulary, inside, 0)
+    passed = jnp.take_along_axis(ends - sums, group, axis=1)[:, 0]
+    place = group[:, 0] * _DRAWN_TOGETHER + _first_above(jnp.cumsum(inside, axis=-1), goals - passed)
+    return jnp.where(mine, jnp.minimum(place, vocabulary - 1), -1)
 
-    def draw(operands: tuple[Array, Array]) -> Array:
-        key, x = operands
-        logits = dot("d,vd->v", x, head)
-        return jax.random.categorical(key, logits).astype(jnp.int32)
 
-    states = hidden.reshape(-1, width).astype(head.dtype)
-    return jax.lax.map(draw, (keys, states), batch_size=_CHUNK_TOKENS).reshape(rows, length)
+def _first_above(ends: Array, goals: Array) -> Array:
+    """Of each row of rising `ends [t,n]` the first place above its goal `[t]`; the last where rounding leaves none."""
+    return jnp.minimum(jnp.sum(ends <= goals[:, None], axis=-1, dtype=jnp.int32), ends.shape[-1] - 1)
 
 
 def by_chunks(

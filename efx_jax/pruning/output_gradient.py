@@ -11,7 +11,7 @@ from efx_jax.config import MaskForward, Remat
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
 from efx_jax.model.decoder import head_weight, hidden_states
-from efx_jax.model.loss import cross_entropy, draw_tokens
+from efx_jax.model.loss import cross_entropy, drawn_cross_entropy
 from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.parallel.partition import constrain_tree
 from efx_jax.pruning.statistics import real_tokens, tokens_and_lengths
@@ -119,13 +119,12 @@ def _add_energy(
             probes=probes,
         )
         head = head_weight(params)
-        if row_keys is None:
-            targets = jnp.roll(tokens, -1, axis=1)
-        else:
-            targets = draw_tokens(jax.lax.stop_gradient(hidden), head, row_keys, compute_dtype)
         # The last token of a row has nothing to predict.
         weights = real_tokens(tokens, lengths - 1)
-        return cross_entropy(hidden, head, targets, weights, compute_dtype)[0]
+        if row_keys is None:
+            return cross_entropy(hidden, head, jnp.roll(tokens, -1, axis=1), weights, compute_dtype)[0]
+        fractions = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))(row_keys)
+        return drawn_cross_entropy(hidden, head, fractions, weights, compute_dtype)[0]
 
     energy = jax.grad(loss)(jax.tree.map(jnp.zeros_like, total))
     summed: dict[str, Array] = constrain_tree({"reach": jax.tree.map(jnp.add, total, energy)})["reach"]

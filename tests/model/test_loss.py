@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from efx_jax.config import MeshConfig
-from efx_jax.model.loss import cross_entropy, draw_tokens
+from efx_jax.model.loss import cross_entropy, drawn_cross_entropy
 from efx_jax.parallel.mesh import make_mesh
 
 V, D = 37, 8
@@ -86,38 +86,59 @@ def test_bfloat16_operands_keep_float32_sums() -> None:
     np.testing.assert_allclose((nll, entropy), exact, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_tokens_are_drawn_as_often_as_the_model_expects_them(dtype: str | None) -> None:
-    """Two positions in turn, 4,000 draws of each, in sixteen chunks, the last of which is not full."""
-    hidden, head, _, _ = draw(1, 2, 1.0)
-    rows, repeats = 8, 500
-    many = jnp.tile(hidden, (rows, repeats, 1))
-    keys = jax.random.split(jax.random.key(3), rows)
-    found = draw_tokens(many, head, keys, dtype)
-    assert found.shape == (rows, 2 * repeats) and found.dtype == jnp.int32
-    expected = jax.nn.softmax(jnp.einsum("td,vd->tv", hidden[0], head, precision="highest"))
-    for place in range(2):
-        seen = np.bincount(np.asarray(found)[:, place::2].reshape(-1), minlength=V) / (rows * repeats)
-        spread = np.sqrt(np.asarray(expected[place]) / (rows * repeats))
-        # Thirty-seven comparisons; a share in bfloat16 is off by a hundredth of itself.
-        assert np.all(np.abs(seen - expected[place]) < 4 * spread + (0.02 if dtype else 1e-3) * expected[place] + 3e-4)
-    # A row's tokens are its own, whatever stands beside and behind it.
-    np.testing.assert_array_equal(draw_tokens(many[5:7, :300], head, keys[5:7], dtype), found[5:7, :300])
-    assert len({tuple(row) for row in np.asarray(found).tolist()}) == rows
+def draw_fractions(hidden: np.ndarray, head: np.ndarray) -> tuple[jax.Array, np.ndarray]:
+    """Fractions `[B,T]`, none within float32's rounding of where one token ends, and the tokens that they stand for."""
+    logits = np.einsum("btd,vd->btv", hidden, head, dtype=np.float64)
+    probs = np.exp(logits - logits.max(-1, keepdims=True))
+    ends = np.cumsum(probs, -1) / probs.sum(-1, keepdims=True)
+    fractions = np.random.default_rng(2).random(hidden.shape[:2]).astype(np.float32)
+    near = np.min(np.abs(ends - fractions[..., None]), axis=-1) < 1e-5
+    assert np.mean(near) < 0.05
+    fractions = np.where(near, 0.0, fractions)
+    return jnp.asarray(fractions, jnp.float32), np.sum(ends <= fractions[..., None], axis=-1)
+
+
+# Fewer tokens than are searched together, twice as many, and a remainder.
+@pytest.mark.parametrize("vocabulary", [V, 512, 599])
+def test_a_drawn_token_is_where_its_fraction_of_the_probability_ends(vocabulary: int) -> None:
+    rng = np.random.default_rng(1)
+    hidden = rng.standard_normal((3, 401, D)).astype(np.float32)
+    head = rng.standard_normal((vocabulary, D)).astype(np.float32)
+    weights = jnp.asarray(rng.random((3, 401)) < 0.7, jnp.float32)
+    fractions, tokens = draw_fractions(hidden, head)
+    assert len(np.unique(tokens)) > vocabulary / 3 and tokens.max() > 0.98 * (vocabulary - 1)
+    found = jax.value_and_grad(drawn_cross_entropy, has_aux=True)(jnp.asarray(hidden), head, fractions, weights)
+    expected = jax.value_and_grad(cross_entropy, has_aux=True)(jnp.asarray(hidden), head, tokens, weights)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-6)
+
+
+def test_the_largest_fraction_draws_a_token() -> None:
+    hidden, head, targets, weights = draw(2, 5, 1.0)
+    most = jnp.full(targets.shape, np.nextafter(np.float32(1), np.float32(0)))
+    found = jax.grad(lambda x: drawn_cross_entropy(x, head, most, weights)[0])(hidden)
+    last = jax.grad(lambda x: cross_entropy(x, head, jnp.full_like(targets, V - 1), weights)[0])(hidden)
+    np.testing.assert_allclose(found, last, rtol=1e-5, atol=1e-6)
 
 
 def test_on_a_mesh_the_same_tokens_are_drawn() -> None:
     """Rows over `data`, the vocabulary over `tensor`; three chunks."""
     rng = np.random.default_rng(1)
     hidden = rng.standard_normal((4, 300, D)).astype(np.float32)
-    head = rng.standard_normal((40, D)).astype(np.float32)
-    keys = jax.random.split(jax.random.key(3), 4)
-    alone = draw_tokens(hidden, head, keys)
+    head = rng.standard_normal((1200, D)).astype(np.float32)
+    weights = np.ones((4, 300), np.float32)
+    fractions, tokens = draw_fractions(hidden, head)
+    expected = jax.grad(lambda x: cross_entropy(x, head, tokens, weights)[0])(jnp.asarray(hidden))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
-        placed = [
+        states, placed_head, *rows = [
             jax.device_put(array, NamedSharding(mesh, spec))
-            for array, spec in ((hidden, P(("data", "fsdp"))), (head, P(("tensor", "fsdp"))))
+            for array, spec in (
+                (hidden, P(("data", "fsdp"))),
+                (head, P(("tensor", "fsdp"))),
+                (fractions, P(("data", "fsdp"))),
+                (weights, P(("data", "fsdp"))),
+            )
         ]
-        found = jax.jit(draw_tokens)(*placed, keys)
-    np.testing.assert_array_equal(found, alone)
+        found = jax.jit(jax.grad(lambda x: drawn_cross_entropy(x, placed_head, *rows)[0]))(states)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
