@@ -97,7 +97,7 @@ def main() -> None:
 
     batches = [{"tokens": jnp.asarray(window.tokens)[None]} for window in calibration]
     stats = collect_statistics(params, batches, spec, gram=True, compute_dtype=arguments.compute_dtype)
-    importance = output_gradient_energy(params, batches, spec, compute_dtype=arguments.compute_dtype)
+    importance, _ = output_gradient_energy(params, batches, spec, compute_dtype=arguments.compute_dtype)
     dense = measure(params)
     keep(arguments.out, [report("dense", 0.0, dense, dense, 0.0, sizes)])
     chosen = [case for case in CASES if arguments.only in case[0]]

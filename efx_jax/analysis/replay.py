@@ -161,16 +161,17 @@ def score_spreads(
 def _plan(params: Mapping[str, Any], adapters: Adapters | None, model: Model, config: PruneConfig) -> EventPlan:
     lengths = jnp.sum(model.real, axis=1).astype(jnp.int32)
     batches = [{"tokens": model.tokens, "lengths": lengths}]
-    stats = budget_statistics(params, adapters, None, batches, model.spec, config, "float32")
     importance: dict[str, Array] = {}
-    if config.score == "foresight_loss":
+    if config.score != "foresight_loss":
+        stats = budget_statistics(params, adapters, None, batches, model.spec, config, "float32")
+    else:
         rows = [
             {"tokens": model.tokens[first : first + _GRADIENT_ROWS], "lengths": lengths[first : first + _GRADIENT_ROWS]}
             for first in range(0, len(model.tokens), _GRADIENT_ROWS)
         ]
         names = prunable(params["layers"], config)
         with jax.default_matmul_precision("highest"):
-            importance = output_gradient_energy(
+            importance, stats = output_gradient_energy(
                 params,
                 rows,
                 model.spec,

@@ -223,7 +223,6 @@ def hidden_states(
     remat: Remat = "none",
     attention_path: Implementation = "xla",
     frozen: bool = False,
-    probes: Mapping[str, Array] | None = None,
 ) -> Array:
     """The final-normed hidden states `[B,T,D]`, in the dtype of the embedding.
 
@@ -243,34 +242,68 @@ def hidden_states(
         frozen: the base weights get no gradient, which makes the pass faster on a CPU; adapters do.
         attention_path: see `efx_jax.model.attention.choose_attention`.
         remat: what the backward pass computes again: nothing, everything but the linears' outputs, or whole blocks.
-        probes: zeros `[L,O]` of some linears, see `efx_jax.model.layers.probe_gradient`.
     """
-    batch, length = tokens.shape
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    rope = rope_tables(spec.rope, spec.head_dim, positions)
     options = LinearOptions(
         scale=1.0 if adapters is None else adapters.scale,
         mask_forward=mask_forward,
         compute_dtype=compute_dtype,
         dropout_rate=dropout_rate,
     )
+    layers = stack_layers(params, adapters, masks)
     attend = attend_within(segments, attention_path, ends)
+    return run_blocks(
+        params, tokens, layers, spec, options, attend, positions, dropout_key, remat=remat, frozen=frozen
+    )[0]
 
-    def body(x: Array, scanned: tuple[Layer, Array, dict[str, Array]]) -> tuple[Array, None]:
+
+def run_blocks(
+    params: Params,
+    tokens: Array,
+    layers: Layer,
+    spec: ModelSpec,
+    options: LinearOptions,
+    attend: Attend,
+    positions: Array | None = None,
+    dropout_key: Array | None = None,
+    *,
+    remat: Remat = "none",
+    frozen: bool = False,
+    probes: Mapping[str, Array] | None = None,
+    observe: Callable[[dict[str, Array]], Any] | None = None,
+) -> tuple[Array, Any]:
+    """Embedding, all blocks under one scan and the last norm, for whoever looks inside: `hidden_states` does not.
+
+    Args:
+        layers: all blocks, see `stack_layers`.
+        options: scale, mask mode and dtypes of the linears.
+        attend: see `block`.
+        probes: zeros `[L,O]` of some linears, see `efx_jax.model.layers.probe_gradient`.
+        observe: what to make of a block's activations (those that `block` returns), which get no gradient; or None.
+
+    The other arguments are those of `hidden_states`.
+
+    Returns:
+        The hidden states `[B,T,D]`, and what `observe` made of every block, arrays leading with L, or None.
+    """
+    batch, length = tokens.shape
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    rope = rope_tables(spec.rope, spec.head_dim, positions)
+
+    def body(x: Array, scanned: tuple[Layer, Array, dict[str, Array]]) -> tuple[Array, Any]:
         layer, index, probes = scanned
         layer = thaw(layer, aside, index)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        x, _, _ = block(x, layer, spec, options, rope, attend, key, probes)
-        return x, None
+        x, taps, _ = block(x, layer, spec, options, rope, attend, key, probes)
+        return x, None if observe is None else observe(jax.lax.stop_gradient(taps))
 
     if remat != "none":
         keep = jax.checkpoint_policies.save_only_these_names(*_SAVED) if remat == "linears" else None
         body = jax.checkpoint(body, policy=keep, prevent_cse=False)
-    layers = stack_layers(params, adapters, masks)
     layers, aside = freeze(layers) if frozen else (layers, {})
-    x, _ = jax.lax.scan(body, embed(params, tokens), (layers, jnp.arange(spec.num_layers), dict(probes or {})))
-    return rms_norm(x, params["norm"], spec.rms_norm_eps)
+    scanned = (layers, jnp.arange(spec.num_layers), dict(probes or {}))
+    x, observed = jax.lax.scan(body, embed(params, tokens), scanned)
+    return rms_norm(x, params["norm"], spec.rms_norm_eps), observed
 
 
 def forward(

@@ -45,14 +45,12 @@ def drawn_cross_entropy(
 
     Args:
         fractions: float32 `[B,T]` in [0, 1): the token of a position is the first whose cumulative probability, in the
-            order of the vocabulary, exceeds its fraction. Of uniform fractions it is a draw from what the model expects.
+            order of the vocabulary, exceeds its fraction. Of uniform fractions: drawn from what it expects.
     """
     return _sum_loss(hidden, head, jnp.asarray(fractions, jnp.float32), weights, compute_dtype)
 
 
-def _sum_loss(
-    hidden: Array, head: Array, targets: Array, weights: Array, compute_dtype: Any
-) -> tuple[Array, Array]:
+def _sum_loss(hidden: Array, head: Array, targets: Array, weights: Array, compute_dtype: Any) -> tuple[Array, Array]:
     dtype = head.dtype if compute_dtype is None else jnp.dtype(compute_dtype)
     batch = active_batch_axes(hidden.shape[0])
     frozen_head = jax.lax.stop_gradient(head).astype(dtype)
@@ -125,7 +123,9 @@ def _nll_and_gradient(
         d_x = dot("tv,vd->td", d_logits, head)
         return jnp.stack([nll, entropy]), over(jax.lax.psum, d_x, parts)
 
-    (nll, entropy), d_hidden = by_chunks(chunk, weights, hidden, (targets if drawn else targets - first,), head.dtype, 2)
+    (nll, entropy), d_hidden = by_chunks(
+        chunk, weights, hidden, (targets if drawn else targets - first,), head.dtype, 2
+    )
     return over(jax.lax.psum, nll, batch), over(jax.lax.psum, entropy, batch), d_hidden
 
 

@@ -25,7 +25,7 @@ from efx_jax.pruning.event import Block, assemble, block_before, prune_one, stac
 from efx_jax.pruning.event_plan import EventPlan, needs_gram, plan_event
 from efx_jax.pruning.statistics import (
     Statistics,
-    add_statistics,
+    add_sums,
     block_statistics,
     layer_options,
     real_tokens,
@@ -143,7 +143,7 @@ def _observe(
     for row in rows:
         seen, row.dense, stats = observe(row.x, row.dense, row.real, layer)
         row.x = row.x if config.sequential else seen
-        total = stats if total is None else add_statistics(total, stats)
+        total = stats if total is None else add_sums(total, stats)
     assert total is not None
     return total
 

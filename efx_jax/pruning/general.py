@@ -19,7 +19,7 @@ from efx_jax.pruning.sparsegpt import inverse_factor, slab_counts, sparsegpt_on_
 from efx_jax.pruning.statistics import (
     INPUT_OF,
     Statistics,
-    add_statistics,
+    add_sums,
     real_tokens,
     require_tokens,
     tokens_and_lengths,
@@ -70,7 +70,7 @@ def general_importance(
         total: Statistics | None = None
         for x, real in hidden:
             _, _, stats = observe_block(x, None, real, layer, spec, True, 1.0, "exact", compute_dtype, attention_path)
-            total = stats if total is None else add_statistics(total, stats)
+            total = stats if total is None else add_sums(total, stats)
         assert total is not None
         weights = {name: layer.weights[name] for name in names}
         swept, importance = _sweep_block(weights, total.gram, counts, sequences)

@@ -10,11 +10,19 @@ import jax.numpy as jnp
 from efx_jax.config import MaskForward, Remat
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
-from efx_jax.model.decoder import head_weight, hidden_states
+from efx_jax.model.decoder import attend_within, head_weight, run_blocks, stack_layers
 from efx_jax.model.loss import cross_entropy, drawn_cross_entropy
 from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.parallel.partition import constrain_tree
-from efx_jax.pruning.statistics import real_tokens, tokens_and_lengths
+from efx_jax.pruning.statistics import (
+    Statistics,
+    add_sums,
+    block_statistics,
+    layer_options,
+    real_tokens,
+    require_tokens,
+    tokens_and_lengths,
+)
 
 Array = jax.Array
 
@@ -32,7 +40,7 @@ def output_gradient_energy(
     remat: Remat = "block",
     attention_path: Implementation = "xla",
     key: Array | None = None,
-) -> dict[str, Array]:
+) -> tuple[dict[str, Array], Statistics]:
     """Sum over tokens of (d nll / d y_to)^2 of every output y_o of the linears, nll of real tokens or drawn ones.
 
     The square root is the nu of `foresight_loss`: what the paper's nu approximates by the next matrix, taken through
@@ -55,10 +63,14 @@ def output_gradient_energy(
             every row, however they are batched; None: those of the text.
 
     Returns:
-        name -> float32 `[L,O]`.
+        name -> float32 `[L,O]`; and what `collect_statistics` finds of these rows, without Grams: the forward pass has
+        it at hand.
+
+    Raises:
+        InputError: no batch, or no real token.
     """
-    total = {name: jnp.zeros(params["layers"][name].shape[:2], jnp.float32) for name in names}
-    seen = jnp.int32(0)
+    total: tuple[dict[str, Array], Statistics] | None = None
+    names, seen = tuple(names), jnp.int32(0)
     for batch in batches:
         tokens, lengths = tokens_and_lengths(batch)
         row_keys = (
@@ -68,8 +80,7 @@ def output_gradient_energy(
         )
         # Rows without a token only fill up a batch.
         seen = seen + jnp.sum(lengths > 0)
-        total = _add_energy(
-            total,
+        found = _batch_energy(
             params,
             adapters,
             masks,
@@ -77,21 +88,22 @@ def output_gradient_energy(
             lengths,
             row_keys,
             spec,
+            names,
             mask_forward,
             compute_dtype,
             remat,
             attention_path,
         )
+        total = found if total is None else add_sums(total, found)
+    require_tokens(0 if total is None else jnp.max(total[1].tokens))
+    assert total is not None
     return total
 
 
 @functools.partial(
-    jax.jit,
-    static_argnames=("spec", "mask_forward", "compute_dtype", "remat", "attention_path"),
-    donate_argnames="total",
+    jax.jit, static_argnames=("spec", "names", "mask_forward", "compute_dtype", "remat", "attention_path")
 )
-def _add_energy(
-    total: dict[str, Array],
+def _batch_energy(
     params: Mapping[str, Any],
     adapters: Adapters | None,
     masks: Mapping[str, Array] | None,
@@ -99,33 +111,36 @@ def _add_energy(
     lengths: Array,
     row_keys: Array | None,
     spec: ModelSpec,
+    names: tuple[str, ...],
     mask_forward: MaskForward,
     compute_dtype: Any,
     remat: Remat,
     attention_path: Implementation,
-) -> dict[str, Array]:
-    def loss(probes: dict[str, Array]) -> Array:
-        hidden = hidden_states(
+) -> tuple[dict[str, Array], Statistics]:
+    real = real_tokens(tokens, lengths)
+
+    def loss(probes: dict[str, Array]) -> tuple[Array, Statistics]:
+        hidden, stats = run_blocks(
             params,
             tokens,
+            stack_layers(params, adapters, masks),
             spec,
-            adapters,
-            masks,
-            mask_forward=mask_forward,
-            compute_dtype=compute_dtype,
+            layer_options(adapters, mask_forward, compute_dtype),
+            attend_within(None, attention_path),
             remat=remat,
-            attention_path=attention_path,
             frozen=True,
             probes=probes,
+            observe=lambda taps: block_statistics(taps, real, gram=False),
         )
         head = head_weight(params)
         # The last token of a row has nothing to predict.
         weights = real_tokens(tokens, lengths - 1)
         if row_keys is None:
-            return cross_entropy(hidden, head, jnp.roll(tokens, -1, axis=1), weights, compute_dtype)[0]
+            return cross_entropy(hidden, head, jnp.roll(tokens, -1, axis=1), weights, compute_dtype)[0], stats
         fractions = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))(row_keys)
-        return drawn_cross_entropy(hidden, head, fractions, weights, compute_dtype)[0]
+        return drawn_cross_entropy(hidden, head, fractions, weights, compute_dtype)[0], stats
 
-    energy = jax.grad(loss)(jax.tree.map(jnp.zeros_like, total))
-    summed: dict[str, Array] = constrain_tree({"reach": jax.tree.map(jnp.add, total, energy)})["reach"]
-    return summed
+    probes = {name: jnp.zeros(params["layers"][name].shape[:2], jnp.float32) for name in names}
+    energy, stats = jax.grad(loss, has_aux=True)(probes)
+    constrained: dict[str, Array] = constrain_tree({"reach": energy})["reach"]
+    return constrained, stats

@@ -13,17 +13,7 @@ from efx_jax.errors import InputError
 from efx_jax.linear import weight_gradient
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
-from efx_jax.model.decoder import (
-    Layer,
-    LinearOptions,
-    attend_within,
-    block,
-    embed,
-    freeze,
-    stack_layers,
-    thaw,
-)
-from efx_jax.model.layers import rope_tables
+from efx_jax.model.decoder import LinearOptions, attend_within, run_blocks, stack_layers
 from efx_jax.model.spec import ModelSpec
 
 Array = jax.Array
@@ -143,20 +133,17 @@ def batch_statistics(
     attention_path: Implementation = "xla",
 ) -> Statistics:
     """Statistics of one right-padded batch `tokens [B,T]`, `lengths [B]`; arrays lead with L."""
-    batch, length = tokens.shape
     real = real_tokens(tokens, lengths)
-    rope = rope_tables(spec.rope, spec.head_dim, jnp.broadcast_to(jnp.arange(length), (batch, length)))
-    options = layer_options(adapters, mask_forward, compute_dtype)
-    attend = attend_within(None, attention_path)
-    layers, aside = freeze(stack_layers(params, adapters, masks))
-
-    def body(x: Array, scanned: tuple[Layer, Array]) -> tuple[Array, Statistics]:
-        layer, index = scanned
-        x, taps, _ = block(x, thaw(layer, aside, index), spec, options, rope, attend)
-        return x, block_statistics(taps, real, gram)
-
-    _, stats = jax.lax.scan(body, embed(params, tokens), (layers, jnp.arange(spec.num_layers)))
-    return stats
+    return run_blocks(
+        params,
+        tokens,
+        stack_layers(params, adapters, masks),
+        spec,
+        layer_options(adapters, mask_forward, compute_dtype),
+        attend_within(None, attention_path),
+        frozen=True,
+        observe=lambda taps: block_statistics(taps, real, gram),
+    )[1]
 
 
 def layer_options(adapters: Adapters | None, mask_forward: MaskForward, compute_dtype: Any) -> LinearOptions:
@@ -203,13 +190,13 @@ def collect_statistics(
         stats = batch_statistics(
             params, tokens, lengths, spec, adapters, masks, gram, mask_forward, compute_dtype, attention_path
         )
-        total = stats if total is None else add_statistics(total, stats)
+        total = stats if total is None else add_sums(total, stats)
     require_tokens(0 if total is None else jnp.max(total.tokens))
     assert total is not None
     return total
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def add_statistics(total: Statistics, more: Statistics) -> Statistics:
-    """The sum of two statistics; the first is consumed."""
+def add_sums(total: Any, more: Any) -> Any:
+    """The sum of two trees, such as `Statistics`; the first is consumed."""
     return jax.tree.map(jnp.add, total, more)

@@ -61,12 +61,13 @@ def prune_run(
     if config.prune.permute and not state.masks:
         state = _permuted(config, prepared, state, attention_path)
     adapters, masks = state.train.adapters, state.masks or None
-    importance = run_importance(config, prepared, state, event, attention_path)
+    importance, stats = run_importance(config, prepared, state, event, attention_path)
     batches = calibration(config, prepared)
     spec, dtype = prepared.spec, config.model.compute_dtype
     if goes_by_block(prune):
-        surveyed = calibration(config, prepared, surveyed_rows(prune))
-        stats = budget_statistics(state.params, adapters, masks, surveyed, spec, prune, dtype, attention_path)
+        if stats is None:
+            surveyed = calibration(config, prepared, surveyed_rows(prune))
+            stats = budget_statistics(state.params, adapters, masks, surveyed, spec, prune, dtype, attention_path)
         plan = plan_event(state.params, adapters, masks, state.prune, spec, prune, stats, importance)
         result = _resumable(plan, state.params, batches, dtype, attention_path, folder)
         outcome = assemble(state.params, adapters, plan.state, result, packed=True)

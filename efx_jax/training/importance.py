@@ -16,6 +16,7 @@ from efx_jax.pruning.event_plan import reads_importance
 from efx_jax.pruning.general import general_importance
 from efx_jax.pruning.lora_gradient import lora_gradient_importance
 from efx_jax.pruning.output_gradient import output_gradient_energy
+from efx_jax.pruning.statistics import Statistics
 from efx_jax.training.feed import epoch_rows, mesh_batch, rows_per_pass
 from efx_jax.training.gradients import (
     OptionsOf,
@@ -39,14 +40,14 @@ _DRAWN = 0xF15E
 
 def run_importance(
     config: Config, prepared: Prepared, state: RunState, event: Event, attention_path: Implementation
-) -> dict[str, Array] | None:
+) -> tuple[dict[str, Array] | None, Statistics | None]:
     """The importance that the run's score reads at an event, see `prune_event`; None if it reads none.
 
-    `foresight_loss` takes calibration rows, `survey_share` of them. The batches of the other scores are those that
-    training would take next, a pure function of the seed and the event's step.
+    `foresight_loss` takes calibration rows, `survey_share` of them, and leaves their statistics. The batches of the
+    other scores are those that training would take next, a pure function of the seed and the event's step.
     """
     if not reads_importance(config.prune):
-        return None
+        return None, None
     if config.prune.score == "foresight_loss":
         return _run_output_gradients(config, prepared, state, event, attention_path)
     mesh, rows = make_mesh(config.mesh), prepared.train
@@ -59,16 +60,16 @@ def run_importance(
         return dataclasses.replace(options, dropout_rate=0.0)
 
     if config.prune.score == "dpruner":
-        return _run_domain_pass(config, prepared, state, batches, options_of, attention_path)
+        return _run_domain_pass(config, prepared, state, batches, options_of, attention_path), None
     adapters, masks, spec = state.train.adapters, state.masks or None, prepared.spec
     taken = batches(config.prune.gradient_batches)
     gradients = mean_adapter_gradient(state.params, adapters, masks, taken, spec, options_of)
-    return _score_adapters(state.params["layers"], adapters, gradients, config.prune.targets)
+    return _score_adapters(state.params["layers"], adapters, gradients, config.prune.targets), None
 
 
 def _run_output_gradients(
     config: Config, prepared: Prepared, state: RunState, event: Event, attention_path: Implementation
-) -> dict[str, Array]:
+) -> tuple[dict[str, Array], Statistics]:
     """Energies `[L,O]` of the gradients by the linears' outputs, on the model as it computes before the event."""
     drawn = config.prune.gradient_labels == "model"
     return output_gradient_energy(

@@ -82,7 +82,7 @@ def test_the_score_of_the_loss_is_that_of_the_run_itself(llama, labels) -> None:
     lengths = np.asarray(llama.model.real).sum(axis=1).astype(np.int32)
     batch = {"tokens": llama.model.tokens, "lengths": lengths}
     key = jax.random.key(0) if labels == "model" else None
-    energy = output_gradient_energy(llama.params, [batch], llama.spec, llama.adapters, key=key)
+    energy, _ = output_gradient_energy(llama.params, [batch], llama.spec, llama.adapters, key=key)
     scores = np.abs(np.asarray(view.weights["down_proj"], np.float64))
     scores *= np.asarray(view.stats.input_norm("down_proj")) * np.sqrt(np.asarray(energy["down_proj"][1]))[:, None]
     ranked = np.sort(scores, axis=None)

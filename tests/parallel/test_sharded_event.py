@@ -179,7 +179,7 @@ def test_events_block_by_block_are_those_of_one_device(
     def event(params: Any, adapters: Any, masks: Any, state: Any) -> Any:
         reach = None
         if config.score == "foresight_loss":
-            reach = output_gradient_energy(params, batches, SPEC, adapters, masks)
+            reach, _ = output_gradient_energy(params, batches, SPEC, adapters, masks)
         return prune_event_blockwise(
             params, adapters, masks, batches, state, SPEC, config, importance=reach, packed=False
         )

@@ -1,6 +1,7 @@
 """The energy of the gradients by the linears' outputs, against jax.grad by biases and by the residual stream."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from efx_jax.model.decoder import Layer, LinearOptions, attend_within, block, em
 from efx_jax.model.layers import rope_tables
 from efx_jax.model.spec import LINEARS, init_params
 from efx_jax.pruning.output_gradient import output_gradient_energy
+from efx_jax.pruning.statistics import collect_statistics
 from tests.tiny import LLAMA
 
 SPEC = dataclasses.replace(LLAMA, vocab_size=31, rms_norm_eps=1e-5)
@@ -52,7 +54,7 @@ def test_the_energy_of_output_gradients_is_that_of_every_token(params: Tree) -> 
         # Padding predicts nothing, and a row of one token neither.
         {"tokens": np.pad(pairs[2:], ((0, 0), (0, 3)), constant_values=7), "lengths": np.array([1, 2, 2])},
     ]
-    found = output_gradient_energy(params, batches, SPEC, adapters, masks)
+    found, _ = output_gradient_energy(params, batches, SPEC, adapters, masks)
     assert set(found) == set(LINEARS)
     for name, energy in found.items():
         # A query with one key has no choice.
@@ -77,7 +79,7 @@ def test_the_energy_adds_up_over_the_tokens_of_a_row(params: Tree) -> None:
 
     expected = np.sum(np.square(by_stream(jnp.zeros((2, 9, SPEC.hidden_size)))), axis=(0, 1))
     batches = [{"tokens": tokens, "lengths": np.full(2, 9)}]
-    found = output_gradient_energy(params, batches, SPEC, names=("down_proj",), remat="none")
+    found, _ = output_gradient_energy(params, batches, SPEC, names=("down_proj",), remat="none")
     assert found["down_proj"].shape == layers["down_proj"].shape[:2]
     np.testing.assert_allclose(found["down_proj"][-1], expected, rtol=1e-4, atol=1e-6 * expected.max())
 
@@ -95,7 +97,7 @@ def test_with_drawn_tokens_the_energy_is_the_fisher_information(params: Tree) ->
     gradients, probs = jax.jacrev(log_probs)(biases), np.exp(np.asarray(log_probs(biases), np.float64))
     rows = 2048
     batches = [{"tokens": np.stack([np.full(rows, first), np.full(rows, last)], 1).astype(np.int32)} for last in (3, 7)]
-    found = [output_gradient_energy(params, [batch], SPEC, names=names, key=jax.random.key(2)) for batch in batches]
+    found = [output_gradient_energy(params, [batch], SPEC, names=names, key=jax.random.key(2))[0] for batch in batches]
     for name in names:
         squares = np.square(np.asarray(gradients[f"{name}_bias"], np.float64))
         expected = np.einsum("v,vlo->lo", probs, squares)
@@ -103,7 +105,7 @@ def test_with_drawn_tokens_the_energy_is_the_fisher_information(params: Tree) ->
         assert np.all(np.abs(found[0][name] / rows - expected) < 4.5 * spread + 1e-9)
         assert np.all(spread < 0.2 * expected)
         np.testing.assert_array_equal(found[0][name], found[1][name])
-    both = output_gradient_energy(params, batches, SPEC, names=names, key=jax.random.key(2))
+    both, _ = output_gradient_energy(params, batches, SPEC, names=names, key=jax.random.key(2))
     # The second batch draws others.
     assert np.all(np.asarray(both["v_proj"]) != 2 * np.asarray(found[0]["v_proj"]))
 
@@ -117,11 +119,23 @@ def test_what_is_drawn_does_not_depend_on_how_rows_are_batched(params: Tree) -> 
         {"tokens": np.pad(tokens[2:], ((0, 1), (0, 0))), "lengths": np.array([3, 0])},
     ]
     key = jax.random.key(6)
-    whole = output_gradient_energy(params, [{"tokens": tokens, "lengths": lengths}], SPEC, names=("v_proj",), key=key)
-    parts = output_gradient_energy(params, split, SPEC, names=("v_proj",), key=key)
+    whole, _ = output_gradient_energy(
+        params, [{"tokens": tokens, "lengths": lengths}], SPEC, names=("v_proj",), key=key
+    )
+    parts, _ = output_gradient_energy(params, split, SPEC, names=("v_proj",), key=key)
     np.testing.assert_allclose(parts["v_proj"], whole["v_proj"], rtol=1e-4)
-    other = output_gradient_energy(params, split, SPEC, names=("v_proj",), key=jax.random.key(7))
+    other, _ = output_gradient_energy(params, split, SPEC, names=("v_proj",), key=jax.random.key(7))
     assert not np.allclose(parts["v_proj"], other["v_proj"], rtol=0.01)
+
+
+@pytest.mark.parametrize("remat", ["none", "linears", "block"])
+def test_the_forward_pass_leaves_the_statistics_of_its_rows(params: Tree, remat: Any) -> None:
+    tokens = np.random.default_rng(4).integers(0, 31, (3, 6)).astype(np.int32)
+    batches = [{"tokens": tokens[:2], "lengths": np.array([6, 4])}, {"tokens": tokens[1:], "lengths": np.array([3, 0])}]
+    _, found = output_gradient_energy(params, batches, SPEC, key=jax.random.key(6), remat=remat)
+    expected = collect_statistics(params, batches, SPEC)
+    assert found.energy.keys() == expected.energy.keys() and not found.gram
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, expected)
 
 
 def _stream(params: Tree, tokens: np.ndarray) -> jax.Array:

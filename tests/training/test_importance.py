@@ -53,7 +53,7 @@ def test_an_event_of_a_run_prunes_by_its_own_importance(score: Any, tmp_path: Pa
     prepared, state = start(config, SPEC)
     before = jax.tree.map(np.array, state.params)
     event = Event(3, 0.5, True)
-    importance = run_importance(config, prepared, state, event, "xla")
+    importance, _ = run_importance(config, prepared, state, event, "xla")
     assert importance is not None
     after = prune_run(config, prepared, state, event, tmp_path, "xla")
     for name, mask in after.masks.items():
@@ -69,7 +69,7 @@ def test_an_event_of_a_run_reads_the_gradients_of_its_calibration_rows(tmp_path:
     config = dataclasses.replace(config, prune=dataclasses.replace(config.prune, budget="global", budget_spread=0.3))
     prepared, state = start(config, SPEC)
     event = Event(3, 0.5, True)
-    importance = run_importance(config, prepared, state, event, "xla")
+    importance, _ = run_importance(config, prepared, state, event, "xla")
     assert importance is not None
     after = prune_run(config, prepared, state, event, tmp_path, "xla")
     layers = state.params["layers"]
@@ -92,15 +92,16 @@ def test_a_part_of_the_calibration_rows_may_be_surveyed() -> None:
     prepared, state = start(config, SPEC)
     prune = dataclasses.replace(config.prune, survey_share=0.3)
     few = dataclasses.replace(config, prune=prune)
-    found = run_importance(few, prepared, state, Event(1, 0.5, True), "xla")
+    found, stats = run_importance(few, prepared, state, Event(1, 0.5, True), "xla")
     batches = calibration(config, prepared, 3)
     rows, every = _real_rows(batches), _real_rows(calibration(config, prepared))
     assert len(rows) == 3 and set(rows) <= set(every) and len(every) == 8
-    expected = output_gradient_energy(state.params, batches, SPEC, state.train.adapters, compute_dtype="float32")
+    expected, _ = output_gradient_energy(state.params, batches, SPEC, state.train.adapters, compute_dtype="float32")
+    assert float(stats.tokens[0]) == sum(len(row) for row in rows)
     for name, energy in found.items():
         np.testing.assert_allclose(energy, expected[name], rtol=1e-4, atol=1e-5 * float(np.max(expected[name])))
     drawn = dataclasses.replace(few, prune=dataclasses.replace(prune, gradient_labels="model"))
-    energies = [run_importance(drawn, prepared, state, Event(step, 0.5, True), "xla") for step in (1, 1, 2)]
+    energies = [run_importance(drawn, prepared, state, Event(step, 0.5, True), "xla")[0] for step in (1, 1, 2)]
     np.testing.assert_array_equal(energies[0]["k_proj"], energies[1]["k_proj"])
     assert np.any(np.asarray(energies[0]["k_proj"]) != energies[2]["k_proj"])
 
@@ -113,7 +114,7 @@ def test_budgets_of_an_event_block_by_block_are_those_of_the_surveyed_rows(tmp_p
     config = dataclasses.replace(config, prune=prune)
     prepared, state = start(config, SPEC)
     event = Event(1, 0.5, True)
-    importance = run_importance(config, prepared, state, event, "xla")
+    importance, _ = run_importance(config, prepared, state, event, "xla")
     adapters, params = state.train.adapters, jax.tree.map(np.array, state.params)
 
     def budgets(rows: int) -> list[dict[str, float]]:
@@ -132,7 +133,7 @@ def test_the_importance_is_that_of_the_batches_to_come() -> None:
     """Eight rows are two batches: the third step's batches are those of the first, in the next epoch's order."""
     config = settings("lora_gradient")
     prepared, state = start(config, SPEC)
-    found = [run_importance(config, prepared, state, Event(step, 0.5, True), "xla") for step in (2, 2, 3)]
+    found = [run_importance(config, prepared, state, Event(step, 0.5, True), "xla")[0] for step in (2, 2, 3)]
     np.testing.assert_array_equal(found[0]["k_proj"], found[1]["k_proj"])
     assert np.any(np.asarray(found[0]["k_proj"]) != found[2]["k_proj"])
 
@@ -140,7 +141,7 @@ def test_the_importance_is_that_of_the_batches_to_come() -> None:
 def test_other_scores_read_no_importance() -> None:
     config = settings("wanda")
     prepared, state = start(config, SPEC)
-    assert run_importance(config, prepared, state, Event(1, 0.5, True), "xla") is None
+    assert run_importance(config, prepared, state, Event(1, 0.5, True), "xla") == (None, None)
 
 
 @pytest.mark.slow
@@ -149,11 +150,11 @@ def test_on_a_mesh_the_importance_is_the_same_and_lies_as_the_weights(score: Any
     """Whatever the device, the same tokens are drawn."""
     event, shape = Event(2, 0.5, True), (1, 2, 2)
     config = _labelled(settings(score), labels)
-    alone = run_importance(config, *start(config, SPEC), event, "xla")
+    alone, _ = run_importance(config, *start(config, SPEC), event, "xla")
     config = _labelled(settings(score, shape), labels)
     with jax.set_mesh(make_mesh(config.mesh)):
         prepared, state = start(config, SPEC)
-        found = run_importance(config, prepared, state, event, "xla")
+        found, _ = run_importance(config, prepared, state, event, "xla")
     for name, values in found.items():
         np.testing.assert_allclose(values, alone[name], rtol=1e-3, atol=1e-3 * float(np.max(alone[name])))
         weight = state.params["layers"][name]
