@@ -7,6 +7,7 @@ model itself. Here every device reduces its own tokens' dU to dA and dB, and onl
 """
 
 import functools
+import itertools
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -18,10 +19,13 @@ from efx_jax.einsum import dot
 from efx_jax.errors import InputError
 from efx_jax.lora import masked_weight
 from efx_jax.masks import unpack_mask
+from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import LinearAxes
 
 Array = jax.Array
 MaybeArray = Array | None
+# A Gram is formed in blocks of about this width, as long as they are no more than so many.
+_GRAM_BLOCK, _GRAM_BLOCKS = 512, 4
 _Operands = tuple[Array, MaybeArray, MaybeArray, MaybeArray, MaybeArray]
 
 
@@ -261,6 +265,24 @@ def weight_gradient(dy: Array, x: Array) -> Array:
     if x.dtype != jnp.bfloat16:
         return plain(dy, x)
     return jax.lax.platform_dependent(dy, x, cpu=transposed_first, default=plain)
+
+
+def gram(x: Array) -> Array:
+    """x^T x, the sum over all tokens: `x [...,I]` -> `[I,I]`, float32.
+
+    Of wide inputs the part below the diagonal is copied, in blocks: a quarter to three eighths of the products. On a
+    mesh, where the columns may lie on several devices, all are formed.
+    """
+    width = x.shape[-1]
+    count = 1 if active_mesh() is not None else min(-(-width // _GRAM_BLOCK), _GRAM_BLOCKS)
+    edges = [width * index // count for index in range(count + 1)]
+    pairs = list(itertools.pairwise(edges))
+    right = [weight_gradient(x[..., start:stop], x[..., start:]) for start, stop in pairs]
+    rows = []
+    for index, (start, stop) in enumerate(pairs):
+        left = [right[above][:, start - edges[above] : stop - edges[above]].T for above in range(index)]
+        rows.append(jnp.concatenate([*left, right[index]], axis=1))
+    return jnp.concatenate(rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -189,9 +189,9 @@ def observe_block(
     rope, attend = _rope(x, spec), attend_within(None, attention_path)
     output, taps, _ = block(x, layer, spec, options, rope, attend)
     if dense is None:
-        return output, None, block_statistics(taps, real, gram)
+        return output, None, block_statistics(taps, real, gram, None, compute_dtype)
     dense_output, dense_taps, _ = block(dense, layer, spec, options, rope, attend)
-    return output, dense_output, block_statistics(taps, real, gram, dense_taps)
+    return output, dense_output, block_statistics(taps, real, gram, dense_taps, compute_dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "scale", "mask_forward", "compute_dtype", "attention_path"))

@@ -10,6 +10,7 @@ from flax import struct
 
 from efx_jax.config import MaskForward
 from efx_jax.errors import InputError
+from efx_jax.linear import gram as input_gram
 from efx_jax.linear import weight_gradient
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
@@ -84,7 +85,11 @@ def require_tokens(tokens: Array | int) -> None:
 
 
 def block_statistics(
-    taps: Mapping[str, Array], real: Array, gram: bool, dense_taps: Mapping[str, Array] | None = None
+    taps: Mapping[str, Array],
+    real: Array,
+    gram: bool,
+    dense_taps: Mapping[str, Array] | None = None,
+    compute_dtype: Any = None,
 ) -> Statistics:
     """Reduces one block's activations (see `efx_jax.model.decoder.block`) to sums over real tokens `[B,T]`.
 
@@ -93,6 +98,7 @@ def block_statistics(
         real: float32 `[B,T]`, 1 for real tokens.
         gram: sum Grams too.
         dense_taps: those behind unpruned blocks, if `cross` is wanted.
+        compute_dtype: what the linears round their inputs to, and Grams are of; None: the inputs as they are.
     """
 
     def energy(values: Array) -> Array:
@@ -105,17 +111,18 @@ def block_statistics(
     energies = {name: energy(taps[name]) for name in (*INPUTS, "q_raw", "k_raw", "q", "k")}
     energies |= {"gate_value": energy(gate * sigmoid), "gate_slope": energy(up * slope)}
 
-    def products(left: Array, right: Array) -> Array:
-        # Products of 16-bit numbers are exact in float32: only the order of the sums differs from a float32 Gram.
-        right = right * real[..., None].astype(right.dtype)
-        left = left * real[..., None].astype(left.dtype)
-        return weight_gradient(left, right)
+    def read(values: Array) -> Array:
+        # As the linears read them; products of 16-bit numbers are exact in float32.
+        values = values if compute_dtype is None else values.astype(compute_dtype)
+        return values * real[..., None].astype(values.dtype)
 
     return Statistics(
         energy=energies,
-        gram={name: products(taps[name], taps[name]) for name in INPUTS} if gram else {},
+        gram={name: input_gram(read(taps[name])) for name in INPUTS} if gram else {},
         tokens=jnp.sum(real),
-        cross={} if dense_taps is None else {name: products(dense_taps[name], taps[name]) for name in INPUTS},
+        cross={}
+        if dense_taps is None
+        else {name: weight_gradient(read(dense_taps[name]), read(taps[name])) for name in INPUTS},
     )
 
 
@@ -142,7 +149,7 @@ def batch_statistics(
         layer_options(adapters, mask_forward, compute_dtype),
         attend_within(None, attention_path),
         frozen=True,
-        observe=lambda taps: block_statistics(taps, real, gram),
+        observe=lambda taps: block_statistics(taps, real, gram, compute_dtype=compute_dtype),
     )[1]
 
 

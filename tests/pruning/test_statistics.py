@@ -147,6 +147,20 @@ def test_two_batches_are_one(llama: Any, masked_llama: Statistics) -> None:
         np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6 * np.abs(wanted).max())
 
 
+def test_grams_are_of_inputs_as_the_linears_round_them() -> None:
+    rng = np.random.default_rng(3)
+    shapes = {"attn_in": 16, "o_in": 16, "mlp_in": 16, "down_in": 24, "gate": 24, "up": 24}
+    taps = {name: jnp.asarray(rng.standard_normal((2, 4, units)), jnp.float32) for name, units in shapes.items()}
+    taps |= {name: jnp.ones((2, 4, 2, 4)) for name in ("q_raw", "k_raw", "q", "k")}
+    real = jnp.asarray([[1, 1, 1, 0], [1, 1, 0, 0]], jnp.float32)
+    found = block_statistics(taps, real, True, taps, "bfloat16")
+    for name, gram in found.gram.items():
+        rows = np.asarray(taps[name].astype(jnp.bfloat16), np.float64)[np.asarray(real) > 0]
+        assert np.any(rows != np.asarray(taps[name])[np.asarray(real) > 0])
+        np.testing.assert_allclose(gram, rows.T @ rows, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found.cross[name], gram, rtol=1e-5, atol=1e-5)
+
+
 def test_every_product_of_the_sums_asks_for_float32(masked_llama: Statistics) -> None:
     # On a GPU or TPU the default precision would round the operands to 10 or 8 bits.
     shapes = {"attn_in": 16, "o_in": 16, "mlp_in": 16, "down_in": 24, "gate": 24, "up": 24}
