@@ -59,6 +59,7 @@ def measure(case: Mapping[str, Any]) -> dict[str, Any]:
             micro_batches=work.batch // work.micro_batch,
             teacher_weight=distill.weight,
             teacher_row_share=distill.row_share,
+            teacher_prefix_share=distill.prefix_share,
             teacher_share=distill.share,
         )
         teacher = Teacher(params, spec) if mode == "taught" else None

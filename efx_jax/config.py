@@ -220,6 +220,9 @@ class DistillConfig:
     row_share: float = 1.0
     """Share of the sequences of every forward pass that the teacher reads, rounded up: those without labels before
     others, drawn anew in each step. Reading is most of what a teacher costs."""
+    prefix_share: float = 1.0
+    """Share of the positions of these sequences that the teacher reads, from the first one on, in whole blocks of 128
+    where rows have these."""
     share: float = 1.0
     """Share that the teacher teaches of the tokens without a label that it has read, drawn anew in each step."""
     text: str = ""

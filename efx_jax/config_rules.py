@@ -160,6 +160,7 @@ def _distill_rules(config: Config) -> Iterable[Rule]:
     return [
         ("distill.weight", distill.weight, distill.weight > 0, "above 0"),
         ("distill.row_share", distill.row_share, 0 < distill.row_share <= 1, "in (0, 1]"),
+        ("distill.prefix_share", distill.prefix_share, 0 < distill.prefix_share <= 1, "in (0, 1]"),
         ("distill.share", distill.share, 0 < distill.share <= 1, "in (0, 1]"),
         ("distill.text_share", distill.text_share, 0 < distill.text_share < 1, "in (0, 1)"),
         (

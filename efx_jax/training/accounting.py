@@ -19,7 +19,7 @@ from efx_jax.pruning.event_plan import goes_by_block, needs_gram
 from efx_jax.pruning.statistics import INPUT_OF
 from efx_jax.structural.generator import init_generator
 from efx_jax.structural.units import units_of
-from efx_jax.training.distillation import rows_read
+from efx_jax.training.distillation import positions_read, rows_read
 from efx_jax.training.step import has_teacher
 
 # Operations of a swap on every entry of its row: two moves alone, four searches, the update.
@@ -146,7 +146,8 @@ def _teacher_flops(spec: ModelSpec, config: Config, length: int, rows: int) -> f
     if not has_teacher(config):
         return 0.0
     head = config.distill.share * 6 * spec.vocab_size * spec.hidden_size
-    return rows_of_teacher(config, rows) / rows * (_forward_flops(spec, length) + head)
+    read = positions_read(config.distill.prefix_share, length)
+    return rows_of_teacher(config, rows) / rows * read / length * (_forward_flops(spec, read) + head)
 
 
 def rows_of_teacher(config: Config, rows: int) -> int:

@@ -16,12 +16,19 @@ from efx_jax.pruning.statistics import real_tokens
 from efx_jax.rounding import round_up
 
 Array = jax.Array
+_MULTIPLE = 128  # positions
 
 
 def rows_read(share: float, rows: int, shards: int = 1) -> int:
     """How many of so many rows the teacher reads: their share, rounded up, and up again to as many on every shard."""
     count = max(1, round_up(share * rows))
     return -(-count // shards) * shards
+
+
+def positions_read(share: float, length: int) -> int:
+    """How many of a row's positions the teacher reads: their share, rounded up, to what attention kernels want."""
+    multiple = _MULTIPLE if length % _MULTIPLE == 0 else 1
+    return -(-max(1, round_up(share * length)) // multiple) * multiple
 
 
 def taught_rows(batch: Mapping[str, Array], key: Array, share: float, micro_batches: int) -> Array:
@@ -73,12 +80,14 @@ def _ranks(order: Array) -> Array:
     return jnp.sum(before, axis=-1, dtype=jnp.int32)
 
 
-def taught_weights(batch: Mapping[str, Array], key: Array, weight: float, share: float, rows: Array) -> Array:
+def taught_weights(
+    batch: Mapping[str, Array], key: Array, weight: float, share: float, rows: Array, prefix_share: float = 1.0
+) -> Array:
     """Weights of the positions that the teacher teaches: real tokens without a label, a share of them drawn by the key.
 
     Of every row the same share, rounded up: half of 1,024 tokens are 512 and fill a chunk of the divergence, where 520
-    would take two. Divided by the number of labels, as the labels' loss is, the sum of the weighted divergences is `weight` times their
-    mean.
+    would take two. Divided by the number of labels, as the labels' loss is, the sum of the weighted divergences is
+    `weight` times their mean.
 
     Args:
         batch: `tokens` `[B,T]`, `lengths` `[B]`, and `weights` `[B,T]` of the labels.
@@ -86,11 +95,14 @@ def taught_weights(batch: Mapping[str, Array], key: Array, weight: float, share:
         weight: of the teacher beside the labels.
         share: of the positions, in (0, 1].
         rows: bool `[B]`, see `taught_rows`.
+        prefix_share: of the positions of a row, from the first on, that the teacher reads; see `positions_read`.
 
     Returns:
         float32 `[B,T]`.
     """
-    free = real_tokens(batch["tokens"], batch["lengths"]) * (batch["weights"] == 0) * rows[:, None]
+    length = batch["tokens"].shape[1]
+    read = rows[:, None] * (jnp.arange(length) < positions_read(prefix_share, length))
+    free = real_tokens(batch["tokens"], batch["lengths"]) * (batch["weights"] == 0) * read
     if share < 1:
         # The tolerance is for what float32 adds to products such as 0.07 * 100.
         counts = jnp.ceil(share * (1 - 1e-6) * jnp.sum(free, axis=1, keepdims=True))

@@ -15,7 +15,7 @@ from efx_jax.model.attention import Implementation
 from efx_jax.model.decoder import head_weight, hidden_states
 from efx_jax.model.loss import cross_entropy
 from efx_jax.model.spec import ModelSpec
-from efx_jax.training.distillation import divergence, take_rows, taught_rows, taught_weights
+from efx_jax.training.distillation import divergence, positions_read, take_rows, taught_rows, taught_weights
 from efx_jax.training.state import TrainState, trainable
 
 Array = jax.Array
@@ -34,6 +34,7 @@ class StepOptions:
     micro_batches: int = 1
     teacher_weight: float = 1.0
     teacher_row_share: float = 1.0
+    teacher_prefix_share: float = 1.0
     teacher_share: float = 1.0
 
 
@@ -61,6 +62,7 @@ def step_options(config: Config, rows: int, attention_path: Implementation) -> S
         micro_batches=config.train.batch_size // rows,
         teacher_weight=config.distill.weight,
         teacher_row_share=config.distill.row_share,
+        teacher_prefix_share=config.distill.prefix_share,
         teacher_share=config.distill.share,
     )
 
@@ -96,6 +98,10 @@ def summed_loss(
         # No more rows than are taken have a weight, see `taught_rows`: all others are 0.
         most = jnp.sum(batch["taught"], axis=1)
         hidden, batch = take_rows(most, options.teacher_row_share, (hidden, dict(batch)))
+    if options.teacher_prefix_share < 1:
+        # Behind it no position has a weight either, and no earlier one sees those.
+        read = positions_read(options.teacher_prefix_share, hidden.shape[1])
+        hidden, batch = jax.tree.map(lambda rows: rows[:, :read] if rows.ndim > 1 else rows, (hidden, dict(batch)))
     plain = dataclasses.replace(options, dropout_rate=0.0, remat="none")
     taught = _hidden(teacher.params, None, None, batch, key, teacher.spec, plain, frozen=True)
     heads = head_weight(params), head_weight(teacher.params)
@@ -209,7 +215,8 @@ def _step(
     if teacher is not None:
         draw = jax.random.fold_in(step_key, options.micro_batches)
         rows = taught_rows(batch, jax.random.fold_in(draw, 1), options.teacher_row_share, options.micro_batches)
-        taught = taught_weights(batch, draw, options.teacher_weight, options.teacher_share, rows)
+        weight, share, prefix = options.teacher_weight, options.teacher_share, options.teacher_prefix_share
+        taught = taught_weights(batch, draw, weight, share, rows, prefix)
         batch = {**batch, "taught": taught}
 
     def loss(arrays: Any, part: Batch, index: Array) -> tuple[Array, dict[str, Array]]:

@@ -172,7 +172,7 @@ def test_a_teacher_reads_the_same_half_of_the_rows_on_a_mesh(
 ) -> None:
     """In two micro-batches: a row for every device; for every other, so that all read; rows that no axis divides."""
     teacher = jax.tree.map(lambda leaf: 1.5 * leaf, params)
-    chosen = StepOptions(micro_batches=2, teacher_row_share=0.5, teacher_share=0.5)
+    chosen = StepOptions(micro_batches=2, teacher_row_share=0.5, teacher_prefix_share=0.7, teacher_share=0.5)
     state = init_train_state(jax.tree.map(jnp.copy, adapters), TX)
     expected = jit_step()(state, params, masks, make_batch(rows), KEY, SPEC, TX, chosen, Teacher(teacher, SPEC))
     assert float(expected[1]["divergence"]) > 1e-3

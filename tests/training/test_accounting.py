@@ -70,6 +70,15 @@ def test_a_teacher_costs_the_whole_number_of_rows_that_it_reads() -> None:
     assert flops_per_token(LLAMA, dataclasses.replace(settings(), distill=DistillConfig("base")), 8, False).teacher == 0
 
 
+def test_a_teacher_that_reads_half_of_a_row_costs_less_than_half() -> None:
+    """Queries see fewer keys."""
+    prefix, whole = (
+        flops_per_token(LLAMA, dataclasses.replace(settings(), distill=each), 8, True).teacher
+        for each in (DistillConfig("base", prefix_share=0.5), DistillConfig("base"))
+    )
+    assert prefix == pytest.approx(whole / 2 - ATTENTION / 4)
+
+
 def test_a_matrix_without_an_adapter_needs_no_weight_gradient() -> None:
     config = settings()
     config = dataclasses.replace(config, lora=LoraConfig(rank=2, targets=("q_proj",)))

@@ -18,7 +18,7 @@ from efx_jax.errors import InputError
 from efx_jax.lora import init_lora
 from efx_jax.model.decoder import forward
 from efx_jax.model.spec import LINEARS, init_params
-from efx_jax.training.distillation import divergence, taught_rows, taught_weights
+from efx_jax.training.distillation import divergence, positions_read, taught_rows, taught_weights
 from efx_jax.training.schedule import optimizer
 from efx_jax.training.start import unpruned
 from efx_jax.training.state import init_train_state, trainable
@@ -112,6 +112,16 @@ def test_a_share_rounds_up_to_whole_tokens() -> None:
     assert found == [1, 7, 8, 100]
 
 
+def test_the_teacher_may_read_the_first_positions_of_its_rows(batch: Tree) -> None:
+    """Half of 32; what it does not read it does not teach."""
+    whole = np.asarray(taught_weights(batch, KEY, 1.0, 1.0, ALL)) > 0
+    half = np.asarray(taught_weights(batch, KEY, 1.0, 1.0, ALL, 0.5)) > 0
+    assert np.any(whole[:, 16:])
+    np.testing.assert_array_equal(half, whole & (np.arange(32) < 16))
+    assert [positions_read(share, 32) for share in (0.01, 0.51, 1.0)] == [1, 17, 32]
+    assert [positions_read(share, 1024) for share in (0.01, 0.5, 0.51, 1.0)] == [128, 512, 640, 1024]
+
+
 def rows_of(labels: list[int], lengths: list[int]) -> Tree:
     """Rows of 8 tokens, the first `labels` of which are labels."""
     weights = (np.arange(8) < np.asarray(labels)[:, None]).astype(np.float32)
@@ -179,17 +189,18 @@ def test_the_loss_is_that_of_the_labels_plus_the_weighted_mean_divergence(
         np.testing.assert_allclose(gradient / labels, reference, rtol=0, atol=2e-5 * largest)
 
 
-def test_a_teacher_that_reads_some_rows_teaches_what_it_would_there(
-    model: tuple[Tree, Any, Tree, Teacher], batch: Tree
+@pytest.mark.parametrize("prefix", [1.0, 0.5])
+def test_a_teacher_that_reads_a_part_teaches_what_it_would_there(
+    model: tuple[Tree, Any, Tree, Teacher], batch: Tree, prefix: float
 ) -> None:
-    """The same loss and gradient as of all rows, whatever the teacher would say in those of weight 0."""
+    """The same loss and gradient as of all rows and positions, whatever it would say where the weight is 0."""
     params, adapters, masks, teacher = model
     read = taught_rows(batch, KEY, 0.5, 1)
     assert int(jnp.sum(read)) == 2
-    whole = {**batch, "taught": taught_weights(batch, KEY, 0.7, 1.0, read)}
+    whole = {**batch, "taught": taught_weights(batch, KEY, 0.7, 1.0, read, prefix)}
 
     def loss(arrays: Tree, share: float) -> jax.Array:
-        options = StepOptions(teacher_row_share=share)
+        options = StepOptions(teacher_row_share=share, teacher_prefix_share=prefix if share < 1 else 1.0)
         return summed_loss(arrays, adapters, params, masks, whole, KEY, SPEC, options, teacher)[0]
 
     gradient = jax.jit(jax.value_and_grad(loss), static_argnames="share")
@@ -222,6 +233,7 @@ def test_micro_batches_learn_what_one_batch_does(model: tuple[Tree, Any, Tree, T
         ({"distill": DistillConfig("base", weight=0.0)}, "distill.weight must be above 0"),
         ({"distill": DistillConfig("base", share=0.0)}, "distill.share must be in"),
         ({"distill": DistillConfig("base", row_share=0.0)}, "distill.row_share must be in"),
+        ({"distill": DistillConfig("base", prefix_share=1.5)}, "distill.prefix_share must be in"),
         (
             {"prune": PruneConfig(score="atp", mask_forward="frozen", schedule="fractions")},
             "distill.teacher must be empty with prune.score atp",
