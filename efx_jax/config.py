@@ -181,8 +181,8 @@ class PruneConfig:
     calibration_rows: int = 128
     """Of all of them together."""
     survey_share: float = 1.0
-    """Share of them that is read, at least a row of each, in passes of their own: for "foresight_loss"'s gradients, for
-    the order of `permute` and, where an event goes block by block, for its budgets."""
+    """Share of them that is read, at least a row of each, for "foresight_loss"'s gradients, for the order of `permute`
+    and, where an event goes block by block, for its budgets."""
     calibration_length: int = 2048
     """Most tokens of a calibration row; at most the model's context."""
     calibration_tokens: int = 4096

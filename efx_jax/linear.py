@@ -270,19 +270,26 @@ def weight_gradient(dy: Array, x: Array) -> Array:
 def gram(x: Array) -> Array:
     """x^T x, the sum over all tokens: `x [...,I]` -> `[I,I]`, float32.
 
-    Of wide inputs the part below the diagonal is copied, in blocks: a quarter to three eighths of the products. On a
-    mesh, where the columns may lie on several devices, all are formed.
+    Of wide inputs blocks below the diagonal are copied, see `gram_share`. On a mesh, whose partitioner would move
+    blocks to put them together, all are formed.
     """
     width = x.shape[-1]
-    count = 1 if active_mesh() is not None else min(-(-width // _GRAM_BLOCK), _GRAM_BLOCKS)
-    edges = [width * index // count for index in range(count + 1)]
-    pairs = list(itertools.pairwise(edges))
-    right = [weight_gradient(x[..., start:stop], x[..., start:]) for start, stop in pairs]
-    rows = []
-    for index, (start, stop) in enumerate(pairs):
-        left = [right[above][:, start - edges[above] : stop - edges[above]].T for above in range(index)]
-        rows.append(jnp.concatenate([*left, right[index]], axis=1))
-    return jnp.concatenate(rows)
+    edges = (0, width) if active_mesh() is not None else _gram_edges(width)
+    found = jnp.zeros((width, width), jnp.float32)
+    for start, stop in itertools.pairwise(edges):
+        strip = weight_gradient(x[..., start:stop], x[..., start:])
+        found = found.at[start:stop, start:].set(strip).at[stop:, start:stop].set(strip[:, stop - start :].T)
+    return found
+
+
+def gram_share(width: int) -> float:
+    """Share of a Gram's products that `gram` forms on one device: 1 to 5/8, from narrow to wide inputs."""
+    return sum((stop - start) * (width - start) for start, stop in itertools.pairwise(_gram_edges(width))) / width**2
+
+
+def _gram_edges(width: int) -> tuple[int, ...]:
+    count = min(-(-width // _GRAM_BLOCK), _GRAM_BLOCKS)
+    return tuple(width * index // count for index in range(count + 1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

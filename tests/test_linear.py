@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from efx_jax.config import MeshConfig
-from efx_jax.linear import gram
+from efx_jax.linear import gram, gram_share
 from efx_jax.parallel.mesh import make_mesh
 
 
@@ -21,8 +21,9 @@ def test_a_gram_is_the_sum_of_outer_products(width: int, dtype: str) -> None:
     np.testing.assert_allclose(found, rows.T @ rows, rtol=1e-5, atol=1e-4)
 
 
-def test_half_of_a_wide_gram_is_copied() -> None:
-    """Products of 2,304 columns in four blocks: 10 of 16."""
+def test_three_eighths_of_a_wide_gram_are_copied() -> None:
+    """Products of 2,304 columns in four blocks: 10 of 16 are formed."""
+    assert [gram_share(width) for width in (512, 1024, 1536, 4096)] == pytest.approx([1, 3 / 4, 2 / 3, 5 / 8])
     x = jnp.zeros((16, 2304))
     operations = jax.jit(gram).lower(x).cost_analysis()["flops"]
     whole = 2 * 16 * 2304**2

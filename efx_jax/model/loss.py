@@ -1,6 +1,7 @@
 """Next-token loss in chunks: one chunk of logits exists at a time, and only positions that carry loss are read."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,9 @@ from efx_jax.parallel.partition import VOCABULARY, Axes, active_batch_axes
 
 Array = jax.Array
 _CHUNK_TOKENS = 512
-# A token is drawn by the sums of so many probabilities at a time, then among those of one sum.
-_DRAWN_TOGETHER = 256
+# A token is drawn by the sums of so many probabilities at a time, or half as many and so on down to the least, then
+# among those of one sum.
+_DRAWN_TOGETHER, _LEAST_TOGETHER = 256, 32
 
 
 def cross_entropy(
@@ -35,7 +37,7 @@ def cross_entropy(
     Returns:
         (nll, entropy), float32 scalars; only nll is differentiable.
     """
-    return _sum_loss(hidden, head, jnp.asarray(targets), weights, compute_dtype)
+    return _sum_loss(False, hidden, head, jnp.asarray(targets), weights, compute_dtype)
 
 
 def drawn_cross_entropy(
@@ -47,29 +49,30 @@ def drawn_cross_entropy(
         fractions: float32 `[B,T]` in [0, 1): the token of a position is the first whose cumulative probability, in the
             order of the vocabulary, exceeds its fraction. Of uniform fractions: drawn from what it expects.
     """
-    return _sum_loss(hidden, head, jnp.asarray(fractions, jnp.float32), weights, compute_dtype)
+    return _sum_loss(True, hidden, head, jnp.asarray(fractions, jnp.float32), weights, compute_dtype)
 
 
-def _sum_loss(hidden: Array, head: Array, targets: Array, weights: Array, compute_dtype: Any) -> tuple[Array, Array]:
+def _sum_loss(
+    drawn: bool, hidden: Array, head: Array, targets: Array, weights: Array, compute_dtype: Any
+) -> tuple[Array, Array]:
     dtype = head.dtype if compute_dtype is None else jnp.dtype(compute_dtype)
     batch = active_batch_axes(hidden.shape[0])
     frozen_head = jax.lax.stop_gradient(head).astype(dtype)
-    return _cross_entropy(batch, hidden, frozen_head, targets, jnp.asarray(weights, jnp.float32))
+    return _cross_entropy(batch, drawn, hidden, frozen_head, targets, jnp.asarray(weights, jnp.float32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _cross_entropy(
-    batch: Axes | None, hidden: Array, head: Array, targets: Array, weights: Array
+    batch: Axes | None, drawn: bool, hidden: Array, head: Array, targets: Array, weights: Array
 ) -> tuple[Array, Array]:
-    """Sums over targets int `[B,T]`, or over tokens drawn by fractions float32 `[B,T]`."""
-    return _cross_entropy_fwd(batch, hidden, head, targets, weights)[0]
+    return _cross_entropy_fwd(batch, drawn, hidden, head, targets, weights)[0]
 
 
 def _cross_entropy_fwd(
-    batch: Axes | None, hidden: Array, head: Array, targets: Array, weights: Array
+    batch: Axes | None, drawn: bool, hidden: Array, head: Array, targets: Array, weights: Array
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     """On a mesh every device reads its own tokens and its part of the vocabulary."""
-    local = functools.partial(_nll_and_gradient, batch)
+    local = functools.partial(_nll_and_gradient, batch, drawn)
     if batch is not None:
         rows = P(batch or None, None)
         states = P(batch or None, None, None)
@@ -81,7 +84,7 @@ def _cross_entropy_fwd(
 
 
 def _cross_entropy_bwd(
-    batch: Axes | None, residuals: tuple[Array, Array], cotangents: tuple[Array, Array]
+    batch: Axes | None, drawn: bool, residuals: tuple[Array, Array], cotangents: tuple[Array, Array]
 ) -> tuple[Array, Array, None, None]:
     d_hidden, head = residuals
     return (d_hidden * cotangents[0]).astype(d_hidden.dtype), jnp.zeros_like(head), None, None
@@ -91,18 +94,18 @@ _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
 def _nll_and_gradient(
-    batch: Axes | None, hidden: Array, head: Array, targets: Array, weights: Array
+    batch: Axes | None, drawn: bool, hidden: Array, head: Array, targets: Array, weights: Array
 ) -> tuple[Array, Array, Array]:
     """Sums of nll and entropy, and d nll / d hidden `[B,T,D]`, computed while a chunk's logits exist.
 
     Args:
         batch: mesh axes that split the tokens; None: one device.
+        drawn: whether `targets` are fractions float32 `[B,T]` by which the tokens are drawn.
         hidden: `[B,T,D]`.
         head: `[V,D]`; on a mesh this device's part of the vocabulary over `tensor` and `fsdp`.
-        targets: int `[B,T]`, or fractions float32 `[B,T]` to draw them by.
+        targets: int `[B,T]`, if they are not drawn.
         weights: float32 `[B,T]`.
     """
-    drawn = jnp.issubdtype(targets.dtype, jnp.floating)
     parts: tuple[str, ...] = () if batch is None else ("tensor",)
     head = local_vocabulary(head, parts)
     first = jax.lax.axis_index("tensor") * head.shape[0] if parts else jnp.int32(0)
@@ -123,9 +126,8 @@ def _nll_and_gradient(
         d_x = dot("tv,vd->td", d_logits, head)
         return jnp.stack([nll, entropy]), over(jax.lax.psum, d_x, parts)
 
-    (nll, entropy), d_hidden = by_chunks(
-        chunk, weights, hidden, (targets if drawn else targets - first,), head.dtype, 2
-    )
+    others = (targets if drawn else targets - first,)
+    (nll, entropy), d_hidden = by_chunks(chunk, weights, hidden, others, head.dtype, 2)
     return over(jax.lax.psum, nll, batch), over(jax.lax.psum, entropy, batch), d_hidden
 
 
@@ -144,8 +146,11 @@ def _draw(powers: Array, fractions: Array, parts: Axes) -> Array:
         int32 `[t]`; -1 where the token is another device's.
     """
     vocabulary = powers.shape[1]
-    whole = vocabulary - vocabulary % _DRAWN_TOGETHER
-    sums = jnp.sum(powers[:, :whole].reshape(len(powers), -1, _DRAWN_TOGETHER), axis=-1)
+    # Where the vocabulary is no multiple of a width its main part is a copy.
+    common = math.gcd(vocabulary, _DRAWN_TOGETHER)
+    width = common if common >= _LEAST_TOGETHER else _DRAWN_TOGETHER
+    whole = vocabulary - vocabulary % width
+    sums = jnp.sum(powers[:, :whole].reshape(len(powers), -1, width), axis=-1)
     if whole < vocabulary:
         sums = jnp.concatenate([sums, jnp.sum(powers[:, whole:], axis=-1, keepdims=True)], axis=-1)
     ends = jnp.cumsum(sums, axis=-1)
@@ -156,11 +161,11 @@ def _draw(powers: Array, fractions: Array, parts: Axes) -> Array:
         mine = device == _first_above(bounds.T, goals)
         goals = goals - (bounds[device] - ends[:, -1])
     group = _first_above(ends, goals)[:, None]
-    places = group * _DRAWN_TOGETHER + jnp.arange(_DRAWN_TOGETHER)
+    places = group * width + jnp.arange(width)
     inside = jnp.take_along_axis(powers, jnp.minimum(places, vocabulary - 1), axis=1)
     inside = jnp.where(places < vocabulary, inside, 0)
     passed = jnp.take_along_axis(ends - sums, group, axis=1)[:, 0]
-    place = group[:, 0] * _DRAWN_TOGETHER + _first_above(jnp.cumsum(inside, axis=-1), goals - passed)
+    place = group[:, 0] * width + _first_above(jnp.cumsum(inside, axis=-1), goals - passed)
     return jnp.where(mine, jnp.minimum(place, vocabulary - 1), -1)
 
 

@@ -38,8 +38,9 @@ class Statistics:
 
     `energy`: sum of squares of each unit, by name: the inputs `attn_in`, `o_in`, `mlp_in`, `down_in` `[I]`, the
     projections before (`q_raw [N*H]`, `k_raw [K*H]`) and after their norm (`q`, `k`), silu(gate) as `gate_value [F]`
-    and up * silu'(gate) as `gate_slope [F]`. `gram`: X^T X `[I,I]` of the four inputs, or {}. `tokens`: their number.
-    `cross`: X_d^T X `[I,I]`, X_d the same inputs behind unpruned blocks, or {}.
+    and up * silu'(gate) as `gate_slope [F]`, none of them rounded. `gram`: X^T X `[I,I]` of the four inputs as the
+    linears round them, or {}. `tokens`: their number. `cross`: X_d^T X `[I,I]`, X_d the same inputs behind unpruned
+    blocks, or {}.
     """
 
     energy: dict[str, Array]
@@ -182,7 +183,7 @@ def collect_statistics(
         masks: masks in force during calibration, or None.
         gram: also sum X^T X of the four kinds of input (L times I x I floats).
         mask_forward: how the masks act.
-        compute_dtype: dtype of the matmul operands; the sums are float32 in any case.
+        compute_dtype: dtype of the matmul operands, those of the Grams included; the sums are float32 in any case.
         attention_path: see `efx_jax.model.attention.choose_attention`.
 
     Returns:

@@ -11,6 +11,7 @@ import jax
 
 from efx_jax.config import Config, PruneConfig, Space
 from efx_jax.config_prune import surveyed_rows
+from efx_jax.linear import gram_share
 from efx_jax.model.spec import ModelSpec, linear_shapes, param_shapes
 from efx_jax.parallel.mesh import mesh_sizes
 from efx_jax.parallel.partition import axes_size, batch_axes
@@ -187,7 +188,7 @@ def input_widths(spec: ModelSpec) -> dict[str, int]:
 
 
 def event_flops(spec: ModelSpec, prune: PruneConfig, rank: int, tokens: int, length: int) -> EventFlops:
-    """FLOPs of an event that calibrates on `tokens` tokens in rows of `length`.
+    """FLOPs of an event that calibrates on `tokens` tokens in rows of `length`; Grams as one device forms them.
 
     Not counted: gradients of training batches ("lora_gradient"), the domain pass ("dpruner"), comparisons, the adapters
     in the passes, and what multiplies no weight by a Gram (`pbs`, the spectrum of `pbs_rounds`).
@@ -201,15 +202,16 @@ def event_flops(spec: ModelSpec, prune: PruneConfig, rank: int, tokens: int, len
     """
     forward = _forward_flops(spec, length)
     per_token: float = forward * (1 + prune.sequential + bool(prune.dense_path))
-    # Budgets need the whole model's statistics, which block by block takes a pass of its own.
-    surveyed = forward * (prune.budget != "uniform" and goes_by_block(prune))
     if prune.score == "foresight_loss":
-        # Forward, every block again, the activations' gradient; logits and theirs, and once more to draw from them.
-        logits = 2 * spec.vocab_size * spec.hidden_size
-        surveyed += 3 * forward + logits * (2 + (prune.gradient_labels == "model"))
+        # Forward, every block again, the activations' gradient; logits and theirs.
+        surveyed = 3 * forward + 2 * 2 * spec.vocab_size * spec.hidden_size
+    else:
+        # Budgets need the whole model's statistics, which block by block takes a pass of its own.
+        surveyed = forward * (prune.budget != "uniform" and goes_by_block(prune))
     per_token += surveyed * surveyed_rows(prune) / prune.calibration_rows
-    grams = sum(2 * width**2 for width in input_widths(spec).values()) if needs_gram(prune) else 0
-    grams *= 2 if prune.dense_path else 1
+    # The products of two different inputs have no half to spare.
+    shares = {width: gram_share(width) + bool(prune.dense_path) for width in input_widths(spec).values()}
+    grams = sum(2 * width**2 * shares[width] for width in input_widths(spec).values()) if needs_gram(prune) else 0
     return EventFlops(
         passes=float(tokens * per_token),
         grams=float(tokens * spec.num_layers * grams),

@@ -85,9 +85,9 @@ def taught_weights(
 ) -> Array:
     """Weights of the positions that the teacher teaches: real tokens without a label, a share of them drawn by the key.
 
-    Of every row the same share, rounded up: half of 1,024 tokens are 512 and fill a chunk of the divergence, where 520
-    would take two. Divided by the number of labels, as the labels' loss is, the sum of the weighted divergences is
-    `weight` times their mean.
+    Of every row the same share, rounded up to whole tokens: half of a whole row fills chunks of the divergence, where
+    a few more tokens would take another. Divided by the number of labels, as the labels' loss is, the sum of the
+    weighted divergences is `weight` times their mean.
 
     Args:
         batch: `tokens` `[B,T]`, `lengths` `[B]`, and `weights` `[B,T]` of the labels.

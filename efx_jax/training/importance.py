@@ -41,10 +41,14 @@ _DRAWN = 0xF15E
 def run_importance(
     config: Config, prepared: Prepared, state: RunState, event: Event, attention_path: Implementation
 ) -> tuple[dict[str, Array] | None, Statistics | None]:
-    """The importance that the run's score reads at an event, see `prune_event`; None if it reads none.
+    """The importance that the run's score reads at an event, see `prune_event`, and statistics that come with it.
 
-    `foresight_loss` takes calibration rows, `survey_share` of them, and leaves their statistics. The batches of the
-    other scores are those that training would take next, a pure function of the seed and the event's step.
+    `foresight_loss` takes calibration rows, `survey_share` of them. The batches of the other scores are those that
+    training would take next, a pure function of the seed and the event's step.
+
+    Returns:
+        The importance, None for scores that read none; and the statistics of the whole model, without Grams, on the
+        rows that `foresight_loss` has read, None for other scores.
     """
     if not reads_importance(config.prune):
         return None, None
@@ -70,7 +74,10 @@ def run_importance(
 def _run_output_gradients(
     config: Config, prepared: Prepared, state: RunState, event: Event, attention_path: Implementation
 ) -> tuple[dict[str, Array], Statistics]:
-    """Energies `[L,O]` of the gradients by the linears' outputs, on the model as it computes before the event."""
+    """Energies `[L,O]` of the gradients by the linears' outputs, on the model as it computes before the event.
+
+    Beside them the statistics of the rows.
+    """
     drawn = config.prune.gradient_labels == "model"
     return output_gradient_energy(
         state.params,

@@ -168,7 +168,7 @@ def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
     return {
         "calibration rows": paths * kept,
         "calibration batch": block_forward_set(spec, config, calibrating, rows),
-        "Grams": paths * 2 * FLOAT32 * sum(width**2 for width in input_widths(spec).values()) if grams else 0,
+        "Grams": _gram_bytes(spec, paths) if grams else 0,
         # U and scores in float32, the bits that selection compares, and the mask.
         "scores": block * (3 * FLOAT32 + 1),
         "importance": importance_bytes(config, entries, e),
@@ -225,6 +225,12 @@ def _recovery_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -
         return entries * (5 * FLOAT32 + 1) + 4 * FLOAT32 * input_widths(spec)[source] ** 2 * bool(names)
 
     return max(chosen, *(admm(source) for source in INPUTS))
+
+
+def _gram_bytes(spec: ModelSpec, paths: int) -> int:
+    """A block's sums and those of a batch, and what the widest is put together from."""
+    widths = input_widths(spec).values()
+    return FLOAT32 * (paths * 2 * sum(width**2 for width in widths) + max(widths) ** 2)
 
 
 def _sweep_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> int:

@@ -10,7 +10,10 @@ import pytest
 
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
+from efx_jax.model.decoder import embed, stack_layers
 from efx_jax.model.spec import LINEARS, ModelSpec
+from efx_jax.pruning.blockwise import observe_block
+from efx_jax.pruning.event import take_block
 from efx_jax.pruning.statistics import INPUT_OF, INPUTS, Statistics, block_statistics, collect_statistics
 
 Tree = dict[str, Any]
@@ -159,6 +162,20 @@ def test_grams_are_of_inputs_as_the_linears_round_them() -> None:
         assert np.any(rows != np.asarray(taps[name])[np.asarray(real) > 0])
         np.testing.assert_allclose(gram, rows.T @ rows, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(found.cross[name], gram, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+def test_a_pass_in_bfloat16_sums_grams_of_rounded_inputs(llama: Any, by_block: bool) -> None:
+    """Down's inputs are products of float32 numbers; the sums of their squares are taken before they are rounded."""
+    if by_block:
+        layer = take_block(stack_layers(llama.params, None, None), 0)
+        x, real = embed(llama.params, llama.batches[0]["tokens"]), jnp.ones(llama.batches[0]["tokens"].shape)
+        seen = observe_block(x, None, real, layer, llama.spec, True, 1.0, "exact", "bfloat16", "xla")[2]
+    else:
+        seen = collect_statistics(llama.params, llama.batches, llama.spec, gram=True, compute_dtype="bfloat16")
+    diagonal = jnp.diagonal(seen.gram["down_in"], axis1=-2, axis2=-1)
+    apart = np.abs(np.asarray(diagonal / seen.energy["down_in"]) - 1)
+    assert 1e-5 < apart.max() < 2**-7
 
 
 def test_every_product_of_the_sums_asks_for_float32(masked_llama: Statistics) -> None:

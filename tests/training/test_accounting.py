@@ -145,8 +145,9 @@ FORWARD = 2 * LINEARS + ATTENTION
         ({"score": "lora_gradient", "budget": "owl", "ema": 0.5}, 2 * FORWARD, None),
         ({"score": "wanda", "budget": "owl", "ema": 0.5}, FORWARD, None),
         ({"score": "wanda", "sequential": True}, 2 * FORWARD, None),
+        # The gradients' pass leaves what the budget needs, and draws its tokens from its own logits.
         ({"score": "foresight_loss", "budget": "global"}, 4 * FORWARD + 4 * HEAD, None),
-        ({"score": "foresight_loss", "gradient_labels": "model"}, 4 * FORWARD + 6 * HEAD, None),
+        ({"score": "foresight_loss", "gradient_labels": "model"}, 4 * FORWARD + 4 * HEAD, None),
         (
             {
                 "score": "foresight_loss",
@@ -155,7 +156,7 @@ FORWARD = 2 * LINEARS + ATTENTION
                 "calibration_rows": 40,
                 "survey_share": 0.25,
             },
-            3 * FORWARD + HEAD,
+            2.75 * FORWARD + HEAD,
             None,
         ),
         ({"recovery": "admm", "admm_steps": 20}, FORWARD, 7 / 3 * CUBES + 21 * 2 * WITH_GRAM),
