@@ -117,7 +117,8 @@ def test_exact_masks_need_u_in_the_operands_dtype_and_its_gradient_in_float32() 
 def test_an_event_holds_the_grams_of_one_block() -> None:
     spec = find_spec("llama-2-7b").spec
     grams = event_bytes(spec, Config(prune=PruneConfig(recovery="admm")), LAYOUT)["Grams"]
-    assert grams == 2 * 4 * (3 * 4096**2 + 11008**2)
+    # Those of a batch and the sums, and what the widest is put together from.
+    assert grams == 4 * (2 * (3 * 4096**2 + 11008**2) + 11008**2)
     assert event_bytes(spec, Config(prune=PruneConfig(recovery="pbs")), LAYOUT)["Grams"] == 0
     for prune in (PruneConfig(recovery="obs"), PruneConfig(score="sparsegpt", group="matrix")):
         assert event_bytes(spec, Config(prune=prune), LAYOUT)["Grams"] == grams
