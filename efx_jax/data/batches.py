@@ -10,6 +10,7 @@ from efx_jax.errors import InputError
 Batch = dict[str, np.ndarray]
 
 _MULTIPLE = 32
+ATTENTION_MULTIPLE = 128  # of tokens: what attention kernels of GPUs want
 _CHUNK = 64  # batches whose sequences are sorted together; more pad a little less and mix a little less
 ALL_ROWS = slice(None)
 
@@ -134,7 +135,12 @@ def make_batch(
 
 
 def bucketed_batch(
-    examples: Sequence[Tokenized], seed: int, n: int, batch_size: int, multiple: int = 128, rows: slice = ALL_ROWS
+    examples: Sequence[Tokenized],
+    seed: int,
+    n: int,
+    batch_size: int,
+    multiple: int = ATTENTION_MULTIPLE,
+    rows: slice = ALL_ROWS,
 ) -> Batch:
     """Batch n of training on sequences of like length, a pure function of its arguments.
 

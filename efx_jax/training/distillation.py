@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from efx_jax.data.batches import ATTENTION_MULTIPLE, up_to_multiple
 from efx_jax.einsum import dot
 from efx_jax.model.loss import by_chunks, exponentials, local_vocabulary, over, sum_vocabulary
 from efx_jax.parallel.mesh import active_mesh
@@ -16,19 +17,17 @@ from efx_jax.pruning.statistics import real_tokens
 from efx_jax.rounding import round_up
 
 Array = jax.Array
-_MULTIPLE = 128  # positions
 
 
 def rows_read(share: float, rows: int, shards: int = 1) -> int:
     """How many of so many rows the teacher reads: their share, rounded up, and up again to as many on every shard."""
-    count = max(1, round_up(share * rows))
-    return -(-count // shards) * shards
+    return up_to_multiple(round_up(share * rows), shards)
 
 
 def positions_read(share: float, length: int) -> int:
     """How many of a row's positions the teacher reads: their share, rounded up, to what attention kernels want."""
-    multiple = _MULTIPLE if length % _MULTIPLE == 0 else 1
-    return -(-max(1, round_up(share * length)) // multiple) * multiple
+    multiple = ATTENTION_MULTIPLE if length % ATTENTION_MULTIPLE == 0 else 1
+    return up_to_multiple(round_up(share * length), multiple)
 
 
 def taught_rows(batch: Mapping[str, Array], key: Array, share: float, micro_batches: int) -> Array:

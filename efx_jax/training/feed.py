@@ -9,13 +9,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from efx_jax.config import Config
 from efx_jax.data import batches
-from efx_jax.data.batches import ALL_ROWS, Batch, bucketed_batch, make_batch
+from efx_jax.data.batches import ALL_ROWS, ATTENTION_MULTIPLE, Batch, bucketed_batch, make_batch
 from efx_jax.data.packing import packed_batch, packed_rows
 from efx_jax.data.tokens import Tokenized
 from efx_jax.parallel.mesh import mesh_sizes
 from efx_jax.parallel.partition import BATCH, axes_size, batch_axes
-
-_MULTIPLE = 128  # of tokens: what attention kernels of GPUs want
 
 
 def epoch_rows(config: Config, train: Sequence[Tokenized]) -> int:
@@ -30,10 +28,10 @@ def host_batch(config: Config, train: Sequence[Tokenized], number: int, rows: sl
     size, length = config.train.batch_size, config.data.max_length
     if config.data.batching == "packing":
         # Short rows of an odd length are left at that length: rounding them up would be most of the padding.
-        multiple = _MULTIPLE if length % _MULTIPLE == 0 else None
+        multiple = ATTENTION_MULTIPLE if length % ATTENTION_MULTIPLE == 0 else None
         return packed_batch(train, config.seed, number, size, length, multiple, rows)
     if config.data.batching == "buckets":
-        return bucketed_batch(train, config.seed, number, size, _MULTIPLE, rows)
+        return bucketed_batch(train, config.seed, number, size, ATTENTION_MULTIPLE, rows)
     return make_batch(train, config.seed, number, size, rows=rows)
 
 
