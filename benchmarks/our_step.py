@@ -10,17 +10,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from cases import answer, reason
-from random_model import matmul_rate, peak_memory, random_adapters, random_masks, random_params, shape_config
+from random_model import (
+    ALPHA,
+    RANK,
+    matmul_rate,
+    peak_memory,
+    random_adapters,
+    random_masks,
+    random_params,
+    shape_config,
+)
 from rows import interleaved, median, spread
 
-from efx_jax.config import DistillConfig, MaskForward, Remat, TrainConfig
+from efx_jax.config import (
+    Config,
+    DistillConfig,
+    LoraConfig,
+    MaskForward,
+    ModelConfig,
+    PruneConfig,
+    Remat,
+    TrainConfig,
+)
 from efx_jax.config_io import load_config
 from efx_jax.model.attention import choose_attention
 from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.training.devices import find_device
 from efx_jax.training.schedule import optimizer
 from efx_jax.training.state import init_train_state
-from efx_jax.training.step import StepOptions, Teacher, train_step
+from efx_jax.training.step import StepOptions, Teacher, step_options, train_step
+
+TAUGHT = "taught"  # only if asked for: it needs tokens without a label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,22 +67,11 @@ def measure(case: Mapping[str, Any]) -> dict[str, Any]:
     params = jax.block_until_ready(random_params(jax.random.key(0), spec, "bfloat16"))
     masks = None if work.modes == ["plain"] else random_masks(jax.random.key(1), spec)
     batch = random_batch(work, spec)
-    distill = taught_by()
     modes: dict[str, Any] = {}
     rivals = {}
     for mode in work.modes:
-        options = StepOptions(
-            mask_forward=mask_mode(mode),
-            compute_dtype="bfloat16",
-            remat=work.remat,
-            attention_path=attention_path,
-            micro_batches=work.batch // work.micro_batch,
-            teacher_weight=distill.weight,
-            teacher_row_share=distill.row_share,
-            teacher_prefix_share=distill.prefix_share,
-            teacher_share=distill.share,
-        )
-        teacher = Teacher(params, spec) if mode == "taught" else None
+        options = step_options(mode_config(mode, work.batch, work.remat), work.micro_batch, attention_path)
+        teacher = Teacher(params, spec) if mode == TAUGHT else None
         in_force = None if mode == "plain" else masks
         try:
             rivals[mode], modes[mode] = prepare(spec, params, in_force, batch, options, teacher)
@@ -125,20 +134,22 @@ def random_batch(work: Work, spec: ModelSpec) -> dict[str, jax.Array]:
     }
 
 
-def mask_mode(mode: str) -> MaskForward:
+def mode_config(mode: str, batch: int, remat: Remat) -> Config:
+    """The settings of a mode; `taught` as by the preset `efx`."""
     modes: dict[str, MaskForward] = {
         "plain": "dense",
         "exact": "exact",
         "ste": "ste",
         "frozen": "frozen",
-        "taught": "exact",
+        TAUGHT: "exact",
     }
-    return modes[mode]
-
-
-def taught_by() -> DistillConfig:
-    """How the preset `efx` is taught."""
-    return load_config(None, "efx").distill
+    return Config(
+        distill=load_config(None, "efx").distill if mode == TAUGHT else DistillConfig(),
+        model=ModelConfig(compute_dtype="bfloat16"),
+        lora=LoraConfig(rank=RANK, alpha=ALPHA),
+        prune=PruneConfig(mask_forward=modes[mode]),
+        train=TrainConfig(batch_size=batch, remat=remat),
+    )
 
 
 if __name__ == "__main__":

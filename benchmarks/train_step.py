@@ -29,17 +29,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from cases import failed, out_of_memory, run_case
-from our_step import Work, mask_mode, taught_by
+from our_step import TAUGHT, Work, mode_config
 from random_model import ALPHA, MODELS, RANK, shape_config
 from rows import keep, row
 
-from efx_jax.config import Config, DistillConfig, LoraConfig, PruneConfig, Remat, TrainConfig
+from efx_jax.config import Remat
 from efx_jax.masks import packed_shape
 from efx_jax.model.spec import LINEARS, ModelSpec, param_shapes, spec_from_config
 from efx_jax.training.accounting import flops_per_step, flops_per_token
 
 MODES = ("plain", "exact", "ste", "frozen")
-TAUGHT = "taught"  # only if asked for: it needs tokens without a label
 REACHABLE = 790e12  # bfloat16 FLOP/s of large matmuls on an H100 or H200
 TORCH_VARIANTS = tuple(
     {"checkpointing": checkpointing, "adapters": adapters}
@@ -152,12 +151,7 @@ def speeds(
 
 def step_flops(spec: ModelSpec, mode: str, remat: Remat, arguments: argparse.Namespace, micro_batch: int) -> float:
     """FLOPs of one update, of the head those of the tokens with a label."""
-    config = Config(
-        distill=taught_by() if mode == TAUGHT else DistillConfig(),
-        lora=LoraConfig(rank=RANK, alpha=ALPHA),
-        prune=PruneConfig(mask_forward=mask_mode(mode)),
-        train=TrainConfig(batch_size=arguments.batch, remat=remat),
-    )
+    config = mode_config(mode, arguments.batch, remat)
     masked = mode != "plain"
     tokens, passes = arguments.batch * arguments.length, arguments.batch // micro_batch
     without_label = (1 - arguments.labels) * tokens * flops_per_token(spec, config, arguments.length, masked).head
