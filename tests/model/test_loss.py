@@ -99,16 +99,16 @@ def draw_fractions(hidden: np.ndarray, head: np.ndarray) -> tuple[jax.Array, np.
 
 
 # Fewer tokens than are searched together, twice as many, a remainder, and a multiple of 64 alone.
-@pytest.mark.parametrize("vocabulary", [V, 512, 599, 448])
-def test_a_drawn_token_is_where_its_fraction_of_the_probability_ends(vocabulary: int) -> None:
+@pytest.mark.parametrize(("vocabulary", "dtype"), [(V, None), (512, None), (599, None), (448, None), (V, "bfloat16")])
+def test_a_drawn_token_is_where_its_fraction_of_the_probability_ends(vocabulary: int, dtype: str | None) -> None:
     rng = np.random.default_rng(1)
-    hidden = rng.standard_normal((3, 401, D)).astype(np.float32)
-    head = rng.standard_normal((vocabulary, D)).astype(np.float32)
+    drawn = (rng.standard_normal((3, 401, D)), rng.standard_normal((vocabulary, D)))
+    hidden, head = (np.asarray(jnp.asarray(array, dtype), np.float32) for array in drawn)
     weights = jnp.asarray(rng.random((3, 401)) < 0.7, jnp.float32)
     fractions, tokens = draw_fractions(hidden, head)
     assert len(np.unique(tokens)) > vocabulary / 3 and tokens.max() > 0.98 * (vocabulary - 1)
-    found = jax.value_and_grad(drawn_cross_entropy, has_aux=True)(jnp.asarray(hidden), head, fractions, weights)
-    expected = jax.value_and_grad(cross_entropy, has_aux=True)(jnp.asarray(hidden), head, tokens, weights)
+    found = jax.value_and_grad(drawn_cross_entropy, has_aux=True)(jnp.asarray(hidden), head, fractions, weights, dtype)
+    expected = jax.value_and_grad(cross_entropy, has_aux=True)(jnp.asarray(hidden), head, tokens, weights, dtype)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-6)
 

@@ -113,10 +113,10 @@ def test_with_drawn_tokens_the_energy_is_the_fisher_information(params: Tree) ->
 def test_what_is_drawn_does_not_depend_on_how_rows_are_batched(params: Tree) -> None:
     tokens = np.random.default_rng(4).integers(0, 31, (3, 6)).astype(np.int32)
     lengths = np.array([6, 5, 3])
-    # What a batch lacks is filled with rows of no token.
+    # What a batch lacks is filled with rows of no token, and a row may be padded to any length.
     split = [
         {"tokens": tokens[:2], "lengths": lengths[:2]},
-        {"tokens": np.pad(tokens[2:], ((0, 1), (0, 0))), "lengths": np.array([3, 0])},
+        {"tokens": np.pad(tokens[2:], ((0, 1), (0, 3))), "lengths": np.array([3, 0])},
     ]
     key = jax.random.key(6)
     whole, _ = output_gradient_energy(
