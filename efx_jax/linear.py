@@ -267,7 +267,7 @@ def weight_gradient(dy: Array, x: Array) -> Array:
     return jax.lax.platform_dependent(dy, x, cpu=transposed_first, default=plain)
 
 
-def gram(x: Array) -> Array:
+def gram_matrix(x: Array) -> Array:
     """x^T x, the sum over all tokens: `x [...,I]` -> `[I,I]`, float32.
 
     Of wide inputs blocks below the diagonal are copied, see `gram_share`. On a mesh, whose partitioner would move
@@ -283,7 +283,7 @@ def gram(x: Array) -> Array:
 
 
 def gram_share(width: int) -> float:
-    """Share of a Gram's products that `gram` forms on one device: 1 to 5/8, from narrow to wide inputs."""
+    """Share of a Gram's products that `gram_matrix` forms on one device: 1 to 5/8, from narrow to wide inputs."""
     return sum((stop - start) * (width - start) for start, stop in itertools.pairwise(_gram_edges(width))) / width**2
 
 

@@ -26,7 +26,7 @@ from efx_jax.pruning.event import block_before, block_importance, prune_one
 from efx_jax.pruning.event_plan import EventPlan, needs_gram, plan_event
 from efx_jax.pruning.output_gradient import output_gradient_energy
 from efx_jax.pruning.selection import drop_by_counts
-from efx_jax.pruning.statistics import INPUT_OF, block_statistics
+from efx_jax.pruning.statistics import INPUT_OF, Statistics, block_statistics
 
 Array = jax.Array
 _FAR = 0.1
@@ -160,11 +160,9 @@ def score_spreads(
 
 def _plan(params: Mapping[str, Any], adapters: Adapters | None, model: Model, config: PruneConfig) -> EventPlan:
     lengths = jnp.sum(model.real, axis=1).astype(jnp.int32)
-    batches = [{"tokens": model.tokens, "lengths": lengths}]
     importance: dict[str, Array] = {}
-    if config.score != "foresight_loss":
-        stats = budget_statistics(params, adapters, None, batches, model.spec, config, "float32")
-    else:
+    stats: Statistics | None
+    if config.score == "foresight_loss":
         rows = [
             {"tokens": model.tokens[first : first + _GRADIENT_ROWS], "lengths": lengths[first : first + _GRADIENT_ROWS]}
             for first in range(0, len(model.tokens), _GRADIENT_ROWS)
@@ -180,6 +178,9 @@ def _plan(params: Mapping[str, Any], adapters: Adapters | None, model: Model, co
                 compute_dtype="float32",
                 key=jax.random.key(0) if config.gradient_labels == "model" else None,
             )
+    else:
+        batches = [{"tokens": model.tokens, "lengths": lengths}]
+        stats = budget_statistics(params, adapters, None, batches, model.spec, config, "float32")
     return plan_event(params, adapters, None, None, model.spec, config, stats, importance)
 
 

@@ -25,7 +25,7 @@ from efx_jax.pruning.event import Block, assemble, block_before, prune_one, stac
 from efx_jax.pruning.event_plan import EventPlan, needs_gram, plan_event
 from efx_jax.pruning.statistics import (
     Statistics,
-    add_sums,
+    add_up,
     block_statistics,
     layer_options,
     real_tokens,
@@ -139,12 +139,14 @@ def _observe(
     rows: list[_Rows], layer: Layer, observe: Callable[..., tuple[Array, Array | None, Statistics]], config: PruneConfig
 ) -> Statistics:
     """A block's statistics. The rows go on behind the block as it was; under `sequential` they wait for the new one."""
-    total: Statistics | None = None
-    for row in rows:
-        seen, row.dense, stats = observe(row.x, row.dense, row.real, layer)
-        row.x = row.x if config.sequential else seen
-        total = stats if total is None else add_sums(total, stats)
-    assert total is not None
+
+    def seen() -> Iterator[Statistics]:
+        for row in rows:
+            output, row.dense, stats = observe(row.x, row.dense, row.real, layer)
+            row.x = row.x if config.sequential else output
+            yield stats
+
+    total: Statistics = add_up(seen())
     return total
 
 

@@ -19,7 +19,7 @@ from efx_jax.pruning.sparsegpt import inverse_factor, slab_counts, sparsegpt_on_
 from efx_jax.pruning.statistics import (
     INPUT_OF,
     Statistics,
-    add_sums,
+    add_up,
     real_tokens,
     require_tokens,
     tokens_and_lengths,
@@ -67,11 +67,10 @@ def general_importance(
     found: list[dict[str, Array]] = []
     for index in range(spec.num_layers):
         layer = take_block(stacked, index)
-        total: Statistics | None = None
-        for x, real in hidden:
-            _, _, stats = observe_block(x, None, real, layer, spec, True, 1.0, "exact", compute_dtype, attention_path)
-            total = stats if total is None else add_sums(total, stats)
-        assert total is not None
+        total: Statistics = add_up(
+            observe_block(x, None, real, layer, spec, True, 1.0, "exact", compute_dtype, attention_path)[2]
+            for x, real in hidden
+        )
         weights = {name: layer.weights[name] for name in names}
         swept, importance = _sweep_block(weights, total.gram, counts, sequences)
         found.append(importance)

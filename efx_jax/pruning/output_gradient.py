@@ -1,7 +1,7 @@
 """How strongly the outputs of the linears reach the loss: what `foresight_loss` reads in place of the paper's nu."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,17 +10,16 @@ import jax.numpy as jnp
 from efx_jax.config import MaskForward, Remat
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
-from efx_jax.model.decoder import attend_within, head_weight, run_blocks, stack_layers
+from efx_jax.model.decoder import head_weight
 from efx_jax.model.loss import cross_entropy, drawn_cross_entropy
 from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.parallel.partition import constrain_tree
 from efx_jax.pruning.statistics import (
     Statistics,
-    add_sums,
-    block_statistics,
-    layer_options,
+    add_up,
     real_tokens,
     require_tokens,
+    states_and_statistics,
     tokens_and_lengths,
 )
 
@@ -69,32 +68,35 @@ def output_gradient_energy(
     Raises:
         InputError: no batch, or no real token.
     """
-    total: tuple[dict[str, Array], Statistics] | None = None
-    names, seen = tuple(names), jnp.int32(0)
-    for batch in batches:
-        tokens, lengths = tokens_and_lengths(batch)
-        row_keys = (
-            None
-            if key is None
-            else jax.vmap(functools.partial(jax.random.fold_in, key))(seen + jnp.arange(tokens.shape[0]))
-        )
-        # Rows without a token only fill up a batch.
-        seen = seen + jnp.sum(lengths > 0)
-        found = _batch_energy(
-            params,
-            adapters,
-            masks,
-            tokens,
-            lengths,
-            row_keys,
-            spec,
-            names,
-            mask_forward,
-            compute_dtype,
-            remat,
-            attention_path,
-        )
-        total = found if total is None else add_sums(total, found)
+    names = tuple(names)
+
+    def found() -> Iterator[tuple[dict[str, Array], Statistics]]:
+        seen = jnp.int32(0)
+        for batch in batches:
+            tokens, lengths = tokens_and_lengths(batch)
+            row_keys = (
+                None
+                if key is None
+                else jax.vmap(functools.partial(jax.random.fold_in, key))(seen + jnp.arange(tokens.shape[0]))
+            )
+            # Rows without a token only fill up a batch.
+            seen = seen + jnp.sum(lengths > 0)
+            yield _batch_energy(
+                params,
+                adapters,
+                masks,
+                tokens,
+                lengths,
+                row_keys,
+                spec,
+                names,
+                mask_forward,
+                compute_dtype,
+                remat,
+                attention_path,
+            )
+
+    total: tuple[dict[str, Array], Statistics] | None = add_up(found())
     require_tokens(0 if total is None else jnp.max(total[1].tokens))
     assert total is not None
     return total
@@ -117,20 +119,20 @@ def _batch_energy(
     remat: Remat,
     attention_path: Implementation,
 ) -> tuple[dict[str, Array], Statistics]:
-    real = real_tokens(tokens, lengths)
-
     def loss(probes: dict[str, Array]) -> tuple[Array, Statistics]:
-        hidden, stats = run_blocks(
+        hidden, stats = states_and_statistics(
             params,
             tokens,
-            stack_layers(params, adapters, masks),
+            lengths,
             spec,
-            layer_options(adapters, mask_forward, compute_dtype),
-            attend_within(None, attention_path),
-            remat=remat,
-            frozen=True,
-            probes=probes,
-            observe=lambda taps: block_statistics(taps, real, gram=False),
+            adapters,
+            masks,
+            False,
+            mask_forward,
+            compute_dtype,
+            attention_path,
+            remat,
+            probes,
         )
         head = head_weight(params)
         # The last token of a row has nothing to predict.

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from efx_jax.config import MaskForward
+from efx_jax.config import MaskForward, Remat
 from efx_jax.errors import InputError
-from efx_jax.linear import gram as input_gram
-from efx_jax.linear import weight_gradient
+from efx_jax.linear import gram_matrix, weight_gradient
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
 from efx_jax.model.decoder import LinearOptions, attend_within, run_blocks, stack_layers
@@ -119,7 +118,7 @@ def block_statistics(
 
     return Statistics(
         energy=energies,
-        gram={name: input_gram(read(taps[name])) for name in INPUTS} if gram else {},
+        gram={name: gram_matrix(read(taps[name])) for name in INPUTS} if gram else {},
         tokens=jnp.sum(real),
         cross={}
         if dense_taps is None
@@ -141,6 +140,29 @@ def batch_statistics(
     attention_path: Implementation = "xla",
 ) -> Statistics:
     """Statistics of one right-padded batch `tokens [B,T]`, `lengths [B]`; arrays lead with L."""
+    return states_and_statistics(
+        params, tokens, lengths, spec, adapters, masks, gram, mask_forward, compute_dtype, attention_path
+    )[1]
+
+
+def states_and_statistics(
+    params: Mapping[str, Any],
+    tokens: Array,
+    lengths: Array,
+    spec: ModelSpec,
+    adapters: Adapters | None,
+    masks: Mapping[str, Array] | None,
+    gram: bool,
+    mask_forward: MaskForward,
+    compute_dtype: Any,
+    attention_path: Implementation,
+    remat: Remat = "none",
+    probes: Mapping[str, Array] | None = None,
+) -> tuple[Array, Statistics]:
+    """As `batch_statistics`, with the final-normed hidden states `[B,T,D]`, differentiable in the probes.
+
+    For `remat` and `probes` see `efx_jax.model.decoder.run_blocks`.
+    """
     real = real_tokens(tokens, lengths)
     return run_blocks(
         params,
@@ -149,9 +171,11 @@ def batch_statistics(
         spec,
         layer_options(adapters, mask_forward, compute_dtype),
         attend_within(None, attention_path),
+        remat=remat,
         frozen=True,
+        probes=probes,
         observe=lambda taps: block_statistics(taps, real, gram, compute_dtype=compute_dtype),
-    )[1]
+    )
 
 
 def layer_options(adapters: Adapters | None, mask_forward: MaskForward, compute_dtype: Any) -> LinearOptions:
@@ -192,19 +216,33 @@ def collect_statistics(
     Raises:
         InputError: no batch, or no real token.
     """
-    total: Statistics | None = None
-    for batch in batches:
-        tokens, lengths = tokens_and_lengths(batch)
-        stats = batch_statistics(
-            params, tokens, lengths, spec, adapters, masks, gram, mask_forward, compute_dtype, attention_path
+    total: Statistics | None = add_up(
+        batch_statistics(
+            params,
+            *tokens_and_lengths(batch),
+            spec,
+            adapters,
+            masks,
+            gram,
+            mask_forward,
+            compute_dtype,
+            attention_path,
         )
-        total = stats if total is None else add_sums(total, stats)
+        for batch in batches
+    )
     require_tokens(0 if total is None else jnp.max(total.tokens))
     assert total is not None
     return total
 
 
+def add_up(trees: Iterable[Any]) -> Any:
+    """The sum of trees, such as `Statistics`, that are made one by one and consumed; None of none."""
+    total = None
+    for tree in trees:
+        total = tree if total is None else _add(total, tree)
+    return total
+
+
 @functools.partial(jax.jit, donate_argnums=0)
-def add_sums(total: Any, more: Any) -> Any:
-    """The sum of two trees, such as `Statistics`; the first is consumed."""
+def _add(total: Any, more: Any) -> Any:
     return jax.tree.map(jnp.add, total, more)

@@ -209,9 +209,9 @@ def event_flops(spec: ModelSpec, prune: PruneConfig, rank: int, tokens: int, len
         # Budgets need the whole model's statistics, which block by block takes a pass of its own.
         surveyed = forward * (prune.budget != "uniform" and goes_by_block(prune))
     per_token += surveyed * surveyed_rows(prune) / prune.calibration_rows
-    # The products of two different inputs have no half to spare.
-    shares = {width: gram_share(width) + bool(prune.dense_path) for width in input_widths(spec).values()}
-    grams = sum(2 * width**2 * shares[width] for width in input_widths(spec).values()) if needs_gram(prune) else 0
+    # The products of two different inputs are all formed.
+    widths = input_widths(spec).values() if needs_gram(prune) else ()
+    grams = sum(2 * width**2 * (gram_share(width) + bool(prune.dense_path)) for width in widths)
     return EventFlops(
         passes=float(tokens * per_token),
         grams=float(tokens * spec.num_layers * grams),
