@@ -28,7 +28,7 @@ from efx_jax.training.schedule import Event, learning_rate, optimizer, prune_eve
 from efx_jax.training.search import Search, end_search, fresh_units, masked_base, plan_search, search_step
 from efx_jax.training.start import take_over, tidy
 from efx_jax.training.state import RunState, fresh_state
-from efx_jax.training.step import Batch, StepOptions, jit_step, step_options, train_step
+from efx_jax.training.step import Batch, StepOptions, jit_step, step_options, train_step, without_silent_tail
 from efx_jax.training.stores import Stores, best_state, open_stores, restore_latest, save, save_best
 from efx_jax.training.trace import tracing
 from efx_jax.training.validation import metric_values, update_best, validation_steps
@@ -241,8 +241,9 @@ def _update(loop: Loop, shown: Progress, state: RunState, batch: _Batch) -> tupl
     return new, following
 
 
-def _step(loop: Loop, state: RunState, batch: _Batch) -> tuple[RunState, dict[str, Array]]:
+def _step(loop: Loop, state: RunState, batch: Batch) -> tuple[RunState, dict[str, Array]]:
     """One update of the adapters under masks of entries."""
+    batch, options = without_silent_tail(batch, loop.options_of(batch))
     train, metrics = loop.step(
         state.train,
         state.params,
@@ -251,7 +252,7 @@ def _step(loop: Loop, state: RunState, batch: _Batch) -> tuple[RunState, dict[st
         loop.dropout_key,
         loop.prepared.spec,
         loop.tx,
-        loop.options_of(batch),
+        options,
         loop.prepared.teacher if state.masks else None,
     )
     return dataclasses.replace(state, train=train), metrics

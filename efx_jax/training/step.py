@@ -1,6 +1,7 @@
 """One update: loss over micro-batches, gradients of the adapters alone, AdamW."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,6 +66,28 @@ def step_options(config: Config, rows: int, attention_path: Implementation) -> S
         teacher_prefix_share=config.distill.prefix_share,
         teacher_share=config.distill.share,
     )
+
+
+def without_silent_tail(batch: Batch, options: StepOptions) -> tuple[Batch, StepOptions]:
+    """Rows cut behind the positions that a teacher reads, where no label follows, and the options that fit them.
+
+    What is cut moves nothing, as no earlier position sees it: of a batch of nothing but text to teach, half of the step
+    where the teacher reads the first halves of rows. `lengths` still count it, so that tokens are those of the data.
+
+    Args:
+        batch: as `train_step` takes it.
+        options: of its step; `teacher_prefix_share` says what a teacher reads.
+    """
+    read = positions_read(options.teacher_prefix_share, batch["tokens"].shape[1])
+    if read == batch["tokens"].shape[1] or _has_labels_from(batch["weights"], read):
+        return batch, options
+    cut = {name: rows[:, :read] if rows.ndim > 1 else rows for name, rows in batch.items()}
+    return cut, dataclasses.replace(options, teacher_prefix_share=1.0)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _has_labels_from(weights: Array, position: int) -> Array:
+    return jnp.any(weights[:, position:] > 0)
 
 
 def summed_loss(

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from efx_jax.config import Config, DataConfig, DistillConfig, PruneConfig, TrainConfig
@@ -22,7 +23,7 @@ from efx_jax.training.distillation import divergence, positions_read, taught_row
 from efx_jax.training.schedule import optimizer
 from efx_jax.training.start import unpruned
 from efx_jax.training.state import init_train_state, trainable
-from efx_jax.training.step import StepOptions, Teacher, has_teacher, summed_loss, train_step
+from efx_jax.training.step import StepOptions, Teacher, has_teacher, summed_loss, train_step, without_silent_tail
 from efx_jax.weights.hf import save_pretrained
 from tests.tiny import LLAMA
 
@@ -30,6 +31,7 @@ SPEC = dataclasses.replace(LLAMA, vocab_size=31)
 SMALLER = dataclasses.replace(SPEC, hidden_size=8, num_layers=1)
 KEY = jax.random.key(3)
 ALL = np.ones(4, bool)
+TX = optax.sgd(0.1)
 Tree = dict[str, Any]
 
 
@@ -208,6 +210,41 @@ def test_a_teacher_that_reads_a_part_teaches_what_it_would_there(
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(all_rows), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * float(jnp.max(jnp.abs(theirs))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_what_lies_behind_the_teacher_and_all_labels_is_cut_and_moves_nothing(
+    model: tuple[Tree, Any, Tree, Teacher], micro_batches: int
+) -> None:
+    """Labels in the first half of 32 positions, of which the teacher reads no more; tokens are still counted whole."""
+    params, adapters, masks, teacher = model
+    rng = np.random.default_rng(6)
+    rows = [Tokenized(rng.integers(0, 31, 33).astype(np.int32), (np.arange(33) > 3) & (np.arange(33) < 8))] * 2
+    text = [Tokenized(rng.integers(0, 31, 33).astype(np.int32), np.zeros(33, bool))] * 2
+    whole = pad_batch([*rows, *text], 4, 32)
+    options = StepOptions(micro_batches=micro_batches, teacher_prefix_share=0.5, teacher_row_share=0.5)
+    cut, cut_options = without_silent_tail(whole, options)
+    assert cut["tokens"].shape == cut["weights"].shape == (4, 16)
+    found = []
+    for batch, taken in ((whole, options), (cut, cut_options)):
+        state = init_train_state(jax.tree.map(jnp.copy, adapters), TX)
+        found.append(train_step(state, params, masks, batch, KEY, SPEC, TX, taken, teacher))
+    (state, metrics), (cut_state, cut_metrics) = found
+    assert float(metrics["divergence"]) > 0.01 and float(metrics["labels"]) == 8
+    assert set(metrics) == set(cut_metrics)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(cut_metrics[name], value, rtol=1e-5, err_msg=name)
+    for ours, theirs in zip(jax.tree.leaves(cut_state.adapters), jax.tree.leaves(state.adapters), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_nothing_is_cut_where_a_label_follows_or_the_teacher_reads_it(batch: Tree) -> None:
+    half = StepOptions(teacher_prefix_share=0.5)
+    assert without_silent_tail(batch, half) == (batch, half)
+    silent = {**batch, "weights": 0 * batch["weights"]}
+    assert without_silent_tail(silent, StepOptions()) == (silent, StepOptions())
+    assert without_silent_tail(silent, half)[0]["tokens"].shape == (4, 16)
 
 
 @pytest.mark.slow

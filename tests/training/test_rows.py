@@ -12,8 +12,9 @@ from efx_jax.config import Config, DataConfig, DistillConfig, PruneConfig
 from efx_jax.config_rules import validate
 from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import FallbackWarning, InputError
-from efx_jax.training import rows
+from efx_jax.training import loop, rows
 from efx_jax.training.start import unpruned
+from efx_jax.training.step import Batch, StepOptions, without_silent_tail
 from efx_jax.weights.hf import load_tokenizer
 
 OWN = [Tokenized(np.arange(2, 2 + size, dtype=np.int32), np.arange(size) >= 3) for size in (5, 9, 4, 6)]
@@ -86,3 +87,30 @@ def test_a_run_reads_it_in_batches_of_its_own(launch: Any, tmp_path: Path) -> No
     unlabelled = [row for row in metrics if "loss" not in row]
     assert 0 < len(unlabelled) < 12 and all("entropy" not in row and row["tokens_per_second"] > 0 for row in unlabelled)
     assert "where rows have no labels and on text of text.txt" in (run / "export" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_does_not_read_text_that_its_teacher_does_not(
+    launch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of text end where the teacher stops; the run learns what it would from all of them."""
+    (tmp_path / "text.txt").write_text("\n\n".join([WORDS] * 30))
+    flags = "--distill.teacher base --distill.text_share 0.9 --distill.prefix_share 0.1 --train.steps 6"
+    flags += f" --prune.schedule fractions --prune.fractions 0.25 --distill.text {tmp_path / 'text.txt'}"
+    lengths: list[tuple[int, int]] = []
+
+    def watched(batch: Batch, options: StepOptions) -> tuple[Batch, StepOptions]:
+        cut, taken = without_silent_tail(batch, options)
+        lengths.append((batch["tokens"].shape[1], cut["tokens"].shape[1]))
+        return cut, taken
+
+    monkeypatch.setattr(loop, "without_silent_tail", watched)
+    short = launch(tmp_path / "short", *flags.split())
+    monkeypatch.setattr(loop, "without_silent_tail", lambda batch, options: (batch, options))
+    whole = launch(tmp_path / "whole", *flags.split())
+    assert set(lengths) == {(32, 32), (32, 4)} and len(lengths) == 6
+    found, expected = ((run / "metrics.jsonl").read_text().splitlines() for run in (short, whole))
+    for row, other in zip(map(json.loads, found), map(json.loads, expected), strict=True):
+        assert row["tokens"] == other["tokens"] and set(row) == set(other)
+        np.testing.assert_allclose(row.get("divergence", 0), other.get("divergence", 0), rtol=1e-4)
+        np.testing.assert_allclose(row["grad_norm"], other["grad_norm"], rtol=1e-4)
