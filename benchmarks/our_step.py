@@ -38,9 +38,10 @@ from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.training.devices import find_device
 from efx_jax.training.schedule import optimizer
 from efx_jax.training.state import init_train_state
-from efx_jax.training.step import StepOptions, Teacher, step_options, train_step
+from efx_jax.training.step import StepOptions, Teacher, step_options, train_step, without_silent_tail
 
-TAUGHT = "taught"  # only if asked for: it needs tokens without a label
+# Only if asked for: taught needs tokens without a label, and text has no others.
+TAUGHT, TEXT = "taught", "text"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +72,13 @@ def measure(case: Mapping[str, Any]) -> dict[str, Any]:
     rivals = {}
     for mode in work.modes:
         options = step_options(mode_config(mode, work.batch, work.remat), work.micro_batch, attention_path)
-        teacher = Teacher(params, spec) if mode == TAUGHT else None
+        teacher = Teacher(params, spec) if mode in (TAUGHT, TEXT) else None
         in_force = None if mode == "plain" else masks
+        read = batch
+        if mode == TEXT:
+            read, options = without_silent_tail({**batch, "weights": 0 * batch["weights"]}, options)
         try:
-            rivals[mode], modes[mode] = prepare(spec, params, in_force, batch, options, teacher)
+            rivals[mode], modes[mode] = prepare(spec, params, in_force, read, options, teacher)
         except Exception as error:  # with several modes in one process, the others go on
             if work.modes == [mode]:
                 raise
@@ -135,16 +139,17 @@ def random_batch(work: Work, spec: ModelSpec) -> dict[str, jax.Array]:
 
 
 def mode_config(mode: str, batch: int, remat: Remat) -> Config:
-    """The settings of a mode; `taught` as by the preset `efx`."""
+    """The settings of a mode; `taught` and `text` as by the preset `efx`."""
     modes: dict[str, MaskForward] = {
         "plain": "dense",
         "exact": "exact",
         "ste": "ste",
         "frozen": "frozen",
         TAUGHT: "exact",
+        TEXT: "exact",
     }
     return Config(
-        distill=load_config(None, "efx").distill if mode == TAUGHT else DistillConfig(),
+        distill=load_config(None, "efx").distill if mode in (TAUGHT, TEXT) else DistillConfig(),
         model=ModelConfig(compute_dtype="bfloat16"),
         lora=LoraConfig(rank=RANK, alpha=ALPHA),
         prune=PruneConfig(mask_forward=modes[mode]),

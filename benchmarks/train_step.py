@@ -1,7 +1,7 @@
 """Training steps of published shapes with random weights: plain LoRA and every way to train under a 50 % mask.
 
 `taught` is `exact` with the base as a teacher of the tokens without a label, as in the preset `efx`. `--labels` says
-how many have one.
+how many have one. `text` is the same of rows without any, which end where the teacher stops reading.
 
     python benchmarks/train_step.py [--models llama-2-7b ...] [--batch 16] [--length 2048] [--out train_step.json]
 
@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cases import failed, out_of_memory, run_case
-from our_step import TAUGHT, Work, mode_config
+from our_step import TAUGHT, TEXT, Work, mode_config
 from random_model import ALPHA, MODELS, RANK, shape_config
 from rows import keep, row
 
@@ -37,6 +37,7 @@ from efx_jax.config import Remat
 from efx_jax.masks import packed_shape
 from efx_jax.model.spec import LINEARS, ModelSpec, param_shapes, spec_from_config
 from efx_jax.training.accounting import flops_per_step, flops_per_token
+from efx_jax.training.distillation import positions_read
 
 MODES = ("plain", "exact", "ste", "frozen")
 REACHABLE = 790e12  # bfloat16 FLOP/s of large matmuls on an H100 or H200
@@ -152,10 +153,13 @@ def speeds(
 def step_flops(spec: ModelSpec, mode: str, remat: Remat, arguments: argparse.Namespace, micro_batch: int) -> float:
     """FLOPs of one update, of the head those of the tokens with a label."""
     config = mode_config(mode, arguments.batch, remat)
-    masked = mode != "plain"
-    tokens, passes = arguments.batch * arguments.length, arguments.batch // micro_batch
-    without_label = (1 - arguments.labels) * tokens * flops_per_token(spec, config, arguments.length, masked).head
-    return flops_per_step(spec, config, arguments.length, passes, masked) - without_label
+    masked, length, labels = mode != "plain", arguments.length, arguments.labels
+    if mode == TEXT:
+        length, labels = positions_read(config.distill.prefix_share, length), 0.0
+        config = dataclasses.replace(config, distill=dataclasses.replace(config.distill, prefix_share=1.0))
+    tokens, passes = arguments.batch * length, arguments.batch // micro_batch
+    without_label = (1 - labels) * tokens * flops_per_token(spec, config, length, masked).head
+    return flops_per_step(spec, config, length, passes, masked) - without_label
 
 
 def report_peft(
@@ -205,7 +209,7 @@ def place(model: str, remat: str) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Training steps of published shapes with random weights.")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="names in configs/shapes, or folders")
-    parser.add_argument("--modes", nargs="+", choices=(*MODES, TAUGHT), default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=(*MODES, TAUGHT, TEXT), default=list(MODES))
     parser.add_argument("--remat", nargs="+", choices=("none", "linears", "block"), default=["linears", "block"])
     parser.add_argument("--batch", type=int, default=16, help="sequences of one update")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")

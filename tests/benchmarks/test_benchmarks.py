@@ -62,7 +62,7 @@ def test_training_steps_are_measured_in_every_mode_and_a_missing_peft_is_a_row(
     core_only: dict[str, str], tmp_path: Path
 ) -> None:
     flags = ("--models", TINY, "--batch", "2", "--length", "16", "--remat", "block", "--repeats", "1", "--together")
-    flags += ("--labels", "0.5", "--modes", "plain", "exact", "ste", "frozen", "taught")
+    flags += ("--labels", "0.5", "--modes", "plain", "exact", "ste", "frozen", "taught", "text")
     printed = run("train_step", *flags, "--out", str(tmp_path / "rows.json"), environment=core_only)
     rows = kept(tmp_path / "rows.json")
     assert set(rows) == {found["name"] for found in printed if "name" in found}
@@ -70,11 +70,11 @@ def test_training_steps_are_measured_in_every_mode_and_a_missing_peft_is_a_row(
     assert plain["value"] > 0 and plain["compile_seconds"] > 0 and plain["mfu"] is None
     assert plain["tokens_per_second"] == pytest.approx(2 * 16 / plain["value"], rel=0.1)
     assert plain["hfu_of_matmul"] > plain["mfu_of_matmul"] > 0
-    for mode in ("exact", "ste", "frozen", "taught"):
+    for mode in ("exact", "ste", "frozen", "taught", "text"):
         step, memory = rows[f"step_{mode} tiny remat block"], rows[f"memory_{mode} tiny remat block"]
         assert step["against"] == "step_plain" and step["ratio"] > 0
         # A chunk of the teacher's logits beside the model's outweighs the weights of a tiny model.
-        assert memory["unit"] == "bytes" and 0.5 < memory["ratio"] < (3 if mode == "taught" else 2)
+        assert memory["unit"] == "bytes" and 0.5 < memory["ratio"] < (3 if mode in ("taught", "text") else 2)
     assert rows["matmul tiny"]["unit"] == "TFLOP/s"
     assert "not installed" in rows["step_peft tiny float32 adapters, no checkpointing"]["error"]
 
