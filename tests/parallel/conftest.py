@@ -36,6 +36,9 @@ train:
   batch_size: 8
   learning_rate: 1e-2
   checkpoint_every: 1
+distill:
+  teacher: base
+  prefix_share: 0.5
 eval:
   window: 32
 """
