@@ -169,7 +169,10 @@ def flops_per_pass(spec: ModelSpec, config: Config, masked: bool) -> float:
 
 
 def flops_per_step(spec: ModelSpec, config: Config, length: int, passes: int, masked: bool) -> float:
-    """FLOPs of one update of `batch_size` rows of `length` tokens in `passes` micro-batches."""
+    """FLOPs of one update of `batch_size` rows of `length` tokens in `passes` micro-batches.
+
+    Of one that reads them all: batches that `efx_jax.training.step.without_silent_tail` cuts take fewer.
+    """
     tokens = config.train.batch_size * length
     per_token = flops_per_token(spec, config, length, masked, config.train.batch_size // passes).total
     return tokens * per_token + passes * flops_per_pass(spec, config, masked)
