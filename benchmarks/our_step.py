@@ -38,7 +38,7 @@ from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.training.devices import find_device
 from efx_jax.training.schedule import optimizer
 from efx_jax.training.state import init_train_state
-from efx_jax.training.step import StepOptions, Teacher, step_options, train_step, without_silent_tail
+from efx_jax.training.step import StepOptions, Teacher, has_teacher, step_options, train_step, without_silent_tail
 
 # Only if asked for: taught needs tokens without a label, and text has no others.
 TAUGHT, TEXT = "taught", "text"
@@ -71,8 +71,9 @@ def measure(case: Mapping[str, Any]) -> dict[str, Any]:
     modes: dict[str, Any] = {}
     rivals = {}
     for mode in work.modes:
-        options = step_options(mode_config(mode, work.batch, work.remat), work.micro_batch, attention_path)
-        teacher = Teacher(params, spec) if mode in (TAUGHT, TEXT) else None
+        config = mode_config(mode, work.batch, work.remat)
+        options = step_options(config, work.micro_batch, attention_path)
+        teacher = Teacher(params, spec) if has_teacher(config) else None
         in_force = None if mode == "plain" else masks
         read = batch
         if mode == TEXT:

@@ -34,7 +34,6 @@ from efx_jax.training.trace import tracing
 from efx_jax.training.validation import metric_values, update_best, validation_steps
 
 Array = jax.Array
-_Batch = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,7 +134,7 @@ def train(loop: Loop, trunk: Path | None) -> RunState | None:
         state, is_due = _begin(loop, stores, trunk)
         start = int(state.train.step)
         with progress(start, steps) as shown, tracing(config.profile, output / "profile") as trace:
-            batch = mesh_batch(config, prepared.train, start, mesh)
+            batch: Batch = mesh_batch(config, prepared.train, start, mesh)
             journal.sparsity = mask_sparsity(state.masks, state.params)
             if is_due:
                 state = _event(loop, stores, shown, state)
@@ -218,7 +217,7 @@ def _is_over(loop: Loop, state: RunState, stop: threading.Event) -> bool:
     return asked(stop) or int(state.train.step) >= loop.steps or _enough(loop)
 
 
-def _update(loop: Loop, shown: Progress, state: RunState, batch: _Batch) -> tuple[RunState, _Batch]:
+def _update(loop: Loop, shown: Progress, state: RunState, batch: Batch) -> tuple[RunState, Batch]:
     """One training step, its line in metrics.jsonl and its place on the progress bar; and the next batch."""
     number, began = int(state.train.step), time.perf_counter()
     with loop.journal.phase("train"):
