@@ -15,7 +15,10 @@ _MOST = MAX_RUNS - 1  # sequences of one row: what cuDNN takes beside the paddin
 
 
 def pack_epoch(sizes: Sequence[int], seed: int, epoch: int, length: int) -> list[list[int]]:
-    """Best-fit packing of one epoch's permutation.
+    """Best-fit packing of one epoch's permutation, the rows in the order in which they were begun.
+
+    In the order in which they fill, long sequences would come first, and a run of one epoch would see its short ones
+    late: text of whole rows, say, before the rows of a task.
 
     Args:
         sizes: inputs of every sequence, in tokens.
@@ -32,24 +35,21 @@ def pack_epoch(sizes: Sequence[int], seed: int, epoch: int, length: int) -> list
     longest = max(sizes, default=0)
     if longest > length:
         raise InputError(f"packing: expected sequences of at most {length} inputs, found {longest}")
-    done: list[list[int]] = []
     rows: list[list[int]] = []
-    spaces: list[int] = []
+    spaces: dict[int, int] = {}  # of the rows that may still be filled
     for sequence in np.random.default_rng([seed, epoch]).permutation(len(sizes)):
         size = sizes[sequence]
-        fitting = [index for index, space in enumerate(spaces) if space >= size and len(rows[index]) < _MOST]
-        if fitting:
-            best = min(fitting, key=lambda index: spaces[index])
-            rows[best].append(int(sequence))
-            spaces[best] -= size
-            continue
-        if len(rows) == _OPEN:
-            fullest = min(range(_OPEN), key=lambda index: spaces[index])
-            done.append(rows.pop(fullest))
-            spaces.pop(fullest)
-        rows.append([int(sequence)])
-        spaces.append(length - size)
-    return done + rows
+        fitting = [row for row, space in spaces.items() if space >= size and len(rows[row]) < _MOST]
+        if not fitting:
+            if len(spaces) == _OPEN:
+                del spaces[min(spaces, key=lambda row: spaces[row])]
+            fitting = [len(rows)]
+            rows.append([])
+            spaces[len(rows) - 1] = length
+        best = min(fitting, key=lambda row: spaces[row])
+        rows[best].append(int(sequence))
+        spaces[best] -= size
+    return rows
 
 
 @functools.lru_cache(maxsize=2)

@@ -90,6 +90,15 @@ def test_a_batch_of_an_epoch_far_ahead_packs_no_epoch_twice(monkeypatch: pytest.
     assert len(packed) == len(set(packed)) <= 14
 
 
+def test_long_and_short_sequences_are_spread_over_the_whole_epoch() -> None:
+    windows, short = [1024] * 300, [300] * 1000
+    rows = pack_epoch(windows + short, 0, 0, 1024)
+    whole = np.asarray([len(row) == 1 and row[0] < 300 for row in rows])
+    tenths = [part.mean() for part in np.array_split(whole, 10)]
+    assert abs(whole.mean() - 300 / 634) < 0.01  # the others stand in threes
+    assert max(abs(share - whole.mean()) for share in tenths) < 0.2
+
+
 def test_a_row_is_laid_out_segment_by_segment() -> None:
     examples = sequences(SIZES[:30])
     row = max(pack_epoch(SIZES[:30], 0, 0, LENGTH)[:4], key=len)
