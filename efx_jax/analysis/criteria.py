@@ -71,14 +71,12 @@ def prediction_units(view: BlockView, spec: ModelSpec) -> dict[str, dict[str, Ar
     stretch = jnp.square(jnp.square(cos[0, 0, 0, 0]) + jnp.square(sin[0, 0, 0, 0]))
     pair = stretch * _pairs(view.real) / (tokens * spec.head_dim)
     whitened = pair * jnp.mean(view.stats.energy["attn_in"]) / tokens
-    # A slope through the q/k norm stands in units of summed energy, see pruning.scores.
-    seen = pair if spec.qk_norm else pair / tokens
     blind = dict.fromkeys(LINEARS, one) | {"v_proj": group, "o_proj": _norm_slope(view, spec)}
-    gated = blind | {"q_proj": seen, "k_proj": seen * group}
+    gated = blind | {"q_proj": pair, "k_proj": pair * group}
     return {
         "wanda": dict.fromkeys(LINEARS, one),
         "foresight": blind | {"q_proj": whitened, "k_proj": whitened * group},
-        "foresight_gated": gated | {"gate_proj": 1 / tokens, "up_proj": 1 / tokens},
+        "foresight_gated": gated,
         JOINT: gated,
     }
 

@@ -125,9 +125,9 @@ def activation_reach(
 ) -> dict[str, Array]:
     """nu through the nonlinearities, from what calibration saw (design, section 3).
 
-    q and k: norm of the partner's activations per head dimension, shared by RoPE pairs; with Qwen3's q/k norms the
-    partner after its norm, times the own gain over the own rms. up: column norms of down * rms(silu(gate)); gate:
-    column norms of down * rms(up * silu'(gate)). v, o and down as in `weight_reach`.
+    q and k: rms of the partner's activations per head dimension, shared by RoPE pairs; with Qwen3's q/k norms the
+    partner after its norm, times the own gain over what the norm divides by. up: column norms of down *
+    rms(silu(gate)); gate: column norms of down * rms(up * silu'(gate)). v, o and down as in `weight_reach`.
 
     Args:
         effective: U `[O,I]` of the seven linears.
@@ -140,19 +140,21 @@ def activation_reach(
     """
     k_heads, width = spec.num_kv_heads, spec.head_dim
     group = spec.num_heads // k_heads
-    q_norms = jnp.sqrt(stats.energy["q"]).reshape(k_heads, group, width)
-    k_norms = jnp.sqrt(stats.energy["k"]).reshape(k_heads, width)
-    q_reach = share_rope_pairs(k_norms)[:, None, :] * jnp.ones((1, group, 1))
-    k_reach = share_rope_pairs(root_mean_square(q_norms, axis=1))
+    mean = {name: energy / stats.tokens for name, energy in stats.energy.items()}
+    q_rms = jnp.sqrt(mean["q"]).reshape(k_heads, group, width)
+    k_rms = jnp.sqrt(mean["k"]).reshape(k_heads, width)
+    q_reach = share_rope_pairs(k_rms)[:, None, :] * jnp.ones((1, group, 1))
+    k_reach = share_rope_pairs(root_mean_square(q_rms, axis=1))
     if spec.qk_norm:
-        q_reach = q_reach * _norm_slope(weights["q_norm"], stats.energy["q_raw"], (k_heads, group, width))
-        k_reach = k_reach * _norm_slope(weights["k_norm"], stats.energy["k_raw"], (k_heads, width))
+        q_raw, k_raw = mean["q_raw"].reshape(k_heads, group, width), mean["k_raw"].reshape(k_heads, width)
+        q_reach = q_reach * _norm_slope(weights["q_norm"], q_raw, spec.rms_norm_eps)
+        k_reach = k_reach * _norm_slope(weights["k_norm"], k_raw, spec.rms_norm_eps)
     reach = weight_reach(effective, spec)
     return reach | {
         "q_proj": q_reach.reshape(-1),
         "k_proj": k_reach.reshape(-1),
-        "up_proj": reach["up_proj"] * jnp.sqrt(stats.energy["gate_value"]),
-        "gate_proj": reach["gate_proj"] * jnp.sqrt(stats.energy["gate_slope"]),
+        "up_proj": reach["up_proj"] * jnp.sqrt(mean["gate_value"]),
+        "gate_proj": reach["gate_proj"] * jnp.sqrt(mean["gate_slope"]),
     }
 
 
@@ -170,7 +172,6 @@ def _spread_over_queries(per_kv_head: Array, group: int) -> Array:
     return jnp.repeat(per_kv_head, group, axis=0).reshape(-1)
 
 
-def _norm_slope(gain: Array, raw_energy: Array, shape: tuple[int, ...]) -> Array:
-    """gain / rms of a head before its RMS norm, up to the constant that turns summed into mean energy."""
-    rms = jnp.sqrt(jnp.mean(raw_energy.reshape(shape), axis=-1, keepdims=True))
-    return jnp.abs(gain.astype(jnp.float32)) / jnp.maximum(rms, jnp.finfo(jnp.float32).tiny)
+def _norm_slope(gain: Array, mean_square: Array, eps: float) -> Array:
+    """|gain| over what a head's RMS norm divides by, from the mean squares `[...,H]` before it."""
+    return jnp.abs(gain.astype(jnp.float32)) / jnp.sqrt(jnp.mean(mean_square, axis=-1, keepdims=True) + eps)
