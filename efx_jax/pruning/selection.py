@@ -1,6 +1,6 @@
 """Which entries go: exact counts with a defined order among ties, per row, matrix, slab, bounded matrix or N:M.
 
-The k-th smallest score is found by bisection on its float32 bit pattern, which orders non-negative floats as integers:
+The k-th smallest score is found by bisection on float32 bit patterns, which order floats as integers (`score_bits`):
 exact with ties and subnormals, the same under `jit`, `vmap` and on sharded arrays, and no sort.
 """
 
@@ -80,8 +80,10 @@ def selection_counts(shape: tuple[int, ...], sparsity: float, group: str, bound:
     pattern = parse_pattern(group)
     if pattern is not None:
         keep, of = pattern
+        if sparsity == 0:
+            return Counts(0)
         if abs(sparsity - (1 - keep / of)) > 1e-6:
-            raise InputError(f"group {group}: expected sparsity {1 - keep / of:g}, found {sparsity}; set it so")
+            raise InputError(f"group {group}: expected sparsity {1 - keep / of:g} or 0, found {sparsity}; set it so")
         if in_dim % of:
             raise InputError(f"group {group}: expected an input width divisible by {of}, found {in_dim}")
         return Counts(of - keep)
@@ -208,15 +210,19 @@ def _before(counts: Array, mesh_axes: tuple[str, ...]) -> Array:
 
 
 def score_bits(score: Array) -> Array:
-    """Bit patterns of non-negative float32 scores: unsigned integers in the same order (-0.0 counts as 0)."""
-    return jax.lax.bitcast_convert_type(jnp.abs(score.astype(jnp.float32)), jnp.uint32)
+    """Bit patterns of float32 scores as unsigned integers in the same order; -0.0 counts as 0, NaN above all others."""
+    # Of integers alone: comparisons of floats take subnormals for 0.
+    bits = jax.lax.bitcast_convert_type(score.astype(jnp.float32), jnp.uint32)
+    sign, infinity = jnp.uint32(1 << 31), jnp.uint32(0x7F800000)
+    is_positive = (bits <= sign) | (bits & ~sign > infinity)
+    return jnp.where(is_positive, bits | sign, ~bits)
 
 
 def drop_by_counts(score: Array, group: str, counts: Counts, axes: LinearAxes | None = None) -> Array:
     """Entries to drop, given counts from `selection_counts` (plain integers or traced scalars).
 
     Args:
-        score: non-negative `[O,I]`.
+        score: `[O,I]`.
         group: see `select_mask`.
         counts: entries to drop.
         axes: how the matrix lies on the active mesh; None: not at all.
@@ -274,17 +280,19 @@ def select_mask(score: Array, sparsity: float, group: str = "row", bound: float 
     Drops exactly floor(sparsity * n + 1e-9) of the n entries of every group, of equal scores the lower index first.
 
     Args:
-        score: non-negative `[O,I]`.
+        score: `[O,I]` of one matrix (for several, `jax.vmap`); NaN counts as the highest.
         sparsity: share to drop, in [0, 1); static.
         group: which entries compete: "row" (Wanda), "matrix", "slab" (all rows of 128 consecutive inputs), "bounded"
             (the matrix, but every row's sparsity within `bound` of `sparsity`), or "N:M" (keep N of M consecutive
-            inputs; sparsity must be 1 - N/M); static.
+            inputs; sparsity must be 1 - N/M, or 0); static.
         bound: see "bounded".
 
     Returns:
         bool `[O,I]`, True = kept.
 
     Raises:
-        InputError: sparsity outside [0, 1), an unknown group, a pattern that does not fit.
+        InputError: sparsity outside [0, 1), an unknown group, a pattern that does not fit, scores of several matrices.
     """
+    if score.ndim != 2:
+        raise InputError(f"select_mask: expected the scores [O,I] of one matrix, found {score.shape}; use jax.vmap")
     return ~drop_by_counts(score, group, selection_counts(score.shape, sparsity, group, bound))

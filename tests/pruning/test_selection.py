@@ -4,6 +4,7 @@ from fractions import Fraction
 from math import ceil, floor
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ SPARSITIES = ("0", "0.3", "0.5", "0.999")
 
 
 def score_families(rows: int, columns: int) -> dict[str, np.ndarray]:
-    """Non-negative float32 scores `[O,I]` of every kind that has ever broken a selection by threshold."""
+    """Float32 scores `[O,I]` of every kind that has ever broken a selection by threshold."""
     rng = np.random.default_rng(0)
     uniform = rng.random((rows, columns), dtype=np.float32)
     return {
@@ -29,6 +30,7 @@ def score_families(rows: int, columns: int) -> dict[str, np.ndarray]:
         "subnormal": (rng.integers(0, 40, uniform.shape) * np.float64(2.0**-149)).astype(np.float32),
         "e^+-60": np.exp(rng.uniform(-60, 60, uniform.shape)).astype(np.float32),
         "rows apart": uniform * np.exp(rng.uniform(-6, 6, (rows, 1))).astype(np.float32),
+        "below 0": uniform - np.float32(0.5),
         "few levels": rng.integers(0, 3, uniform.shape).astype(np.float32),
     }
 
@@ -67,7 +69,7 @@ def keep_bounded(score: np.ndarray, sparsity: Fraction, bound: Fraction) -> np.n
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_rows_equal_a_stable_sort(sparsity: str) -> None:
     kept = np.asarray(select_all(STACKED, float(sparsity), "row", None))
-    expected = ~lowest_by_sort(np.abs(STACKED), floor(Fraction(sparsity) * SHAPE[1]))
+    expected = ~lowest_by_sort(STACKED, floor(Fraction(sparsity) * SHAPE[1]))
     for name, got, wanted in zip(FAMILIES, kept, expected, strict=True):
         np.testing.assert_array_equal(got, wanted, err_msg=name)
 
@@ -75,7 +77,7 @@ def test_rows_equal_a_stable_sort(sparsity: str) -> None:
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_a_matrix_equals_a_stable_sort(sparsity: str) -> None:
     kept = np.asarray(select_all(STACKED, float(sparsity), "matrix", None))
-    flat = np.abs(STACKED).reshape(len(STACKED), -1)
+    flat = STACKED.reshape(len(STACKED), -1)
     expected = ~lowest_by_sort(flat, floor(Fraction(sparsity) * flat.shape[1])).reshape(STACKED.shape)
     for name, got, wanted in zip(FAMILIES, kept, expected, strict=True):
         np.testing.assert_array_equal(got, wanted, err_msg=name)
@@ -84,7 +86,7 @@ def test_a_matrix_equals_a_stable_sort(sparsity: str) -> None:
 @pytest.mark.parametrize(("keep", "of"), [(1, 4), (2, 4), (4, 8)])
 def test_a_pattern_equals_a_stable_sort_of_every_block(keep: int, of: int) -> None:
     kept = np.asarray(select_all(STACKED, 1 - keep / of, f"{keep}:{of}", None))
-    blocks = np.abs(STACKED).reshape(len(STACKED), SHAPE[0], -1, of)
+    blocks = STACKED.reshape(len(STACKED), SHAPE[0], -1, of)
     expected = ~lowest_by_sort(blocks, of - keep).reshape(STACKED.shape)
     for name, got, wanted in zip(FAMILIES, kept, expected, strict=True):
         np.testing.assert_array_equal(got, wanted, err_msg=name)
@@ -97,7 +99,7 @@ def test_a_slab_of_128_inputs_equals_a_stable_sort_of_its_rows(columns: int) -> 
     kept = np.asarray(select_all(scores, 0.3, "slab", None))
     for first in range(0, columns, 128):
         slab = slice(first, first + 128)
-        flat = np.abs(scores[..., slab]).reshape(len(scores), -1)
+        flat = scores[..., slab].reshape(len(scores), -1)
         expected = ~lowest_by_sort(flat, floor(Fraction("0.3") * flat.shape[1])).reshape(scores[..., slab].shape)
         for name, got, wanted in zip(FAMILIES, kept[..., slab], expected, strict=True):
             np.testing.assert_array_equal(got, wanted, err_msg=name)
@@ -109,7 +111,7 @@ def test_a_slab_of_128_inputs_equals_a_stable_sort_of_its_rows(columns: int) -> 
 def test_bounded_rows_equal_the_definition_entry_by_entry(sparsity: str, bound: str) -> None:
     kept = np.asarray(select_all(STACKED, float(sparsity), "bounded", float(bound)))
     for name, got, score in zip(FAMILIES, kept, STACKED, strict=True):
-        wanted = keep_bounded(np.abs(score), Fraction(sparsity), Fraction(bound))
+        wanted = keep_bounded(score, Fraction(sparsity), Fraction(bound))
         np.testing.assert_array_equal(got, wanted, err_msg=name)
     assert ((~kept).sum((1, 2)) == floor(Fraction(sparsity) * SHAPE[0] * SHAPE[1])).all()
 
@@ -150,13 +152,28 @@ def test_without_jit_the_mask_is_the_same() -> None:
     np.testing.assert_array_equal(select_mask(score, 0.5, "matrix"), select_all(score[None], 0.5, "matrix", None)[0])
 
 
+def test_what_is_no_number_counts_as_the_highest_score() -> None:
+    score = jnp.asarray([[jnp.nan, 1, -jnp.nan, jnp.inf], [-1, jnp.nan, -jnp.inf, 0]])
+    np.testing.assert_array_equal(select_mask(score, 0.5), [[True, False, True, False], [False, True, False, True]])
+
+
+@pytest.mark.parametrize("group", ["row", "bounded", "2:4"])
+def test_nothing_goes_at_a_sparsity_of_0(group: str) -> None:
+    assert np.all(select_mask(FAMILIES["uniform"], 0.0, group, 0.0))
+
+
+def test_scores_of_several_matrices_are_refused() -> None:
+    with pytest.raises(InputError, match="expected the scores \\[O,I\\] of one matrix, found .*; use jax.vmap"):
+        select_mask(STACKED, 0.5, "bounded", 0.1)
+
+
 @pytest.mark.parametrize(
     ("sparsity", "group", "bound", "complaint"),
     [
         (1.0, "row", None, "sparsity: expected a value in \\[0, 1\\)"),
         (-0.1, "row", None, "sparsity: expected a value in \\[0, 1\\)"),
         (float("nan"), "row", None, "sparsity: expected a value in \\[0, 1\\)"),
-        (0.4, "2:4", None, "group 2:4: expected sparsity 0.5, found 0.4"),
+        (0.4, "2:4", None, "group 2:4: expected sparsity 0.5 or 0, found 0.4"),
         (0.4, "3:5", None, "divisible by 5, found 16"),
         (0.5, "column", None, "expected row, matrix, slab, bounded or N:M"),
         (0.5, "4:2", None, "expected row, matrix, slab, bounded or N:M"),
