@@ -75,7 +75,9 @@ def alternate_a(lora_a: Array, lora_b: Array, mask: Array, lost: Array, gram: Ar
     diagonal = einsum("or,oi->ri", lora_b**2, mask.astype(jnp.float32)) * jnp.diagonal(gram)
     safe = jnp.where(diagonal > 0, diagonal, 1.0)
     start = lora_a.astype(jnp.float32)
-    return jax.scipy.sparse.linalg.cg(normal, back(lost), start, tol=0.0, maxiter=CG_STEPS, M=lambda r: r / safe)[0]
+    # With a tolerance of 0 its next direction is 0 / 0 where nothing is left to gain.
+    tol = float(jnp.finfo(jnp.float32).eps)
+    return jax.scipy.sparse.linalg.cg(normal, back(lost), start, tol=tol, maxiter=CG_STEPS, M=lambda r: r / safe)[0]
 
 
 def with_norms_of(like: Array, lora_a: Array) -> Array:

@@ -183,6 +183,7 @@ def dense_path_shift(gram: Array, cross: Array, ridge: float = 0.3) -> Array:
         ridge: relative to the diagonal of G. Without it few tokens are learned by heart, and every block adds to what
             the next one corrects.
     """
+    gram, cross = gram.astype(jnp.float32), cross.astype(jnp.float32)
     unit, scale = unit_diagonal(gram)
     lower = damped(matrix_cholesky, unit, jnp.float32(ridge))
     drift = (cross - gram) / scale[None, :]
@@ -244,7 +245,9 @@ def admm_refit(
     Returns:
         The new weight `[O,I]`, float32, exactly 0 where pruned, and the mask, bool `[O,I]`.
     """
-    unit, scale = unit_diagonal(gram)
+    unit, scale = unit_diagonal(gram.astype(jnp.float32))
+    # An input that is always 0 has no norm, whatever its scale: none of its entries is worth keeping.
+    is_alive = jnp.diagonal(gram) > 0
     identity = jnp.eye(gram.shape[0], dtype=jnp.float32)
     gram = unit + damping * identity
     goal = (weight if target is None else target).astype(jnp.float32) * scale
@@ -254,7 +257,7 @@ def admm_refit(
     dropped = jnp.sum(~mask, axis=1, keepdims=True, dtype=jnp.int32)
 
     def choose(wanted: Array) -> Array:
-        bits = score_bits(wanted)
+        bits = score_bits(jnp.where(is_alive, jnp.abs(wanted), 0.0))
         if pattern is None:
             return ~lowest(bits, dropped)
         blocks = bits.reshape(bits.shape[0], -1, pattern[1])

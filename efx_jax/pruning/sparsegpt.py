@@ -101,12 +101,13 @@ def inverse_factor(gram: Array, damping: float = DAMPING) -> Inverse:
         gram: G = X^T X `[I,I]`, in any unit: masks and weights do not depend on it.
         damping: relative to the mean diagonal of the active inputs.
     """
+    gram = gram.astype(jnp.float32)
     diagonal = jnp.diagonal(gram)
     alive = diagonal > 0
     mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(alive), 1)
     # No input at all: any factor will do.
     mean = jnp.where(mean > 0, mean, 1.0)
-    filled = gram.astype(jnp.float32) + jnp.diag(jnp.where(alive, 0.0, mean))
+    filled = gram + jnp.diag(jnp.where(alive, 0.0, mean))
     reverse = damped(matrix_cholesky, filled[::-1, ::-1], damping * mean)[::-1, ::-1]
     return Inverse(jnp.triu(_inverse_of_upper(reverse)), alive)
 

@@ -41,7 +41,7 @@ def swap_mask(
     Returns:
         bool `[O,I]`; a row (a group of M) keeps as many as before.
     """
-    weight = weight.astype(jnp.float32)
+    weight, gram = weight.astype(jnp.float32), gram.astype(jnp.float32)
     alone = weight**2 * jnp.diagonal(gram)
     rows = jnp.arange(weight.shape[0])
 

@@ -103,3 +103,12 @@ def test_every_round_leaves_less(lost: np.ndarray, inputs: np.ndarray, old_a: np
         )
     found = [error(np.where(mask, np.asarray(best_b(a) @ a), 0.0), lost, inputs) for a in lora_a]
     assert all(late < early for early, late in itertools.pairwise(found)), found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_by_turns_stays_finite_where_nothing_is_left_to_gain(seed: int) -> None:
+    # With one direction and a diagonal Gram the preconditioner solves it at once.
+    rng = np.random.default_rng(seed)
+    a, b, lost = (jnp.asarray(rng.lognormal(sigma=3, size=shape), jnp.float32) for shape in ((1, 8), (6, 1), (6, 8)))
+    gram = jnp.diag(jnp.asarray(rng.lognormal(sigma=3, size=8), jnp.float32))
+    assert np.all(np.isfinite(alternate_a(a, b, jnp.ones((6, 8), bool), lost, gram)))

@@ -354,3 +354,11 @@ def test_no_solve_calls_a_batched_lapack_kernel(layer: Problem) -> None:
     assert found and all(equation.invars[0].aval.ndim == 2 for equation in found)
     rows = jax.make_jaxpr(gram_brain_surgeon)(*single(layer.weight, layer.lora_a, layer.mask, layer.gram))
     assert not [equation for equation in equations(rows.jaxpr) if equation.primitive.name == "cholesky"]
+
+
+def test_refinement_keeps_no_entry_of_an_input_that_is_always_0() -> None:
+    rng = np.random.default_rng(0)
+    inputs = 0.01 * rng.standard_normal((80, 8)) * (np.arange(8) >= 3)
+    weight, mask = rng.standard_normal((6, 8)), np.tile(np.arange(8) >= 4, (6, 1))
+    kept = np.asarray(refit(jnp.float32(weight), mask, jnp.float32(inputs.T @ inputs), refine=10)[1])
+    assert not kept[:, :3].any() and (kept.sum(axis=1) == 4).all()
