@@ -120,6 +120,12 @@ def _recovery_rules(prune: PruneConfig) -> Iterable[Rule]:
             prune.swaps == 0 or not refines,
             "0 with prune.admm_refine, whose first step chooses the entries of every row anew",
         ),
+        (
+            "prune.group",
+            prune.group,
+            prune.group != "slab" or (prune.swaps == 0 and not refines),
+            "another than slab with prune.swaps or prune.admm_refine, which keep the counts of rows, not of slabs",
+        ),
     ]
 
 

@@ -59,7 +59,8 @@ def linear(
 ) -> Array:
     """One linear of the model, with its adapter and its mask.
 
-    Operands are cast to `compute_dtype`, sums are float32, and the result has the dtype of `x`.
+    Operands are cast to `compute_dtype`, sums are float32, and the result has the dtype of `x`; on a mesh, so have the
+    parts of a sum over `tensor` when they are added up.
 
     Args:
         x: `[...,I]`.

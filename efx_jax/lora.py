@@ -16,7 +16,7 @@ from flax import struct
 
 from efx_jax.einsum import einsum
 from efx_jax.errors import InputError
-from efx_jax.masks import unpack_mask
+from efx_jax.masks import check_mask, unpack_mask
 
 Array = jax.Array
 
@@ -75,23 +75,23 @@ def init_lora(
     Args:
         key: PRNG key for A.
         params: the parameter tree; only shapes are read.
-        spec: the model's spec.
+        spec: the model's spec; not read, the shapes of the parameters say all.
         rank: R.
         alpha: numerator of the scale.
         targets: names of the linears to adapt; all seven by default.
         rslora: scale by alpha / sqrt(R).
 
     Raises:
-        InputError: a target that the model does not have, or a rank below 1.
+        InputError: a target that the model does not have, a rank below 1, or an alpha that is not above 0.
     """
     layers = params["layers"]
     linears = [name for name in layers if name.endswith("_proj")]
     chosen = list(linears if targets is None else targets)
     unknown = [name for name in chosen if name not in linears]
-    if unknown or rank < 1:
+    if unknown or rank < 1 or alpha <= 0:
         raise InputError(
-            f"init_lora: expected targets among {', '.join(linears)} and a rank of at least 1, "
-            f"found {', '.join(unknown) or 'no unknown target'} and rank {rank}"
+            f"init_lora: expected targets among {', '.join(linears)}, a rank of at least 1 and an alpha above 0, "
+            f"found {', '.join(unknown) or 'no unknown target'}, rank {rank} and alpha {alpha}"
         )
     lora_a, lora_b = init_lora_matrices(key, {name: layers[name].shape for name in chosen}, rank)
     return Adapters(lora_a=lora_a, lora_b=lora_b, scale=lora_scale(rank, alpha, rslora))
@@ -132,11 +132,38 @@ def merge(params: Mapping[str, Any], adapters: Adapters | None, masks: Mapping[s
 
     Returns:
         A new parameter tree; pruned entries are exactly 0 and untouched leaves are the same arrays.
+
+    Raises:
+        InputError: an adapter or a mask of a linear that the model does not have, a mask of another shape.
     """
+    check_names(params["layers"], adapters, masks)
     lora_a = {} if adapters is None else adapters.lora_a
     lora_b = {} if adapters is None else adapters.lora_b
     scale = 0.0 if adapters is None else adapters.scale
     return {**params, "layers": merge_linears(params["layers"], lora_a, lora_b, masks or {}, scale)}
+
+
+def check_names(weights: Mapping[str, Array], adapters: Adapters | None, masks: Mapping[str, Array] | None) -> None:
+    """Refuses adapters and masks that belong to no linear of a model, which would be left out.
+
+    Args:
+        weights: the model's stacked arrays; linears `[L,O,I]`.
+        adapters: adapters, or None.
+        masks: name -> mask `[L,O,I]`, bool or packed, or None.
+
+    Raises:
+        InputError: what does not belong, or a mask of another shape.
+    """
+    linears = [name for name in weights if name.endswith("_proj")]
+    named = {"adapters": {} if adapters is None else adapters.lora_a, "masks": masks or {}}
+    for kind, arrays in named.items():
+        if not arrays.keys() <= set(linears):
+            unknown = ", ".join(sorted(arrays.keys() - set(linears)))
+            raise InputError(f"{kind}: expected names among {', '.join(linears)}, found {unknown}")
+    for name, mask in (masks or {}).items():
+        check_mask(mask, weights[name].shape[-1])
+        if mask.shape[:-1] != weights[name].shape[:-1]:
+            raise InputError(f"mask of {name}: expected [L,O,I] {weights[name].shape}, found {mask.shape}")
 
 
 def merge_linears(

@@ -1,7 +1,8 @@
 """Masks as bits: eight entries of a row in one byte, so that a mask weighs an eighth of a byte per weight.
 
-Every function that takes a mask takes it as bool `[...,O,I]` or packed as uint8 `[...,O,ceil(I/8)]`; True = kept. Input
-8 j + b is bit b of byte j, the lowest bit first (as numpy's `packbits(bitorder="little")`).
+The model, `efx_jax.lora` and events take masks as bool `[...,O,I]` or packed as uint8 `[...,O,ceil(I/8)]`; True = kept.
+Input 8 j + b is bit b of byte j, the lowest bit first (as numpy's `packbits(bitorder="little")`). What works on one
+matrix (`efx_jax.pruning.recovery`, `swaps`, `sparsegpt`) takes bool.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from efx_jax.errors import InputError
 
 Array = jax.Array
 
@@ -21,11 +24,30 @@ def pack_mask(mask: Array) -> Array:
 
 
 def unpack_mask(mask: Array, in_dim: int) -> Array:
-    """The mask as bool `[...,I]`; one that is bool already is returned as it is."""
+    """The mask as bool `[...,I]`; one that is bool already is returned as it is.
+
+    Raises:
+        InputError: neither, as a mask of 0 and 1 in another type would be.
+    """
+    check_mask(mask, in_dim)
     if mask.dtype == jnp.bool_:
         return mask
     bits = (mask[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
     return bits.reshape(*mask.shape[:-1], -1)[..., :in_dim].astype(bool)
+
+
+def check_mask(mask: Array, in_dim: int) -> None:
+    """Refuses what is neither a mask bool `[...,in_dim]` nor a packed one.
+
+    Raises:
+        InputError: what it is.
+    """
+    widths = {"bool": in_dim, "uint8": packed_shape((in_dim,))[0]}
+    if widths.get(mask.dtype.name) != mask.shape[-1]:
+        raise InputError(
+            f"mask: expected bool [...,{in_dim}], or the bits of pack_mask, uint8 [...,{widths['uint8']}]; found "
+            f"{mask.dtype.name} [...,{mask.shape[-1]}]"
+        )
 
 
 def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

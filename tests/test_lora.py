@@ -274,7 +274,12 @@ def test_adapters_of_chosen_linears_alone() -> None:
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"targets": ["q_proj", "w_proj"]}, "w_proj"), ({"rank": 0}, "rank 0"), ({"targets": ["norm"]}, "norm")],
+    [
+        ({"targets": ["q_proj", "w_proj"]}, "w_proj"),
+        ({"rank": 0}, "rank 0"),
+        ({"alpha": 0}, "alpha 0"),
+        ({"targets": ["norm"]}, "norm"),
+    ],
 )
 def test_unknown_target_or_rank_is_refused_in_one_line(change: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError) as caught:

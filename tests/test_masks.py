@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efx_jax.errors import InputError
 from efx_jax.linear import linear
 from efx_jax.lora import masked_weight
 from efx_jax.masks import count_kept, pack_mask, packed_shape, unpack_mask
@@ -24,6 +25,12 @@ def test_packing_is_numpys_little_endian_packbits_and_is_undone(in_dim: int) -> 
 def test_a_bool_mask_is_not_unpacked() -> None:
     mask = jnp.asarray([[True, False, True]])
     assert unpack_mask(mask, 3) is mask
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "float32", "bool"])
+def test_what_is_neither_bool_nor_bits_of_that_width_is_refused(dtype: str) -> None:
+    with pytest.raises(InputError, match=f"expected bool .*pack_mask, uint8 \\[...,2\\]; found {dtype} \\[...,12\\]"):
+        unpack_mask(jnp.ones((3, 12), dtype), 13)
 
 
 @pytest.mark.parametrize("mask_forward", ["exact", "ste", "frozen", "dense"])

@@ -60,13 +60,13 @@ def prune_event(
         (params, adapters, masks, state). params changes only where an event moves the base, see `moves_base`.
 
     Raises:
-        InputError: settings that mean nothing, a sparsity or group that does not fit, statistics without Grams or
-            or an importance not finite, a state without the memory that `ema` needs, adapters to move where there are
-            none, no importance to score by.
+        InputError: settings that mean nothing, a sparsity or group that does not fit, statistics without Grams,
+            statistics or an importance not finite, a state without the memory that `ema` needs, adapters to move
+            where there are none, no importance to score by.
     """
     plan = plan_event(params, adapters, masks, state, spec, config, stats, importance)
-    if config.dense_path:
-        raise InputError("prune.dense_path: expected an event block by block; use prune_event_blockwise")
+    if config.sequential:
+        raise InputError("prune.sequential: expected an event block by block; use prune_event_blockwise")
     if needs_gram(config):
         stats.input_gram(next(iter(plan.counts[0])))
     return assemble(params, adapters, plan.state, stack_blocks(prune_from(plan, stats), spec.num_layers), packed)

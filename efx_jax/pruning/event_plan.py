@@ -87,7 +87,7 @@ def _check_event(
     if config.permute:
         raise InputError(
             "prune.permute: an event leaves units where they are, expected False; call find_order and permute of "
-            "efx_jax.pruning.permutation before it"
+            "efx_jax.pruning.permutation before it, and collect statistics after them"
         )
     if adapters is None and config.recovery in ("pbs", "gram_pbs"):
         raise InputError(f"prune.recovery {config.recovery} moves adapters, found none; pass adapters, or take admm")
@@ -100,7 +100,18 @@ def _check_event(
             f"prune.ema {config.ema}: the state has no memory of these matrices; make it by init_prune_state with "
             "these settings"
         )
+    remembered = {name for name in state.snapshots if name.startswith("lora_a/")}
+    adapted = set() if adapters is None else {f"lora_a/{name}" for name in marked & adapters.lora_a.keys()}
+    if remembered != adapted:
+        raise InputError(
+            f"adapters: the state remembers those of {_names(remembered)}, found {_names(adapted)}; make it by "
+            "init_prune_state with these adapters"
+        )
     return state
+
+
+def _names(snapshots: set[str]) -> str:
+    return ", ".join(sorted(name.removeprefix("lora_a/") for name in snapshots)) or "no matrix"
 
 
 def _read_importance(

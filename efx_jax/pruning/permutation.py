@@ -57,9 +57,13 @@ def find_order(
         stats: of the model as it stands; Grams are not needed.
         spec: the model.
         config: gives the group "N:M" and the matrices to prune.
+
+    Raises:
+        InputError: another group, or one that M does not divide the hidden units into.
     """
     pattern = n_of_m(config.group)
-    assert pattern is not None
+    if pattern is None:
+        raise InputError(f"prune.permute: expected prune.group N:M such as 2:4, found {config.group}")
     kv_heads, width = spec.num_kv_heads, spec.head_dim
     order = Order({}, {})
     if "down_proj" in config.targets and not {"gate_proj", "up_proj"} & set(spec.biases):
@@ -121,8 +125,10 @@ def group_inputs(importance: Array, kept: int, block: int, sweeps: int = _SWEEPS
         int64 `[I]`, a permutation: what stands at each place. No worse than the order as it is.
 
     Raises:
-        InputError: importance that is not finite, or hosts that find different orders.
+        InputError: an I that M does not divide, importance that is not finite, or hosts that find different orders.
     """
+    if len(importance) % block:
+        raise InputError(f"prune.permute: expected a number of inputs that {block} divides, found {len(importance)}")
     groups = np.arange(len(importance)).reshape(-1, block)
     # Two that always left together would never meet in a group.
     draw = np.random.default_rng(0)
@@ -163,7 +169,7 @@ def permute(
     Args:
         params: the parameter tree.
         adapters: adapters, or None.
-        order: what stands where.
+        order: what stands where; masks, statistics, gradients and states of before fit the model no longer.
     """
     layers = _moved("layers", params["layers"], order.rows, 0)
     layers = _moved("layers", layers, order.columns, 1)

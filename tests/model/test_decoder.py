@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from efx_jax.config import MaskForward
+from efx_jax.errors import InputError
 from efx_jax.lora import Adapters, merge
 from efx_jax.model.decoder import forward, head_weight, hidden_states
 from efx_jax.model.spec import LINEARS, linear_shapes, param_shapes, spec_from_config
@@ -265,3 +266,14 @@ def test_a_shared_prefix_equals_repeating_it(params: dict[str, Any]) -> None:
     alone = jitted_hidden(params, one_per_row(*(np.concatenate([prefix, branch]) for branch in branches)))
     assert_near(shared[0, 4:7], alone[0, 4:7])
     assert_near(shared[0, 7:9], alone[1, 4:6])
+
+
+@pytest.mark.parametrize("through", ["forward", "merge"])
+def test_a_mask_that_belongs_to_no_linear_is_refused(params: dict[str, Any], through: str) -> None:
+    whole = jnp.ones(params["layers"]["q_proj"].shape, bool)
+    for masks, complaint in (
+        ({"q": whole}, "masks: expected names among .*, found q"),
+        ({"q_proj": whole[0]}, r"mask of q_proj: expected \[L,O,I\]"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            merge(params, None, masks) if through == "merge" else forward(params, TOKENS, SPEC, masks=masks)

@@ -148,8 +148,10 @@ def test_without_adapters_the_weight_itself_is_judged(llama: Any, stats: Statist
         ({"recovery": "gram_pbs"}, "expected Gram matrices, found none; collect with gram=True"),
         (
             {"recovery": "admm", "sequential": True, "dense_path": 1},
-            "prune.dense_path: expected an event",
+            "prune.sequential: expected an event block by block",
         ),
+        ({"group": "slab", "swaps": 5}, "prune.group must be another than slab"),
+        ({"group": "slab", "recovery": "admm", "admm_refine": 5}, "prune.group must be another than slab"),
         ({"swaps": 5}, "expected Gram matrices, found none; collect with gram=True"),
         ({"sparsity": 1.0}, "prune.sparsity must be in \\[0, 1\\), found 1.0"),
         (
@@ -240,3 +242,12 @@ def test_a_memory_of_another_kind_or_of_other_matrices_is_refused(
 def test_a_recovery_that_moves_adapters_needs_them(llama: Any, stats: Statistics) -> None:
     with pytest.raises(InputError, match="moves adapters, found none"):
         prune_event(llama.params, None, None, stats, None, llama.spec, PruneConfig(recovery="gram_pbs"))
+
+
+@pytest.mark.parametrize("remembers", [False, True])
+def test_a_memory_of_other_adapters_is_refused(llama: Any, stats: Statistics, remembers: bool) -> None:
+    config = PruneConfig(score="wanda", targets=TWO, ema=0.5)
+    then, now = (llama.adapters, None) if remembers else (None, llama.adapters)
+    state = init_prune_state(llama.params, then, config, jax.random.key(0))
+    with pytest.raises(InputError, match="adapters: the state remembers those of .*, found .*; make it by init_prune"):
+        prune_event(llama.params, now, None, stats, state, llama.spec, config)

@@ -20,6 +20,7 @@ from efx_jax.pruning.statistics import Statistics, collect_statistics
 from tests.pruning.event_parts import PLAIN, SOME, TWO, Tree, random_masks
 
 SEQUENTIAL = PruneConfig(score="wanda", group="matrix", recovery="pbs", targets=TWO, sequential=True)
+AT_ONCE = dataclasses.replace(SEQUENTIAL, sequential=False)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_block_by_block_equals_one_pass_on_the_first_block_and_differs_later(
     llama: Any, stats: Statistics, sequential: Any
 ) -> None:
     _, adapters, masks, state = sequential
-    _, once, masks_once, _ = prune_event(llama.params, llama.adapters, None, stats, None, llama.spec, SEQUENTIAL)
+    _, once, masks_once, _ = prune_event(llama.params, llama.adapters, None, stats, None, llama.spec, AT_ONCE)
     assert int(state.event) == 1
     for name in TWO:
         np.testing.assert_array_equal(masks[name][0], masks_once[name][0])
@@ -45,7 +46,7 @@ def test_block_by_block_calibrates_the_second_block_behind_the_pruned_first(llam
     first_mended = {name: b.at[1].set(llama.adapters.lora_b[name][1]) for name, b in adapters.lora_b.items()}
     adapters = dataclasses.replace(adapters, lora_b=first_mended)
     seen = collect_statistics(llama.params, llama.batches, llama.spec, adapters, first_pruned, gram=True)
-    _, _, wanted, _ = prune_event(llama.params, llama.adapters, None, seen, None, llama.spec, SEQUENTIAL)
+    _, _, wanted, _ = prune_event(llama.params, llama.adapters, None, seen, None, llama.spec, AT_ONCE)
     for name in TWO:
         np.testing.assert_array_equal(masks[name][1], wanted[name][1])
 

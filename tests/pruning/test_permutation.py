@@ -61,6 +61,16 @@ def test_importance_that_is_not_finite_is_refused() -> None:
         group_inputs(jnp.full((8, 3), jnp.nan), 2, 4)
 
 
+def test_inputs_that_a_group_does_not_divide_are_refused() -> None:
+    with pytest.raises(InputError, match="expected a number of inputs that 4 divides, found 6"):
+        group_inputs(jnp.ones((6, 3)), 2, 4)
+
+
+def test_an_order_for_no_pattern_is_refused(llama: Any, stats: Statistics) -> None:
+    with pytest.raises(InputError, match="expected prune.group N:M such as 2:4, found row"):
+        find_order(llama.params, None, stats, llama.spec, PruneConfig())
+
+
 def test_hosts_that_find_different_orders_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("efx_jax.parallel.hosts.meet", lambda value: [value, value ^ 1])
     with pytest.raises(InputError, match="hosts found different orders"):
@@ -69,7 +79,7 @@ def test_hosts_that_find_different_orders_stop(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_event_itself_moves_no_unit(llama: Any, stats: Statistics) -> None:
     config = PruneConfig(group="2:4", recovery="admm", permute=True)
-    with pytest.raises(InputError, match="call find_order and permute"):
+    with pytest.raises(InputError, match="call find_order and permute .* and collect statistics after them"):
         prune_event(llama.params, llama.adapters, None, stats, None, llama.spec, config)
 
 
