@@ -14,6 +14,7 @@ from efx_jax.data.tokenizer import Tokenizer, encode_continuations, encode_promp
 from efx_jax.errors import InputError
 
 LossOn = Literal["response", "all"]
+_SLACK = 64  # tokens behind a limit, so that none before it depends on what is not read
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,8 +102,7 @@ def text_windows(
     """
     if window < 2:
         raise InputError(f"eval.window: expected at least 2 tokens, found {window}")
-    stream = encode_prompts(["\n\n".join(_enough(texts, limit))], tokenizer)[0]
-    tokens = np.asarray(stream[: limit or None], np.int32)
+    tokens = np.asarray(_stream(texts, tokenizer, limit), np.int32)
     pieces = [tokens[start : start + window] for start in range(0, len(tokens), window)]
     windows = [Tokenized(piece, np.arange(len(piece)) > 0) for piece in pieces if len(piece) > 1]
     if not windows:
@@ -110,11 +110,20 @@ def text_windows(
     return windows
 
 
-def _enough(texts: Sequence[str], limit: int) -> Sequence[str]:
-    """The first texts that are sure to hold `limit` tokens, so that a large corpus is not tokenised for a few."""
-    longest_token = 32  # characters; an average token has about 4
-    characters = list(itertools.accumulate(len(text) for text in texts))
-    return texts[: 1 + int(np.searchsorted(characters, limit * longest_token))] if limit else texts
+def _stream(texts: Sequence[str], tokenizer: Tokenizer, limit: int) -> list[int]:
+    """The first `limit` tokens of the texts as one document, 0: all; of a large corpus no more is read than holds them.
+
+    An average token has about 4 characters. Where those read were too few, or end so near behind the limit that what
+    follows might have been another token, twice as many are.
+    """
+    ends = list(itertools.accumulate(len(text) for text in texts))
+    characters = 6 * (limit + _SLACK)
+    while True:
+        count = 1 + int(np.searchsorted(ends, characters)) if limit else len(texts)
+        stream = encode_prompts(["\n\n".join(texts[:count])], tokenizer)[0]
+        if count >= len(texts) or len(stream) >= limit + _SLACK:
+            return stream[: limit or None]
+        characters *= 2
 
 
 def _join(prompt: list[int], response: list[int], max_length: int, loss_on: LossOn, where: str) -> Tokenized:

@@ -1,5 +1,7 @@
 """Boundaries, special tokens and loss flags are exact."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -104,6 +106,23 @@ def test_the_limit_takes_the_first_tokens_whatever_follows() -> None:
     limited = np.concatenate([w.tokens for w in text_windows(texts, tokenizer, window=7, limit=49)])
     assert len(limited) == 49
     np.testing.assert_array_equal(limited, whole[:49])
+
+
+def test_no_more_of_a_corpus_is_tokenised_than_the_limit_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    def watched(prompts: list[str], tokenizer: Any) -> list[list[int]]:
+        read.append(len(prompts[0]))
+        return encode_prompts(prompts, tokenizer)
+
+    monkeypatch.setattr("efx_jax.data.tokens.encode_prompts", watched)
+    # Tokens of one letter and a blank, and some of many letters for which twice as much is read.
+    for word, times in (("a ", 1), ("unknown" * 10 + " ", 3)):
+        texts = [word * 10] * 10_000
+        (window,) = text_windows(texts, word_tokenizer(add_bos=False), window=500, limit=500)
+        assert len(window.tokens) == 500 and len(read) >= times
+        assert sum(read) < 3 * len(word) * 564 + 6 * 564 * 8
+        read.clear()
 
 
 def test_too_little_text_is_refused() -> None:
