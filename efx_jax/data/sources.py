@@ -18,7 +18,7 @@ from efx_jax.data.corpora import CORPORA, load_rows
 from efx_jax.data.icd10 import icd10_task
 from efx_jax.data.mixes import Mix, Part, mix_names, naming
 from efx_jax.data.official import load_official
-from efx_jax.data.overlap import fingerprint, without_shared
+from efx_jax.data.overlap import fingerprint, group_numbers, without_shared
 from efx_jax.data.own_answers import MOST_LABELS, warn_of_slips, warn_of_unasked
 from efx_jax.data.prompts import Example, examples_from_rows
 from efx_jax.data.sampling import draw, equal_quotas
@@ -150,7 +150,7 @@ def leave_out_shared(train: Sequence[Example], tested: Sequence[Example], name: 
 
 
 def hold_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Splits off about a share of the rows; those of one identity, as the questions on a document, stay together.
+    """Splits off about a share of the rows; those that share a key, as the questions on a document, stay together.
 
     Args:
         examples: the rows.
@@ -161,13 +161,14 @@ def hold_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list
         The rows that stay and those held out, each in the given order.
     """
     count = min(round(share * len(examples)), len(examples) - 1)
-    sizes = Counter(example.keys for example in examples)
-    held: set[tuple[str, ...]] = set()
+    groups = group_numbers(examples)
+    sizes = Counter(groups)
+    held: set[int] = set()
     taken = 0
     for row in np.random.default_rng([seed, len(examples)]).permutation(len(examples)):
-        keys = examples[row].keys
-        if taken < count and keys not in held and taken + sizes[keys] < len(examples):
-            held.add(keys)
-            taken += sizes[keys]
-    kept = [example for example in examples if example.keys not in held]
-    return kept, [example for example in examples if example.keys in held]
+        group = groups[row]
+        if taken < count and group not in held and taken + sizes[group] < len(examples):
+            held.add(group)
+            taken += sizes[group]
+    kept = [example for example, group in zip(examples, groups, strict=True) if group not in held]
+    return kept, [example for example, group in zip(examples, groups, strict=True) if group in held]

@@ -8,6 +8,7 @@ import pytest
 
 from efx_jax.config import DataConfig
 from efx_jax.data.prompts import Example
+from efx_jax.data.sources import hold_out
 from efx_jax.data.tasks import load_data, load_tasks, load_text
 from efx_jax.errors import InputError
 
@@ -120,3 +121,10 @@ def test_a_small_file_of_free_text_is_not_taken_for_labels(train: str, tmp_path:
     few = write(tmp_path / "few.jsonl", [{"q": f"note {i}", "a": f"{i}"} for i in range(10)])
     many = write(tmp_path / "many.jsonl", [{"q": f"note {i}", "a": f"{i % 21}"} for i in range(42)])
     assert [len(task.labels) for task in load_tasks([few, many], config)] == [10, 21]
+
+
+def test_rows_that_share_any_key_are_held_out_together() -> None:
+    rows = [Example(f"p{n}", "r", keys=(f"text {n}", f"answer {n // 2}")) for n in range(40)]
+    kept, held = hold_out(rows, 0.2, seed=0)
+    assert len(held) == 8 and len(kept) == 32
+    assert not {row.keys[1] for row in kept} & {row.keys[1] for row in held}
