@@ -133,13 +133,18 @@ def _calibration_pools(
     return tuple(pools)
 
 
+def tasks_checksum(tasks: Sequence[Task], start: int = 0) -> int:
+    """A checksum, going on from another one, of the rows that models are scored on."""
+    # Where a row came from may differ: every host has its own copy of the files.
+    asked = [(task.name, task.labels, [(row.prompt, row.response) for row in task.test]) for task in tasks]
+    return zlib.crc32(repr(asked).encode(), start)
+
+
 def _refuse_different_hosts(sequences: Iterable[Tokenized], tasks: Sequence[Task]) -> None:
     """Every host reads for itself, and lays out its own rows of batches that all draw alike."""
     if jax.process_count() == 1:
         return
-    # Where a row came from may differ: every host has its own copy of the files.
-    asked = [(task.name, task.labels, [(row.prompt, row.response) for row in task.test]) for task in tasks]
-    if not are_alike(zlib.crc32(repr(asked).encode(), int(checksum(sequences), 16))):
+    if not are_alike(tasks_checksum(tasks, int(checksum(sequences), 16))):
         raise InputError(
             "several hosts: expected the same rows and texts on each of them, found different ones; give all of them "
             "the same files (data.root, HF_HOME), or the same lack of network"

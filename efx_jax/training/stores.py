@@ -18,7 +18,7 @@ from efx_jax.parallel.partition import placed_shapes
 from efx_jax.pruning.average import moves_base
 from efx_jax.training import checkpoint
 from efx_jax.training.journal import Journal
-from efx_jax.training.prepare import Prepared
+from efx_jax.training.prepare import Prepared, tasks_checksum
 from efx_jax.training.state import RunState
 
 
@@ -62,8 +62,9 @@ def open_stores(
 
 
 def _sources(prepared: Prepared) -> str:
-    """Fingerprint of the rows that events calibrate on and, where it is another model than the base, of the teacher."""
-    found, teacher = checksum(itertools.chain(*prepared.pools)), prepared.teacher
+    """Fingerprint of calibration rows, of what is measured and, where it is not the base, of the teacher."""
+    measured = tasks_checksum(prepared.data.tasks, int(checksum(prepared.windows), 16))
+    found, teacher = f"{checksum(itertools.chain(*prepared.pools))}-{measured:08x}", prepared.teacher
     if teacher is None or teacher.params is prepared.params:
         return found
     return f"{found}-{int(checkpoint.weights_checksum(teacher.params)):08x}"
@@ -73,14 +74,14 @@ def restore_latest(stores: Stores) -> tuple[RunState, bool, bool, dict[str, Any]
     """See `efx_jax.training.checkpoint.restore`.
 
     Raises:
-        InputError: as there; or the run calibrates on other rows, or learns from another teacher.
+        InputError: as there; or the run calibrates or is measured on other rows, or learns from another teacher.
     """
     found = checkpoint.restore(stores.latest, stores.fresh, stores.masks, stores.origin)
     if found is not None and found[3]["sources"] != stores.sources:
         raise InputError(
-            f"{stores.latest.directory}: was written by a run that calibrates on other rows or has another teacher "
-            f"(fingerprint {found[3]['sources']}, found {stores.sources}); bring back what prune.calibration and "
-            "distill.teacher held, or choose another --output"
+            f"{stores.latest.directory}: was written by a run that calibrates or is measured on other rows, or has "
+            f"another teacher (fingerprint {found[3]['sources']}, found {stores.sources}); bring back what "
+            "prune.calibration, data.text, data.test and distill.teacher held, or choose another --output"
         )
     return found
 

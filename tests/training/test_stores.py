@@ -9,13 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efx_jax.data.prompts import Example
+from efx_jax.data.tasks import Data, Task
 from efx_jax.data.tokens import Tokenized
 from efx_jax.training import stores
 from efx_jax.training.prepare import Prepared
 from efx_jax.training.step import Teacher
 
 
-def test_a_run_goes_on_only_with_the_rows_that_it_calibrated_on(
+@pytest.mark.parametrize("setting", ["prune.calibration", "data.text"])
+def test_a_run_goes_on_only_with_the_rows_that_it_calibrated_and_was_measured_on(
+    setting: str,
     launch: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -28,7 +32,7 @@ def test_a_run_goes_on_only_with_the_rows_that_it_calibrated_on(
 
     text = tmp_path / "text.txt"
     text.write_text("fever cough rash joint " * 40)
-    run, flags = tmp_path / "run", ("--preset", "paper", "--prune.calibration", str(text))
+    run, flags = tmp_path / "run", ("--preset", "paper", f"--{setting}", str(text))
     with monkeypatch.context() as patch:
         patch.setattr("efx_jax.training.run._export", stop)
         launch(run, *flags, code=130)
@@ -36,7 +40,7 @@ def test_a_run_goes_on_only_with_the_rows_that_it_calibrated_on(
     capsys.readouterr()
     launch(run, *flags, code=2)
     said = capsys.readouterr().err
-    assert "was written by a run that calibrates on other rows or has another teacher" in said
+    assert "was written by a run that calibrates or is measured on other rows, or has another teacher" in said
     text.write_text("fever cough rash joint " * 40)
     launch(run, *flags)
     assert (run / "summary.json").exists()
@@ -45,12 +49,16 @@ def test_a_run_goes_on_only_with_the_rows_that_it_calibrated_on(
 def test_a_fingerprint_of_sources_sees_calibration_rows_and_another_teacher() -> None:
     rows = [Tokenized(np.arange(5, dtype=np.int32), np.arange(5) > 2)]
     params = {"norm": jnp.ones(3)}
-    plain: Any = Prepared(params, None, None, None, [], [], (rows,))  # type: ignore[arg-type]
+    plain: Any = Prepared(params, None, None, Data([], (), [], {}), [], [], (rows,))  # type: ignore[arg-type]
     same = dataclasses.replace(plain, teacher=Teacher(params, None))  # type: ignore[arg-type]
     others = [
         dataclasses.replace(plain, pools=(rows, rows)),
+        dataclasses.replace(plain, windows=rows),
+        dataclasses.replace(
+            plain, data=dataclasses.replace(plain.data, tasks=(Task("mine", [Example("p", "yes")], ("yes",)),))
+        ),
         dataclasses.replace(plain, teacher=Teacher({"norm": jnp.ones(3)}, None)),  # type: ignore[arg-type]
         dataclasses.replace(plain, teacher=Teacher({"norm": jnp.zeros(3)}, None)),  # type: ignore[arg-type]
     ]
     assert stores._sources(plain) == stores._sources(same)
-    assert len({stores._sources(found) for found in (plain, *others)}) == 4
+    assert len({stores._sources(found) for found in (plain, *others)}) == 6
