@@ -49,20 +49,17 @@ def lock(descriptor: int, busy: str) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_folder(
-    dst: str | os.PathLike[str], replace: bool = False, needs: int = 0, shared: bool = False
-) -> Iterator[Path]:
+def atomic_folder(dst: str | os.PathLike[str], needs: int = 0, shared: bool = False) -> Iterator[Path]:
     """Gives a temporary sibling folder to fill; on leaving it is synced and becomes `dst`, on an error it is removed.
 
     Args:
         dst: the folder to make; an empty folder may stand there.
-        replace: whether a filled `dst` is replaced (only after the new one is complete).
         needs: bytes that must be free on that disk before any work begins.
         shared: whether all processes of the run fill this one folder, on a disk that they share. All of them call,
             the first makes and renames the folder, and the body may `meet`.
 
     Raises:
-        InputError: `dst` exists and `replace` is false, the disk is full, the place is not writable, or a process does
+        InputError: `dst` exists, the disk is full, the place is not writable, or a process does
             not see the folder that the first has made.
         OtherProcessError: the body has failed in another process.
     """
@@ -72,7 +69,7 @@ def atomic_folder(
     with _user_errors(dst):
         try:
             with together() if shared else contextlib.nullcontext():
-                number = _make_partial(dst, replace, needs) if leads else 0
+                number = _make_partial(dst, needs) if leads else 0
                 partial = _partial(dst, meet(number)[0] if shared else number)
                 if not partial.is_dir():
                     raise InputError(
@@ -84,7 +81,8 @@ def atomic_folder(
                     meet()
                 if leads:
                     _sync_tree(partial)
-                    _put_in_place(partial, dst, replace)
+                    os.rename(partial, dst)
+                    _sync(dst.parent)
         except BaseException:
             if leads and partial is not None:
                 _remove(partial)
@@ -106,7 +104,7 @@ def atomic_file(dst: str | os.PathLike[str], needs: int = 0) -> Iterator[Path]:
     with _user_errors(dst):
         if dst.is_dir():
             raise InputError(f"{dst}: is a folder; expected the path of a new file; choose another")
-        _check_place(dst, replace=False, needs=needs)
+        _check_place(dst, needs)
         partial = _partial(dst, secrets.randbelow(2**31))
         try:
             yield partial
@@ -179,17 +177,17 @@ def _user_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _make_partial(dst: Path, replace: bool, needs: int) -> int:
+def _make_partial(dst: Path, needs: int) -> int:
     """Makes the temporary sibling of `dst` and returns its number."""
-    _check_place(dst, replace, needs)
+    _check_place(dst, needs)
     number = secrets.randbelow(2**31)
     _partial(dst, number).mkdir()
     return number
 
 
-def _check_place(dst: Path, replace: bool, needs: int) -> None:
+def _check_place(dst: Path, needs: int) -> None:
     """Refuses a place where something stands, or a disk without room."""
-    if not replace and _is_filled(dst):
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise InputError(f"{dst}: exists already; expected a new path; choose another or remove it first")
     if dst.name in ("", "..") or dst.is_symlink() or os.path.ismount(dst):
         # What is written gets its name at the end, which none of these can take.
@@ -202,30 +200,6 @@ def _check_place(dst: Path, replace: bool, needs: int) -> None:
 
 def _partial(dst: Path, number: int) -> Path:
     return dst.parent / f".{dst.name}.{number:08x}.partial"
-
-
-def _put_in_place(partial: Path, dst: Path, replace: bool) -> None:
-    if replace and _is_filled(dst):
-        _swap(partial, dst)
-    else:
-        os.rename(partial, dst)
-    _sync(dst.parent)
-
-
-def _is_filled(path: Path) -> bool:
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
-
-
-def _swap(partial: Path, dst: Path) -> None:
-    old = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", suffix=".old", dir=dst.parent)) / dst.name
-    os.rename(dst, old)
-    try:
-        os.rename(partial, dst)
-    except BaseException:
-        os.rename(old, dst)
-        raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:

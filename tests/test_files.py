@@ -101,23 +101,6 @@ def test_existing_empty_folder_is_filled(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "dst") == ["file"]
 
 
-def test_replace_swaps_whole_folders(tmp_path: Path) -> None:
-    for content in ("old", "new"):
-        with atomic_folder(tmp_path / "dst", replace=True) as partial:
-            (partial / content).touch()
-    assert os.listdir(tmp_path) == ["dst"]
-    assert os.listdir(tmp_path / "dst") == ["new"]
-
-
-def test_failed_replacement_keeps_the_old_folder(tmp_path: Path) -> None:
-    (tmp_path / "dst").mkdir()
-    (tmp_path / "dst" / "old").touch()
-    with pytest.raises(ValueError, match="a bug"), atomic_folder(tmp_path / "dst", replace=True):
-        raise ValueError("a bug")
-    assert os.listdir(tmp_path) == ["dst"]
-    assert os.listdir(tmp_path / "dst") == ["old"]
-
-
 def test_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the disk is full") as caught:
         _break_off(tmp_path / "dst", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
