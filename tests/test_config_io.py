@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from efx_jax.config import Config
 from efx_jax.config_io import PRESETS, config_folder, from_yaml, load_config, resolve, to_yaml
 from efx_jax.config_rules import validate
-from efx_jax.errors import InputError
+from efx_jax.errors import FallbackWarning, InputError
 
 ROOT = Path(__file__).parent.parent
 
@@ -226,3 +227,12 @@ def test_help_lists_every_setting_with_the_value_it_would_have():
             assert f"--{section.name}.{field.name} " in done.stdout
     assert "(default: pbs)" in done.stdout
     assert "(default: 41)" in done.stdout
+
+
+def test_epochs_beside_the_steps_of_a_file_are_warned_of(write):
+    path = write("train:\n  steps: 90\n")
+    with pytest.warns(FallbackWarning, match="still has train.steps 90 updates, .* add --train.steps 0"):
+        resolve(["--config", path, "--train.epochs", "5"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve(["--config", path, "--train.epochs", "5", "--train.steps", "0"]).config.train.epochs == 5
