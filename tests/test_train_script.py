@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import train
+from efx_jax.config import Config
 from efx_jax.config_values import setting_types
+from efx_jax.training.run import refuse_other_run
 
 ROOT = Path(__file__).parent.parent
 Say = Callable[..., str]
@@ -203,6 +205,11 @@ def test_an_output_that_holds_something_else_is_refused(tmp_path: Path, refusal:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     assert "is not an empty folder and holds no run" in refusal()
+
+
+def test_what_a_killed_run_left_half_written_is_no_other_thing(tmp_path: Path) -> None:
+    (tmp_path / ".config.yaml.abcd.partial").touch()
+    refuse_other_run(Config(), tmp_path)
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path, refusal: Say) -> None:

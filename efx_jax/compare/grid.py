@@ -107,7 +107,7 @@ def short_hash(value: Any) -> str:
 
 def _cell(comparison: Comparison, method: str, schedule: str, varied: Settings, seed: int) -> Cell:
     config = _resolve(comparison, method, schedule, varied, seed)
-    # The reference learns from the same rows with the same adapters; only its method is another one.
+    # Of the same seed and values of the axes; only its method is another one.
     reference = comparison.reference and run_name(_resolve(comparison, comparison.reference, "", varied, seed))
     shown = tuple(_value(config, key) if _has_say(config, key) else None for key in varied)
     refusal = ""

@@ -72,6 +72,8 @@ def write_evaluation(
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    # It says that the others are whole, and comes last.
+    (folder / "summary.json").unlink(missing_ok=True)
     atomic_write(folder / "predictions.jsonl", "".join(lines))
     atomic_write(folder / "results.md", results_tables(text, results, relative) + "\n")
     atomic_write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,7 +170,8 @@ def refuse_other_run(config: Config, output: Path) -> None:
     """
     path = output / "config.yaml"
     if not path.exists():
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        # What a killed process was writing may be left over.
+        if output.exists() and (not output.is_dir() or any(not path.match(".*.partial") for path in output.iterdir())):
             raise InputError(f"{output}: is not an empty folder and holds no run; choose another --output")
         return
     found = read_config(path)
@@ -185,6 +187,9 @@ def _export(config: Config, state: RunState, prepared: Prepared, folder: Path) -
     """Merges and writes the Hugging Face folder; one left by an earlier attempt is complete, and stays."""
     if all(meet(folder.exists())):
         return
+    if jax.process_index() == 0:
+        # A comparison's, of an export that is gone.
+        shutil.rmtree(folder.parent / "evaluations", ignore_errors=True)
     if state.units is not None:
         smaller, spec = cut_out(state, prepared.spec, config.atp.space)
         save_sliced(folder, smaller, spec, source=config.model.path)

@@ -102,7 +102,7 @@ def plan_search(
     def other_batch(number: int) -> Batch:
         return mesh_batch(config, prepared.train, distant_batch(number, rows, config.train.batch_size), mesh)
 
-    # The first three of these keys are the run's own (`loop.train` splits the same seed).
+    # Apart from the keys that the loop splits off the same seed.
     search_key = jax.random.fold_in(jax.random.key(config.seed), 3)
     first_key, noise_key, mask_key = jax.random.split(search_key, 3)
     (event,) = events

@@ -38,6 +38,11 @@ def open_folder(path: str | os.PathLike[str]) -> TensorSource:
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a Hugging Face folder with config.json")
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise InputError(
+            f"{folder}: holds a PEFT adapter, no model; name the adapter's base as model.path, and the adapter by "
+            "--lora.adapter (of train.py) or --adapter (of the evaluation)"
+        )
     config = read_json(folder / "config.json")
     entries = {name: entry for file in folder_files(folder).values() for name, entry in file.items()}
     check_tokenizer_fits(folder, config)

@@ -333,3 +333,9 @@ def test_transformers_opens_the_export(model_type: str, rope: str, tmp_path: Pat
             assert not report["missing_keys"] and not report["unexpected_keys"]
             assert exported.dtype == original.dtype
             torch.testing.assert_close(exported(tokens).logits, expected, rtol=0, atol=0)
+
+
+def test_an_adapter_named_as_a_model_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"holds a PEFT adapter, no model; .* --lora\.adapter"):
+        open_folder(tmp_path)
