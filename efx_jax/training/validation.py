@@ -12,6 +12,7 @@ from efx_jax.data.tasks import Data
 from efx_jax.errors import InputError
 from efx_jax.evaluation.results import TITLES
 from efx_jax.evaluation.rouge import ROUGE
+from efx_jax.training.rows import taught_texts
 
 _CHOICES = ("accuracy", "macro_f1")
 
@@ -59,13 +60,28 @@ def check_validation(config: Config, data: Data) -> None:
             names += [f"{task.name}.{metric}" for metric in (_CHOICES if task.labels else ROUGE)]
     if config.eval.best and config.eval.best not in names:
         raise InputError(f"eval.best: {config.eval.best} is not measured; expected one of {', '.join(names) or 'none'}")
+    _say_flattered(config)
+
+
+def _say_flattered(config: Config) -> None:
+    """One line for every measure that says too much of what a run exports."""
     chosen_on = config.eval.best.rpartition(".")[0]
-    if chosen_on in OFFICIAL and "validation" in OFFICIAL[chosen_on].splits:
+    if chosen_on and not chosen_on.endswith(":validation"):
+        has_split = chosen_on in OFFICIAL and "validation" in OFFICIAL[chosen_on].splits
+        other = f"{chosen_on}:validation" if has_split else "a task of other rows"
         warnings.warn(
-            f"eval.best: the official test rows of {chosen_on} choose the best model, whose score on them is then too "
-            f"good; give {chosen_on}:validation in data.test as well and choose by that",
-            stacklevel=2,
+            f"eval.best: the test rows of {chosen_on} choose the best model, whose score on them is then too good; "
+            f"give {other} in data.test as well and choose by that",
+            stacklevel=3,
         )
+    uses = {"prune.calibration": config.prune.calibration, "distill.text": taught_texts(config)}
+    for setting, texts in uses.items():
+        if config.prune.sparsity > 0 and config.data.text in texts:
+            warnings.warn(
+                f"data.text {config.data.text}: is {setting} too, so that the perplexity measured on it is too good; "
+                "measure on another text",
+                stacklevel=3,
+            )
 
 
 def metric_values(results: Mapping[str, Any]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 import efx_jax.training.loop as loop_module
-from efx_jax.config import EvalConfig, TrainConfig
-from efx_jax.training.validation import Best, metric_values, update_best, validation_steps
+from efx_jax.config import Config, DataConfig, DistillConfig, EvalConfig, PruneConfig, TrainConfig
+from efx_jax.data.tasks import Data, Task
+from efx_jax.training.validation import Best, check_validation, metric_values, update_best, validation_steps
 
 pytestmark = pytest.mark.slow
 
@@ -157,3 +159,38 @@ def test_names_that_are_not_measured_are_refused(
         for plan in ((), ("--dry-run",)):
             launch(tmp_path / "run", "--preset", "efx", *flags, *plan, code=2)
             assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("best", "said"),
+    [
+        ("mine.accuracy", "the test rows of mine choose the best model, .* give a task of other rows in data.test"),
+        ("casehold.accuracy", "the test rows of casehold choose .* give casehold:validation in data.test"),
+        ("casehold:validation.accuracy", None),
+        ("perplexity", None),
+    ],
+)
+def test_a_model_chosen_by_the_rows_that_it_is_scored_on_is_warned_of(
+    best: str, said: str | None, recwarn: pytest.WarningsRecorder
+) -> None:
+    tasks = tuple(Task(name, [], ("yes", "no")) for name in ("mine", "casehold", "casehold:validation"))
+    check_validation(Config(eval=EvalConfig(best=best)), Data([], tasks, ["text"], {}))
+    found = [str(warning.message) for warning in recwarn]
+    assert len(found) == bool(said) and all(re.search(said or "", one) for one in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prune": PruneConfig(calibration=("train", "wikitext"))}, "is prune.calibration too"),
+        ({"distill": DistillConfig(teacher="base", text="wikitext")}, "is distill.text too"),
+        ({"distill": DistillConfig(text="wikitext")}, None),
+        ({"prune": PruneConfig(calibration=("wikitext",), sparsity=0)}, None),
+    ],
+)
+def test_a_text_that_is_measured_and_learned_from_is_warned_of(
+    change: dict[str, Any], said: str | None, recwarn: pytest.WarningsRecorder
+) -> None:
+    check_validation(Config(data=DataConfig(text="wikitext"), **change), Data([], (), ["text"], {}))
+    found = [str(warning.message) for warning in recwarn]
+    assert len(found) == bool(said) and all(f"data.text wikitext: {said}" in one for one in found)
