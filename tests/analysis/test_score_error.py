@@ -83,7 +83,7 @@ def test_the_scores_are_those_of_a_prune_event(llama) -> None:
         np.testing.assert_allclose(found["wanda"][name], np.abs(llama.view.weights[name]) * norm, rtol=1e-4)
     reach = np.linalg.norm(llama.view.weights["down_proj"], axis=0)[:, None]
     np.testing.assert_allclose(found["foresight"]["up_proj"], found["wanda"]["up_proj"] * reach, rtol=1e-4)
-    through = np.sqrt(np.asarray(whole.energy["gate_value"][1]))[:, None]
+    through = np.sqrt(np.asarray(whole.energy["gate_value"][1] / whole.tokens[1]))[:, None]
     np.testing.assert_allclose(found["foresight_gated"]["up_proj"], found["foresight"]["up_proj"] * through, rtol=1e-4)
 
 
