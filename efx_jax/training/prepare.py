@@ -21,7 +21,7 @@ from efx_jax.lora import Adapters
 from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.parallel.hosts import are_alike, together
 from efx_jax.parallel.partition import tree_shardings
-from efx_jax.training.rows import Texts, own_rows, read_texts, taught_texts, training_rows
+from efx_jax.training.rows import Texts, calibration_texts, own_rows, read_texts, taught_texts, training_rows
 from efx_jax.training.step import Teacher, has_teacher
 from efx_jax.training.survey import check_shapes
 from efx_jax.training.validation import check_validation
@@ -65,7 +65,7 @@ def prepare(config: Config, mesh: Mesh) -> Prepared:
         tokenizer = load_tokenizer(config.model.path)
         data = load_data(config.data, config.seed, tokenizer, config.eval.rows)
         own = own_rows(config, data, tokenizer)
-        texts = read_texts([*_calibration_texts(config), *taught_texts(config)], config)
+        texts = read_texts([*calibration_texts(config), *taught_texts(config)], config)
         train = training_rows(config, own, tokenizer, texts)
         windows = text_windows(data.text, tokenizer, config.eval.window, config.eval.text_tokens) if data.text else []
         pools = _calibration_pools(config, own, tokenizer, texts)
@@ -107,13 +107,6 @@ def calibration(config: Config, prepared: Prepared, rows: int | None = None) -> 
             pool, config.seed, share + (index < rest), length, prune.calibration_tokens, shards
         )
     ]
-
-
-def _calibration_texts(config: Config) -> list[str]:
-    """Names of the texts that calibration draws from, beside the training rows."""
-    if config.prune.sparsity == 0 or config.prune.score == "atp":
-        return []
-    return [source for source in config.prune.calibration if source != "train"]
 
 
 def _calibration_pools(

@@ -21,6 +21,13 @@ def taught_texts(config: Config) -> list[str]:
     return [config.distill.text] if config.distill.text and has_teacher(config) else []
 
 
+def calibration_texts(config: Config) -> list[str]:
+    """Names of the texts that calibration draws from, beside the training rows."""
+    if config.prune.sparsity == 0 or config.prune.score == "atp":
+        return []
+    return [source for source in config.prune.calibration if source != "train"]
+
+
 def read_texts(names: Iterable[str], config: Config) -> dict[str, list[str]]:
     """Documents by name, each text read once; C4 is left out with a warning where it cannot be read.
 

@@ -12,7 +12,7 @@ from efx_jax.data.tasks import Data
 from efx_jax.errors import InputError
 from efx_jax.evaluation.results import TITLES
 from efx_jax.evaluation.rouge import ROUGE
-from efx_jax.training.rows import taught_texts
+from efx_jax.training.rows import calibration_texts, taught_texts
 
 _CHOICES = ("accuracy", "macro_f1")
 
@@ -74,9 +74,9 @@ def _say_flattered(config: Config) -> None:
             f"give {other} in data.test as well and choose by that",
             stacklevel=3,
         )
-    uses = {"prune.calibration": config.prune.calibration, "distill.text": taught_texts(config)}
+    uses = {"prune.calibration": calibration_texts(config), "distill.text": taught_texts(config)}
     for setting, texts in uses.items():
-        if config.prune.sparsity > 0 and config.data.text in texts:
+        if config.data.text in texts:
             warnings.warn(
                 f"data.text {config.data.text}: is {setting} too, so that the perplexity measured on it is too good; "
                 "measure on another text",

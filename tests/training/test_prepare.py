@@ -30,7 +30,7 @@ def test_without_c4_the_training_rows_calibrate_and_a_warning_says_so(monkeypatc
 
     def pools(*sources: str) -> tuple[list[Tokenized], ...]:
         config = calibrated_on(*sources)
-        texts = rows_module.read_texts(prepare._calibration_texts(config), config)
+        texts = rows_module.read_texts(rows_module.calibration_texts(config), config)
         return prepare._calibration_pools(config, rows, None, texts)
 
     rows = [Tokenized(np.arange(4, dtype=np.int32), np.ones(4, bool))]
