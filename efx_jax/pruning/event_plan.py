@@ -63,8 +63,9 @@ def plan_event(
     names = prunable(params["layers"], config)
     importance = _read_importance(importance or {}, params["layers"], names, config)
     budgets = event_budgets(params, adapters, stats, importance, spec, config)
+    stacked = stack_layers(params, adapters, masks)
     return EventPlan(
-        stacked=stack_layers(params, adapters, None if masks is None else _packed(masks)),
+        stacked=dataclasses.replace(stacked, masks=_packed(stacked.masks)),
         importance=importance,
         state=state,
         counts=tuple(_event_counts(params["layers"], config, budget) for budget in budgets),
@@ -93,25 +94,26 @@ def _check_event(
         raise InputError(f"prune.recovery {config.recovery} moves adapters, found none; pass adapters, or take admm")
     if state is None:
         return init_prune_state(params, adapters, config, jax.random.key(0))
-    marked = {name.removeprefix("reach/") for name in state.snapshots if name.startswith("reach/")}
+    marked = _remembered(state, "reach")
     held = state.score.keys() if keeps_scores(config) else marked
     if config.ema < 1 and not held >= set(prunable(params["layers"], config)):
         raise InputError(
             f"prune.ema {config.ema}: the state has no memory of these matrices; make it by init_prune_state with "
             "these settings"
         )
-    remembered = {name for name in state.snapshots if name.startswith("lora_a/")}
-    adapted = set() if adapters is None else {f"lora_a/{name}" for name in marked & adapters.lora_a.keys()}
-    if remembered != adapted:
+    before, now = _remembered(state, "lora_a"), set() if adapters is None else marked & adapters.lora_a.keys()
+    if before != now:
+        then, found = (", ".join(sorted(names)) or "no matrix" for names in (before, now))
         raise InputError(
-            f"adapters: the state remembers those of {_names(remembered)}, found {_names(adapted)}; make it by "
-            "init_prune_state with these adapters"
+            f"adapters: the state remembers those of {then}, found {found}; make it by init_prune_state with these "
+            "adapters"
         )
     return state
 
 
-def _names(snapshots: set[str]) -> str:
-    return ", ".join(sorted(name.removeprefix("lora_a/") for name in snapshots)) or "no matrix"
+def _remembered(state: PruneState, kind: str) -> set[str]:
+    """The matrices that a state holds snapshots of a kind of."""
+    return {name.removeprefix(f"{kind}/") for name in state.snapshots if name.startswith(f"{kind}/")}
 
 
 def _read_importance(

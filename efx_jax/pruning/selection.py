@@ -80,13 +80,11 @@ def selection_counts(shape: tuple[int, ...], sparsity: float, group: str, bound:
     pattern = parse_pattern(group)
     if pattern is not None:
         keep, of = pattern
-        if sparsity == 0:
-            return Counts(0)
-        if abs(sparsity - (1 - keep / of)) > 1e-6:
+        if sparsity != 0 and abs(sparsity - (1 - keep / of)) > 1e-6:
             raise InputError(f"group {group}: expected sparsity {1 - keep / of:g} or 0, found {sparsity}; set it so")
         if in_dim % of:
             raise InputError(f"group {group}: expected an input width divisible by {of}, found {in_dim}")
-        return Counts(of - keep)
+        return Counts(of - keep if sparsity else 0)
     if group == "row":
         return Counts(drop_count(sparsity, in_dim))
     total = drop_count(sparsity, out_dim * in_dim)

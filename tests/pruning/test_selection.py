@@ -175,6 +175,7 @@ def test_scores_of_several_matrices_are_refused() -> None:
         (float("nan"), "row", None, "sparsity: expected a value in \\[0, 1\\)"),
         (0.4, "2:4", None, "group 2:4: expected sparsity 0.5 or 0, found 0.4"),
         (0.4, "3:5", None, "divisible by 5, found 16"),
+        (0.0, "3:5", None, "divisible by 5, found 16"),
         (0.5, "column", None, "expected row, matrix, slab, bounded or N:M"),
         (0.5, "4:2", None, "expected row, matrix, slab, bounded or N:M"),
         (0.5, "0:4", None, "expected row, matrix, slab, bounded or N:M"),
