@@ -59,8 +59,8 @@ def atomic_folder(dst: str | os.PathLike[str], needs: int = 0, shared: bool = Fa
             the first makes and renames the folder, and the body may `meet`.
 
     Raises:
-        InputError: `dst` exists, the disk is full, the place is not writable, or a process does
-            not see the folder that the first has made.
+        InputError: `dst` exists, the disk is full, the place is not writable, or a process does not see the folder
+            that the first has made.
         OtherProcessError: the body has failed in another process.
     """
     dst = Path(dst)
@@ -200,6 +200,11 @@ def _check_place(dst: Path, needs: int) -> None:
 
 def _partial(dst: Path, number: int) -> Path:
     return dst.parent / f".{dst.name}.{number:08x}.partial"
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What a killed process was writing in a folder, and never renamed."""
+    return list(folder.glob(".*.partial"))
 
 
 def _remove(folder: Path) -> None:

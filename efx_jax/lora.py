@@ -85,7 +85,7 @@ def init_lora(
         InputError: a target that the model does not have, a rank below 1, or an alpha that is not above 0.
     """
     layers = params["layers"]
-    linears = [name for name in layers if name.endswith("_proj")]
+    linears = _linears(layers)
     chosen = list(linears if targets is None else targets)
     unknown = [name for name in chosen if name not in linears]
     if unknown or rank < 1 or alpha <= 0:
@@ -95,6 +95,10 @@ def init_lora(
         )
     lora_a, lora_b = init_lora_matrices(key, {name: layers[name].shape for name in chosen}, rank)
     return Adapters(lora_a=lora_a, lora_b=lora_b, scale=lora_scale(rank, alpha, rslora))
+
+
+def _linears(layers: Mapping[str, Array]) -> list[str]:
+    return [name for name in layers if name.endswith("_proj")]
 
 
 def effective_weight(weight: Array, lora_a: Array | None, lora_b: Array | None, scale: float) -> Array:
@@ -136,14 +140,14 @@ def merge(params: Mapping[str, Any], adapters: Adapters | None, masks: Mapping[s
     Raises:
         InputError: an adapter or a mask of a linear that the model does not have, a mask of another shape.
     """
-    check_names(params["layers"], adapters, masks)
+    check_fit(params["layers"], adapters, masks)
     lora_a = {} if adapters is None else adapters.lora_a
     lora_b = {} if adapters is None else adapters.lora_b
     scale = 0.0 if adapters is None else adapters.scale
     return {**params, "layers": merge_linears(params["layers"], lora_a, lora_b, masks or {}, scale)}
 
 
-def check_names(weights: Mapping[str, Array], adapters: Adapters | None, masks: Mapping[str, Array] | None) -> None:
+def check_fit(weights: Mapping[str, Array], adapters: Adapters | None, masks: Mapping[str, Array] | None) -> None:
     """Refuses adapters and masks that belong to no linear of a model, which would be left out.
 
     Args:
@@ -154,7 +158,7 @@ def check_names(weights: Mapping[str, Array], adapters: Adapters | None, masks: 
     Raises:
         InputError: what does not belong, or a mask of another shape.
     """
-    linears = [name for name in weights if name.endswith("_proj")]
+    linears = _linears(weights)
     named = {"adapters": {} if adapters is None else adapters.lora_a, "masks": masks or {}}
     for kind, arrays in named.items():
         if not arrays.keys() <= set(linears):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from efx_jax.config import MaskForward, Remat
 from efx_jax.linear import contract, linear
-from efx_jax.lora import Adapters, check_names
+from efx_jax.lora import Adapters, check_fit
 from efx_jax.model.attention import Implementation, attention
 from efx_jax.model.layers import apply_rope, probe_gradient, rms_norm, rope_tables, swiglu
 from efx_jax.model.spec import ModelSpec
@@ -55,7 +55,7 @@ def stack_layers(params: Params, adapters: Adapters | None, masks: Mapping[str, 
     Raises:
         InputError: an adapter or a mask of a linear that the model does not have, a mask of another shape.
     """
-    check_names(params["layers"], adapters, masks)
+    check_fit(params["layers"], adapters, masks)
     return Layer(
         weights=dict(params["layers"]),
         lora_a={} if adapters is None else adapters.lora_a,

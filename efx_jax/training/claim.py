@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from efx_jax.errors import InputError
-from efx_jax.files import lock
+from efx_jax.files import leftovers, lock
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def claimed(output: Path) -> Iterator[None]:
     try:
         busy = f"{output}: another process is at work on this run; wait for it, or choose another --output"
         if lock(descriptor, busy):
-            for partial in output.glob(".*.partial"):
+            for partial in leftovers(output):
                 shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
         yield
     finally:

@@ -16,7 +16,7 @@ from efx_jax.analysis.record import read_record
 from efx_jax.config import Config
 from efx_jax.config_io import read_config, to_yaml
 from efx_jax.errors import InputError
-from efx_jax.files import atomic_write, refuse_unwritable
+from efx_jax.files import atomic_write, leftovers, refuse_unwritable
 from efx_jax.parallel.hosts import meet, start_hosts, together
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.training import log
@@ -170,8 +170,7 @@ def refuse_other_run(config: Config, output: Path) -> None:
     """
     path = output / "config.yaml"
     if not path.exists():
-        # What a killed process was writing may be left over.
-        if output.exists() and (not output.is_dir() or any(not path.match(".*.partial") for path in output.iterdir())):
+        if output.exists() and (not output.is_dir() or set(output.iterdir()) - set(leftovers(output))):
             raise InputError(f"{output}: is not an empty folder and holds no run; choose another --output")
         return
     found = read_config(path)

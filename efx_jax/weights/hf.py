@@ -20,6 +20,7 @@ from efx_jax.weights.config_json import check_tokenizer_fits, config_to_write, c
 from efx_jax.weights.fetch import local_path
 from efx_jax.weights.packed_file import is_packed_folder, open_packed
 from efx_jax.weights.params import params_source
+from efx_jax.weights.peft_config import CONFIG_FILE
 from efx_jax.weights.safetensors_file import Entry, create, fill, read_header, read_part, tensor_bytes
 from efx_jax.weights.source import TensorSource, check_names_and_shapes, leaves
 from efx_jax.weights.tokenizer_json import folder_tokenizer
@@ -38,7 +39,7 @@ def open_folder(path: str | os.PathLike[str]) -> TensorSource:
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a Hugging Face folder with config.json")
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+    if (folder / CONFIG_FILE).exists() and not (folder / "config.json").exists():
         raise InputError(
             f"{folder}: holds a PEFT adapter, no model; name the adapter's base as model.path, and the adapter by "
             "--lora.adapter (of train.py) or --adapter (of the evaluation)"
