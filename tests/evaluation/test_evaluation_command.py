@@ -10,6 +10,7 @@ from efx_jax.config import Config, DataConfig, EvalConfig
 from efx_jax.config_io import to_yaml
 from efx_jax.evaluation import protocols
 from efx_jax.evaluation.__main__ import main
+from efx_jax.evaluation.report import write_evaluation
 from efx_jax.lora import merge
 from efx_jax.weights.hf import load_pretrained, save_pretrained
 from efx_jax.weights.peft import load_adapter
@@ -73,6 +74,22 @@ def test_the_tables_and_the_files_agree(folder, rows, tmp_path, capsys: pytest.C
     assert [record["prompt"] for record in records] == ["fever cough ?", "old skin ?", "heart ?"]
     assert task["accuracy"] == pytest.approx(sum(r["prediction"] == r["gold"] for r in records) / 3)
     assert summary["perplexity"] is None and summary["relative"] is None
+
+
+def test_an_evaluation_written_anew_is_whole_or_has_no_summary(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = {"text": None, "results": {}, "relative": None, "seconds": {}}
+    write_evaluation(tmp_path, {}, records=[{"row": 0}], **results)
+    assert read(tmp_path)[1] == [{"row": 0}]
+
+    def stop(*arguments: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("efx_jax.evaluation.report.results_tables", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_evaluation(tmp_path, {}, records=[{"row": 1}], **results)
+    assert not (tmp_path / "summary.json").exists()
 
 
 def test_perplexity_of_a_text(folder, text, tmp_path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,6 @@
 """Closed forms and ADMM against float64 NumPy: each against its own definition and against what it must never do."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -14,13 +13,9 @@ import pytest
 from efx_jax.pruning.recovery import (
     admm_refit,
     admm_update,
-    damped,
     dense_path_shift,
     gram_brain_surgeon,
-    matrix_cholesky,
     partial_brain_surgeon,
-    row_cholesky,
-    row_solve,
 )
 from tests.pruning.oracles import single
 
@@ -30,7 +25,6 @@ pbs = jax.jit(partial_brain_surgeon)
 gram_pbs = jax.jit(gram_brain_surgeon, static_argnames="chunk_rows")
 admm = jax.jit(admm_update, static_argnames="steps")
 refit = jax.jit(admm_refit, static_argnames=("steps", "refine", "pattern"))
-cholesky = jax.jit(functools.partial(damped, matrix_cholesky))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,25 +286,6 @@ def test_surgeons_run_under_vmap_over_layers(layer: Problem) -> None:
     assert_close(found[1], np.asarray(admm(2 * weight, ~mask, gram)), 1e-5)
 
 
-def test_a_singular_matrix_gets_a_finite_factor() -> None:
-    ones = np.ones((5, 5), np.float32)
-    lower = np.asarray(cholesky(ones, 0.0))
-    assert np.isfinite(lower).all()
-    np.testing.assert_allclose(lower @ lower.T, ones, atol=1e-4)
-    assert np.isfinite(cholesky(np.zeros((5, 5), np.float32), 0.0)).all()
-
-
-def test_a_regular_matrix_gets_no_more_damping_than_asked() -> None:
-    matrix = np.diag(np.arange(1.0, 6.0)).astype(np.float32) + 0.5
-    np.testing.assert_allclose(cholesky(matrix, 0.25), np.linalg.cholesky(matrix + 0.25 * np.eye(5)), rtol=1e-5)
-    both = jax.vmap(cholesky, in_axes=(0, None))(jnp.stack([jnp.ones((5, 5)), matrix]), 0.0)
-    np.testing.assert_allclose(both[1], np.linalg.cholesky(matrix), rtol=1e-5)
-
-
-def test_a_matrix_with_nan_ends_in_nan_and_not_in_a_loop() -> None:
-    assert np.isnan(cholesky(np.full((5, 5), np.nan, np.float32), 0.0)).any()
-
-
 def equations(program: Any) -> Iterator[Any]:
     """Every operation of a program, those inside loops and calls too."""
     for equation in program.eqns:
@@ -332,18 +307,6 @@ def test_every_product_of_a_solve_asks_for_float32(layer: Problem, recover: str,
     assert len(found) == count
     for product in found:
         assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
-
-
-def test_row_cholesky_equals_lapack_and_marks_what_has_no_factor() -> None:
-    rng = np.random.default_rng(0)
-    roots = rng.normal(size=(20, 8, 12))
-    systems = (roots @ roots.transpose(0, 2, 1)).astype(np.float32)
-    rhs = rng.normal(size=(20, 8)).astype(np.float32)
-    lower = jax.jit(jax.vmap(row_cholesky))(systems)
-    np.testing.assert_allclose(lower, np.linalg.cholesky(systems), atol=1e-5 * np.abs(systems).max())
-    solved = jax.jit(jax.vmap(row_solve))(lower, rhs)
-    np.testing.assert_allclose(np.einsum("brs,bs->br", systems, solved), rhs, atol=1e-4)
-    assert not np.isfinite(row_cholesky(jnp.diag(jnp.asarray([1.0, -1.0, 1.0])))).all()
 
 
 def test_no_solve_calls_a_batched_lapack_kernel(layer: Problem) -> None:

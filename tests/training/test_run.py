@@ -211,6 +211,20 @@ def test_transformers_opens_the_export_and_computes_the_same(run: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_was_measured_of_an_export_goes_with_it(launch, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launch(run, "--preset", "paper")
+    measured = run / "evaluations" / "text" / "summary.json"
+    measured.parent.mkdir(parents=True)
+    for is_gone in (False, True):
+        measured.touch()
+        if is_gone:
+            shutil.rmtree(run / "export")
+        (run / "summary.json").unlink()
+        launch(run, "--preset", "paper")
+        assert (run / "export").is_dir() and measured.exists() != is_gone
+
+
 def test_gram_surgery_on_a_cubic_ramp_over_whole_matrices(launch, tmp_path: Path, metrics_of: MetricsOf) -> None:
     flags = "--preset paper --prune.recovery gram_pbs --prune.schedule cubic --prune.events 3 --prune.ramp 0 1"
     flags += " --prune.group matrix --prune.score foresight_gated --prune.mask_forward ste --data.batching packing"
