@@ -54,8 +54,8 @@ def prediction_units(view: BlockView, spec: ModelSpec) -> dict[str, dict[str, Ar
 
     Wanda speaks of the matrix's own output, the others of `efx_jax.analysis.targets`. A mask does not notice c: scores
     take root mean squares over the G heads that share a key or value where their costs add up, and no account of the
-    softmax's scale or the gain of the norm behind o. For q and k
-    `foresight` knows the partner's weights alone: its inputs are taken as white, at their measured mean square.
+    softmax's scale or the gain of the norm behind o. For q and k `foresight` knows the partner's weights alone: its
+    inputs are taken as white, at their measured mean square.
 
     Args:
         view: the block.

@@ -111,7 +111,7 @@ def text_windows(
 
 
 def _stream(texts: Sequence[str], tokenizer: Tokenizer, limit: int) -> list[int]:
-    """The first `limit` tokens of the texts as one document, 0: all; of a large corpus no more is read than holds them.
+    """The first `limit` tokens of the texts as one document, 0: all; of a large corpus little more is read.
 
     An average token has about 4 characters. Where those read were too few, or end so near behind the limit that what
     follows might have been another token, twice as many are.
