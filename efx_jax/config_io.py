@@ -1,7 +1,6 @@
 """Fills a `Config`: a preset, then a YAML file, then flags, each overriding the one before."""
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,10 @@ from typing import Any
 import yaml
 
 from efx_jax.config import Config
+from efx_jax.config_effects import warn_of_idle_flags
 from efx_jax.config_rules import validate
 from efx_jax.config_values import describe, nearest, parse_value, replace_values, setting_types
-from efx_jax.errors import FallbackWarning, InputError
+from efx_jax.errors import InputError
 
 PRESETS = ("paper", "official", "efx")
 # In place of a preset's name, where a file names one that is not wanted.
@@ -57,13 +57,7 @@ def resolve(argv: Sequence[str]) -> Resolved:
         path = config_folder() / "quickstart.yaml"
     config = replace_values(load_config(path, preset), values)
     validate(config)
-    if "train.epochs" in values and config.train.steps > 0 and "train.steps" not in values:
-        warnings.warn(
-            f"train.epochs {config.train.epochs:g}: the run still has train.steps {config.train.steps} updates, whose "
-            "parts these epochs are; add --train.steps 0 for passes over the data",
-            FallbackWarning,
-            stacklevel=2,
-        )
+    warn_of_idle_flags(config, values)
     name = Path(path).stem if path else preset
     return Resolved(config=config, output=Path(f"runs/{name}" if output is None else output), dry_run=dry_run)
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from efx_jax.config import Config
+from efx_jax.config_effects import _idle_settings
 from efx_jax.config_io import PRESETS, config_folder, from_yaml, load_config, resolve, to_yaml
 from efx_jax.config_rules import validate
+from efx_jax.config_values import setting_types
 from efx_jax.errors import FallbackWarning, InputError
 
 ROOT = Path(__file__).parent.parent
@@ -236,3 +238,37 @@ def test_epochs_beside_the_steps_of_a_file_are_warned_of(write):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert resolve(["--config", path, "--train.epochs", "5", "--train.steps", "0"]).config.train.epochs == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "condition"),
+    [
+        (["--prune.fractions", "0.2"], "prune.schedule fractions"),
+        (["--prune.ramp", "0", "0.4"], "prune.schedule cubic"),
+        (["--prune.bound", "0.1"], "prune.group bounded"),
+        (["--prune.row-targets", "v_proj"], "prune.group matrix, slab or bounded"),
+        (["--prune.owl_lambda", "0.1"], "prune.budget owl"),
+        (["--prune.admm_steps", "5"], "prune.recovery admm"),
+        (["--prune.reach_shrink", "0.5"], "prune.score foresight_loss"),
+        (["--atp.learning_rate", "0.1"], "prune.score atp"),
+        (["--distill.row_share", "0.5"], "distill.teacher"),
+        (["--eval.runs", "2"], "eval.protocol sampled"),
+    ],
+)
+def test_a_flag_that_changes_nothing_is_warned_of(flags, condition):
+    with pytest.warns(FallbackWarning, match=f"{flags[0].replace('-t', '_t')} has no effect without {condition}$"):
+        resolve(["--preset", "paper", *flags])
+
+
+def test_flags_that_are_read_and_idle_settings_of_a_preset_are_not_warned_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve(["--preset", "efx", "--prune.schedule", "epochs", "--prune.group", "row", "--prune.budget", "uniform"])
+        resolve(["--preset", "efx", "--prune.fractions", "0.2", "--prune.bound", "0.1", "--prune.admm_steps", "15"])
+        resolve(["--preset", "paper", "--eval.protocol", "sampled", "--eval.runs", "2", "--prune.ridge", "1e-6"])
+
+
+def test_every_setting_that_may_lie_idle_exists():
+    idle = _idle_settings(Config())
+    assert len(idle) == 30  # by default nothing but the score, uniform within rows, is asked for
+    assert set(idle) <= set(setting_types())

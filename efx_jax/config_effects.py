@@ -1,0 +1,60 @@
+"""Which settings of a command line change nothing, as another setting leaves them out."""
+
+import warnings
+from collections.abc import Collection
+
+from efx_jax.config import Config
+from efx_jax.errors import FallbackWarning
+
+
+def warn_of_idle_flags(config: Config, given: Collection[str]) -> None:
+    """Warns of flags that do not do what whoever typed them expects.
+
+    A preset's or a file's settings may lie idle below a flag that overrides another one; a flag that does is a slip.
+
+    Args:
+        config: the resolved settings.
+        given: dotted paths of the settings that the command line named.
+    """
+    for setting, condition in _idle_settings(config).items():
+        if setting in given:
+            warnings.warn(f"--{setting} has no effect without {condition}", FallbackWarning, stacklevel=3)
+    if "train.epochs" in given and config.train.steps > 0 and "train.steps" not in given:
+        warnings.warn(
+            f"train.epochs {config.train.epochs:g}: the run still has train.steps {config.train.steps} updates, whose "
+            "parts these epochs are; add --train.steps 0 for passes over the data",
+            FallbackWarning,
+            stacklevel=3,
+        )
+
+
+def _idle_settings(config: Config) -> dict[str, str]:
+    """Settings that are not read, and what would have them read."""
+    prune, distill, evaluation = config.prune, config.distill, config.eval
+    compares_rows = prune.group not in ("matrix", "slab", "bounded")
+    refits = prune.recovery == "admm"
+    parts: list[tuple[bool, str, str]] = [
+        (prune.schedule != "fractions", "prune.schedule fractions", "prune.fractions"),
+        (prune.schedule != "cubic", "prune.schedule cubic", "prune.events prune.ramp"),
+        (prune.group != "bounded", "prune.group bounded", "prune.bound"),
+        (compares_rows, "prune.group matrix, slab or bounded", "prune.row_targets"),
+        (prune.budget != "global", "prune.budget global", "prune.budget_spread"),
+        (prune.budget != "owl", "prune.budget owl", "prune.owl_lambda prune.owl_multiple"),
+        (prune.score != "ria", "prune.score ria", "prune.ria_power"),
+        (prune.score != "foresight_loss", "prune.score foresight_loss", "prune.gradient_labels prune.reach_shrink"),
+        (prune.score != "lora_gradient", "prune.score lora_gradient", "prune.gradient_batches"),
+        (
+            prune.score != "dpruner",
+            "prune.score dpruner",
+            "prune.domain_steps prune.domain_learning_rate prune.domain_loss_scale prune.general_weight",
+        ),
+        (prune.score != "atp", "prune.score atp", "atp.space atp.learning_rate"),
+        (prune.recovery != "pbs", "prune.recovery pbs", "prune.ridge"),
+        (prune.recovery != "gram_pbs", "prune.recovery gram_pbs", "prune.chunk_mib"),
+        (not refits, "prune.recovery admm", "prune.admm_steps prune.admm_damping prune.admm_refine"),
+        (not distill.teacher, "distill.teacher", "distill.weight distill.row_share distill.prefix_share distill.share"),
+        (not (distill.teacher and distill.text), "distill.teacher and distill.text", "distill.text_share"),
+        (evaluation.protocol != "sampled", "eval.protocol sampled", "eval.runs"),
+        (not (evaluation.every or evaluation.every_epochs), "eval.every or eval.every_epochs", "eval.tasks"),
+    ]
+    return {setting: condition for is_idle, condition, names in parts if is_idle for setting in names.split()}
