@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from efx_jax.evaluation.likelihood import target_log_probabilities
-from efx_jax.lora import Adapters, effective_weight
+from efx_jax.lora import Adapters
 from efx_jax.model.decoder import (
     Layer,
     LinearOptions,
@@ -22,7 +22,8 @@ from efx_jax.model.decoder import (
     thaw,
 )
 from efx_jax.model.layers import rms_norm, rope_tables
-from efx_jax.model.spec import LINEARS, ModelSpec
+from efx_jax.model.spec import ModelSpec
+from efx_jax.pruning.block import effective_weights
 from efx_jax.pruning.event import take_block
 from efx_jax.pruning.statistics import Statistics, block_statistics, real_tokens
 
@@ -133,10 +134,7 @@ def _effective(layers: Layer, index: Array | int, scale: float) -> dict[str, Arr
     layers, aside = freeze(layers)
     layer = thaw(take_block(layers, index), aside, index)
     weights = {name: weight.astype(jnp.float32) for name, weight in layer.weights.items()}
-    return weights | {
-        name: effective_weight(layer.weights[name], layer.lora_a.get(name), layer.lora_b.get(name), scale)
-        for name in LINEARS
-    }
+    return weights | effective_weights(layer, scale)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

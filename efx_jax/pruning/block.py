@@ -30,6 +30,14 @@ def matrix_group(name: str, config: PruneConfig) -> str:
     return "row" if name in config.row_targets and config.group in ("matrix", "slab", "bounded") else config.group
 
 
+def effective_weights(layer: Layer, scale: float) -> dict[str, Array]:
+    """U `[O,I]` of every linear of one block, float32: name -> W + scale * B A."""
+    return {
+        name: effective_weight(layer.weights[name], layer.lora_a.get(name), layer.lora_b.get(name), scale)
+        for name in LINEARS
+    }
+
+
 def block_scores(
     layer: Layer,
     effective: Mapping[str, Array],
@@ -83,10 +91,7 @@ def prune_block(
     Returns:
         The block (of its weights only what the event has moved; masks packed) and its part of the moving average.
     """
-    effective = {
-        name: effective_weight(layer.weights[name], layer.lora_a.get(name), layer.lora_b.get(name), scale)
-        for name in LINEARS
-    }
+    effective = effective_weights(layer, scale)
     targets = recovery_targets(layer, effective, counts, stats, config)
     swept: dict[str, Sweep] = {}
     if config.score == "sparsegpt":

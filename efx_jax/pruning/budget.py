@@ -14,9 +14,9 @@ from efx_jax.errors import InputError
 from efx_jax.lora import Adapters, effective_weight
 from efx_jax.model.attention import Implementation
 from efx_jax.model.decoder import Layer, stack_layers
-from efx_jax.model.spec import LINEARS, ModelSpec
+from efx_jax.model.spec import ModelSpec
 from efx_jax.pruning.average import prunable
-from efx_jax.pruning.block import block_scores
+from efx_jax.pruning.block import block_scores, effective_weights
 from efx_jax.pruning.scores import wanda_score
 from efx_jax.pruning.selection import drop_count, drop_share
 from efx_jax.pruning.statistics import Statistics, collect_statistics
@@ -213,10 +213,7 @@ def _count_below(
 
     def layer(operands: tuple[Layer, Statistics, dict[str, Array]]) -> dict[str, Array]:
         block, stats, importance = operands
-        effective = {
-            name: effective_weight(block.weights[name], block.lora_a.get(name), block.lora_b.get(name), scale)
-            for name in LINEARS
-        }
+        effective = effective_weights(block, scale)
         scores, _ = block_scores(block, effective, stats, importance, spec, config)
         return {
             name: jnp.stack([jnp.sum(score < threshold, dtype=jnp.int32) for threshold in thresholds])

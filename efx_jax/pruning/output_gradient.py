@@ -68,7 +68,15 @@ def output_gradient_energy(
     Raises:
         InputError: no batch, or no real token.
     """
-    names = tuple(names)
+    batch_energy = functools.partial(
+        _batch_energy,
+        spec=spec,
+        names=tuple(names),
+        mask_forward=mask_forward,
+        compute_dtype=compute_dtype,
+        remat=remat,
+        attention_path=attention_path,
+    )
 
     def found() -> Iterator[tuple[dict[str, Array], Statistics]]:
         seen = jnp.int32(0)
@@ -81,20 +89,7 @@ def output_gradient_energy(
             )
             # Rows without a token only fill up a batch.
             seen = seen + jnp.sum(lengths > 0)
-            yield _batch_energy(
-                params,
-                adapters,
-                masks,
-                tokens,
-                lengths,
-                row_keys,
-                spec,
-                names,
-                mask_forward,
-                compute_dtype,
-                remat,
-                attention_path,
-            )
+            yield batch_energy(params, adapters, masks, tokens, lengths, row_keys)
 
     total: tuple[dict[str, Array], Statistics] | None = add_up(found())
     require_tokens(0 if total is None else jnp.max(total[1].tokens))
@@ -112,6 +107,7 @@ def _batch_energy(
     tokens: Array,
     lengths: Array,
     row_keys: Array | None,
+    *,
     spec: ModelSpec,
     names: tuple[str, ...],
     mask_forward: MaskForward,
@@ -127,12 +123,11 @@ def _batch_energy(
             spec,
             adapters,
             masks,
-            False,
-            mask_forward,
-            compute_dtype,
-            attention_path,
-            remat,
-            probes,
+            mask_forward=mask_forward,
+            compute_dtype=compute_dtype,
+            attention_path=attention_path,
+            remat=remat,
+            probes=probes,
         )
         head = head_weight(params)
         # The last token of a row has nothing to predict.

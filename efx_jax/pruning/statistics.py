@@ -134,6 +134,7 @@ def batch_statistics(
     spec: ModelSpec,
     adapters: Adapters | None,
     masks: Mapping[str, Array] | None,
+    *,
     gram: bool = False,
     mask_forward: MaskForward = "exact",
     compute_dtype: Any = None,
@@ -141,7 +142,16 @@ def batch_statistics(
 ) -> Statistics:
     """Statistics of one right-padded batch `tokens [B,T]`, `lengths [B]`; arrays lead with L."""
     return states_and_statistics(
-        params, tokens, lengths, spec, adapters, masks, gram, mask_forward, compute_dtype, attention_path
+        params,
+        tokens,
+        lengths,
+        spec,
+        adapters,
+        masks,
+        gram=gram,
+        mask_forward=mask_forward,
+        compute_dtype=compute_dtype,
+        attention_path=attention_path,
     )[1]
 
 
@@ -152,10 +162,11 @@ def states_and_statistics(
     spec: ModelSpec,
     adapters: Adapters | None,
     masks: Mapping[str, Array] | None,
-    gram: bool,
-    mask_forward: MaskForward,
-    compute_dtype: Any,
-    attention_path: Implementation,
+    *,
+    gram: bool = False,
+    mask_forward: MaskForward = "exact",
+    compute_dtype: Any = None,
+    attention_path: Implementation = "xla",
     remat: Remat = "none",
     probes: Mapping[str, Array] | None = None,
 ) -> tuple[Array, Statistics]:
@@ -223,10 +234,10 @@ def collect_statistics(
             spec,
             adapters,
             masks,
-            gram,
-            mask_forward,
-            compute_dtype,
-            attention_path,
+            gram=gram,
+            mask_forward=mask_forward,
+            compute_dtype=compute_dtype,
+            attention_path=attention_path,
         )
         for batch in batches
     )
