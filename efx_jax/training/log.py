@@ -86,8 +86,20 @@ def _tensorboard(output: Path, stack: contextlib.ExitStack) -> Sink:
 def _wandb(config: Config, output: Path, stack: contextlib.ExitStack) -> Sink:
     import wandb
 
-    run: Any = wandb.init(project="efx_jax", name=output.name, dir=str(output), config=dataclasses.asdict(config))
+    # A resumed run goes on in the run that it was; of the steps that it repeats W&B keeps the first values.
+    file = output / "wandb_id"
+    known = file.read_text() if file.exists() else None
+    run: Any = wandb.init(
+        project="efx_jax",
+        name=output.name,
+        dir=str(output),
+        config=dataclasses.asdict(config),
+        id=known,
+        resume="allow" if known else None,
+    )
     stack.callback(run.finish)
+    if known is None:
+        atomic_write(file, run.id)
 
     def write(row: Row) -> None:
         run.log(row, step=int(row["step"]))

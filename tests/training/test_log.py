@@ -83,14 +83,16 @@ def test_tensorboard_gets_every_value_at_its_step(tmp_path: Path, monkeypatch: p
     assert written == [str(tmp_path / "tensorboard"), *values, "closed"]
 
 
-def test_wandb_gets_the_settings_and_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_the_settings_and_the_row_and_a_resumed_run_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started: dict[str, Any] = {}
     logged: list[Any] = []
 
     def init(**arguments: Any) -> types.SimpleNamespace:
         started.update(arguments)
         return types.SimpleNamespace(
-            log=lambda row, step: logged.append((row, step)), finish=lambda: logged.append("finished")
+            id="a1b2", log=lambda row, step: logged.append((row, step)), finish=lambda: logged.append("finished")
         )
 
     fake = types.ModuleType("wandb")
@@ -103,3 +105,6 @@ def test_wandb_gets_the_settings_and_the_row(tmp_path: Path, monkeypatch: pytest
     assert logged == [(ROW, 3), "finished"]
     assert started["name"] == tmp_path.name and started["dir"] == str(tmp_path)
     assert started["config"]["prune"]["sparsity"] == 0.5
+    assert (started["id"], started["resume"]) == (None, None)
+    with log.open_sinks(config, tmp_path):
+        assert (started["id"], started["resume"]) == ("a1b2", "allow")
