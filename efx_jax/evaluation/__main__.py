@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--normalize", choices=("sum", "mean"), default="sum", help="likelihood: over the tokens of an answer")
     add("--seed", type=whole_number, default=0, help="of the protocol sampled")
-    add("--dtype", choices=_DTYPES, default="float32", help="of the weights")
+    add("--dtype", choices=("keep", *_DTYPES), default="keep", help="of the weights; keep: their own")
     add("--compute-dtype", choices=_DTYPES, default="bfloat16", help="of the matmul operands; sums are float32")
     add("--relative-to", default="", metavar="DIR", help="the dense model's --output: also prints Rel.%% to it")
     add("--output", default="", metavar="DIR", help="writes summary.json, results.md and predictions.jsonl there")
@@ -226,14 +226,15 @@ def _windows(text: str, config: Config, spec: ModelSpec, tokenizer: Tokenizer) -
 
 
 def _evaluate(arguments: argparse.Namespace, work: _Work) -> None:
+    dtype = None if arguments.dtype == "keep" else arguments.dtype
     outputs = _outputs(arguments) if arguments.output else [None] * max(1, len(work.bundles))
     if not work.bundles:
-        _measure(load_pretrained(arguments.path, arguments.dtype)[0], work, arguments, outputs[0])
+        _measure(load_pretrained(arguments.path, dtype)[0], work, arguments, outputs[0])
         return
     base, _ = load_pretrained(arguments.path, None)
     for bundle, output in zip(work.bundles, outputs, strict=True):
         print(f"## {bundle.folder}\n")
-        params = bundle_params(bundle, base, work.spec, arguments.dtype)
+        params = bundle_params(bundle, base, work.spec, dtype)
         _measure(params, work, argparse.Namespace(**vars(arguments) | {"bundle": str(bundle.folder)}), output)
         print()
 

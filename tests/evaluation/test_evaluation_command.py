@@ -8,11 +8,14 @@ import pytest
 
 from efx_jax.config import Config, DataConfig, EvalConfig
 from efx_jax.config_io import to_yaml
+from efx_jax.data.tasks import load_text
+from efx_jax.data.tokens import text_windows
 from efx_jax.evaluation import protocols
 from efx_jax.evaluation.__main__ import main
+from efx_jax.evaluation.perplexity import perplexity
 from efx_jax.evaluation.report import write_evaluation
 from efx_jax.lora import merge
-from efx_jax.weights.hf import load_pretrained, save_pretrained
+from efx_jax.weights.hf import load_pretrained, load_tokenizer, save_pretrained
 from efx_jax.weights.peft import load_adapter
 from tests.weights.adapter_folders import tensors_for, write_adapter
 
@@ -100,6 +103,20 @@ def test_perplexity_of_a_text(folder, text, tmp_path, capsys: pytest.CaptureFixt
     assert (summary["perplexity"]["tokens"], summary["perplexity"]["windows"]) == (17, 3)
     assert (summary["tasks"], records) == ({}, [])
     assert f"| {summary['perplexity']['value']:.3f} [" in capsys.readouterr().out
+
+
+def test_a_16_bit_model_is_measured_as_a_run_measures_it(folder, text, tmp_path) -> None:
+    params, spec = load_pretrained(folder, "bfloat16")
+    save_pretrained(tmp_path / "half", params, spec, source=folder)
+    found = {}
+    for name, dtype in (("default", []), ("keep", ["--dtype", "keep"]), ("float32", ["--dtype", "float32"])):
+        flags = ["--text", text, "--window", "8", "--text-tokens", "20", *dtype, "--output", str(tmp_path / name)]
+        assert main([str(tmp_path / "half"), *flags]) == 0
+        found[name] = read(tmp_path / name)[0]["perplexity"]["value"]
+    windows = text_windows(load_text(text, DataConfig()), load_tokenizer(folder), 8, 20)
+    measured = perplexity(load_pretrained(tmp_path / "half", None)[0], windows, spec, compute_dtype="bfloat16")
+    assert found["default"] == found["keep"] == pytest.approx(measured.value, rel=1e-6)
+    assert found["default"] != found["float32"]
 
 
 def test_adapter_on_a_base_is_worth_what_the_merged_model_is(folder, text, rows, tmp_path) -> None:
