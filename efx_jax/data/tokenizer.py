@@ -43,6 +43,27 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
         )
 
 
+def check_same_tokens(tokenizer: Tokenizer, other: Tokenizer, name: str) -> None:
+    """Refuses another model's tokenizer in which an id means another token: of equal sizes nothing else would tell.
+
+    Args:
+        tokenizer: the model's.
+        other: that of the model that reads the same ids.
+        name: of the other model in the error message.
+
+    Raises:
+        InputError: the first such id. Ids that only one of them has are no conflict, as of tokens added later.
+    """
+    own = {number: token for token, number in tokenizer.get_vocab().items()}
+    others = {number: token for token, number in other.get_vocab().items()}
+    for number in sorted(own.keys() & others.keys()):
+        if own[number] != others[number]:
+            raise InputError(
+                f"{name}: token {number} is {others[number]!r}, expected {own[number]!r} as in the model's tokenizer; "
+                "take one with the same tokenizer"
+            )
+
+
 def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of the beginnings of sequences, with exactly one BOS where the tokenizer adds one.
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from efx_jax.config import Config
 from efx_jax.data.batches import Batch, calibration_batches
 from efx_jax.data.tasks import Data, Task, load_data
-from efx_jax.data.tokenizer import check_vocabulary
+from efx_jax.data.tokenizer import check_same_tokens, check_vocabulary
 from efx_jax.data.tokens import Tokenized, checksum, text_windows
 from efx_jax.errors import InputError
 from efx_jax.evaluation.protocols import check_protocol
@@ -71,7 +71,7 @@ def prepare(config: Config, mesh: Mesh) -> Prepared:
         pools = _calibration_pools(config, own, tokenizer, texts)
         check_vocabulary(tokenizer, spec.vocab_size)
         check_validation(config, data)
-        _check_teacher(config, spec)
+        _check_teacher(config, spec, tokenizer)
         _check_evaluation(config, spec, windows, data.tasks, tokenizer)
         _say_untaught(config)
     _refuse_different_hosts([*train, *windows, *itertools.chain(*pools)], data.tasks)
@@ -156,7 +156,7 @@ def _say_untaught(config: Config) -> None:
         warnings.warn(f"distill.text {distill.text}: is not read, as there is no distill.teacher", stacklevel=2)
 
 
-def _check_teacher(config: Config, spec: ModelSpec) -> None:
+def _check_teacher(config: Config, spec: ModelSpec, tokenizer: Any) -> None:
     path = config.distill.teacher
     if not has_teacher(config) or path == "base":
         return
@@ -171,6 +171,7 @@ def _check_teacher(config: Config, spec: ModelSpec) -> None:
             f"distill.teacher {path}: has a context of {other.max_position_embeddings:,} tokens, expected at least "
             f"data.max_length {config.data.max_length:,}; lower that, or take another teacher"
         )
+    check_same_tokens(tokenizer, load_tokenizer(path), f"distill.teacher {path}")
 
 
 def _check_evaluation(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -321,3 +322,20 @@ def test_a_teacher_that_reads_shorter_rows_than_training_has_is_refused(
     launch(tmp_path / "run", "--distill.teacher", str(tmp_path / "short"), code=2)
     told = capsys.readouterr().err.strip()
     assert "has a context of 16 tokens, expected at least data.max_length 32" in told
+
+
+def test_a_teacher_whose_ids_mean_other_tokens_is_refused(
+    launch: Any, tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    text = (other / "tokenizer.json").read_text()
+    tokens = json.loads(text)["model"]["vocab"]
+    first, second = sorted(tokens, key=tokens.get)[-2:]
+    swapped = text.replace(f'"{first}": {tokens[first]}', f'"{first}": {tokens[second]}')
+    swapped = swapped.replace(f'"{second}": {tokens[second]}', f'"{second}": {tokens[first]}')
+    assert swapped != text
+    (other / "tokenizer.json").write_text(swapped)
+    launch(tmp_path / "run", "--distill.teacher", str(other), code=2)
+    told = capsys.readouterr().err.strip()
+    assert f"token {tokens[first]} is {second!r}, expected {first!r} as in the model's tokenizer" in told
