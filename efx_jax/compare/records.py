@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,6 @@ from efx_jax.compare.work import is_finished, measurements
 from efx_jax.errors import InputError
 from efx_jax.evaluation.relative import check_pairs, check_ratios, read_evaluation, relative
 from efx_jax.evaluation.results import TITLES
-from efx_jax.model.spec import linear_shapes
-from efx_jax.weights.shapes import find_spec
 
 Metrics = dict[str, float | None]
 Intervals = dict[str, tuple[float, float]]
@@ -93,7 +91,7 @@ def _take(metrics: Metrics, intervals: Intervals, key: str, found: Mapping[str, 
 def _run_metrics(cell: Cell, run: Path) -> Metrics:
     summary = _read(run)
     return {
-        "sparsity": _real_sparsity(cell, summary),
+        "sparsity": _real_sparsity(cell.config.prune.targets, summary),
         "train_seconds": summary["seconds"].get("train", 0.0),
         "event_seconds": summary["seconds"].get("prune", 0.0),
         "peak_memory_mib": summary["peak_memory_mib"],
@@ -101,17 +99,15 @@ def _run_metrics(cell: Cell, run: Path) -> Metrics:
     }
 
 
-def _real_sparsity(cell: Cell, summary: dict[str, Any]) -> float:
+def _real_sparsity(targets: Sequence[str], summary: dict[str, Any]) -> float:
     """Share of exact zeros among all entries of the pruned matrices of the export; of units cut out, their share."""
     if "cut" in summary:
         removed: float = summary["cut"]["removed"]
         return removed
     found: dict[str, list[float]] = summary["sparsity"]
-    # Of the base: nobody needs to keep the exports.
-    shapes = linear_shapes(find_spec(cell.config.model.path).spec)
-    sizes = {name: shapes[name][0] * shapes[name][1] for name in cell.config.prune.targets}
-    zeros = sum(size * sum(found[name]) for name, size in sizes.items())
-    return zeros / sum(size * len(found[name]) for name, size in sizes.items())
+    sizes: dict[str, int] = summary["entries"]
+    zeros = sum(sizes[name] * sum(found[name]) for name in targets)
+    return zeros / sum(sizes[name] * len(found[name]) for name in targets)
 
 
 def _relative(folder: Path, dense: Path) -> Mapping[str, Any] | str:

@@ -54,16 +54,15 @@ def test_what_another_process_has_finished_meanwhile_is_in_the_table(
     assert {row["method"]: row["status"] for row in rows} == {"dense": "done", "wanda": "done"}
 
 
-def test_the_numbers_of_a_run_outlive_its_export_and_say_that_dense_is_missing(
-    tmp_path: Path, tiny_folder: Path
-) -> None:
+def test_the_numbers_of_a_run_outlive_its_export_and_its_base_and_say_that_dense_is_missing(tmp_path: Path) -> None:
     tree = "methods: {wanda: {}}\nschedules: {own: {}}\nevaluate: {tasks: [hqs]}"
     (tmp_path / "small.yaml").write_text(tree)
     comparison = read_comparison(tmp_path / "small.yaml")
-    config = Config(model=ModelConfig(path=str(tiny_folder)), prune=PruneConfig(targets=("q_proj", "k_proj")))
+    config = Config(model=ModelConfig(path=str(tmp_path / "gone")), prune=PruneConfig(targets=("q_proj", "k_proj")))
     cell = Cell("wanda", "own", (), 0, config, "run", "dense-run", "")
     summary = {
         "sparsity": {"q_proj": [0.5, 0.5], "k_proj": [0.2, 0.2], "up_proj": [0, 0]},
+        "entries": {"q_proj": 32, "k_proj": 16, "up_proj": 24},
         "seconds": {"train": 2.0},
         "peak_memory_mib": 1.0,
         "tokens": 3,
