@@ -29,7 +29,7 @@ from efx_jax.training.search import Search, end_search, fresh_units, masked_base
 from efx_jax.training.start import take_over, tidy
 from efx_jax.training.state import RunState, fresh_state
 from efx_jax.training.step import Batch, StepOptions, jit_step, step_options, train_step, without_silent_tail
-from efx_jax.training.stores import Stores, best_state, open_stores, restore_latest, save, save_best
+from efx_jax.training.stores import Stores, best_state, forget_later_best, open_stores, restore_latest, save, save_best
 from efx_jax.training.trace import tracing
 from efx_jax.training.validation import metric_values, update_best, validation_steps
 
@@ -189,6 +189,7 @@ def _begin(loop: Loop, stores: Stores, trunk: Path | None) -> tuple[RunState, bo
     start = int(state.train.step)
     if jax.process_index() == 0:
         tidy(loop.output, start, steps, waiting)
+    forget_later_best(stores, start)
     if stores.best and journal.best and journal.best.step == start:
         # A run may have been killed between the two.
         save_best(stores, state)

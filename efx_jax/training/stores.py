@@ -99,6 +99,14 @@ def save_best(stores: Stores, state: RunState) -> None:
     stores.best.wait_until_finished()
 
 
+def forget_later_best(stores: Stores, start: int) -> None:
+    """Removes best states of after step `start`, from which the run goes on: orbax would save no earlier one beside."""
+    if stores.best is not None:
+        for step in stores.best.all_steps():
+            if step > start:
+                stores.best.delete(step)
+
+
 def _save(stores: Stores, manager: ocp.CheckpointManager, state: RunState, waiting: bool) -> None:
     with stores.journal.phase("checkpoint"):
         base_moved = stores.moves_base and bool(state.masks)

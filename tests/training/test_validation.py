@@ -94,6 +94,21 @@ def test_the_best_model_ships_and_not_the_last(
     assert exported != pytest.approx(rows[2]["perplexity"], rel=1e-4)
 
 
+def test_a_best_model_that_a_run_of_before_left_does_not_keep_a_new_one_from_being_saved(
+    launch: Launch, scripted: Callable[[dict[int, float]], list[int]], tmp_path: Path
+) -> None:
+    flags = (*FLAGS, "--eval.tasks", "test")
+    scripted({2: 0.3, 4: 0.9, 6: 0.4} | {12: 0.8, 14: 0.5, 16: 0.4})  # of the second run
+    run = launch(tmp_path / "run", *flags)
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
+    launch(run, *flags)
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["best"]["step"], [path.name for path in (run / "best").iterdir()]) == (2, ["2"])
+    exported = summary["results"]["sparse expert"]["perplexity"]["value"]
+    assert exported == pytest.approx(rows_of(run / "evaluations.jsonl")[0]["perplexity"], rel=1e-6)
+
+
 def test_a_model_without_its_sparsity_is_never_the_best(
     launch: Launch, scripted: Callable[[dict[int, float]], list[int]], tmp_path: Path
 ) -> None:
