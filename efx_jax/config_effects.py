@@ -16,7 +16,7 @@ def warn_of_idle_flags(config: Config, given: Collection[str]) -> None:
         config: the resolved settings.
         given: dotted paths of the settings that the command line named.
     """
-    for setting, condition in _idle_settings(config).items():
+    for setting, condition in idle_settings(config).items():
         if setting in given:
             warnings.warn(f"--{setting} has no effect without {condition}", FallbackWarning, stacklevel=3)
     if "train.epochs" in given and config.train.steps > 0 and "train.steps" not in given:
@@ -28,16 +28,15 @@ def warn_of_idle_flags(config: Config, given: Collection[str]) -> None:
         )
 
 
-def _idle_settings(config: Config) -> dict[str, str]:
-    """Settings that are not read, and what would have them read."""
+def idle_settings(config: Config) -> dict[str, str]:
+    """Settings, by dotted path, that have no say as the others are, and what would give them one."""
     prune, distill, evaluation = config.prune, config.distill, config.eval
-    compares_rows = prune.group not in ("matrix", "slab", "bounded")
-    refits = prune.recovery == "admm"
+    within_rows = prune.group not in ("matrix", "slab", "bounded")
     parts: list[tuple[bool, str, str]] = [
         (prune.schedule != "fractions", "prune.schedule fractions", "prune.fractions"),
         (prune.schedule != "cubic", "prune.schedule cubic", "prune.events prune.ramp"),
         (prune.group != "bounded", "prune.group bounded", "prune.bound"),
-        (compares_rows, "prune.group matrix, slab or bounded", "prune.row_targets"),
+        (within_rows, "prune.group matrix, slab or bounded", "prune.row_targets"),
         (prune.budget != "global", "prune.budget global", "prune.budget_spread"),
         (prune.budget != "owl", "prune.budget owl", "prune.owl_lambda prune.owl_multiple"),
         (prune.score != "ria", "prune.score ria", "prune.ria_power"),
@@ -49,9 +48,10 @@ def _idle_settings(config: Config) -> dict[str, str]:
             "prune.domain_steps prune.domain_learning_rate prune.domain_loss_scale prune.general_weight",
         ),
         (prune.score != "atp", "prune.score atp", "atp.space atp.learning_rate"),
+        (prune.score == "atp", "a score of entries", "prune.sequential prune.plain_last_event"),
         (prune.recovery != "pbs", "prune.recovery pbs", "prune.ridge"),
         (prune.recovery != "gram_pbs", "prune.recovery gram_pbs", "prune.chunk_mib"),
-        (not refits, "prune.recovery admm", "prune.admm_steps prune.admm_damping prune.admm_refine"),
+        (prune.recovery != "admm", "prune.recovery admm", "prune.admm_steps prune.admm_damping prune.admm_refine"),
         (not distill.teacher, "distill.teacher", "distill.weight distill.row_share distill.prefix_share distill.share"),
         (not (distill.teacher and distill.text), "distill.teacher and distill.text", "distill.text_share"),
         (evaluation.protocol != "sampled", "eval.protocol sampled", "eval.runs"),

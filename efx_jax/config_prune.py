@@ -62,7 +62,13 @@ def _choice_rules(prune: PruneConfig) -> Iterable[Rule]:
 
 def _pair_rules(prune: PruneConfig) -> Iterable[Rule]:
     """What no event can do, whatever the model."""
-    return [*_sweep_rules(prune), *_recovery_rules(prune), *_pattern_rules(prune)]
+    shares = (
+        "prune.ema",
+        prune.ema,
+        prune.ema == 1 or prune.budget != "global",
+        "1 with prune.budget global, whose shares come of the scores of one event",
+    )
+    return [*_sweep_rules(prune), *_recovery_rules(prune), *_pattern_rules(prune), shares]
 
 
 def _sweep_rules(prune: PruneConfig) -> Iterable[Rule]:
@@ -137,6 +143,12 @@ def _pattern_rules(prune: PruneConfig) -> Iterable[Rule]:
             prune.permute,
             not prune.permute or (has_pattern and prune.recovery in ("admm", "obs")),
             "false without prune.group N:M, where places matter, and prune.recovery admm or obs, which write weights",
+        ),
+        (
+            "prune.permute",
+            prune.permute,
+            not prune.permute or bool({"o_proj", "down_proj"} & set(prune.targets)),
+            "false without o_proj or down_proj in prune.targets, whose inputs are what changes places",
         ),
         (
             "prune.budget",
@@ -249,8 +261,7 @@ def _schedule_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
     are_shares = len(times) > 0 and all(0 <= time <= 1 for time in times)
     by_schedule = {"epochs": epochs_begun(train), "fractions": len(times), "cubic": prune.events}
     is_single = prune.sparsity > 0 and by_schedule[prune.schedule] == 1
-    prunes_first = is_single and prune.schedule == "fractions" and times == (0,)
-    is_at_end = is_single and {"epochs": True, "fractions": times == (1,), "cubic": end == 1}[prune.schedule]
+    ends_pruned = {"epochs": True, "fractions": times[-1:] == (1,), "cubic": end == 1}[prune.schedule]
     is_made_up_for = prune.recovery in ("pbs", "gram_pbs") and not prune.merge_each_event
     return [
         ("prune.fractions", times, are_shares and is_increasing, "increasing shares in [0, 1]"),
@@ -259,13 +270,13 @@ def _schedule_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
         (
             "prune.mask_forward",
             prune.mask_forward,
-            not (prunes_first and prune.mask_forward == "dense"),
-            "exact, ste or frozen with the only event at 0: training would never see the mask that it starts from",
+            prune.mask_forward != "dense" or prune.sparsity == 0 or ends_pruned,
+            "exact, ste or frozen with the last event before the end: the training after it would never see its mask",
         ),
         (
             "prune.mask_forward",
             prune.mask_forward,
-            not (prune.sparsity > 0 and prune.mask_forward == "dense" and is_made_up_for and not is_at_end),
+            not (prune.sparsity > 0 and prune.mask_forward == "dense" and is_made_up_for and not is_single),
             f"exact, ste or frozen with prune.recovery {prune.recovery}, whose adapters make up for what dense still "
             "has; or set prune.merge_each_event",
         ),

@@ -29,7 +29,7 @@ def validate(config: Config) -> None:
         ("model.path", config.model.path, config.model.path != "", 'a path, a Hub name or "quickstart"'),
         *_data_rules(config.data),
         *_lora_rules(config.lora),
-        _adapted_rule(config),
+        *_adapted_rules(config),
         *_untrained_rules(config),
         *prune_rules(config.prune, config.train),
         *_atp_rules(config),
@@ -61,11 +61,23 @@ def _lora_rules(lora: LoraConfig) -> Iterable[Rule]:
     ]
 
 
-def _adapted_rule(config: Config) -> Rule:
+def _adapted_rules(config: Config) -> Iterable[Rule]:
     prune, adapted = config.prune, config.lora.targets
-    is_right = prune.score != "lora_gradient" or set(prune.targets) <= set(adapted)
-    expected = f"among lora.targets ({', '.join(adapted)}) with prune.score lora_gradient, which reads their gradients"
-    return "prune.targets", " ".join(prune.targets), is_right, expected
+    pruned, among = set(prune.targets), f"lora.targets ({', '.join(adapted)})"
+    return [
+        (
+            "prune.targets",
+            " ".join(prune.targets),
+            prune.score != "lora_gradient" or pruned <= set(adapted),
+            f"among {among} with prune.score lora_gradient, which reads their gradients",
+        ),
+        (
+            "prune.targets",
+            " ".join(prune.targets),
+            prune.recovery not in ("pbs", "gram_pbs") or bool(pruned & set(adapted)),
+            f"in part among {among} with prune.recovery {prune.recovery}, which moves their adapters",
+        ),
+    ]
 
 
 def _atp_rules(config: Config) -> Iterable[Rule]:

@@ -92,12 +92,36 @@ def test_n_of_m_excludes_a_ramp_of_sparsities():
         validate(replace_values(Config(), settings))
 
 
-def test_a_mask_that_training_never_sees_is_no_pruning_first() -> None:
+def test_training_that_never_sees_a_mask_comes_before_the_last_event() -> None:
     settings = {"prune.schedule": "fractions", "prune.mask_forward": "dense"}
-    validate(replace_values(Config(), settings | {"prune.fractions": (0.0, 0.5)}))
+    validate(replace_values(Config(), settings | {"prune.fractions": (0.0, 0.5, 1.0)}))
     validate(replace_values(Config(), settings | {"prune.fractions": (0.0,), "prune.sparsity": 0.0}))
-    with pytest.raises(InputError, match="prune.mask_forward must be exact, ste or frozen with the only event at 0: "):
-        validate(replace_values(Config(), settings | {"prune.fractions": (0.0,)}))
+    validate(replace_values(Config(), settings | {"prune.schedule": "cubic", "prune.ramp": (0.0, 1.0)}))
+    said = "prune.mask_forward must be exact, ste or frozen with the last event before the end: "
+    for early in ({"prune.fractions": (0.0,)}, {"prune.fractions": (0.1, 0.5)}, {"prune.schedule": "cubic"}):
+        for merged in (False, True):
+            with pytest.raises(InputError, match=said):
+                validate(replace_values(Config(), settings | early | {"prune.merge_each_event": merged}))
+
+
+@pytest.mark.parametrize("recovery", ["pbs", "gram_pbs"])
+def test_a_recovery_of_adapters_needs_one_on_a_pruned_matrix(recovery: str) -> None:
+    settings = {"prune.recovery": recovery, "lora.targets": ("q_proj",)}
+    validate(replace_values(Config(), settings))
+    said = rf"prune.targets must be in part among lora.targets \(q_proj\) with prune.recovery {recovery}"
+    with pytest.raises(InputError, match=said):
+        validate(replace_values(Config(), settings | {"prune.targets": ("k_proj",)}))
+
+
+def test_shares_of_one_threshold_have_no_memory_and_units_that_change_places_are_read() -> None:
+    shares = {"prune.score": "foresight_loss", "prune.budget": "global", "prune.group": "bounded"}
+    validate(replace_values(Config(), shares))
+    with pytest.raises(InputError, match="prune.ema must be 1 with prune.budget global"):
+        validate(replace_values(Config(), shares | {"prune.ema": 0.5}))
+    moved = {"prune.permute": True, "prune.group": "2:4", "prune.recovery": "admm"}
+    validate(replace_values(Config(), moved | {"prune.targets": ("q_proj", "down_proj")}))
+    with pytest.raises(InputError, match="prune.permute must be false without o_proj or down_proj"):
+        validate(replace_values(Config(), moved | {"prune.targets": ("q_proj", "gate_proj")}))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from efx_jax.config import Config
-from efx_jax.config_effects import _idle_settings
+from efx_jax.config_effects import idle_settings
 from efx_jax.config_io import PRESETS, config_folder, from_yaml, load_config, resolve, to_yaml
 from efx_jax.config_rules import validate
 from efx_jax.config_values import setting_types
@@ -260,7 +260,7 @@ def test_a_flag_that_changes_nothing_is_warned_of(flags, condition):
         resolve(["--preset", "paper", *flags])
 
 
-def test_flags_that_are_read_and_idle_settings_of_a_preset_are_not_warned_of():
+def test_flags_that_are_read_andidle_settings_of_a_preset_are_not_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resolve(["--preset", "efx", "--prune.schedule", "epochs", "--prune.group", "row", "--prune.budget", "uniform"])
@@ -269,6 +269,6 @@ def test_flags_that_are_read_and_idle_settings_of_a_preset_are_not_warned_of():
 
 
 def test_every_setting_that_may_lie_idle_exists():
-    idle = _idle_settings(Config())
+    idle = idle_settings(Config())
     assert len(idle) == 30  # by default nothing but the score, uniform within rows, is asked for
     assert set(idle) <= set(setting_types())

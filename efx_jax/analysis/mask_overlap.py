@@ -12,6 +12,7 @@ import numpy as np
 
 from efx_jax.analysis.blocks import Model, walk
 from efx_jax.analysis.criteria import CRITERIA, criteria_scores
+from efx_jax.analysis.where import weighted_mean
 from efx_jax.model.spec import LINEARS
 from efx_jax.pruning.selection import select_mask
 
@@ -93,10 +94,10 @@ def summarise(overlaps: Sequence[Overlap]) -> list[dict[str, Any]]:
         if found:
             sizes = [each.entries for each in found]
             shares = {
-                "kept": _mean([each.kept for each in found], sizes),
-                "pruned": _mean([each.pruned for each in found], sizes),
-                "random_kept": _mean([each.random_kept for each in found], sizes),
-                "random_pruned": _mean([each.random_pruned for each in found], sizes),
+                "kept": weighted_mean([each.kept for each in found], sizes),
+                "pruned": weighted_mean([each.pruned for each in found], sizes),
+                "random_kept": weighted_mean([each.random_kept for each in found], sizes),
+                "random_pruned": weighted_mean([each.random_pruned for each in found], sizes),
             }
             rows.append({"group": group, "first": first, "second": second, "matrix": matrix, **shares})
     return rows
@@ -111,9 +112,3 @@ def _masks(scores: Mapping[str, Array], sparsity: float, group: str, bound: floa
 def _counts(first: Array, second: Array) -> Array:
     """Entries that both keep, that both prune, that the first keeps, that the second keeps; int32 `[4]`."""
     return jnp.stack([jnp.sum(each, dtype=jnp.int32) for each in (first & second, ~(first | second), first, second)])
-
-
-def _mean(shares: Sequence[float | None], sizes: Sequence[int]) -> float | None:
-    """The mean of what there is, each share weighing as much as its matrix has entries."""
-    found = [(share, size) for share, size in zip(shares, sizes, strict=True) if share is not None]
-    return sum(share * size for share, size in found) / sum(size for _, size in found) if found else None

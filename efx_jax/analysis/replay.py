@@ -1,8 +1,8 @@
 """A run's prune event done once more, on a model before it: its scores around the threshold, and what recovery repairs.
 
 A run keeps what an event leaves, not what it saw. Its criterion, group, sparsity and recovery are all settings, so the
-same functions on the same model, with rows of the same data, do again what the event did; the last of several events
-is taken, at its sparsity, with neither a moving average nor earlier masks.
+same functions on the same model, with rows of the same data, do again what the event did; of several events the
+first is done again, on the model before it, with its recovery and the sparsity of the run, without earlier masks.
 """
 
 import dataclasses

@@ -9,6 +9,7 @@ from typing import Any
 
 from efx_jax.compare.settings import Comparison, Settings
 from efx_jax.config import Config, DistillConfig
+from efx_jax.config_effects import idle_settings
 from efx_jax.config_rules import validate
 from efx_jax.config_values import nearest, replace_values, setting_types
 from efx_jax.errors import InputError
@@ -124,6 +125,8 @@ def _resolve(comparison: Comparison, method: str, schedule: str, varied: Setting
     # Without a teacher nobody reads how it teaches, which a preset below the base may bring.
     if not config.distill.teacher:
         config = dataclasses.replace(config, distill=DistillConfig())
+    idle = idle_settings(config).keys() & varied.keys()
+    config = replace_values(config, {key: _value(Config(), key) for key in idle})
     # Where nothing is pruned no other setting of it has a say: all of them are the same run.
     return config if config.prune.sparsity else unpruned(config)
 
@@ -133,7 +136,9 @@ def _has_say(config: Config, key: str) -> bool:
     section = key.partition(".")[0]
     if not config.prune.sparsity:
         return section not in ("prune", "atp", "distill")
-    return section != "distill" or key == "distill.teacher" or bool(config.distill.teacher)
+    if section == "distill" and not config.distill.teacher:
+        return key == "distill.teacher"
+    return key not in idle_settings(config)
 
 
 def _value(config: Config, key: str) -> Any:

@@ -52,7 +52,7 @@ def block_scores(
         reach = weight_reach(effective, spec)
     elif config.score == "foresight_gated":
         reach = activation_reach(effective, layer.weights, stats, spec)
-    elif config.score == "foresight_loss":
+    elif config.score == "foresight_loss" and importance:
         reach = {name: loss_reach(importance[name], config.reach_shrink) for name in names}
     else:
         reach = {name: jnp.ones(effective[name].shape[0], jnp.float32) for name in names}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from efx_jax.config import GRADIENT_SCORES, PruneConfig
-from efx_jax.config_prune import validate_prune
+from efx_jax.config_prune import n_of_m, validate_prune
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
 from efx_jax.masks import pack_mask
@@ -90,8 +90,10 @@ def _check_event(
             "prune.permute: an event leaves units where they are, expected False; call find_order and permute of "
             "efx_jax.pruning.permutation before it, and collect statistics after them"
         )
-    if adapters is None and config.recovery in ("pbs", "gram_pbs"):
-        raise InputError(f"prune.recovery {config.recovery} moves adapters, found none; pass adapters, or take admm")
+    if config.recovery in ("pbs", "gram_pbs") and not (adapters and adapters.lora_a.keys() & set(config.targets)):
+        raise InputError(
+            f"prune.recovery {config.recovery} moves adapters, found none of prune.targets; pass adapters, or take admm"
+        )
     if state is None:
         return init_prune_state(params, adapters, config, jax.random.key(0))
     marked = _remembered(state, "reach")
@@ -151,8 +153,15 @@ def _packed(masks: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def reads_importance(config: PruneConfig) -> bool:
-    """Whether the score reads gradients, which `prune_event` is given."""
-    return config.score in GRADIENT_SCORES or config.score == "foresight_loss"
+    """Whether the score reads gradients, which `prune_event` is given.
+
+    Those of `foresight_loss` are a factor of every row: where entries compare within rows alone it says nothing.
+    """
+    if config.score == "foresight_loss":
+        groups = {matrix_group(name, config) for name in config.targets}
+        within_rows = all(group == "row" or n_of_m(group) for group in groups)
+        return config.budget != "uniform" or config.ema < 1 or not within_rows
+    return config.score in GRADIENT_SCORES
 
 
 def needs_gram(config: PruneConfig) -> bool:

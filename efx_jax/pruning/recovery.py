@@ -240,7 +240,7 @@ def admm_refit(
         steps: as there.
         damping: as there.
         refine: number of these steps, static; 0 leaves the mask as it is.
-        pattern: (N, M): every M consecutive inputs keep N; static.
+        pattern: (N, M): every M consecutive inputs keep as many as before, of which the mask has N; static.
 
     Returns:
         The new weight `[O,I]`, float32, exactly 0 where pruned, and the mask, bool `[O,I]`.
@@ -254,14 +254,12 @@ def admm_refit(
     rho = 1.0
     inverse = matrix_solve(damped(matrix_cholesky, gram, jnp.float32(rho)), identity)
     goal_gram = einsum("oi,ij->oj", goal, gram)
-    dropped = jnp.sum(~mask, axis=1, keepdims=True, dtype=jnp.int32)
+    within = (mask.shape[0], -1) if pattern is None else (mask.shape[0], -1, pattern[1])
+    dropped = jnp.sum(~mask.reshape(within), axis=-1, keepdims=True, dtype=jnp.int32)
 
     def choose(wanted: Array) -> Array:
         bits = score_bits(jnp.where(is_alive, jnp.abs(wanted), 0.0))
-        if pattern is None:
-            return ~lowest(bits, dropped)
-        blocks = bits.reshape(bits.shape[0], -1, pattern[1])
-        return ~lowest(blocks, pattern[1] - pattern[0]).reshape(bits.shape)
+        return ~lowest(bits.reshape(within), dropped).reshape(mask.shape)
 
     def step(x: Array, y: Array, mask: Array) -> tuple[Array, Array]:
         z = jnp.where(mask, x + y, 0.0)

@@ -16,7 +16,7 @@ from efx_jax.model.spec import ModelSpec, linear_shapes, param_shapes
 from efx_jax.parallel.mesh import mesh_sizes
 from efx_jax.parallel.partition import axes_size, batch_axes
 from efx_jax.pruning.adapter_refit import CG_STEPS
-from efx_jax.pruning.event_plan import goes_by_block, needs_gram
+from efx_jax.pruning.event_plan import goes_by_block, needs_gram, reads_importance
 from efx_jax.pruning.statistics import INPUT_OF
 from efx_jax.structural.generator import init_generator
 from efx_jax.structural.units import units_of
@@ -205,7 +205,7 @@ def event_flops(spec: ModelSpec, prune: PruneConfig, rank: int, tokens: int, len
     """
     forward = _forward_flops(spec, length)
     per_token: float = forward * (1 + prune.sequential + bool(prune.dense_path))
-    if prune.score == "foresight_loss":
+    if prune.score == "foresight_loss" and reads_importance(prune):
         # Forward, every block again, the activations' gradient; logits and theirs.
         surveyed = 3 * forward + 2 * 2 * spec.vocab_size * spec.hidden_size
     else:

@@ -6,6 +6,7 @@ import optax
 
 from efx_jax.config import PruneConfig, TrainConfig
 from efx_jax.config_prune import epochs_begun
+from efx_jax.errors import InputError
 from efx_jax.rounding import round_up
 
 
@@ -32,6 +33,9 @@ def prune_events(prune: PruneConfig, train: TrainConfig, steps: int) -> tuple[Ev
     the steps.
     "fractions": at these shares of the steps, 0 being before the first update. "cubic": `events` of them across the
     ramp, the sparsity following s (1 - (1 - t)^3) (Zhu & Gupta, arXiv 1710.01878).
+
+    Raises:
+        InputError: all events fall on one step, and it would be a plain one.
     """
     if prune.sparsity == 0:
         return ()
@@ -47,6 +51,11 @@ def prune_events(prune: PruneConfig, train: TrainConfig, steps: int) -> tuple[Ev
     # Two events on the same step would prune twice without training between: the later one stands for both.
     by_step = {_event_step(fraction, steps): sparsity for fraction, sparsity in planned}
     last = max(by_step)
+    if len(by_step) == 1 and prune.plain_last_event and prune.recovery != "none":
+        raise InputError(
+            f"prune.plain_last_event must be false, as all events fall on step {last} of {steps}: prune.recovery "
+            f"{prune.recovery} would never run"
+        )
     return tuple(Event(step, by_step[step], step == last) for step in sorted(by_step))
 
 

@@ -261,7 +261,9 @@ def test_an_impossible_pair_is_told_and_the_others_go_on(done: Path, write: Writ
     assert launch(write("impossible", more), done) == 0
     blind, dense = read(done / "impossible" / "runs.json")
     assert (blind["status"], dense["status"]) == ("refused", "done")
-    assert blind["reason"].startswith("prune.mask_forward must be exact, ste or frozen with the only event at 0")
+    assert blind["reason"].startswith(
+        "prune.mask_forward must be exact, ste or frozen with the last event before the end"
+    )
     assert (
         "- impossible: blind/prune_first, seed 0: prune.mask_forward" in (done / "impossible" / "table.md").read_text()
     )

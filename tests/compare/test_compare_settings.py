@@ -295,3 +295,18 @@ def test_metrics_of_tasks_are_taken_on_trust(write: Write) -> None:
         read_comparison(write(text + FIGURE.format(**(GOOD | {"y": metric}))))
     with pytest.raises(InputError, match="greedy.hqs.rouge1 is not measured here; .*, or PROTOCOL.TASK.METRIC"):
         read_comparison(write(text + FIGURE.format(**(GOOD | {"y": "greedy.hqs.rouge1"}))))
+
+
+def test_an_axis_has_no_say_where_another_setting_leaves_it_out(write: Write) -> None:
+    text = SMALL + "axes: {prune.bound: [0.1, 0.3]}\nruns: {dense: , wanda: [during], bounded: [during]}"
+    text = text.replace("wide: {lora: {rank: 32}}", "bounded: {prune: {group: bounded}}")
+    cells = list_cells(read_comparison(write(text)))
+    assert [(cell.method, cell.axes) for cell in cells] == [
+        ("dense", (None,)),
+        ("wanda", (None,)),
+        ("bounded", (0.1,)),
+        ("bounded", (0.3,)),
+    ]
+    assert len({cell.run for cell in cells}) == 4
+    plain = list_cells(read_comparison(write(SMALL + "runs: {dense: , wanda: [during]}")))
+    assert plain[1].run == cells[1].run

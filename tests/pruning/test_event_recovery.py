@@ -149,3 +149,10 @@ def test_merging_at_an_event_keeps_the_dtype_and_draws_new_adapters(llama: Any, 
         assert np.abs(draws).max() <= 1 / np.sqrt(draws.shape[-1])
     _, again, _, _ = prune_event(half, llama.adapters, None, stats, state, llama.spec, config)
     assert np.all(again.lora_a["q_proj"] != adapters.lora_a["q_proj"])
+
+
+@pytest.mark.parametrize("group", ["row", "2:4"])
+def test_refinement_prunes_nothing_where_nothing_is_asked_for(llama: Any, stats: Statistics, group: str) -> None:
+    config = PruneConfig(sparsity=0.0, group=group, recovery="admm", admm_steps=6, admm_refine=5)
+    _, _, masks, _ = prune_event(llama.params, llama.adapters, None, stats, None, llama.spec, config)
+    assert all(np.asarray(mask).all() for mask in masks.values())

@@ -15,6 +15,7 @@ from efx_jax.lora import merge
 from efx_jax.pruning.average import init_prune_state
 from efx_jax.pruning.blockwise import prune_event_blockwise
 from efx_jax.pruning.event import prune_event
+from efx_jax.pruning.event_plan import reads_importance
 from efx_jax.pruning.selection import select_mask
 from efx_jax.pruning.statistics import Statistics, collect_statistics
 
@@ -84,3 +85,25 @@ def test_an_event_without_its_importance_is_refused_with_one_line(
     with pytest.raises(InputError, match="prune.score dpruner reads gradients: .* none for .*down_proj") as caught:
         prune_event(llama.params, llama.adapters, None, stats, None, llama.spec, MATRIX, importance=importance)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("group", ["row", "2:4"])
+def test_within_rows_the_score_of_the_loss_needs_no_gradient(llama: Any, stats: Statistics, group: str) -> None:
+    """The gradient is one factor for a whole row, so that the masks are Wanda's whatever it is."""
+    config = PruneConfig(score="foresight_loss", group=group, sparsity=0.5)
+    assert not reads_importance(config)
+    loss, wanda = (
+        prune_event(llama.params, llama.adapters, None, stats, None, llama.spec, each)[2]
+        for each in (config, dataclasses.replace(config, score="wanda"))
+    )
+    jax.tree.map(np.testing.assert_array_equal, loss, wanda)
+
+
+def test_beyond_rows_and_events_it_needs_one() -> None:
+    config = PruneConfig(score="foresight_loss", group="row")
+    for more in ({"group": "bounded"}, {"group": "slab"}, {"budget": "owl"}, {"budget": "global"}, {"ema": 0.5}):
+        assert reads_importance(dataclasses.replace(config, **more))
+    # Matrices that compare within rows though the others do not.
+    mixed = dataclasses.replace(config, group="matrix", row_targets=("v_proj",), targets=("v_proj",))
+    assert not reads_importance(mixed)
+    assert reads_importance(dataclasses.replace(mixed, targets=("v_proj", "k_proj")))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from efx_jax.config import PruneConfig, TrainConfig
+from efx_jax.errors import InputError
 from efx_jax.training.schedule import Event, learning_rate, prune_events, total_steps
 
 PRUNE, TRAIN = PruneConfig(sparsity=0.5), TrainConfig(epochs=3)
@@ -115,3 +116,11 @@ def test_the_shortest_runs_learn_at_every_update(schedule: str, steps: int) -> N
     for warmup in (0.0, 0.5, 0.9):
         found = rates(TrainConfig(learning_rate=1.0, schedule=schedule, warmup=warmup), steps)
         assert (found > 0).all() and (found <= 1).all()
+
+
+def test_events_that_fall_on_one_step_are_no_plain_one() -> None:
+    prune = dataclasses.replace(PRUNE, schedule="epochs", recovery="pbs", plain_last_event=True)
+    assert len(prune_events(prune, TRAIN, 3)) == 3
+    with pytest.raises(InputError, match="all events fall on step 1 of 1: prune.recovery pbs would never run"):
+        prune_events(prune, TRAIN, 1)
+    prune_events(dataclasses.replace(prune, recovery="none"), TRAIN, 1)
