@@ -65,11 +65,14 @@ def rope_from_config(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
         raise InputError(f"config.json: partial_rotary_factor {partial} is not supported; expected 1.0")
     # An old reader's rope_theta stands at the top level, a new one's inside rope_parameters.
     theta = positive_number(parameters, "rope_theta", positive_number(config, "rope_theta", _DEFAULT_THETA))
-    original = positive_number(
-        parameters,
-        "original_max_position_embeddings",
-        positive_number(config, "original_max_position_embeddings", max_positions),
-    )
+    name = "original_max_position_embeddings"
+    outer, inner = (positive_number(each, name, 0.0) for each in (config, parameters))
+    if outer and inner and outer != inner and rope_type in ("llama3", "yarn"):
+        raise InputError(
+            f"config.json: {name} is {outer:g}, and {inner:g} inside the rope parameters; versions of transformers "
+            "differ in which they take; remove the wrong one"
+        )
+    original = inner or outer or max_positions
     # transformers takes the factor implied by the two context lengths where it is null.
     implied = {"factor": max_positions / original} if rope_type == "yarn" else {}
     given = {name for name in parameters if parameters[name] is not None or name in implied}
@@ -100,9 +103,10 @@ def _yarn_fields(parameters: Mapping[str, Any]) -> dict[str, Any]:
         if parameters.get(name) is not None and not (name.startswith("mscale") and parameters[name] == 0)
     ]
     fields: dict[str, Any] = {name: positive_number(parameters, name, 1.0) for name in given}
-    truncate = parameters.get("truncate")
-    if truncate is None:
+    if "truncate" not in parameters:
         return fields
+    # A null is no truth to transformers.
+    truncate = False if parameters["truncate"] is None else parameters["truncate"]
     if not isinstance(truncate, bool):
         raise InputError(f"config.json: truncate must be true, false or null, found {truncate!r}")
     return fields | {"truncate": truncate}

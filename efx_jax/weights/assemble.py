@@ -14,11 +14,11 @@ from efx_jax.weights.byte_ranges import Part, normalized, part_shape, row_blocks
 from efx_jax.weights.source import (
     DTYPES,
     EMBEDDING,
-    HEAD,
     Leaf,
     TensorSource,
     cast,
     check_names_and_shapes,
+    check_tied_head,
     leaf_dtype,
     leaves,
 )
@@ -51,7 +51,10 @@ def assemble(source: TensorSource, spec: ModelSpec, dtype: str | None, mesh: Mes
     check_names_and_shapes(source, spec)
     tensors = source if dtype is None else cast(source, dtype)
     layout = None if mesh is None else _layout(mesh, spec)
-    _check_tied_head(source, spec, layout)
+    # Compared where this process reads the embedding anyway.
+    shape = source.shapes[EMBEDDING]
+    parts = None if layout is None else [part for part, _ in _local_parts(layout["embed_tokens",], shape)]
+    check_tied_head(source, spec, parts)
     params: dict[str, Any] = {"layers": {}}
     for leaf in leaves(spec):
         branch = params["layers"] if leaf.stacked else params
@@ -135,19 +138,3 @@ def _read_finite(source: TensorSource, name: str, part: Part) -> np.ndarray:
                 "get an intact checkpoint"
             )
     return values
-
-
-def _check_tied_head(source: TensorSource, spec: ModelSpec, layout: Layout | None) -> None:
-    """Compares the two where this process reads the embedding anyway."""
-    if not spec.tie_word_embeddings or HEAD not in source.shapes:
-        return
-    shape = source.shapes[EMBEDDING]
-    parts = [whole(shape)] if layout is None else [part for part, _ in _local_parts(layout["embed_tokens",], shape)]
-    row_bytes = shape[1] * DTYPES[source.dtypes[EMBEDDING]].itemsize
-    for part in parts:
-        for block in row_blocks(part, row_bytes, _BLOCK_BYTES):
-            if not np.array_equal(source.read_part(HEAD, block), source.read_part(EMBEDDING, block)):
-                raise InputError(
-                    f"{source.path}: config.json ties the embeddings, but {HEAD} differs from {EMBEDDING}; "
-                    "set tie_word_embeddings to false or remove that tensor"
-                )

@@ -36,7 +36,7 @@ from efx_jax.weights.merged import layer_places, leaf_dtypes, merged_source
 from efx_jax.weights.params import params_source
 from efx_jax.weights.safetensors_file import Entry, read_header, read_part, tensor_bytes
 from efx_jax.weights.sealed import FILE_TABLE, check_files, check_layout, check_names, file_table, read_sealed
-from efx_jax.weights.source import TensorSource, cast, check_names_and_shapes, leaves
+from efx_jax.weights.source import TensorSource, cast, check_names_and_shapes, check_tied_head, leaves
 from efx_jax.weights.sparsity import Asked, pruned_entries
 
 MANIFEST, MASKS, ADAPTER, MOVED, OTHERS = (
@@ -157,6 +157,7 @@ def apply_bundle(base: str | os.PathLike[str], path: str | os.PathLike[str], dst
     source = open_checkpoint(base)
     spec = spec_from_config(source.config)
     check_names_and_shapes(source, spec)
+    check_tied_head(source, spec)
     check_base(bundle, source, spec, content_sha256(source, spec))
     rebuild(bundle, source, spec, base, Path(dst), check=True)
 

@@ -35,7 +35,7 @@ from efx_jax.weights.byte_ranges import whole
 from efx_jax.weights.hf import INDEX, open_checkpoint
 from efx_jax.weights.safetensors_file import lay_out, read_header
 from efx_jax.weights.sealed import file_table, write_sealed
-from efx_jax.weights.source import TensorSource, check_names_and_shapes, leaves
+from efx_jax.weights.source import TensorSource, check_names_and_shapes, check_tied_head, leaves
 from efx_jax.weights.sparsity import FILE as SPARSITY
 from efx_jax.weights.sparsity import Asked
 
@@ -80,6 +80,7 @@ def write_bundle(outcome: Outcome, dst: str | os.PathLike[str]) -> dict[str, int
     source = open_checkpoint(outcome.base)
     spec = spec_from_config(source.config)
     check_names_and_shapes(source, spec)
+    check_tied_head(source, spec)
     names = [path.relative_to(outcome.export).as_posix() for path in outcome.export.rglob("*") if path.is_file()]
     export = file_table(outcome.export, names)
     with atomic_folder(dst) as partial:

@@ -30,6 +30,8 @@ _EXTRAS = (
     "USE_POLICY*",
 )
 
+_FOREIGN = ("sparsity_config", "compression_config")
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
@@ -77,8 +79,8 @@ def config_to_write(spec: ModelSpec, dtype: str, original: Mapping[str, Any] | N
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    config.pop("auto_map", None)  # points to code that is not exported
-    return config
+    # Code that is not exported, and what another tool says of the base's own zeros.
+    return {name: value for name, value in config.items() if name not in ("auto_map", *_FOREIGN)}
 
 
 def _check_same_model(spec: ModelSpec, original: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from efx_jax.weights.gguf import ROPE_FACTORS, stored_names, stored_order
 from efx_jax.weights.gguf_config import llama3_factors
 from efx_jax.weights.gguf_vocabulary import vocabulary_metadata
 from efx_jax.weights.hf import open_checkpoint
-from efx_jax.weights.source import DTYPES, TensorSource, cast, check_names_and_shapes
+from efx_jax.weights.source import DTYPES, TensorSource, cast, check_names_and_shapes, check_tied_head
 
 _TYPES = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32)}
 _QUANTIZATION_VERSION = 2
@@ -47,6 +47,7 @@ def export_gguf(src: str | os.PathLike[str], dst: str | os.PathLike[str], dtype:
     source = open_checkpoint(src)
     spec = spec_from_config(source.config)
     check_names_and_shapes(source, spec)
+    check_tied_head(source, spec)
     _check_architecture(spec)
     vocabulary = vocabulary_metadata(source, spec)
     metadata = _model_metadata(source, spec, dtype) | vocabulary

@@ -22,7 +22,7 @@ from efx_jax.weights.packed_file import is_packed_folder, open_packed
 from efx_jax.weights.params import params_source
 from efx_jax.weights.peft_config import CONFIG_FILE
 from efx_jax.weights.safetensors_file import Entry, create, fill, read_header, read_part, tensor_bytes
-from efx_jax.weights.source import TensorSource, check_names_and_shapes, leaves
+from efx_jax.weights.source import TensorSource, check_names_and_shapes, check_tied_head, leaves
 from efx_jax.weights.tokenizer_json import folder_tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -173,6 +173,7 @@ def write_folder(
         InputError: `path` exists, the disk is full, or the tensors, `original` and `spec` disagree.
     """
     check_names_and_shapes(source, spec)
+    check_tied_head(source, spec)
     names = [name for leaf in leaves(spec) for name in leaf.names]
     config = config_to_write(spec, _main_dtype(source, names), original)
     needs = sum(tensor_bytes(source, name) for name in names)

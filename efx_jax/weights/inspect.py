@@ -12,7 +12,7 @@ from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.weights.bitmask import packed_bytes
 from efx_jax.weights.hf import open_checkpoint
 from efx_jax.weights.safetensors_file import tensor_bytes
-from efx_jax.weights.source import DTYPES, TensorSource, check_names_and_shapes, leaves
+from efx_jax.weights.source import DTYPES, TensorSource, check_names_and_shapes, check_tied_head, leaves
 from efx_jax.weights.sparsity import found_pattern, inspect_zeros
 
 # Four bits and a 16-bit scale for every 32 of them, as GGUF's Q4_0.
@@ -128,6 +128,7 @@ def _open(path: str | os.PathLike[str]) -> tuple[TensorSource, ModelSpec]:
     source = open_checkpoint(path)
     spec = spec_from_config(source.config)
     check_names_and_shapes(source, spec)
+    check_tied_head(source, spec)
     return source, spec
 
 
@@ -138,7 +139,7 @@ def _other_fields(a: ModelSpec, b: ModelSpec) -> list[str]:
 
 def _difference(a: TensorSource, b: TensorSource, name: str) -> Difference | None:
     x, y = a.read(name), b.read(name)
-    if np.array_equal(x, y):
+    if np.array_equal(x, y, equal_nan=True):
         return None
     x, y = x.astype(np.float64), y.astype(np.float64)
     apart, size = np.abs(x - y), np.maximum(np.abs(x), np.abs(y))

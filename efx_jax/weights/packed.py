@@ -49,7 +49,7 @@ from efx_jax.weights.safetensors_file import (
     read_part,
 )
 from efx_jax.weights.sealed import check_files, file_table, is_inner_name, write_sealed
-from efx_jax.weights.source import check_names_and_shapes, leaves
+from efx_jax.weights.source import check_names_and_shapes, check_tied_head, leaves
 
 # Weights of other formats, pickles and code: a packed folder carries none of them on.
 _WEIGHTS = (".safetensors", ".bitmask", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -101,6 +101,7 @@ def pack(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> Packing:
     source = open_folder(folder)
     spec = spec_from_config(source.config)
     check_names_and_shapes(source, spec)
+    check_tied_head(source, spec)
     linears = {name for leaf in leaves(spec) if leaf.stacked and len(leaf.shape) == 3 for name in leaf.names}
     files = folder_files(folder)
     kept = {

@@ -89,8 +89,10 @@ def read_header_text(path: Path) -> bytes:
     """
     try:
         # Checks that the header is sound and that the file holds every byte that it promises.
-        with safe_open(path, framework="numpy"), open(path, "rb") as file:
+        with open(path, "rb") as file, safe_open(path, framework="numpy"):
             return file.read(int.from_bytes(file.read(8), "little"))
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: cannot be read as safetensors ({reason}); download the file again") from error

@@ -1,7 +1,7 @@
 """Where tensors come from, and how Hugging Face's names map to the parameter tree."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from efx_jax.errors import InputError
 from efx_jax.model.spec import ModelSpec, param_shapes
-from efx_jax.weights.byte_ranges import Part, whole
+from efx_jax.weights.byte_ranges import Part, row_blocks, whole
 
 DTYPES: dict[str, Any] = {
     "float32": np.dtype(np.float32),
@@ -19,6 +19,7 @@ DTYPES: dict[str, Any] = {
 }
 
 _FLOAT16_MAX = 65504.0
+_BLOCK_BYTES = 1 << 24
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -134,6 +135,30 @@ def check_names_and_shapes(source: TensorSource, spec: ModelSpec) -> None:
                 f"{source.path}: tensor {name} has shape {list(found)}, expected {list(expected[name])}; "
                 "check config.json against the weights"
             )
+
+
+def check_tied_head(source: TensorSource, spec: ModelSpec, parts: Iterable[Part] | None = None) -> None:
+    """Refuses a head beside tied embeddings that is another one: whoever leaves it out changes the model.
+
+    Args:
+        source: the checkpoint.
+        spec: its model.
+        parts: of the embedding, those to compare; None: all of it.
+
+    Raises:
+        InputError: they differ.
+    """
+    if not spec.tie_word_embeddings or HEAD not in source.shapes:
+        return
+    shape = source.shapes[EMBEDDING]
+    row_bytes = shape[1] * DTYPES[source.dtypes[EMBEDDING]].itemsize
+    for part in [whole(shape)] if parts is None else parts:
+        for block in row_blocks(part, row_bytes, _BLOCK_BYTES):
+            if not np.array_equal(source.read_part(HEAD, block), source.read_part(EMBEDDING, block), equal_nan=True):
+                raise InputError(
+                    f"{source.path}: config.json ties the embeddings, but {HEAD} differs from {EMBEDDING}; "
+                    "set tie_word_embeddings to false or remove that tensor"
+                )
 
 
 def cast(source: TensorSource, dtype: str) -> TensorSource:

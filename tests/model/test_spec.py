@@ -226,6 +226,21 @@ def test_yarn_factor_follows_from_the_two_lengths_unless_it_is_given() -> None:
     assert spec_from_config({**config, "rope_scaling": {**implied, "factor": 3.0}}).rope.factor == 3.0
 
 
+def test_a_yarn_truncate_of_null_is_false_as_transformers_reads_it() -> None:
+    read = [
+        spec_from_config({**QWEN25, "rope_scaling": {**YARN, **more}}).rope.truncate
+        for more in ({}, {"truncate": None}, {"truncate": True})
+    ]
+    assert read == [True, False, True]
+
+
+def test_two_original_lengths_that_differ_are_refused() -> None:
+    name = "original_max_position_embeddings"
+    assert spec_from_config({**QWEN25, name: 32768, "rope_scaling": YARN}).rope.original_max_position == 32768
+    with pytest.raises(InputError, match=f"{name} is 4096, and 32768 inside the rope parameters"):
+        spec_from_config({**QWEN25, name: 4096, "rope_scaling": YARN})
+
+
 def test_a_yarn_mscale_of_zero_is_none() -> None:
     zero = {**YARN, "mscale": 1.0, "mscale_all_dim": 0}
     rope = spec_from_config({**QWEN25, "rope_scaling": zero}).rope

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from convert_weights import main
 from efx_jax.weights.hf import load_tokenizer
@@ -57,7 +58,70 @@ def test_shards_are_as_small_as_asked_for(capsys: pytest.CaptureFixture[str], ma
     assert len(sizes) == len(set(index["weight_map"].values())) > 2
     # Beside its tensors a file has a header.
     assert max(sizes) < 6000 + 3000
+    for file in out.glob("*.safetensors"):
+        with safe_open(file, framework="numpy") as shard:
+            tensors = [shard.get_tensor(name).nbytes for name in shard.keys()]  # noqa: SIM118
+        assert sum(tensors) <= 6000 or len(tensors) == 1
     assert _run(capsys, "verify", src, out)[:2] == (0, "all 30 tensors are identical\n")
+
+
+def test_a_head_that_tied_embeddings_would_replace_is_never_left_out(
+    capsys: pytest.CaptureFixture[str], make_folder: Callable, make_tensors: Callable, tmp_path: Path
+) -> None:
+    """transformers does not tie where both are there: without its head it would be another model."""
+    tensors = make_tensors(tied=True)
+    head = tensors["model.embed_tokens.weight"]
+    src, other = (
+        make_folder(name, tied=True, tensors={**tensors, "lm_head.weight": factor * head})
+        for name, factor in (("src", 2), ("other", 3))
+    )
+    pytest.importorskip("gguf")
+    asked: tuple[tuple[object, ...], ...] = (
+        ("export", src, tmp_path / "out"),
+        ("export", src, tmp_path / "out.gguf", "--format", "gguf"),
+        ("pack", src, tmp_path / "packed"),
+        ("inspect", src),
+        ("verify", src, other),
+    )
+    for arguments in asked:
+        code, _, err = _run(capsys, *arguments)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "ties the embeddings, but lm_head.weight differs from model.embed_tokens.weight" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "src"]
+
+
+def test_models_of_equal_tensors_and_other_configs_are_not_the_same(
+    capsys: pytest.CaptureFixture[str], make_folder: Callable
+) -> None:
+    one, other = make_folder("one"), make_folder("other", config={"rope_theta": 5e5})
+    code, out, _ = _run(capsys, "verify", one, other)
+    assert code == 1
+    assert out.startswith("config: rope ") and out.endswith("all 30 tensors are identical\n")
+
+
+def test_a_checkpoint_with_a_nan_is_itself(
+    capsys: pytest.CaptureFixture[str], make_folder: Callable, make_tensors: Callable
+) -> None:
+    tensors = make_tensors()
+    tensors["model.norm.weight"][3] = np.nan
+    src = make_folder(tensors=tensors)
+    assert _run(capsys, "verify", src, src)[:2] == (0, "all 30 tensors are identical\n")
+    assert _run(capsys, "verify", src, make_folder("sound"))[0] == 1
+
+
+def test_an_export_claims_no_pattern_of_its_base_and_no_code(
+    capsys: pytest.CaptureFixture[str], make_folder: Callable, tmp_path: Path
+) -> None:
+    claims = {
+        "sparsity_config": {"sparsity_structure": "2:4"},
+        "compression_config": {},
+        "auto_map": {"AutoModel": "x"},
+    }
+    src = make_folder(config={**claims, "pad_token_id": 3})
+    assert _run(capsys, "export", src, tmp_path / "out")[0] == 0
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["pad_token_id"] == 3
+    assert not claims.keys() & written.keys()
 
 
 def _write_gguf(path: Path, vocabulary: dict[str, Any]) -> Path:
@@ -264,3 +328,12 @@ def test_script_reports_a_missing_path_and_help() -> None:
     helped = subprocess.run([*script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert helped.returncode == 0
     assert "verify" in helped.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of a shell")
+def test_a_reader_that_has_enough_ends_the_command_without_a_word(make_folder: Callable) -> None:
+    src = make_folder()
+    script = f"'{sys.executable}' convert_weights.py inspect '{src}' | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr == ""
+    assert done.stdout.strip() in ("0", "141")  # 0: it was done before the reader was gone

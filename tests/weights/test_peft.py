@@ -135,6 +135,8 @@ def test_layer_without_adapter_gets_zeros(tmp_path: Path, options: dict[str, Any
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' has moved the base"),
         ({"init_lora_weights": "olora"}, "init_lora_weights 'olora' has moved the base"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq' has moved the base"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights 'corda' has moved the base"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights 'lora_ga' has moved the base"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3', expected 'LORA'"),
         ({"target_modules": [*LINEARS, "lm_head"]}, "target_modules names lm_head"),
         ({"target_modules": [*LINEARS, "embed_tokens"]}, "target_modules names model.embed_tokens"),
