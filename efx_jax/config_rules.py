@@ -144,10 +144,10 @@ def _train_rules(train: TrainConfig) -> Iterable[Rule]:
         (
             "train.epochs",
             train.epochs,
-            train.epochs > 0 or (train.epochs == 0 and train.steps == 0),
-            "above 0, or 0 with train.steps 0 to train nothing",
+            0 < train.epochs <= 2**20 or (train.epochs == 0 and train.steps == 0),
+            "above 0 and at most 2^20, or 0 with train.steps 0 to train nothing",
         ),
-        ("train.steps", train.steps, train.steps >= 0, "at least 0"),
+        ("train.steps", train.steps, 0 <= train.steps < 2**31, "in [0, 2^31)"),
         ("train.micro_batch", train.micro_batch, train.micro_batch >= 0, "at least 0"),
         ("train.batch_size", train.batch_size, 1 <= train.batch_size <= 2**20, "in [1, 2^20]"),
         (

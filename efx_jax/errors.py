@@ -13,6 +13,9 @@ from typing import NoReturn
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells report it, so that `train.py && ...` stops."""
+BROKEN_PIPE = 141
+"""Exit code where nobody reads the output any longer, as shells report it."""
+_UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
 
 
 class InputError(ValueError):
@@ -74,18 +77,28 @@ def exit_code(work: Callable[[], int], speaker: str, farewell: str = "") -> int:
         farewell: the line after Ctrl-C, or "".
 
     Returns:
-        What `work` returns; 2 for bad input or a full disk, 130 after Ctrl-C.
+        What `work` returns; 2 for bad input, a path that cannot be reached or a full disk, 130 after Ctrl-C, 141 where
+        the output is closed.
     """
     try:
         with _short_warnings():
-            return work()
+            code = work()
+            sys.stdout.flush()
+            return code
     except InputError as error:
         complaint = " ".join(str(error).split())
+    except BrokenPipeError:
+        # Whoever read has enough (`... | head`); nothing is left to be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except (OSError, ValueError) as error:  # TensorStore, which writes checkpoints, raises a ValueError
-        if not is_disk_full(error):
-            raise
         where = getattr(error, "filename", None) or "the output"
-        complaint = f"{where}: the disk is full; make room, then run it again"
+        if is_disk_full(error):
+            complaint = f"{where}: the disk is full; make room, then run it again"
+        elif isinstance(error, OSError) and error.filename is not None and error.errno in _UNREACHABLE:
+            complaint = f"{str(where)[:200]}: {error.strerror}; check the path and its permissions"
+        else:
+            raise
     except KeyboardInterrupt:
         if farewell:
             print(farewell, file=sys.stderr)

@@ -62,6 +62,16 @@ def test_a_training_that_is_interrupted_ends_as_shells_expect(finish: Finish) ->
     assert finish(KeyboardInterrupt()) == 130
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG])
+def test_a_path_that_cannot_be_reached_is_one_line(
+    finish: Finish, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    assert finish(OSError(number, os.strerror(number), "locked/" + 5000 * "x")) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and len(said) < 400
+    assert f"xxx: {os.strerror(number)}; check the path and its permissions" in said
+
+
 def test_another_error_of_the_system_is_told_in_full(finish: Finish) -> None:
     with pytest.raises(OSError, match="Input/output error"):
         finish(OSError(errno.EIO, os.strerror(errno.EIO), "out/metrics.jsonl"))

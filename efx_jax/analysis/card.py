@@ -5,7 +5,7 @@ It says nothing that differs between two runs of the same settings: no seconds, 
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -187,6 +187,8 @@ def _model_index(record: Record) -> list[dict[str, Any]]:
     """The exported model's results, as the Hub's model-index has them; shares, not percentages."""
     results = record.summary["results"]
     model = expert(results) if results else ""
+    text = PurePath(record.config.data.text).name
+    measured_on = (text.split(".")[0], text) if text else (domain(record.config), "held-out text")
     by_task: dict[str, list[dict[str, Any]]] = {}
     for row in measured(results):
         value = row.values.get(model, (None, None, None))[0]
@@ -195,7 +197,7 @@ def _model_index(record: Record) -> list[dict[str, Any]]:
     return [
         {
             "task": {"type": "text-generation"},
-            "dataset": {"type": _plain(task or domain(record.config)), "name": _plain(task or "held-out text")},
+            "dataset": dict(zip(("type", "name"), map(_plain, (task, task) if task else measured_on), strict=True)),
             "metrics": metrics,
         }
         for task, metrics in by_task.items()

@@ -101,6 +101,11 @@ def check_room(
         InputError: the first such row.
     """
     most = spec.max_position_embeddings - answer_tokens
+    if most < 1 and prompts:
+        raise InputError(
+            f"{examples[0].origin or 'test row 1'}: {answer_tokens} tokens of answer leave no room for a prompt in the "
+            f"model's context of {spec.max_position_embeddings}; ask for fewer by data.new_tokens, or shorten them"
+        )
     for row, (ids, example) in enumerate(zip(prompts, examples, strict=True), start=1):
         if not 0 < len(ids) <= most:
             raise InputError(

@@ -41,12 +41,24 @@ def test_the_hub_library_reads_the_card_and_its_results(record: Record) -> None:
     assert {"sparsity-50", "pruning", "lora", "pubmedqa"} <= set(data.tags)
     found = {(each.dataset_name, each.metric_type): each.metric_value for each in data.eval_results}
     assert found == {
-        ("held-out text", "perplexity"): 12.0,
+        ("text.jsonl", "perplexity"): 12.0,
         ("pubmedqa", "accuracy"): 0.625,
         ("pubmedqa", "macro_f1"): 0.3125,
     }
     again = hub.ModelCard(str(card))
     assert again.data.to_dict() == data.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [(f"{HOME}/books/wards.jsonl", ("wards", "wards.jsonl")), ("", ("pubmedqa", "held-out text"))],
+)
+def test_the_card_names_what_perplexity_was_measured_on(record: Record, text: str, named: tuple[str, str]) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    record = with_config(record, data=dataclasses.replace(record.config.data, text=text))
+    results = hub.ModelCard(card_text(record), ignore_metadata_errors=False).data.eval_results
+    found = [(each.dataset_type, each.dataset_name) for each in results if each.metric_type == "perplexity"]
+    assert found == [named]
 
 
 def test_the_card_says_what_it_is_what_it_scores_and_what_it_is_not(record: Record) -> None:

@@ -141,6 +141,20 @@ def test_the_interval_draws_the_same_groups_for_both_models() -> None:
     assert by_row != pytest.approx(np.quantile(ratios, [0.025, 0.975]), abs=1)
 
 
+def test_tasks_are_drawn_independently() -> None:
+    """Of two tasks alike the mean varies less than either, by the root of two."""
+
+    def named(model: tuple[dict, list[dict]], names: tuple[str, ...]) -> tuple[dict, list[dict]]:
+        result, records = model
+        return joined(**{name: (result, [record | {"task": name} for record in records]) for name in names})
+
+    one, dense = choice(1, 0.5), choice(2, 0.9)
+    (low, high), (less, more) = (
+        relative(*named(one, names), *named(dense, names))["interval"] for names in (("choice",), ("choice", "other"))
+    )
+    assert (more - less) / (high - low) == pytest.approx(0.5**0.5, abs=0.08)
+
+
 def test_a_score_of_zero_has_no_ratio() -> None:
     with pytest.raises(InputError, match="dense: the dense model's rouge1 on bills is 0, .* again without bills"):
         check_ratios(*joined(bills=text("bills", 1, 0.0)), Path("dense"))
