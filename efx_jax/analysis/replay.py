@@ -23,7 +23,7 @@ from efx_jax.pruning.average import prunable
 from efx_jax.pruning.block import block_scores, matrix_group
 from efx_jax.pruning.budget import budget_statistics
 from efx_jax.pruning.event import block_before, block_importance, prune_one
-from efx_jax.pruning.event_plan import EventPlan, needs_gram, plan_event
+from efx_jax.pruning.event_plan import EventPlan, needs_gram, plan_event, reads_importance
 from efx_jax.pruning.output_gradient import output_gradient_energy
 from efx_jax.pruning.selection import drop_by_counts
 from efx_jax.pruning.statistics import INPUT_OF, Statistics, block_statistics
@@ -162,7 +162,7 @@ def _plan(params: Mapping[str, Any], adapters: Adapters | None, model: Model, co
     lengths = jnp.sum(model.real, axis=1).astype(jnp.int32)
     importance: dict[str, Array] = {}
     stats: Statistics | None
-    if config.score == "foresight_loss":
+    if reads_importance(config):
         rows = [
             {"tokens": model.tokens[first : first + _GRADIENT_ROWS], "lengths": lengths[first : first + _GRADIENT_ROWS]}
             for first in range(0, len(model.tokens), _GRADIENT_ROWS)

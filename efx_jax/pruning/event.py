@@ -52,7 +52,8 @@ def prune_event(
         state: the state of the earlier events, or None at the first.
         spec: the model.
         config: score, group, sparsity, recovery and moving average of this event.
-        importance: name -> float32 `[L,O,I]` for the scores that read gradients, `[L,O]` for "foresight_loss"; see
+        importance: name -> float32 `[L,O,I]` for the scores that read gradients, `[L,O]` for "foresight_loss", which
+            reads none where entries compare within rows alone; see `event_plan.reads_importance` and
             `efx_jax.training.importance`.
         packed: return the masks as bits, see `efx_jax.masks`.
 
