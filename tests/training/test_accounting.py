@@ -147,7 +147,9 @@ FORWARD = 2 * LINEARS + ATTENTION
         ({"score": "wanda", "sequential": True}, 2 * FORWARD, None),
         # The gradients' pass leaves what the budget needs, and draws its tokens from its own logits.
         ({"score": "foresight_loss", "budget": "global"}, 4 * FORWARD + 4 * HEAD, None),
-        ({"score": "foresight_loss", "gradient_labels": "model"}, 4 * FORWARD + 4 * HEAD, None),
+        ({"score": "foresight_loss", "group": "matrix", "gradient_labels": "model"}, 4 * FORWARD + 4 * HEAD, None),
+        # Within rows it cancels.
+        ({"score": "foresight_loss"}, FORWARD, None),
         (
             {
                 "score": "foresight_loss",

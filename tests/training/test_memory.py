@@ -1,6 +1,7 @@
 """Bytes by category, against hand counts, against arrays that are really placed, and against a compiled step."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -194,7 +195,9 @@ def test_the_plan_agrees_with_a_compiled_step(mesh: tuple[int, int, int], remat:
 
 
 def test_the_gradients_of_a_score_are_counted_at_the_batches_that_it_reads() -> None:
-    prune = PruneConfig(score="foresight_loss", calibration_rows=6, calibration_length=16, calibration_tokens=64)
+    shared: dict[str, Any] = {"score": "foresight_loss", "calibration_rows": 6}
+    shared |= {"calibration_length": 16, "calibration_tokens": 64}
+    prune = PruneConfig(group="matrix", **shared)
     config = dataclasses.replace(CONFIG, prune=prune)
     found, reads = score_bytes(SPEC, config, LAYOUT), dataclasses.replace(LAYOUT, length=16)
     assert found["saved activations"] == saved_activations(SPEC, config, reads, rows=4) == 3 * 4 * 16 * 16 * 2
@@ -204,6 +207,8 @@ def test_the_gradients_of_a_score_are_counted_at_the_batches_that_it_reads() -> 
     assert found["saved activations"] == saved_activations(SPEC, CONFIG, LAYOUT, rows=4)
     assert found["importance"] == 4 * 2 * 1920
     assert score_bytes(SPEC, CONFIG, LAYOUT) == {}
+    within_rows = dataclasses.replace(CONFIG, prune=PruneConfig(**shared))
+    assert score_bytes(SPEC, within_rows, LAYOUT) == {}
     large = dataclasses.replace(prune, calibration_rows=4096, calibration_tokens=65536)
     assert memory(SPEC, dataclasses.replace(config, prune=large), LAYOUT).peak > memory(SPEC, config, LAYOUT).peak
 
@@ -213,7 +218,7 @@ def test_the_gradients_of_a_score_are_counted_at_the_batches_that_it_reads() -> 
 def test_the_plan_of_a_scores_gradients_agrees_with_the_compiled_ones(drawn: bool) -> None:
     """In float32, from 10 % below to 30 % above, as that of a step."""
     spec = dataclasses.replace(find_spec("llama-3.2-1b").spec, num_layers=4, vocab_size=32000)
-    prune = PruneConfig(score="foresight_loss", calibration_tokens=4096, calibration_length=1024)
+    prune = PruneConfig(score="foresight_loss", group="matrix", calibration_tokens=4096, calibration_length=1024)
     config = Config(model=ModelConfig(compute_dtype="float32"), prune=prune)
     key = jax.random.key(0)
     params = jax.eval_shape(lambda: init_params(key, spec, "float32"))
@@ -222,7 +227,14 @@ def test_the_plan_of_a_scores_gradients_agrees_with_the_compiled_ones(drawn: boo
         lambda: init_lora(jax.random.key(0), init_params(jax.random.key(0), spec, "float32"), spec)
     )
     keys = jax.eval_shape(lambda: jax.random.split(key, 4)) if drawn else None
-    arguments = (params, adapters, None, tokens, lengths, keys, spec, LINEARS, "exact", "float32", "block", "xla")
-    compiled = output_gradient._batch_energy.lower(*arguments).compile()
+    compiled = output_gradient._batch_energy.lower(
+        *(params, adapters, None, tokens, lengths, keys),
+        spec=spec,
+        names=LINEARS,
+        mask_forward="exact",
+        compute_dtype="float32",
+        remat="block",
+        attention_path="xla",
+    ).compile()
     planned = sum(score_bytes(spec, config, Layout("float32", 16, 1024, 1, False)).values())
     assert 0.9 < planned / compiled.memory_analysis().temp_size_in_bytes < 1.3
