@@ -187,8 +187,6 @@ def _model_index(record: Record) -> list[dict[str, Any]]:
     """The exported model's results, as the Hub's model-index has them; shares, not percentages."""
     results = record.summary["results"]
     model = expert(results) if results else ""
-    text = PurePath(record.config.data.text).name
-    measured_on = (text.split(".")[0], text) if text else (domain(record.config), "held-out text")
     by_task: dict[str, list[dict[str, Any]]] = {}
     for row in measured(results):
         value = row.values.get(model, (None, None, None))[0]
@@ -197,11 +195,23 @@ def _model_index(record: Record) -> list[dict[str, Any]]:
     return [
         {
             "task": {"type": "text-generation"},
-            "dataset": dict(zip(("type", "name"), map(_plain, (task, task) if task else measured_on), strict=True)),
+            "dataset": _measured_on(task, record.config),
             "metrics": metrics,
         }
         for task, metrics in by_task.items()
     ]
+
+
+def _measured_on(task: str, config: Config) -> dict[str, str]:
+    """What a task's scores are of, or perplexity where `task` is "": the text, or rows that the run has held out."""
+    text = PurePath(config.data.text).name
+    if task:
+        kind, name = task, task
+    elif text:
+        kind, name = text.split(".")[0], text
+    else:
+        kind, name = domain(config), "held-out text"
+    return {"type": _plain(kind), "name": _plain(name)}
 
 
 def _plain(name: str) -> str:

@@ -31,12 +31,12 @@ from efx_jax.weights.assemble import assemble
 from efx_jax.weights.bitmask import COMPRESSED, SUFFIX, count_bits, expand_rows
 from efx_jax.weights.byte_ranges import Part, row_blocks, whole
 from efx_jax.weights.expert import write_expert
-from efx_jax.weights.hf import open_checkpoint
+from efx_jax.weights.hf import open_model
 from efx_jax.weights.merged import layer_places, leaf_dtypes, merged_source
 from efx_jax.weights.params import params_source
 from efx_jax.weights.safetensors_file import Entry, read_header, read_part, tensor_bytes
 from efx_jax.weights.sealed import FILE_TABLE, check_files, check_layout, check_names, file_table, read_sealed
-from efx_jax.weights.source import TensorSource, cast, check_names_and_shapes, check_tied_head, leaves
+from efx_jax.weights.source import TensorSource, cast, leaves
 from efx_jax.weights.sparsity import Asked, pruned_entries
 
 MANIFEST, MASKS, ADAPTER, MOVED, OTHERS = (
@@ -154,10 +154,7 @@ def apply_bundle(base: str | os.PathLike[str], path: str | os.PathLike[str], dst
             GGUF file by another version of transformers), `dst` exists, or the disk is full.
     """
     bundle = open_bundle(path)
-    source = open_checkpoint(base)
-    spec = spec_from_config(source.config)
-    check_names_and_shapes(source, spec)
-    check_tied_head(source, spec)
+    source, spec = open_model(base)
     check_base(bundle, source, spec, content_sha256(source, spec))
     rebuild(bundle, source, spec, base, Path(dst), check=True)
 

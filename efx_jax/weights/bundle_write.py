@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from efx_jax.errors import InputError
 from efx_jax.files import atomic_folder
 from efx_jax.lora import Adapters
-from efx_jax.model.spec import LINEARS, ModelSpec, config_from_spec, spec_from_config
+from efx_jax.model.spec import LINEARS, ModelSpec, config_from_spec
 from efx_jax.weights import byte_ranges
 from efx_jax.weights.bitmask import COMPRESSED, SUFFIX, count_bits, unpack_bits
 from efx_jax.weights.bundle import (
@@ -32,10 +32,10 @@ from efx_jax.weights.bundle import (
     rebuild,
 )
 from efx_jax.weights.byte_ranges import whole
-from efx_jax.weights.hf import INDEX, open_checkpoint
+from efx_jax.weights.hf import INDEX, open_model
 from efx_jax.weights.safetensors_file import lay_out, read_header
 from efx_jax.weights.sealed import file_table, write_sealed
-from efx_jax.weights.source import TensorSource, check_names_and_shapes, check_tied_head, leaves
+from efx_jax.weights.source import TensorSource, leaves
 from efx_jax.weights.sparsity import FILE as SPARSITY
 from efx_jax.weights.sparsity import Asked
 
@@ -77,10 +77,7 @@ def write_bundle(outcome: Outcome, dst: str | os.PathLike[str]) -> dict[str, int
         InputError: the base is not at hand or not the run's, the export is not what the run's checkpoint gives, `dst`
             exists, or the disk is full.
     """
-    source = open_checkpoint(outcome.base)
-    spec = spec_from_config(source.config)
-    check_names_and_shapes(source, spec)
-    check_tied_head(source, spec)
+    source, spec = open_model(outcome.base)
     names = [path.relative_to(outcome.export).as_posix() for path in outcome.export.rglob("*") if path.is_file()]
     export = file_table(outcome.export, names)
     with atomic_folder(dst) as partial:

@@ -30,7 +30,8 @@ _EXTRAS = (
     "USE_POLICY*",
 )
 
-_FOREIGN = ("sparsity_config", "compression_config")
+# Code that is not exported, and what another tool says of the base's own zeros.
+_LEFT_OUT = ("auto_map", "sparsity_config", "compression_config")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -79,8 +80,7 @@ def config_to_write(spec: ModelSpec, dtype: str, original: Mapping[str, Any] | N
         "dtype": dtype,
         "torch_dtype": dtype,
     }
-    # Code that is not exported, and what another tool says of the base's own zeros.
-    return {name: value for name, value in config.items() if name not in ("auto_map", *_FOREIGN)}
+    return {name: value for name, value in config.items() if name not in _LEFT_OUT}
 
 
 def _check_same_model(spec: ModelSpec, original: Mapping[str, Any]) -> None:

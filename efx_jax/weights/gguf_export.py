@@ -17,12 +17,12 @@ import numpy as np
 from efx_jax.errors import InputError
 from efx_jax.files import atomic_file
 from efx_jax.model.rope import RopeSpec, yarn_attention_factor
-from efx_jax.model.spec import ModelSpec, config_from_spec, spec_from_config
+from efx_jax.model.spec import ModelSpec, config_from_spec
 from efx_jax.weights.gguf import ROPE_FACTORS, stored_names, stored_order
 from efx_jax.weights.gguf_config import llama3_factors
 from efx_jax.weights.gguf_vocabulary import vocabulary_metadata
-from efx_jax.weights.hf import open_checkpoint
-from efx_jax.weights.source import DTYPES, TensorSource, cast, check_names_and_shapes, check_tied_head
+from efx_jax.weights.hf import open_model
+from efx_jax.weights.source import DTYPES, TensorSource, cast
 
 _TYPES = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32)}
 _QUANTIZATION_VERSION = 2
@@ -44,10 +44,7 @@ def export_gguf(src: str | os.PathLike[str], dst: str | os.PathLike[str], dtype:
         raise InputError("export --format gguf needs the gguf package; run: pip install gguf")
     if Path(dst).suffix != ".gguf":
         raise InputError(f"{dst}: expected a file name that ends in .gguf")
-    source = open_checkpoint(src)
-    spec = spec_from_config(source.config)
-    check_names_and_shapes(source, spec)
-    check_tied_head(source, spec)
+    source, spec = open_model(src)
     _check_architecture(spec)
     vocabulary = vocabulary_metadata(source, spec)
     metadata = _model_metadata(source, spec, dtype) | vocabulary

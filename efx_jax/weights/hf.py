@@ -93,6 +93,19 @@ def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource:
     return open_orbax(place) if is_orbax_folder(place) else open_folder(place)
 
 
+def open_model(path: str | os.PathLike[str]) -> tuple[TensorSource, ModelSpec]:
+    """Opens what `load_pretrained` accepts and checks that it is one whole model; reads a tied head alone.
+
+    Raises:
+        InputError: what the path holds is missing, damaged or unsupported, or a head differs from tied embeddings.
+    """
+    source = open_checkpoint(path)
+    spec = spec_from_config(source.config)
+    check_names_and_shapes(source, spec)
+    check_tied_head(source, spec)
+    return source, spec
+
+
 def load_pretrained(
     path: str | os.PathLike[str], dtype: str | None = "float32", mesh: Mesh | None = None
 ) -> tuple[dict[str, Any], ModelSpec]:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from efx_jax.model.spec import ModelSpec, spec_from_config
+from efx_jax.model.spec import ModelSpec
 from efx_jax.weights.bitmask import packed_bytes
-from efx_jax.weights.hf import open_checkpoint
+from efx_jax.weights.hf import open_model
 from efx_jax.weights.safetensors_file import tensor_bytes
-from efx_jax.weights.source import DTYPES, TensorSource, check_names_and_shapes, check_tied_head, leaves
+from efx_jax.weights.source import DTYPES, TensorSource, leaves
 from efx_jax.weights.sparsity import found_pattern, inspect_zeros
 
 # Four bits and a 16-bit scale for every 32 of them, as GGUF's Q4_0.
@@ -57,7 +57,7 @@ def inspect(path: str | os.PathLike[str]) -> str:
     Raises:
         InputError: the checkpoint is missing, damaged or unsupported.
     """
-    source, spec = _open(path)
+    source, spec = open_model(path)
     rows = [("tensor", "layers", "shape", "dtype", "entries", "zeros", "pattern")]
     total = linear_total = linear_zeros = 0
     sizes = _Sizes(0, 0, 0)
@@ -103,7 +103,7 @@ def verify(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> tuple[str, i
     Raises:
         InputError: a checkpoint is missing, damaged or unsupported.
     """
-    (source_a, spec_a), (source_b, spec_b) = _open(a), _open(b)
+    (source_a, spec_a), (source_b, spec_b) = open_model(a), open_model(b)
     lines = [f"config: {line}" for line in _other_fields(spec_a, spec_b)]
     if leaves(spec_a) != leaves(spec_b):
         return "\n".join(["different models", *lines]), 1
@@ -122,14 +122,6 @@ def verify(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> tuple[str, i
     same_dtypes = all(source_a.dtypes[name] == source_b.dtypes[name] for name in names)
     equal = f"all {len(names)} tensors are identical" + ("" if same_dtypes else " in value; their dtypes differ")
     return "\n".join([*lines, equal]), int(bool(lines))
-
-
-def _open(path: str | os.PathLike[str]) -> tuple[TensorSource, ModelSpec]:
-    source = open_checkpoint(path)
-    spec = spec_from_config(source.config)
-    check_names_and_shapes(source, spec)
-    check_tied_head(source, spec)
-    return source, spec
 
 
 def _other_fields(a: ModelSpec, b: ModelSpec) -> list[str]:
