@@ -51,21 +51,23 @@ def inspect(path: str | os.PathLike[str]) -> str:
         path: whatever `load_pretrained` accepts.
 
     Returns:
-        Model type, number of parameters, dtypes, sizes; then a line per kind of tensor with its shape, dtype, number of
-        entries, share of exact zeros and, of matrices of the layers, their pattern.
+        Model type, number of parameters, dtypes, sizes, and how many entries are not finite if any is; then a line per
+        kind of tensor with its shape, dtype, number of entries, share of exact zeros and, of matrices of the layers,
+        their pattern.
 
     Raises:
         InputError: the checkpoint is missing, damaged or unsupported.
     """
     source, spec = open_model(path)
     rows = [("tensor", "layers", "shape", "dtype", "entries", "zeros", "pattern")]
-    total = linear_total = linear_zeros = 0
+    total = linear_total = linear_zeros = not_finite = 0
     sizes = _Sizes(0, 0, 0)
     for leaf in leaves(spec):
         is_linear = leaf.stacked and len(leaf.tensor_shape) == 2
         found = {name: inspect_zeros(source, name) for name in leaf.names}
         entries, zeros = math.prod(leaf.shape), sum(tensor.zeros for tensor in found.values())
         total += entries
+        not_finite += sum(tensor.not_finite for tensor in found.values())
         if is_linear:
             linear_total, linear_zeros = linear_total + entries, linear_zeros + zeros
         for name, tensor in found.items():
@@ -81,6 +83,7 @@ def inspect(path: str | os.PathLike[str]) -> str:
         f"parameters  {total:,}",
         f"dtype       {_dtypes(source, [name for leaf in leaves(spec) for name in leaf.names])}",
         f"sparsity    {linear_zeros / linear_total:.4%} of the {linear_total:,} entries of the layers' matrices",
+        *([f"not finite  {not_finite:,} entries are NaN or infinite"] if not_finite else []),
         f"on disk     {_bytes_on_disk(source.path):,} bytes",
         f"dense       {sizes.dense:,} bytes of weights",
         f"packed      {sizes.packed:,} bytes, {sizes.packed / sizes.dense:.2%} of dense",

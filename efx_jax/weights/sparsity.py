@@ -53,6 +53,7 @@ class Zeros:
         entries: of the tensor.
         zeros: those that are 0.0 or -0.0.
         stored: those with any bit set, which `weights.bitmask` stores.
+        not_finite: those that are infinite or no number.
         mask_sha256: SHA-256 of its `P.bitmask` there.
         fullest: M -> the most entries that stay among M consecutive inputs, of the M asked for that divide the rows.
     """
@@ -60,6 +61,7 @@ class Zeros:
     entries: int
     zeros: int
     stored: int
+    not_finite: int
     mask_sha256: str
     fullest: Mapping[int, int]
 
@@ -77,18 +79,19 @@ def count_zeros(source: TensorSource, name: str, groups: Iterable[int] = ()) -> 
     """
     shape = source.shapes[name]
     fullest = {size: 0 for size in groups if len(shape) == 2 and shape[1] % size == 0}
-    entries, zeros, stored, digest = math.prod(shape), 0, 0, hashlib.sha256()
+    entries, zeros, stored, not_finite, digest = math.prod(shape), 0, 0, 0, hashlib.sha256()
     for block in row_blocks(whole(shape), tensor_bytes(source, name) // shape[0], _BLOCK_BYTES):
         values = source.read_part(name, block)
         stays, bits = values != 0, bits_of(values) != 0
         zeros += stays.size - int(np.count_nonzero(stays))
         stored += int(np.count_nonzero(bits))
+        not_finite += values.size - int(np.count_nonzero(np.isfinite(values)))
         digest.update(np.packbits(bits, axis=-1, bitorder="little").data)
         for size, most in fullest.items():
             # Once a group is full there is nothing more to learn.
             if most < size:
                 fullest[size] = max(most, int(stays.reshape(-1, size).sum(axis=1, dtype=np.uint8).max()))
-    return Zeros(entries, zeros, stored, digest.hexdigest(), fullest)
+    return Zeros(entries, zeros, stored, not_finite, digest.hexdigest(), fullest)
 
 
 def found_pattern(zeros: Iterable[Zeros]) -> str:

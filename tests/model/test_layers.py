@@ -84,3 +84,10 @@ def test_scaled_frequencies_keep_the_fast_ones_and_divide_the_slow_ones() -> Non
         assert (np.diff(ratio) > -1e-5).all() and ((ratio > 1.01) & (ratio < 7.99)).any()
     linear, _ = rope_frequencies(RopeSpec("linear", 5e5, 8.0), 128)
     np.testing.assert_array_equal(linear * 8, plain)
+
+
+def test_a_yarn_ramp_without_a_width_is_a_step() -> None:
+    """Of six tokens not even the fastest pair turns once, so that the ramp begins and ends at it."""
+    scaled, _ = rope_frequencies(RopeSpec("yarn", 1e4, 4.0, 6), 16)
+    plain, _ = rope_frequencies(RopeSpec(theta=1e4), 16)
+    np.testing.assert_allclose(plain / scaled, [1] + 7 * [4], rtol=1e-6)

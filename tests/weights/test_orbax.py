@@ -173,6 +173,14 @@ def test_inspect_counts_parameters_and_exact_zeros(make_folder: Callable, make_t
     assert rows["sparsity"][1] == f"{12 * 16 / linear:.4%}"
 
 
+def test_inspect_counts_what_is_not_finite(make_folder: Callable, make_tensors: Callable) -> None:
+    tensors = make_tensors(dtype="bfloat16")
+    assert "not finite" not in inspect(make_folder("whole", tensors=tensors))
+    tensors["model.layers.1.mlp.up_proj.weight"][3, :2] = np.inf, -np.inf
+    tensors["lm_head.weight"][39, 15] = np.nan
+    assert "not finite  3 entries are NaN or infinite\n" in inspect(make_folder("broken", tensors=tensors))
+
+
 def test_verify_measures_the_largest_difference(make_folder: Callable, make_tensors: Callable) -> None:
     tensors = make_tensors()
     a = make_folder("a", tensors=tensors)

@@ -203,18 +203,15 @@ def test_whatever_byte_flips_the_dense_folder_comes_back_or_nothing_does(packed:
 
 
 def test_pickles_code_and_other_weights_are_left_out_by_name(dense: Path, tmp_path: Path) -> None:
-    for name in ("pytorch_model.bin", "modeling_custom.py", "adapter_model.safetensors", "model.gguf"):
+    names = {f"other{suffix}" for suffix in (".safetensors", ".bitmask", ".gguf", ".h5", ".msgpack", ".onnx")}
+    names |= {f"model{suffix}" for suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".PT")}
+    names |= {f"code{suffix}" for suffix in (".py", ".pyc", ".so", ".dll", ".dylib", ".exe", ".sh")}
+    for name in names:
         (dense / name).touch()
     (dense / ".cache").mkdir()
     (dense / ".cache" / "lock").touch()
     found = pack(dense, tmp_path / "packed")
-    assert set(found.left_out) == {
-        "pytorch_model.bin",
-        "modeling_custom.py",
-        "adapter_model.safetensors",
-        "model.gguf",
-        ".cache/lock",
-    }
+    assert set(found.left_out) == {*names, ".cache/lock"}
     assert set(contents(tmp_path / "packed")) == {"config.json", "model.bitmask", "packed.json"}
 
 
