@@ -291,7 +291,7 @@ class EvalConfig:
     """Rows or windows per forward pass."""
     every: int = 0
     """Steps between evaluations during training, each after its step's event; 0 for none but those before training,
-    after it and, where a run has a single event, of the dense adapters before that."""
+    after it and, where a run has a single event (not ATP's), of the dense adapters before that."""
     every_epochs: float = 0.0
     """The same in passes over the data."""
     tasks: tuple[str, ...] = ()

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Collection
 
 from efx_jax.config import Config
+from efx_jax.config_values import setting_types
 from efx_jax.errors import FallbackWarning
 
 
@@ -18,19 +19,23 @@ def warn_of_idle_flags(config: Config, given: Collection[str]) -> None:
     """
     for setting, condition in idle_settings(config).items():
         if setting in given:
-            warnings.warn(f"--{setting} has no effect without {condition}", FallbackWarning, stacklevel=3)
+            warnings.warn(f"--{setting} has no effect without {condition}", FallbackWarning, stacklevel=2)
     if "train.epochs" in given and config.train.steps > 0 and "train.steps" not in given:
         warnings.warn(
             f"train.epochs {config.train.epochs:g}: the run still has train.steps {config.train.steps} updates, whose "
             "parts these epochs are; add --train.steps 0 for passes over the data",
             FallbackWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
 
 
 def idle_settings(config: Config) -> dict[str, str]:
     """Settings, by dotted path, that have no say as the others are, and what would give them one."""
     prune, distill, evaluation = config.prune, config.distill, config.eval
+    if not prune.sparsity:
+        sections = ("prune", "atp", "distill")
+        method = [name for name in setting_types() if name.partition(".")[0] in sections and name != "prune.sparsity"]
+        return dict.fromkeys(method, "prune.sparsity above 0")
     within_rows = prune.group not in ("matrix", "slab", "bounded")
     parts: list[tuple[bool, str, str]] = [
         (prune.schedule != "fractions", "prune.schedule fractions", "prune.fractions"),
@@ -41,6 +46,11 @@ def idle_settings(config: Config) -> dict[str, str]:
         (prune.budget != "owl", "prune.budget owl", "prune.owl_lambda prune.owl_multiple"),
         (prune.score != "ria", "prune.score ria", "prune.ria_power"),
         (prune.score != "foresight_loss", "prune.score foresight_loss", "prune.gradient_labels prune.reach_shrink"),
+        (
+            prune.score != "foresight_loss" and prune.budget == "uniform" and not prune.permute,
+            "prune.score foresight_loss, prune.permute or another prune.budget than uniform",
+            "prune.survey_share",
+        ),
         (prune.score != "lora_gradient", "prune.score lora_gradient", "prune.gradient_batches"),
         (
             prune.score != "dpruner",

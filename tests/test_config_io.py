@@ -219,6 +219,15 @@ def test_script_answers_a_mistake_with_one_line_and_code_2():
     assert "--prune.sparsity" in done.stderr
 
 
+def test_script_tells_a_warning_in_one_line():
+    command = [sys.executable, "train.py", "--help", "--prune.events", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        0,
+        "warning: --prune.events has no effect without prune.schedule cubic\n",
+    )
+
+
 def test_help_lists_every_setting_with_the_value_it_would_have():
     command = [sys.executable, "train.py", "--help", "--preset", "paper", "--seed", "41"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env={"COLUMNS": "200"})
@@ -253,6 +262,12 @@ def test_epochs_beside_the_steps_of_a_file_are_warned_of(write):
         (["--atp.learning_rate", "0.1"], "prune.score atp"),
         (["--distill.row_share", "0.5"], "distill.teacher"),
         (["--eval.runs", "2"], "eval.protocol sampled"),
+        (
+            ["--prune.survey_share", "0.1"],
+            "prune.score foresight_loss, prune.permute or another prune.budget than uniform",
+        ),
+        (["--prune.swaps", "3", "--prune.sparsity", "0"], "prune.sparsity above 0"),
+        (["--distill.teacher", "base", "--prune.sparsity", "0"], "prune.sparsity above 0"),
     ],
 )
 def test_a_flag_that_changes_nothing_is_warned_of(flags, condition):
@@ -260,7 +275,7 @@ def test_a_flag_that_changes_nothing_is_warned_of(flags, condition):
         resolve(["--preset", "paper", *flags])
 
 
-def test_flags_that_are_read_andidle_settings_of_a_preset_are_not_warned_of():
+def test_flags_that_are_read__and_idle_settings_of_a_preset_are_not_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resolve(["--preset", "efx", "--prune.schedule", "epochs", "--prune.group", "row", "--prune.budget", "uniform"])
@@ -270,5 +285,5 @@ def test_flags_that_are_read_andidle_settings_of_a_preset_are_not_warned_of():
 
 def test_every_setting_that_may_lie_idle_exists():
     idle = idle_settings(Config())
-    assert len(idle) == 30  # by default nothing but the score, uniform within rows, is asked for
+    assert len(idle) == 31  # by default nothing but the score, uniform within rows, is asked for
     assert set(idle) <= set(setting_types())

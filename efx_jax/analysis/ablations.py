@@ -14,14 +14,14 @@ from efx_jax.analysis.figures import draw_overlaps, draw_score_errors
 from efx_jax.analysis.held import choose_steps, run_adapters
 from efx_jax.analysis.runs import Run, load_base, training_rows
 from efx_jax.analysis.studies import spaced
-from efx_jax.analysis.tables import overlap_table, score_error_table
+from efx_jax.analysis.tables import overlap_table, score_error_table, write_records
 from efx_jax.files import atomic_write
 
 NAMES = ("score_error", "mask_overlap")
 
 
 def ablate(run: Run, names: Sequence[str], arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Some ablations of one run: a table on stdout, FOLDER/NAME.json and figures.
+    """Some ablations of one run: a table on stdout, FOLDER/NAME.json, NAME_records.csv, NAME.md and figures.
 
     Returns:
         By name the summary of every step.
@@ -55,12 +55,15 @@ def _measure(name: str, model: Model, layers: Sequence[int], arguments: argparse
 def _write(name: str, by_step: dict[int, list[Any]], asked: dict[str, Any], folder: Path) -> dict[int, Any]:
     summarise = mask_overlap.summarise if name == "mask_overlap" else score_error.summarise
     summary = {step: summarise(found) for step, found in by_step.items()}
-    steps = [
-        {"step": step, "summary": summary[step], "matrices": [dataclasses.asdict(each) for each in found]}
-        for step, found in by_step.items()
-    ]
+    matrices = {step: [dataclasses.asdict(each) for each in found] for step, found in by_step.items()}
+    steps = [{"step": step, "summary": summary[step], "matrices": found} for step, found in matrices.items()]
     atomic_write(folder / f"{name}.json", json.dumps({"asked": asked, "steps": steps}, indent=1) + "\n")
-    draw, table = (draw_overlaps, overlap_table) if name == "mask_overlap" else (draw_score_errors, score_error_table)
+    write_records(folder, name, [{"step": step} | record for step, found in matrices.items() for record in found])
+    draw, make_table = (
+        (draw_overlaps, overlap_table) if name == "mask_overlap" else (draw_score_errors, score_error_table)
+    )
+    table = make_table(summary)
+    atomic_write(folder / f"{name}.md", table + "\n")
     draw(folder, by_step)
-    print(table(summary))
+    print(table)
     return summary

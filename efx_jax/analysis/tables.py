@@ -127,13 +127,18 @@ def write_study(
     found = [dataclasses.asdict(record) for record in records]
     whole = {"asked": asked, "summary": summary, "records": found}
     atomic_write(folder / f"{name}.json", json.dumps(whole, indent=1) + "\n")
+    write_records(folder, name, found)
+    atomic_write(folder / f"{name}.md", table + "\n")
+
+
+def write_records(folder: Path, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Writes FOLDER/NAME_records.csv: of records of one kind, at least one, whatever is a plain value."""
     numbers = io.StringIO()
-    plain = [key for key, value in found[0].items() if not isinstance(value, tuple)]
+    plain = [key for key, value in records[0].items() if not isinstance(value, tuple)]
     writer = csv.DictWriter(numbers, plain, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(found)
+    writer.writerows(records)
     atomic_write(folder / f"{name}_records.csv", numbers.getvalue())
-    atomic_write(folder / f"{name}.md", table + "\n")
 
 
 def _number(value: Any, title: str) -> str:

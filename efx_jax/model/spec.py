@@ -24,7 +24,7 @@ _DEFAULT_EPS = 1e-6
 class ModelSpec:
     """Everything `forward` needs to know besides the weights. Hashable, so it can be static under `jax.jit`.
 
-    Lengths in the design's letters: `vocab_size` V, `hidden_size` D, `intermediate_size` F, `num_layers` L,
+    Lengths, by their axis letters: `vocab_size` V, `hidden_size` D, `intermediate_size` F, `num_layers` L,
     `num_heads` N, `num_kv_heads` K, `head_dim` H.
     """
 

@@ -200,7 +200,7 @@ def admm_update(
 ) -> Array:
     """Refits the kept weights to the outputs of `target` by ADMM (arXiv 2401.02938).
 
-    Minimises ||(mask * X - target) G^(1/2)|| over X. Inputs are scaled to a unit diagonal of G and rho = 1, so that
+    Minimises ||(mask * V - target) G^(1/2)|| over V. Inputs are scaled to a unit diagonal of G and rho = 1, so that
     one inverse serves all rows and steps.
 
     Args:
@@ -229,7 +229,7 @@ def admm_refit(
 ) -> tuple[Array, Array]:
     """As `admm_update`, and in its first `refine` steps every row chooses again which entries it keeps.
 
-    A row keeps as many as its mask says: those of the largest |X + Y|, the weight that ADMM asks for times the norm of
+    A row keeps as many as its mask says: those of the largest |V + Y|, the weight that ADMM asks for times the norm of
     its input, in which the others already make up for what is gone. A score knows each entry only by itself.
 
     Args:
@@ -261,17 +261,17 @@ def admm_refit(
         bits = score_bits(jnp.where(is_alive, jnp.abs(wanted), 0.0))
         return ~lowest(bits.reshape(within), dropped).reshape(mask.shape)
 
-    def step(x: Array, y: Array, mask: Array) -> tuple[Array, Array]:
-        z = jnp.where(mask, x + y, 0.0)
-        y = y + x - z
+    def step(v: Array, y: Array, mask: Array) -> tuple[Array, Array]:
+        z = jnp.where(mask, v + y, 0.0)
+        y = y + v - z
         return einsum("oi,ij->oj", goal_gram + rho * (z - y), inverse), y
 
     def choosing_step(_: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         mask = choose(state[0] + state[1])
         return *step(state[0], state[1], mask), mask
 
-    x, y = goal, jnp.zeros_like(goal)
+    v, y = goal, jnp.zeros_like(goal)
     if refine:
-        x, y, mask = jax.lax.fori_loop(0, refine, choosing_step, (x, y, mask))
-    x, y = jax.lax.fori_loop(refine, steps, lambda _, state: step(state[0], state[1], mask), (x, y))
-    return jnp.where(mask, (x + y) / scale, 0.0), mask
+        v, y, mask = jax.lax.fori_loop(0, refine, choosing_step, (v, y, mask))
+    v, y = jax.lax.fori_loop(refine, steps, lambda _, state: step(state[0], state[1], mask), (v, y))
+    return jnp.where(mask, (v + y) / scale, 0.0), mask

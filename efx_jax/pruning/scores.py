@@ -78,7 +78,7 @@ def column_norms(weight: Array) -> Array:
 
 
 def root_mean_square(values: Array, axis: int) -> Array:
-    """The design's "combined": root of the mean square along an axis."""
+    """Root of the mean square along an axis."""
     return jnp.sqrt(jnp.mean(jnp.square(values), axis=axis))
 
 
@@ -92,9 +92,9 @@ def share_rope_pairs(norms: Array) -> Array:
 def weight_reach(effective: Mapping[str, Array], spec: ModelSpec) -> dict[str, Array]:
     """nu of every matrix of one block from the weights it feeds (paper, appendix B).
 
-    q: norm of its partner key weights per head dimension; k: that of its G query heads, combined; both shared by RoPE
-    pairs. v: column norms of o_proj, combined over the G heads (as in the authors' code; the paper is silent). o: mean
-    of the column norms of gate and up. gate and up: column norms of down. down: 1.
+    q: norm of its partner key weights per head dimension; k: that of its G query heads, their root mean square; both
+    shared by RoPE pairs. v: root mean square over the G heads of o_proj's column norms (as in the authors' code; the
+    paper is silent). o: mean of the column norms of gate and up. gate and up: column norms of down. down: 1.
 
     Args:
         effective: U `[O,I]` of the seven linears.
@@ -123,7 +123,7 @@ def weight_reach(effective: Mapping[str, Array], spec: ModelSpec) -> dict[str, A
 def activation_reach(
     effective: Mapping[str, Array], weights: Mapping[str, Array], stats: Statistics, spec: ModelSpec
 ) -> dict[str, Array]:
-    """nu through the nonlinearities, from what calibration saw (design, section 3).
+    """nu through the nonlinearities, from what calibration saw (ours; docs/method.md).
 
     q and k: rms of the partner's activations per head dimension, shared by RoPE pairs; with Qwen3's q/k norms the
     partner after its norm, times the own gain over what the norm divides by. up: column norms of down *

@@ -21,7 +21,7 @@ def swap_mask(
     swaps: int,
     pattern: tuple[int, int] | None = None,
 ) -> Array:
-    """The mask after up to `swaps` swaps in every row, each of which lowers ||r X||, r = U - mask * U.
+    """The mask after up to `swaps` swaps in every row, each of which lowers ||r X^T||, r = U - mask * U.
 
     With p coming back and q going, r' = r - u_p e_p + u_q e_q, so that the squared error changes by exactly
 

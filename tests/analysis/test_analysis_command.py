@@ -96,8 +96,16 @@ def test_the_command_writes_tables_numbers_and_figures(dense_run, tmp_path, caps
     assert all(np.isfinite(each["nll"]) and each["predicted"] > 0 for each in last["matrices"])
     assert f"| q_proj | wanda | 0 | {found['score_error']['steps'][0]['summary'][0]['ratio']:.3g} |" in printed
     assert "| matrix | foresight, foresight_gated | 4 |" in printed
+    for name, analysis in found.items():
+        assert (folder / f"{name}.md").read_text() in printed
+        with (folder / f"{name}_records.csv").open() as file:
+            records = list(csv.DictReader(file))
+        asked = [(step["step"], each) for step in analysis["steps"] for each in step["matrices"]]
+        assert [(int(row["step"]), row["matrix"]) for row in records] == [
+            (step, each["matrix"]) for step, each in asked
+        ]
     figures = {path.stem for path in folder.glob("*.png")}
-    assert figures == {path.stem for path in folder.glob("*.csv")}
+    assert figures == {path.stem for path in folder.glob("*.csv")} - {f"{name}_records" for name in found}
     assert {"score_error_foresight", "score_error_wanda_layers", "score_rank_4", "mask_overlap_row"} <= figures
     with (folder / "score_error_wanda.csv").open() as file:
         numbers = {(row["label"], row["x"]): float(row["y"]) for row in csv.DictReader(file)}
