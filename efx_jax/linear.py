@@ -74,7 +74,7 @@ def linear(
             unmasked; "frozen" y = x (mask * W)^T + scale * (x A^T) B^T; "dense" y = x U^T, the mask unused.
         compute_dtype: dtype of the matmul operands; None takes the dtype of W.
         dropout_rate: share of the adapter's inputs set to zero (training only).
-        dropout_key: PRNG key of the dropout; None means no dropout.
+        dropout_key: PRNG key of the dropout, or one for each row `[B]` of x `[B,...,I]`; None means no dropout.
         axes: how it lies on the active mesh (`jax.set_mesh`); None: not at all.
 
     Returns:
@@ -102,8 +102,24 @@ def linear(
     return y.astype(x.dtype)
 
 
+def fold_in(key: Array, number: Array | int) -> Array:
+    """`jax.random.fold_in` of a key, or of every one of several `[B]`."""
+    if _are_several(key):
+        return jax.vmap(lambda each: jax.random.fold_in(each, number))(key)
+    return jax.random.fold_in(key, number)
+
+
 def _dropout(x: Array, rate: float, key: Array) -> Array:
-    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0)
+    def draw(key: Array, shape: tuple[int, ...]) -> Array:
+        return jax.random.bernoulli(key, 1.0 - rate, shape)
+
+    kept = jax.vmap(lambda each: draw(each, x.shape[1:]))(key) if _are_several(key) else draw(key, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), 0.0)
+
+
+def _are_several(key: Array) -> bool:
+    # A key of the old kind is an array of two integers.
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 
 import train
-from efx_jax.config import Config
+from efx_jax.config import Config, DistillConfig, MeshConfig, TrainConfig
+from efx_jax.config_io import to_yaml
 from efx_jax.config_values import setting_types
-from efx_jax.training.run import refuse_other_run
+from efx_jax.training.run import _warn_of_other_parts, refuse_other_run
 
 ROOT = Path(__file__).parent.parent
 Say = Callable[..., str]
@@ -210,6 +212,20 @@ def test_an_output_that_holds_something_else_is_refused(tmp_path: Path, refusal:
 def test_what_a_killed_run_left_half_written_is_no_other_thing(tmp_path: Path) -> None:
     (tmp_path / ".config.yaml.abcd.partial").touch()
     refuse_other_run(Config(), tmp_path)
+
+
+def test_a_teacher_that_reads_other_rows_on_another_mesh_is_said_to(tmp_path: Path) -> None:
+    def begun(micro_tokens: int, row_share: float, fsdp: int) -> Config:
+        teacher = DistillConfig(teacher="base", row_share=row_share)
+        return Config(train=TrainConfig(micro_tokens=micro_tokens), distill=teacher, mesh=MeshConfig(data=2, fsdp=fsdp))
+
+    (tmp_path / "config.yaml").write_text(to_yaml(begun(4096, 0.5, 1)))
+    with pytest.warns(UserWarning, match="mesh.data x mesh.fsdp 2, found 8: train.micro_tokens cuts batches otherwise"):
+        _warn_of_other_parts(begun(4096, 0.5, 4), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for alike in (begun(4096, 0.5, 1), begun(0, 0.5, 4), begun(4096, 1.0, 4)):
+            _warn_of_other_parts(alike, tmp_path)
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path, refusal: Say) -> None:

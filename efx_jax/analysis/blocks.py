@@ -15,7 +15,7 @@ from efx_jax.model.decoder import (
     LinearOptions,
     attend_within,
     block,
-    embed,
+    embed_batch,
     freeze,
     head_weight,
     stack_layers,
@@ -99,7 +99,7 @@ def walk(model: Model, layers: Collection[int]) -> Iterator[tuple[int, BlockView
 
 def entering(model: Model) -> Array:
     """The residual stream before the first block, float32 `[B,T,D]`."""
-    return embed(model.params, model.tokens).astype(jnp.float32)
+    return embed_batch(model.params, model.tokens).astype(jnp.float32)
 
 
 def effective_layer(model: Model, index: int) -> dict[str, Array]:

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from efx_jax.config import MaskForward, Remat
-from efx_jax.linear import contract, linear
+from efx_jax.linear import contract, fold_in, linear
 from efx_jax.lora import Adapters, check_fit
 from efx_jax.model.attention import Implementation, attention
 from efx_jax.model.layers import apply_rope, probe_gradient, rms_norm, rope_tables, swiglu
@@ -121,7 +121,7 @@ def block(
         options: scale, mask mode and dtypes of the linears.
         rope: cos and sin `[B,T,1,H/2]`.
         attend: (q, k, v) -> (context `[B,T,N*H]`, anything the caller keeps, such as a KV cache).
-        dropout_key: PRNG key of the adapters' dropout, or None.
+        dropout_key: PRNG key of the adapters' dropout, or one for each row `[B]`, or None.
         probes: zeros `[O]` of some linears, see `probe_gradient`.
 
     Returns:
@@ -134,7 +134,7 @@ def block(
     batch = () if mesh is None else batch_axes(x.shape[0], mesh.shape)
 
     def project(inputs: Array, name: str, index: int) -> Array:
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        key = None if dropout_key is None else fold_in(dropout_key, index)
         output = linear(
             inputs,
             weights[name],
@@ -206,6 +206,10 @@ def embed(params: Params, tokens: Array) -> Array:
     )
 
 
+embed_batch = jax.jit(embed)
+"""`embed` compiled, for callers outside of `jit`: on a mesh it would be compiled anew for every batch."""
+
+
 def head_weight(params: Params) -> Array:
     """The output embedding `[V,D]`: `lm_head`, or `embed_tokens` where it is tied."""
     return params["lm_head"] if "lm_head" in params else params["embed_tokens"]
@@ -243,7 +247,7 @@ def hidden_states(
         mask_forward: how masks act, see `efx_jax.linear.linear`.
         compute_dtype: dtype of the matmul operands; None takes the weights'.
         dropout_rate: dropout on the adapters' inputs; acts only with a key.
-        dropout_key: PRNG key, or None.
+        dropout_key: PRNG key, or one for each row `[B]`, which then draws alike in any batch; or None.
         frozen: the base weights get no gradient, which makes the pass faster on a CPU; adapters do.
         attention_path: see `efx_jax.model.attention.choose_attention`.
         remat: what the backward pass computes again: nothing, everything but the linears' outputs, or whole blocks.
@@ -298,7 +302,7 @@ def run_blocks(
     def body(x: Array, scanned: tuple[Layer, Array, dict[str, Array]]) -> tuple[Array, Any]:
         layer, index, probes = scanned
         layer = thaw(layer, aside, index)
-        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        key = None if dropout_key is None else fold_in(dropout_key, index)
         x, taps, _ = block(x, layer, spec, options, rope, attend, key, probes)
         return x, None if observe is None else observe(jax.lax.stop_gradient(taps))
 

@@ -16,14 +16,14 @@ class Sizes:
 
     Attributes:
         linears: `[O,I]` of every linear by name.
-        heads: N and K: attention heads of queries and of keys and values.
+        heads: N and K: attention heads of queries and of keys and values; () where a head may lie on several devices.
         vocabulary: V.
         micro_batch: sequences per forward pass over all devices.
         block: consecutive inputs that must stay together on one device: 8 of a packed mask, M of an N:M pattern.
     """
 
     linears: Mapping[str, tuple[int, int]]
-    heads: tuple[int, int]
+    heads: tuple[int, ...]
     vocabulary: int
     micro_batch: int
     block: int = 8
@@ -47,8 +47,8 @@ def misfits(mesh: MeshConfig, sizes: Sizes) -> Iterator[str]:
     """Every division that leaves a rest, as a half-sentence."""
     along = mesh_sizes(mesh)
     yield from _rest("train.micro_batch (or batch_size)", sizes.micro_batch, BATCH, along)
-    yield from _rest("num_attention_heads", sizes.heads[0], ("tensor",), along)
-    yield from _rest("num_key_value_heads", sizes.heads[1], ("tensor",), along)
+    for what, count in zip(("num_attention_heads", "num_key_value_heads"), sizes.heads, strict=False):
+        yield from _rest(what, count, ("tensor",), along)
     yield from _rest("vocab_size", sizes.vocabulary, VOCABULARY, along)
     for name, (out_dim, in_dim) in sizes.linears.items():
         axes = linear_axes(name)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from efx_jax.config import MaskForward, PruneConfig
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
-from efx_jax.model.decoder import Layer, attend_within, block, embed
+from efx_jax.model.decoder import Layer, attend_within, block, embed_batch
 from efx_jax.model.layers import rope_tables
 from efx_jax.model.spec import ModelSpec
 from efx_jax.pruning.average import PruneState
@@ -91,7 +91,7 @@ def prune_blocks(
     spec, config = plan.spec, plan.config
     # The rows in the model as it was are needed by a dense path alone.
     rows = [
-        _Rows(x := embed(params, tokens), x if config.dense_path else None, real_tokens(tokens, lengths))
+        _Rows(x := embed_batch(params, tokens), x if config.dense_path else None, real_tokens(tokens, lengths))
         for tokens, lengths in map(tokens_and_lengths, batches)
     ]
     require_tokens(sum(jnp.sum(row.real) for row in rows))

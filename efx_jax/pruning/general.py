@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from efx_jax.model.attention import Implementation
-from efx_jax.model.decoder import embed, stack_layers
+from efx_jax.model.decoder import embed_batch, stack_layers
 from efx_jax.model.spec import ModelSpec
 from efx_jax.parallel.partition import constrain_tree
 from efx_jax.pruning.blockwise import block_output, observe_block
@@ -60,7 +60,7 @@ def general_importance(
     """
     cut = [tokens_and_lengths(batch) for batch in batches]
     sequences = sum(jnp.sum(lengths > 0) for _, lengths in cut)
-    hidden = [(embed(params, tokens), real_tokens(tokens, lengths)) for tokens, lengths in cut]
+    hidden = [(embed_batch(params, tokens), real_tokens(tokens, lengths)) for tokens, lengths in cut]
     require_tokens(sum(jnp.sum(real) for _, real in hidden))
     stacked = stack_layers(params, None, None)
     counts = {name: slab_counts(stacked.weights[name].shape, sparsity, "matrix") for name in names}

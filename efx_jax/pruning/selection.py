@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from efx_jax.config_prune import n_of_m
 from efx_jax.errors import InputError
+from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import LinearAxes
 
 Array = jax.Array
@@ -231,7 +232,10 @@ def drop_by_counts(score: Array, group: str, counts: Counts, axes: LinearAxes | 
     if axes is None:
         return _drop(score, counts, group, WHOLE)
     here = PartitionSpec(axes.rows, axes.columns or None)
-    local = functools.partial(_drop, group=group, split=Split(axes.rows, axes.columns))
+    # An axis of one device splits nothing.
+    mesh = active_mesh()
+    columns = tuple(axis for axis in axes.columns if mesh is None or mesh.shape[axis] > 1)
+    local = functools.partial(_drop, group=group, split=Split(axes.rows, columns))
     counts = jax.tree.map(jnp.int32, counts)
     specs = (here, PartitionSpec())
     return jax.shard_map(local, in_specs=specs, out_specs=here, check_vma=False)(score, counts)

@@ -67,7 +67,7 @@ def _generator_step(
     def draw(weights: Weights) -> dict[str, Array]:
         return draw_soft(dataclasses.replace(state.generator, weights=weights), noise_key)
 
-    def summed_nll(weights: Weights, part: Batch, _: Array) -> tuple[Array, Array]:
+    def summed_nll(weights: Weights, part: Batch) -> tuple[Array, Array]:
         masked, masked_adapters = soften(params, adapters, draw(weights), spec, space)
         return model_loss(masked, masked_adapters, None, part, noise_key, spec, options)
 

@@ -66,7 +66,7 @@ def _adapter_gradient(
 ) -> tuple[Tree, Array]:
     """The summed gradient of one batch and its number of loss-carrying tokens."""
 
-    def loss(arrays: Tree, part: Batch, _: Array) -> tuple[Array, dict[str, Array]]:
+    def loss(arrays: Tree, part: Batch) -> tuple[Array, dict[str, Array]]:
         return summed_loss(arrays, adapters, params, masks, part, jax.random.key(0), spec, options)
 
     grads, _, _ = accumulate_gradient(loss, trainable(adapters), batch, options.micro_batches)
@@ -152,7 +152,7 @@ def domain_step(
     """
     batch = {**batch, "weights": real_tokens(batch["tokens"], batch["lengths"])}
 
-    def loss(weights: dict[str, Array], part: Batch, _: Array) -> tuple[Array, Array]:
+    def loss(weights: dict[str, Array], part: Batch) -> tuple[Array, Array]:
         params = {**rest, "layers": rest["layers"] | weights}
         return model_loss(params, None, None, part, jax.random.key(0), spec, options)
 

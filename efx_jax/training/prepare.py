@@ -18,7 +18,8 @@ from efx_jax.data.tokens import Tokenized, checksum, text_windows
 from efx_jax.errors import InputError
 from efx_jax.evaluation.protocols import check_protocol
 from efx_jax.lora import Adapters
-from efx_jax.model.spec import ModelSpec, spec_from_config
+from efx_jax.model.spec import ModelSpec, linear_shapes, spec_from_config
+from efx_jax.parallel.fit import Sizes, misfits
 from efx_jax.parallel.hosts import are_alike, together
 from efx_jax.parallel.partition import tree_shardings
 from efx_jax.training.rows import Texts, calibration_texts, own_rows, read_texts, taught_texts, training_rows
@@ -171,6 +172,11 @@ def _check_teacher(config: Config, spec: ModelSpec, tokenizer: Any) -> None:
             f"distill.teacher {path}: has a context of {other.max_position_embeddings:,} tokens, expected at least "
             f"data.max_length {config.data.max_length:,}; lower that, or take another teacher"
         )
+    # It is laid out as the model is, but that its heads need not be whole: no cache of theirs is kept.
+    sizes = Sizes(linears=linear_shapes(other), heads=(), vocabulary=other.vocab_size, micro_batch=0, block=1)
+    problem = next(misfits(config.mesh, sizes), None)
+    if problem is not None:
+        raise InputError(f"distill.teacher {path}: {problem} of this mesh; take another mesh, or another teacher")
     check_same_tokens(tokenizer, load_tokenizer(path), f"distill.teacher {path}")
 
 

@@ -18,7 +18,8 @@ from efx_jax.config_io import read_config, to_yaml
 from efx_jax.errors import InputError
 from efx_jax.files import atomic_write, leftovers, refuse_unwritable
 from efx_jax.parallel.hosts import meet, start_hosts, together
-from efx_jax.parallel.mesh import make_mesh
+from efx_jax.parallel.mesh import make_mesh, mesh_sizes
+from efx_jax.parallel.partition import BATCH, axes_size
 from efx_jax.training import log
 from efx_jax.training.claim import claimed
 from efx_jax.training.determinism import ask_for_determinism
@@ -34,6 +35,7 @@ from efx_jax.training.schedule import prune_events, total_steps
 from efx_jax.training.search import cut_out, cut_report
 from efx_jax.training.start import different_settings, with_adapter
 from efx_jax.training.state import RunState
+from efx_jax.training.step import has_teacher
 from efx_jax.training.summary import print_summary, write_summary
 from efx_jax.weights.config_json import read_json
 from efx_jax.weights.expert import write_expert
@@ -107,6 +109,8 @@ def _own_folder(config: Config, output: Path) -> Iterator[None]:
                 stack.enter_context(claimed(output))
                 # Another run may have begun while this one was loading.
                 refuse_other_run(config, output)
+                if (output / "config.yaml").exists():
+                    _warn_of_other_parts(config, output)
                 atomic_write(output / "config.yaml", to_yaml(config))
         yield
 
@@ -179,6 +183,17 @@ def refuse_other_run(config: Config, output: Path) -> None:
         raise InputError(
             f"{output}: holds a run with other settings ({', '.join(differing)}); choose another --output, or remove "
             "that folder"
+        )
+
+
+def _warn_of_other_parts(config: Config, output: Path) -> None:
+    """Says where a run goes on that reads, of every part of a batch, some rows, and the parts are others by now."""
+    before, now = (axes_size(BATCH, mesh_sizes(each.mesh)) for each in (read_config(output / "config.yaml"), config))
+    if before != now and config.train.micro_tokens and has_teacher(config) and config.distill.row_share < 1:
+        warnings.warn(
+            f"{output}: began on mesh.data x mesh.fsdp {before}, found {now}: train.micro_tokens cuts batches "
+            "otherwise there, so that the teacher reads other rows from here on",
+            stacklevel=2,
         )
 
 

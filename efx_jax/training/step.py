@@ -104,7 +104,9 @@ def summed_loss(
     """The summed loss of one micro-batch, differentiable in `arrays` (see `trainable`), and its parts.
 
     Args:
-        batch: with a teacher also `taught` float `[B,T]`, see `taught_weights`.
+        batch: with dropout also `row` int `[B]`, a row's number in the whole batch; with a teacher also `taught` float
+            `[B,T]`, see `taught_weights`.
+        key: PRNG key of dropout, into which every row's number is folded.
 
     Returns:
         nll, with a teacher plus the weighted divergence; and the sums `nll`, `entropy` and, with a teacher,
@@ -156,6 +158,9 @@ def _hidden(
     options: StepOptions,
     frozen: bool,
 ) -> Array:
+    row_keys = None
+    if options.dropout_rate:
+        row_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(batch["row"])
     return hidden_states(
         params,
         batch["tokens"],
@@ -167,7 +172,7 @@ def _hidden(
         mask_forward=options.mask_forward,
         compute_dtype=options.compute_dtype,
         dropout_rate=options.dropout_rate,
-        dropout_key=key if options.dropout_rate else None,
+        dropout_key=row_keys,
         remat=options.remat,
         attention_path=options.attention_path,
         frozen=frozen,
@@ -175,12 +180,12 @@ def _hidden(
 
 
 def accumulate_gradient(
-    loss: Callable[[Any, Batch, Array], tuple[Array, Any]], arrays: Any, batch: Batch, micro_batches: int
+    loss: Callable[[Any, Batch], tuple[Array, Any]], arrays: Any, batch: Batch, micro_batches: int
 ) -> tuple[Any, Array, Any]:
     """The gradient of a summed loss, in as many passes as the memory asks for.
 
     Args:
-        loss: (arrays, micro-batch, its number) -> (loss, other sums over its tokens, any tree).
+        loss: (arrays, micro-batch) -> (loss, other sums over its tokens, any tree).
         arrays: what the gradient is by.
         batch: arrays `[B,...]`.
         micro_batches: number of passes; must divide B.
@@ -189,15 +194,14 @@ def accumulate_gradient(
         (gradient like `arrays` in float32, loss, the other sums), over the whole batch.
     """
     micro = jax.tree.map(lambda x: _micro_batches(x, micro_batches), dict(batch))
-    numbered = (micro, jnp.arange(micro_batches))
 
-    def accumulate(total: tuple[Any, Array, Any], scanned: tuple[Batch, Array]) -> tuple[Any, None]:
-        (value, others), grads = jax.value_and_grad(loss, has_aux=True)(arrays, *scanned)
+    def accumulate(total: tuple[Any, Array, Any], part: Batch) -> tuple[Any, None]:
+        (value, others), grads = jax.value_and_grad(loss, has_aux=True)(arrays, part)
         return jax.tree.map(jnp.add, total, (grads, value, others)), None
 
-    sums = jax.eval_shape(loss, arrays, *jax.tree.map(lambda x: x[0], numbered))
+    sums = jax.eval_shape(loss, arrays, jax.tree.map(lambda x: x[0], micro))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (arrays, *sums))
-    return jax.lax.scan(accumulate, zeros, numbered)[0]
+    return jax.lax.scan(accumulate, zeros, micro)[0]
 
 
 def _step(
@@ -214,7 +218,7 @@ def _step(
     """One update of the adapters.
 
     Losses and gradients are summed over the micro-batches in float32 and divided once by the number of tokens that
-    carry loss, so that accumulation equals one large batch, but for what is drawn: dropout, and what a teacher reads.
+    carry loss, so that accumulation equals one large batch, but for which rows a teacher reads: a share of each part.
 
     Args:
         state: the state; its buffers are consumed.
@@ -234,17 +238,15 @@ def _step(
         `divergence` from it (nats per token that it taught).
     """
     arrays = trainable(state.adapters)
-    step_key = jax.random.fold_in(key, state.step)
+    dropout_key, row_key, token_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
+    batch = {**batch, "row": jnp.arange(batch["lengths"].shape[0])}
     if teacher is not None:
-        draw = jax.random.fold_in(step_key, options.micro_batches)
-        rows = taught_rows(batch, jax.random.fold_in(draw, 1), options.teacher_row_share, options.micro_batches)
+        rows = taught_rows(batch, row_key, options.teacher_row_share, options.micro_batches)
         weight, share, prefix = options.teacher_weight, options.teacher_share, options.teacher_prefix_share
-        taught = taught_weights(batch, draw, weight, share, rows, prefix)
-        batch = {**batch, "taught": taught}
+        batch["taught"] = taught_weights(batch, token_key, weight, share, rows, prefix)
 
-    def loss(arrays: Any, part: Batch, index: Array) -> tuple[Array, dict[str, Array]]:
-        part_key = jax.random.fold_in(step_key, index)
-        return summed_loss(arrays, state.adapters, params, masks, part, part_key, spec, options, teacher)
+    def loss(arrays: Any, part: Batch) -> tuple[Array, dict[str, Array]]:
+        return summed_loss(arrays, state.adapters, params, masks, part, dropout_key, spec, options, teacher)
 
     grads, _, sums = accumulate_gradient(loss, arrays, batch, options.micro_batches)
     count = jnp.maximum(jnp.sum(batch["weights"]), 1.0)

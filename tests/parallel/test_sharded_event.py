@@ -192,6 +192,23 @@ def test_events_block_by_block_are_those_of_one_device(
     assert_lies_as_before(found, mesh)
 
 
+def test_a_second_event_on_a_mesh_compiles_nothing(params: Any, batches: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Outside of `jit` a `shard_map`, such as that of the embedding, would be compiled for every batch."""
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    tree = jax.device_put(params, tree_shardings(mesh, {"params": params})["params"])
+    config = PruneConfig(sparsity=0.5, recovery="admm", admm_steps=2)
+
+    def event() -> None:
+        prune_event_blockwise(tree, None, None, batches, None, SPEC, config)
+
+    with jax.set_mesh(mesh):
+        event()
+        with jax.log_compiles():
+            caplog.clear()
+            event()
+    assert not [record.message for record in caplog.records if "ompiling" in record.message]
+
+
 def test_units_change_places_on_a_mesh_as_on_one_device(params: Any, adapters: Adapters, stats: Any) -> None:
     config = PruneConfig(group="2:4", recovery="admm")
     order = find_order(params, adapters, stats, SPEC, config)

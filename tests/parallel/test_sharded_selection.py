@@ -124,6 +124,9 @@ def test_slabs_on_a_mesh_are_those_of_one_device() -> None:
             np.testing.assert_array_equal(found, select_mask(jnp.asarray(values), 0.3, "slab"), err_msg=name)
         with pytest.raises(InputError, match="expected whole slabs of 128 inputs on every device, found 150"):
             compiled("down_proj", "slab")(jax.device_put(scores), counts)
+    with jax.set_mesh(make_mesh(MeshConfig(4, 2, 1))):
+        found = compiled("down_proj", "slab")(jax.device_put(scores), counts)
+    np.testing.assert_array_equal(found, select_mask(jnp.asarray(scores), 0.3, "slab"))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from efx_jax.training.start import unpruned
 from efx_jax.training.state import init_train_state, trainable
 from efx_jax.training.step import StepOptions, Teacher, has_teacher, summed_loss, train_step, without_silent_tail
 from efx_jax.weights.hf import save_pretrained
-from tests.tiny import LLAMA
+from tests.tiny import LLAMA, save_tokenizer
 
 SPEC = dataclasses.replace(LLAMA, vocab_size=31)
 SMALLER = dataclasses.replace(SPEC, hidden_size=8, num_layers=1)
@@ -322,6 +322,22 @@ def test_a_teacher_that_reads_shorter_rows_than_training_has_is_refused(
     launch(tmp_path / "run", "--distill.teacher", str(tmp_path / "short"), code=2)
     told = capsys.readouterr().err.strip()
     assert "has a context of 16 tokens, expected at least data.max_length 32" in told
+
+
+def test_a_teacher_that_the_mesh_does_not_divide_is_refused_before_the_base_is_read(
+    launch: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = dataclasses.replace(LLAMA, vocab_size=24, intermediate_size=50)
+    save_pretrained(tmp_path / "odd", init_params(KEY, odd), odd)
+    even = dataclasses.replace(LLAMA, vocab_size=24, intermediate_size=48)
+    save_pretrained(tmp_path / "even", init_params(KEY, even), even)
+    save_tokenizer(tmp_path / "even")
+    monkeypatch.setattr("efx_jax.training.prepare.load_pretrained", None)
+    flags = ("--model.path", str(tmp_path / "even"), "--mesh.fsdp", "4", "--train.batch_size", "4")
+    launch(tmp_path / "run", "--distill.teacher", str(tmp_path / "odd"), *flags, code=2)
+    told = capsys.readouterr().err.strip()
+    assert f"{tmp_path / 'odd'}: the output width of gate_proj: 50 does not divide into 4" in told
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_whose_ids_mean_other_tokens_is_refused(

@@ -163,6 +163,20 @@ def test_dropout_depends_on_seed_and_step_alone(spec, params, adapters, batch) -
     assert len({loss(0, 3), loss(0, 4), loss(1, 3)}) == 3
 
 
+def test_a_row_draws_the_same_dropout_in_any_micro_batch(spec, params, adapters, batch) -> None:
+    """So that neither memory nor mesh has a say in what is learned."""
+    losses, moved = [], []
+    for micro_batches in (1, 2, 4):
+        options = dataclasses.replace(OPTIONS, dropout_rate=0.3, micro_batches=micro_batches)
+        state, metrics = train_step(fresh(adapters), params, None, batch, KEY, spec, TX, options)
+        losses.append(float(metrics["loss"]))
+        moved.append(state.adapters.lora_b["up_proj"])
+    plain = train_step(fresh(adapters), params, None, batch, KEY, spec, TX, OPTIONS)[1]["loss"]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6) and abs(losses[0] - float(plain)) > 1e-4
+    for other in moved[1:]:
+        np.testing.assert_allclose(other, moved[0], rtol=1e-4, atol=1e-6)
+
+
 def test_micro_batches_draw_different_dropout(spec, params, adapters, examples) -> None:
     """Two equal halves of which one carries loss: the same dropout in both would give the same loss."""
     options = dataclasses.replace(OPTIONS, dropout_rate=0.3, micro_batches=2)
