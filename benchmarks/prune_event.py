@@ -30,11 +30,13 @@ from random_model import MODELS, RANK, peak_memory, random_adapters, random_mask
 from rows import keep, row
 
 from efx_jax.config import PruneConfig, Recovery
+from efx_jax.config_event import needs_gram
 from efx_jax.model.attention import choose_attention
+from efx_jax.model.decoder import LinearOptions
 from efx_jax.model.spec import ModelSpec, linear_shapes, spec_from_config
 from efx_jax.pruning.blockwise import prune_event_blockwise
 from efx_jax.pruning.event import block_before, prune_event, prune_one
-from efx_jax.pruning.event_plan import needs_gram, plan_event
+from efx_jax.pruning.event_plan import plan_event
 from efx_jax.pruning.statistics import Statistics, batch_statistics, collect_statistics
 from efx_jax.training.accounting import event_flops
 from efx_jax.training.devices import find_device
@@ -177,7 +179,7 @@ def made_up_statistics(params: Mapping[str, Any], spec: ModelSpec) -> Statistics
     """One block's statistics: every energy 1, every Gram the identity."""
     tokens, lengths = jnp.zeros((1, 8), jnp.int32), jnp.full(1, 8)
     shapes: Any = jax.eval_shape(
-        lambda params: batch_statistics(params, tokens, lengths, spec, None, None, gram=True), params
+        lambda params: batch_statistics(params, tokens, lengths, spec, None, None, LinearOptions(), "xla", True), params
     )
     return Statistics(
         energy={name: jnp.ones(leaf.shape[1:], jnp.float32) for name, leaf in shapes.energy.items()},

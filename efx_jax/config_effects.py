@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Collection
 
 from efx_jax.config import Config
+from efx_jax.config_event import ACROSS_ROWS, reads_importance
 from efx_jax.config_values import setting_types
 from efx_jax.errors import FallbackWarning
 
@@ -36,7 +37,8 @@ def idle_settings(config: Config) -> dict[str, str]:
         sections = ("prune", "atp", "distill")
         method = [name for name in setting_types() if name.partition(".")[0] in sections and name != "prune.sparsity"]
         return dict.fromkeys(method, "prune.sparsity above 0")
-    within_rows = prune.group not in ("matrix", "slab", "bounded")
+    within_rows = prune.group not in ACROSS_ROWS
+    reads_loss = prune.score == "foresight_loss" and reads_importance(prune)
     parts: list[tuple[bool, str, str]] = [
         (prune.schedule != "fractions", "prune.schedule fractions", "prune.fractions"),
         (prune.schedule != "cubic", "prune.schedule cubic", "prune.events prune.ramp"),
@@ -45,9 +47,13 @@ def idle_settings(config: Config) -> dict[str, str]:
         (prune.budget != "global", "prune.budget global", "prune.budget_spread"),
         (prune.budget != "owl", "prune.budget owl", "prune.owl_lambda prune.owl_multiple"),
         (prune.score != "ria", "prune.score ria", "prune.ria_power"),
-        (prune.score != "foresight_loss", "prune.score foresight_loss", "prune.gradient_labels prune.reach_shrink"),
         (
-            prune.score != "foresight_loss" and prune.budget == "uniform" and not prune.permute,
+            not reads_loss,
+            "prune.score foresight_loss with entries that compare across rows",
+            "prune.gradient_labels prune.reach_shrink",
+        ),
+        (
+            not (reads_loss or prune.budget != "uniform" or prune.permute),
             "prune.score foresight_loss, prune.permute or another prune.budget than uniform",
             "prune.survey_share",
         ),

@@ -1,12 +1,11 @@
 """Which settings of the pruning make sense, and which exclude each other."""
 
-import dataclasses
 import itertools
-import re
 from collections.abc import Iterable
 from typing import Any, get_args
 
 from efx_jax.config import Budget, GradientLabels, MaskForward, PruneConfig, Recovery, Score, TrainConfig
+from efx_jax.config_event import ACROSS_ROWS, n_of_m
 from efx_jax.errors import InputError
 from efx_jax.rounding import round_up
 
@@ -159,29 +158,9 @@ def _pattern_rules(prune: PruneConfig) -> Iterable[Rule]:
     ]
 
 
-def without_recovery(prune: PruneConfig) -> PruneConfig:
-    """The same event, which only masks."""
-    return dataclasses.replace(prune, recovery="none", pbs_rounds=0, dense_path=0.0)
-
-
-def surveyed_rows(prune: PruneConfig) -> int:
-    """Calibration rows of the passes that only gradients and budgets need."""
-    share = round_up(prune.survey_share * prune.calibration_rows)
-    return min(max(share, len(prune.calibration)), prune.calibration_rows)
-
-
 def epochs_begun(train: TrainConfig) -> int:
     """Epochs of a run, at least one; the last may be a part of one."""
     return max(1, round_up(train.epochs))
-
-
-def n_of_m(group: str) -> tuple[int, int] | None:
-    """N and M of a comparison group "N:M" (N of M consecutive inputs stay), None for any other text."""
-    match = re.fullmatch(r"(\d+):(\d+)", group)
-    if not match:
-        return None
-    kept, block = int(match[1]), int(match[2])
-    return (kept, block) if 1 <= kept < block else None
 
 
 def target_rule(setting: str, targets: tuple[str, ...], may_be_empty: bool = False) -> Rule:
@@ -195,7 +174,7 @@ def target_rule(setting: str, targets: tuple[str, ...], may_be_empty: bool = Fal
 
 def _range_rules(prune: PruneConfig) -> Iterable[Rule]:
     pattern = n_of_m(prune.group)
-    is_group = prune.group in ("row", "matrix", "slab", "bounded") or pattern is not None
+    is_group = prune.group in ("row", *ACROSS_ROWS) or pattern is not None
     rules: list[Rule] = [
         ("prune.sparsity", prune.sparsity, 0 <= prune.sparsity < 1, "in [0, 1)"),
         ("prune.group", prune.group, is_group, "row, matrix, slab, bounded, or N:M with N < M such as 2:4"),

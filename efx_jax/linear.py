@@ -75,7 +75,7 @@ def linear(
         compute_dtype: dtype of the matmul operands; None takes the dtype of W.
         dropout_rate: share of the adapter's inputs set to zero (training only).
         dropout_key: PRNG key of the dropout, or one for each row `[B]` of x `[B,...,I]`; None means no dropout.
-        axes: how it lies on the active mesh (`jax.set_mesh`); None: not at all.
+        axes: how this linear is sharded over the active mesh (`jax.set_mesh`); None on a single device.
 
     Returns:
         y `[...,O]`.
@@ -255,7 +255,7 @@ def _sum(values: Array, axes: tuple[str, ...]) -> Array:
 
 
 def _sum_rows(how: _How, rows: Array) -> Array:
-    """This device's own rows of a matrix that every device holds a part of the sum of."""
+    """Sums the devices' partial results and keeps this device's rows: a reduce-scatter over `fsdp`."""
     if how.axes is None:
         return rows
     batch = set(how.axes.batch)

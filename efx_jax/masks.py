@@ -62,6 +62,6 @@ def mask_shapes(weights: Mapping[str, Any], names: Iterable[str]) -> dict[str, j
 
 @jax.jit
 def count_kept(mask: Array) -> Array:
-    """Entries kept by a mask `[L,O,I]` or `[L,O,ceil(I/8)]`, by layer: int32 `[L]` (all layers may overflow it)."""
+    """Entries kept by a mask `[L,O,I]` or `[L,O,ceil(I/8)]`, by layer: int32 `[L]` (their sum may overflow it)."""
     kept = mask if mask.dtype == jnp.bool_ else jax.lax.population_count(mask)
     return jnp.sum(kept, axis=tuple(range(1, mask.ndim)), dtype=jnp.int32)

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from efx_jax.config import Config
-from efx_jax.config_prune import n_of_m, validate_prune
+from efx_jax.config_event import n_of_m
+from efx_jax.config_prune import validate_prune
 from efx_jax.config_rules import validate
 from efx_jax.config_values import replace_values
 from efx_jax.errors import InputError

@@ -258,7 +258,11 @@ def test_epochs_beside_the_steps_of_a_file_are_warned_of(write):
         (["--prune.row-targets", "v_proj"], "prune.group matrix, slab or bounded"),
         (["--prune.owl_lambda", "0.1"], "prune.budget owl"),
         (["--prune.admm_steps", "5"], "prune.recovery admm"),
-        (["--prune.reach_shrink", "0.5"], "prune.score foresight_loss"),
+        (["--prune.reach_shrink", "0.5"], "prune.score foresight_loss with entries that compare across rows"),
+        (
+            ["--prune.gradient_labels", "text", "--prune.score", "foresight_loss", "--prune.ema", "1"],
+            "prune.score foresight_loss with entries that compare across rows",
+        ),
         (["--atp.learning_rate", "0.1"], "prune.score atp"),
         (["--distill.row_share", "0.5"], "distill.teacher"),
         (["--eval.runs", "2"], "eval.protocol sampled"),

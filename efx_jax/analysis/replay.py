@@ -15,15 +15,15 @@ import numpy as np
 
 from efx_jax.analysis.blocks import BlockView, Model, walk
 from efx_jax.config import GRADIENT_SCORES, PruneConfig
-from efx_jax.config_prune import without_recovery
+from efx_jax.config_event import matrix_group, needs_gram, reads_importance, without_recovery
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters, effective_weight
 from efx_jax.masks import unpack_mask
 from efx_jax.pruning.average import prunable
-from efx_jax.pruning.block import block_scores, matrix_group
+from efx_jax.pruning.block import block_scores
 from efx_jax.pruning.budget import budget_statistics
 from efx_jax.pruning.event import block_before, block_importance, prune_one
-from efx_jax.pruning.event_plan import EventPlan, needs_gram, plan_event, reads_importance
+from efx_jax.pruning.event_plan import EventPlan, plan_event
 from efx_jax.pruning.output_gradient import output_gradient_energy
 from efx_jax.pruning.selection import drop_by_counts
 from efx_jax.pruning.statistics import INPUT_OF, Statistics, block_statistics

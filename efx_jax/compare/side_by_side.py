@@ -7,7 +7,7 @@ from typing import Any
 from efx_jax.compare.paired import Windows, perplexity_ratio
 from efx_jax.compare.rows import Row, spread
 from efx_jax.compare.settings import Comparison
-from efx_jax.config_prune import n_of_m
+from efx_jax.config_event import n_of_m
 from efx_jax.evaluation.scores import Interval
 
 

@@ -80,12 +80,15 @@ def _moved_by_float32(array: Array) -> bool:
 
 
 def from_bits(array: Array, dtype: Any) -> Array:
-    """Numbers of this dtype again."""
+    """The inverse of `to_bits`: numbers of this dtype again."""
     return jax.lax.bitcast_convert_type(array, dtype) if array.dtype == jnp.uint16 else array
 
 
 def freeze(layers: Layer) -> tuple[Layer, dict[str, Array]]:
-    """Stacked blocks whose weights nobody differentiates: what a scan slices well, and the weights left to `thaw`."""
+    """Splits blocks that nobody differentiates into what a scan slices cheaply, and 16-bit weights on a CPU.
+
+    Those `thaw` slices inside the loop.
+    """
     weights = {name: jax.lax.stop_gradient(weight) for name, weight in layers.weights.items()}
     aside = {name: weight for name, weight in weights.items() if _moved_by_float32(weight)}
     others = {name: weight for name, weight in weights.items() if name not in aside}
@@ -93,10 +96,10 @@ def freeze(layers: Layer) -> tuple[Layer, dict[str, Array]]:
 
 
 def thaw(layer: Layer, aside: Mapping[str, Array], index: Array | int) -> Layer:
-    """Block number `index` whole again; for use inside the scan."""
+    """Block `index` with the weights that `freeze` has set aside; for use inside the scan."""
     if not aside:
         return layer
-    # The barrier holds the way by float32 inside the loop: in front of it, it is that of all blocks.
+    # Without the barrier XLA moves the conversion to float32 out of the loop, and converts all blocks at once.
     index, aside = jax.lax.optimization_barrier((index, dict(aside)))
     found = {name: jax.lax.dynamic_index_in_dim(weights, index, keepdims=False) for name, weights in aside.items()}
     return dataclasses.replace(layer, weights=layer.weights | found)
@@ -280,7 +283,7 @@ def run_blocks(
     probes: Mapping[str, Array] | None = None,
     observe: Callable[[dict[str, Array]], Any] | None = None,
 ) -> tuple[Array, Any]:
-    """Embedding, all blocks under one scan and the last norm, for whoever looks inside: `hidden_states` does not.
+    """Embedding, all blocks in one scan and the last norm; in place of `hidden_states` to observe or probe blocks.
 
     Args:
         layers: all blocks, see `stack_layers`.

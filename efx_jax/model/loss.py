@@ -13,7 +13,7 @@ from efx_jax.einsum import dot
 from efx_jax.parallel.partition import VOCABULARY, Axes, active_batch_axes
 
 Array = jax.Array
-_CHUNK_TOKENS = 512
+CHUNK_TOKENS = 512
 # A token is drawn by the sums of so many probabilities at a time, or half as many and so on down to the least, then
 # among those of one sum.
 _DRAWN_TOGETHER, _LEAST_TOGETHER = 256, 32
@@ -182,7 +182,7 @@ def by_chunks(
     dtype: Any,
     terms: int,
 ) -> tuple[Array, Array]:
-    """Sums over the positions that carry weight, and their gradient, some hundred positions at a time.
+    """Runs `chunk` over the positions that carry weight, 512 at a time; the sums, and their gradient.
 
     Args:
         chunk: (weights `[t]`, hidden states `[t,D]`, the others `[t,...]`) -> (`terms` sums, d sum / d hidden `[t,D]`).
@@ -197,7 +197,7 @@ def by_chunks(
     """
     flat = weights.reshape(-1)
     order = jnp.argsort(flat == 0, stable=True)
-    order = jnp.pad(order, (0, -flat.size % _CHUNK_TOKENS))
+    order = jnp.pad(order, (0, -flat.size % CHUNK_TOKENS))
     chosen = jnp.where(jnp.arange(order.size) < flat.size, flat[order], 0.0)
     states = hidden.reshape(flat.size, -1)[order].astype(dtype)
     ordered = [other.reshape(flat.size, *other.shape[2:])[order] for other in others]
@@ -205,16 +205,16 @@ def by_chunks(
     def add(index: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         sums, d_states = carry
         take = functools.partial(
-            jax.lax.dynamic_slice_in_dim, start_index=index * _CHUNK_TOKENS, slice_size=_CHUNK_TOKENS
+            jax.lax.dynamic_slice_in_dim, start_index=index * CHUNK_TOKENS, slice_size=CHUNK_TOKENS
         )
         weight = take(chosen)
         # The last chunk is filled up with skipped positions, whose states may be anything.
         x = jnp.where(weight[:, None] > 0, take(states), 0)
         found, d_x = chunk(weight, x, *(take(other) for other in ordered))
-        d_states = jax.lax.dynamic_update_slice(d_states, d_x.astype(states.dtype), (index * _CHUNK_TOKENS, 0))
+        d_states = jax.lax.dynamic_update_slice(d_states, d_x.astype(states.dtype), (index * CHUNK_TOKENS, 0))
         return sums + found, d_states
 
-    chunks = (jnp.sum(flat > 0) + _CHUNK_TOKENS - 1) // _CHUNK_TOKENS
+    chunks = (jnp.sum(flat > 0) + CHUNK_TOKENS - 1) // CHUNK_TOKENS
     sums, d_states = jax.lax.fori_loop(0, chunks, add, (jnp.zeros(terms, jnp.float32), jnp.zeros_like(states)))
     places = jnp.argsort(order[: flat.size])
     return sums, d_states[places].reshape(hidden.shape).astype(hidden.dtype)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from efx_jax.config import GRADIENT_SCORES, PruneConfig
+from efx_jax.config import PruneConfig
+from efx_jax.config_event import keeps_scores
 from efx_jax.lora import Adapters, effective_weight
 from efx_jax.model.decoder import Layer
 from efx_jax.model.spec import LINEARS
@@ -32,21 +33,6 @@ class PruneState:
     snapshots: dict[str, Array]
     score: dict[str, tuple[Array, ...]]
     key: Array
-
-
-def refits_base(config: PruneConfig) -> bool:
-    """Whether the recovery writes new base weights, the adapters starting again at B = 0."""
-    return config.recovery in ("admm", "obs")
-
-
-def moves_base(config: PruneConfig) -> bool:
-    """Whether an event rewrites the base weights."""
-    return config.merge_each_event or refits_base(config)
-
-
-def keeps_scores(config: PruneConfig) -> bool:
-    """Whether a moving average is kept as it is: no snapshot brings back a base that has moved, or a gradient."""
-    return moves_base(config) or config.score in GRADIENT_SCORES
 
 
 def init_prune_state(

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from efx_jax.config import GRADIENT_SCORES, PruneConfig
+from efx_jax.config_event import matrix_group, moves_base
 from efx_jax.lora import effective_weight, init_lora_matrices, merge_linears
 from efx_jax.masks import pack_mask
 from efx_jax.model.decoder import Layer
 from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import constrain_tree, linear_axes, split_rows
-from efx_jax.pruning.average import Memory, moves_base, moving_average, prunable
+from efx_jax.pruning.average import Memory, moving_average, prunable
 from efx_jax.pruning.block_recovery import inverses, recover_block, recovery_targets
 from efx_jax.pruning.scores import activation_reach, loss_reach, matrix_score, weight_reach
 from efx_jax.pruning.selection import Counts, drop_by_counts, parse_pattern
@@ -23,11 +24,6 @@ from efx_jax.pruning.statistics import INPUT_OF, Statistics
 from efx_jax.pruning.swaps import swap_mask
 
 Array = jax.Array
-
-
-def matrix_group(name: str, config: PruneConfig) -> str:
-    """The comparison group of one matrix."""
-    return "row" if name in config.row_targets and config.group in ("matrix", "slab", "bounded") else config.group
 
 
 def effective_weights(layer: Layer, scale: float) -> dict[str, Array]:

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from efx_jax.config import PruneConfig
+from efx_jax.config_event import refits_base
 from efx_jax.einsum import einsum
 from efx_jax.masks import unpack_mask
 from efx_jax.model.decoder import Layer
 from efx_jax.parallel.partition import constrain_tree, split_rows
 from efx_jax.pruning.adapter_refit import alternate_a, spectral_a, with_norms_of
-from efx_jax.pruning.average import refits_base
 from efx_jax.pruning.recovery import admm_refit, dense_path_shift, gram_brain_surgeon, partial_brain_surgeon
 from efx_jax.pruning.selection import parse_pattern
 from efx_jax.pruning.sparsegpt import Inverse, Sweep, inverse_factor, obs_by_factor
@@ -55,28 +55,34 @@ def recover_block(
         return _refit_base(layer, targets, masks, swept, stats, config)
     lora_a, lora_b = dict(layer.lora_a), dict(layer.lora_b)
     # In an order that all processes share: each traces the program for itself.
-    for name in (name for name in masks if name in lora_b):
+    for name in [name for name in masks if name in lora_b]:
+        u, mask, a, target = effective[name], masks[name], lora_a[name], targets[name]
         if config.recovery == "pbs":
-            energy = stats.energy[INPUT_OF[name]]
             with jax.named_scope("partial_brain_surgeon"):
-                delta = split_rows(
-                    lambda u, mask, a, e: partial_brain_surgeon(u, a, mask, e, config.ridge),
-                    name,
-                    (effective[name], masks[name]),
-                    (lora_a[name], energy),
-                )
+                delta = _partial_surgeon(name, u, a, mask, stats.energy[INPUT_OF[name]], config)
             lora_b[name] = lora_b[name] + delta / scale
-            continue
-        gram, target = stats.input_gram(name), targets[name]
-        with jax.named_scope("gram_brain_surgeon"):
-            if config.pbs_rounds:
+        elif config.pbs_rounds:
+            with jax.named_scope("gram_brain_surgeon"):
                 base = layer.weights[name].astype(jnp.float32)
-                lora_a[name], new = _refit_adapter(name, base, lora_a[name], masks[name], gram, target, config)
-                lora_b[name] = new / scale
-            else:
-                delta = _gram_surgeon(name, effective[name], lora_a[name], masks[name], gram, target, config)
-                lora_b[name] = lora_b[name] + delta / scale
+                lora_a[name], new = _refit_adapter(name, base, a, mask, stats.input_gram(name), target, config)
+            lora_b[name] = new / scale
+        else:
+            with jax.named_scope("gram_brain_surgeon"):
+                delta = _gram_surgeon(name, u, a, mask, stats.input_gram(name), target, config)
+            lora_b[name] = lora_b[name] + delta / scale
     return dataclasses.replace(layer, lora_a=lora_a, lora_b=lora_b), masks
+
+
+def _partial_surgeon(
+    name: str, weight: Array, lora_a: Array, mask: Array, input_energy: Array, config: PruneConfig
+) -> Array:
+    """The change `[O,R]` of scale * B by the paper's eq. 4."""
+    return split_rows(
+        lambda u, mask, a, energy: partial_brain_surgeon(u, a, mask, energy, config.ridge),
+        name,
+        (weight, mask),
+        (lora_a, input_energy),
+    )
 
 
 def _gram_surgeon(

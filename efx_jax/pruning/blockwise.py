@@ -13,21 +13,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from efx_jax.config import MaskForward, PruneConfig
+from efx_jax.config import PruneConfig
+from efx_jax.config_event import needs_gram
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
-from efx_jax.model.decoder import Layer, attend_within, block, embed_batch
+from efx_jax.model.decoder import Layer, LinearOptions, attend_within, block, embed_batch
 from efx_jax.model.layers import rope_tables
 from efx_jax.model.spec import ModelSpec
 from efx_jax.pruning.average import PruneState
 from efx_jax.pruning.budget import budget_statistics
 from efx_jax.pruning.event import Block, assemble, block_before, prune_one, stack_blocks
-from efx_jax.pruning.event_plan import EventPlan, needs_gram, plan_event
+from efx_jax.pruning.event_plan import EventPlan, plan_event
 from efx_jax.pruning.statistics import (
     Statistics,
     add_up,
     block_statistics,
-    layer_options,
     real_tokens,
     require_tokens,
     tokens_and_lengths,
@@ -89,45 +89,44 @@ def prune_blocks(
         InputError: no real token.
     """
     spec, config = plan.spec, plan.config
-    # The rows in the model as it was are needed by a dense path alone.
-    rows = [
-        _Rows(x := embed_batch(params, tokens), x if config.dense_path else None, real_tokens(tokens, lengths))
-        for tokens, lengths in map(tokens_and_lengths, batches)
-    ]
+    rows = []
+    for tokens, lengths in map(tokens_and_lengths, batches):
+        x = embed_batch(params, tokens)
+        rows.append(_Rows(x, x if config.dense_path else None, real_tokens(tokens, lengths)))
     require_tokens(sum(jnp.sum(row.real) for row in rows))
+    options = LinearOptions(scale=plan.scale, mask_forward=config.mask_forward, compute_dtype=compute_dtype)
+    # As it will be shipped: always through the exact mask.
+    shipped = dataclasses.replace(options, mask_forward="exact")
     observe = functools.partial(
         observe_block,
         spec=spec,
-        gram=needs_gram(config),
-        scale=plan.scale,
-        mask_forward=config.mask_forward,
-        compute_dtype=compute_dtype,
+        options=options,
         attention_path=attention_path,
+        gram=needs_gram(config),
+        moves_on=not config.sequential,
     )
-    output = functools.partial(
-        block_output, spec=spec, scale=plan.scale, compute_dtype=compute_dtype, attention_path=attention_path
-    )
+    output = functools.partial(block_output, spec=spec, attention_path=attention_path)
     finished = iter(done)
     for index in range(spec.num_layers):
         layer, memory = block_before(plan, index)
         pruned = next(finished, None)
         if pruned is None:
-            pruned = prune_one(plan, index, layer, _observe(rows, layer, observe, config), memory)
+            pruned = prune_one(plan, index, layer, _observe(rows, layer, observe), memory)
         else:
-            _pass_by(rows, layer, output, config)
+            _pass_by(rows, layer, functools.partial(output, options=options), config)
         yield pruned
-        if config.sequential:
-            # As it will be shipped: always through the exact mask.
+        if config.sequential and index + 1 < spec.num_layers:
             after = dataclasses.replace(pruned[0], weights=layer.weights | pruned[0].weights)
             for row in rows:
-                row.x = output(row.x, after, mask_forward="exact")
+                row.x = output(row.x, after, options=shipped)
 
 
 @dataclasses.dataclass(eq=False)
 class _Rows:
-    """A calibration batch on its way: what reaches the next block `[B,T,D]`, and what would in the model as it was.
+    """One calibration batch: the hidden states `[B,T,D]` that enter the next block, and those of the model as it was.
 
-    These are the largest arrays of an event, so each takes the place of the one before it. `real`: float32 `[B,T]`.
+    These are the largest arrays of an event, so each takes the place of the one before it. `dense` is None without
+    `dense_path`. `real`: float32 `[B,T]`, 1 for real tokens.
     """
 
     x: Array
@@ -136,14 +135,14 @@ class _Rows:
 
 
 def _observe(
-    rows: list[_Rows], layer: Layer, observe: Callable[..., tuple[Array, Array | None, Statistics]], config: PruneConfig
+    rows: list[_Rows], layer: Layer, observe: Callable[..., tuple[Array | None, Array | None, Statistics]]
 ) -> Statistics:
     """A block's statistics. The rows go on behind the block as it was; under `sequential` they wait for the new one."""
 
     def seen() -> Iterator[Statistics]:
         for row in rows:
             output, row.dense, stats = observe(row.x, row.dense, row.real, layer)
-            row.x = row.x if config.sequential else output
+            row.x = row.x if output is None else output
             yield stats
 
     total: Statistics = add_up(seen())
@@ -151,29 +150,27 @@ def _observe(
 
 
 def _pass_by(rows: list[_Rows], layer: Layer, output: Callable[..., Array], config: PruneConfig) -> None:
-    """The same on the way past a block that is pruned already."""
+    """Advances the rows past a block that an earlier attempt has already pruned."""
     for row in rows:
         if config.dense_path:
-            row.dense = output(row.dense, layer, mask_forward=config.mask_forward)
+            row.dense = output(row.dense, layer)
         elif not config.sequential:
-            row.x = output(row.x, layer, mask_forward=config.mask_forward)
+            row.x = output(row.x, layer)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("spec", "gram", "scale", "mask_forward", "compute_dtype", "attention_path")
-)
+@functools.partial(jax.jit, static_argnames=("spec", "attention_path", "gram", "moves_on"))
 def observe_block(
     x: Array,
     dense: Array | None,
     real: Array,
     layer: Layer,
     spec: ModelSpec,
-    gram: bool,
-    scale: float,
-    mask_forward: MaskForward,
-    compute_dtype: Any,
+    options: LinearOptions,
     attention_path: Implementation,
-) -> tuple[Array, Array | None, Statistics]:
+    *,
+    gram: bool,
+    moves_on: bool,
+) -> tuple[Array | None, Array | None, Statistics]:
     """One block's outputs and statistics on the hidden states `[B,T,D]` that reach it.
 
     Args:
@@ -181,33 +178,29 @@ def observe_block(
         dense: those behind unpruned blocks, for `Statistics.cross`, or None.
         real: float32 `[B,T]`, 1 for real tokens.
         layer: the block before the event.
-
-    The other arguments are those of `prune_event_blockwise`.
+        spec: the model.
+        options: how its linears compute.
+        attention_path: see `efx_jax.model.attention.choose_attention`.
+        gram: sum Grams too.
+        moves_on: whether the output for `x` is wanted: under `sequential` that of the pruned block takes its place.
 
     Returns:
-        (output for x, output for dense, statistics).
+        (output for x or None, output for dense or None, statistics).
     """
-    options = dataclasses.replace(layer_options(None, mask_forward, compute_dtype), scale=scale)
     rope, attend = _rope(x, spec), attend_within(None, attention_path)
-    output, taps, _ = block(x, layer, spec, options, rope, attend)
+    moved, taps, _ = block(x, layer, spec, options, rope, attend)
+    output = moved if moves_on else None
     if dense is None:
-        return output, None, block_statistics(taps, real, gram, None, compute_dtype)
+        return output, None, block_statistics(taps, real, gram, None, options.compute_dtype)
     dense_output, dense_taps, _ = block(dense, layer, spec, options, rope, attend)
-    return output, dense_output, block_statistics(taps, real, gram, dense_taps, compute_dtype)
+    return output, dense_output, block_statistics(taps, real, gram, dense_taps, options.compute_dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "scale", "mask_forward", "compute_dtype", "attention_path"))
+@functools.partial(jax.jit, static_argnames=("spec", "attention_path"))
 def block_output(
-    x: Array,
-    layer: Layer,
-    spec: ModelSpec,
-    scale: float,
-    mask_forward: MaskForward,
-    compute_dtype: Any,
-    attention_path: Implementation,
+    x: Array, layer: Layer, spec: ModelSpec, options: LinearOptions, attention_path: Implementation
 ) -> Array:
-    """One block's output `[B,T,D]`."""
-    options = dataclasses.replace(layer_options(None, mask_forward, compute_dtype), scale=scale)
+    """One block's output `[B,T,D]`; for the arguments see `observe_block`."""
     return block(x, layer, spec, options, _rope(x, spec), attend_within(None, attention_path))[0]
 
 

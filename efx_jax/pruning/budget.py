@@ -24,7 +24,7 @@ from efx_jax.pruning.statistics import Statistics, collect_statistics
 Array = jax.Array
 Budget = dict[str, float]
 """The sparsity of every pruned matrix of a layer."""
-# No layer or matrix keeps less than this share of what they keep on average.
+# Every layer and matrix keeps at least this part of the share that is kept on average.
 _LEAST_KEPT = 0.1
 # A threshold is found to 16 of its 32 bits, four at a time; between two of them shares are interpolated.
 _DIGIT, _SHIFTS = 4, (28, 24, 20, 16)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from efx_jax.config import PruneConfig
+from efx_jax.config_event import needs_gram
+from efx_jax.config_prune import validate_prune
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
 from efx_jax.masks import unpack_mask
@@ -22,7 +24,7 @@ from efx_jax.model.spec import ModelSpec
 from efx_jax.parallel.partition import constrain_tree, to_device, to_host
 from efx_jax.pruning.average import Memory, PruneState
 from efx_jax.pruning.block import prune_block
-from efx_jax.pruning.event_plan import EventPlan, needs_gram, plan_event
+from efx_jax.pruning.event_plan import EventPlan, plan_event
 from efx_jax.pruning.statistics import Statistics
 
 Array = jax.Array
@@ -53,7 +55,7 @@ def prune_event(
         spec: the model.
         config: score, group, sparsity, recovery and moving average of this event.
         importance: name -> float32 `[L,O,I]` for the scores that read gradients, `[L,O]` for "foresight_loss", which
-            reads none where entries compare within rows alone; see `event_plan.reads_importance` and
+            reads none where entries compare within rows alone; see `config_event.reads_importance` and
             `efx_jax.training.importance`.
         packed: return the masks as bits, see `efx_jax.masks`.
 
@@ -65,11 +67,12 @@ def prune_event(
             statistics or an importance not finite, a state without the memory that `ema` needs, adapters to move
             where there are none, no importance to score by.
     """
-    plan = plan_event(params, adapters, masks, state, spec, config, stats, importance)
+    validate_prune(config)
     if config.sequential:
         raise InputError("prune.sequential: expected an event block by block; use prune_event_blockwise")
-    if needs_gram(config):
-        stats.input_gram(next(iter(plan.counts[0])))
+    if needs_gram(config) and not stats.gram:
+        raise InputError("statistics: expected Gram matrices, found none; collect with gram=True")
+    plan = plan_event(params, adapters, masks, state, spec, config, stats, importance)
     return assemble(params, adapters, plan.state, stack_blocks(prune_from(plan, stats), spec.num_layers), packed)
 
 

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from efx_jax.config import GRADIENT_SCORES, PruneConfig
-from efx_jax.config_prune import n_of_m, validate_prune
+from efx_jax.config_event import keeps_scores, matrix_group, reads_importance
+from efx_jax.config_prune import validate_prune
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
 from efx_jax.masks import pack_mask
 from efx_jax.model.decoder import Layer, stack_layers
 from efx_jax.model.spec import ModelSpec
 from efx_jax.parallel.partition import constrain_tree
-from efx_jax.pruning.average import PruneState, init_prune_state, keeps_scores, prunable
-from efx_jax.pruning.block import matrix_group
+from efx_jax.pruning.average import PruneState, init_prune_state, prunable
 from efx_jax.pruning.budget import event_budgets
 from efx_jax.pruning.selection import Counts, selection_counts
 from efx_jax.pruning.sparsegpt import slab_counts
@@ -150,25 +150,3 @@ def _event_counts(layers: Mapping[str, Array], config: PruneConfig, budget: Mapp
 @jax.jit
 def _packed(masks: Mapping[str, Array]) -> dict[str, Array]:
     return constrain_tree({name: pack_mask(mask) if mask.dtype == jnp.bool_ else mask for name, mask in masks.items()})
-
-
-def reads_importance(config: PruneConfig) -> bool:
-    """Whether the score reads gradients, which `prune_event` is given.
-
-    Those of `foresight_loss` are a factor of every row: where entries compare within rows alone it says nothing.
-    """
-    if config.score == "foresight_loss":
-        groups = {matrix_group(name, config) for name in config.targets}
-        within_rows = all(group == "row" or n_of_m(group) for group in groups)
-        return config.budget != "uniform" or config.ema < 1 or not within_rows
-    return config.score in GRADIENT_SCORES
-
-
-def needs_gram(config: PruneConfig) -> bool:
-    """Whether score, swaps or recovery read Gram matrices."""
-    return config.score == "sparsegpt" or config.swaps > 0 or config.recovery in ("gram_pbs", "admm", "obs")
-
-
-def goes_by_block(config: PruneConfig) -> bool:
-    """Whether a run's events calibrate block by block: what is large, Grams and averages, exists for one at a time."""
-    return config.sequential or needs_gram(config) or (config.ema < 1 and keeps_scores(config))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from efx_jax.model.attention import Implementation
-from efx_jax.model.decoder import embed_batch, stack_layers
+from efx_jax.model.decoder import LinearOptions, embed_batch, stack_layers
 from efx_jax.model.spec import ModelSpec
 from efx_jax.parallel.partition import constrain_tree
 from efx_jax.pruning.blockwise import block_output, observe_block
@@ -64,19 +64,20 @@ def general_importance(
     require_tokens(sum(jnp.sum(real) for _, real in hidden))
     stacked = stack_layers(params, None, None)
     counts = {name: slab_counts(stacked.weights[name].shape, sparsity, "matrix") for name in names}
+    options = LinearOptions(compute_dtype=compute_dtype)
     found: list[dict[str, Array]] = []
     for index in range(spec.num_layers):
         layer = take_block(stacked, index)
         total: Statistics = add_up(
-            observe_block(x, None, real, layer, spec, True, 1.0, "exact", compute_dtype, attention_path)[2]
+            observe_block(x, None, real, layer, spec, options, attention_path, gram=True, moves_on=False)[2]
             for x, real in hidden
         )
         weights = {name: layer.weights[name] for name in names}
         swept, importance = _sweep_block(weights, total.gram, counts, sequences)
         found.append(importance)
         layer = dataclasses.replace(layer, weights=layer.weights | swept)
-        for place, (x, real) in enumerate(hidden):
-            hidden[place] = block_output(x, layer, spec, 1.0, "exact", compute_dtype, attention_path), real
+        for place, (x, real) in enumerate(hidden if index + 1 < spec.num_layers else ()):
+            hidden[place] = block_output(x, layer, spec, options, attention_path), real
     return {name: _stack([block[name] for block in found], name) for name in names}
 
 

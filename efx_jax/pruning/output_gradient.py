@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from efx_jax.config import MaskForward, Remat
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
-from efx_jax.model.decoder import head_weight
+from efx_jax.model.decoder import LinearOptions, head_weight
 from efx_jax.model.loss import cross_entropy, drawn_cross_entropy
 from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.parallel.partition import constrain_tree
 from efx_jax.pruning.statistics import (
     Statistics,
     add_up,
+    layer_options,
     real_tokens,
     require_tokens,
     states_and_statistics,
@@ -58,8 +59,8 @@ def output_gradient_energy(
         compute_dtype: dtype of the matmul operands; the sums are float32 in any case.
         remat: what the backward pass computes again.
         attention_path: see `efx_jax.model.attention.choose_attention`.
-        key: PRNG key by which the predicted tokens are drawn from what the model expects, from a stream of its own for
-            every row, however they are batched; None: those of the text.
+        key: PRNG key that draws the labels from the model's own predictions, one stream per row, whatever the batches;
+            None: the tokens of the text.
 
     Returns:
         name -> float32 `[L,O]`; and what `collect_statistics` finds of these rows, without Grams: the forward pass has
@@ -72,8 +73,7 @@ def output_gradient_energy(
         _batch_energy,
         spec=spec,
         names=tuple(names),
-        mask_forward=mask_forward,
-        compute_dtype=compute_dtype,
+        options=layer_options(adapters, mask_forward, compute_dtype),
         remat=remat,
         attention_path=attention_path,
     )
@@ -97,9 +97,7 @@ def output_gradient_energy(
     return total
 
 
-@functools.partial(
-    jax.jit, static_argnames=("spec", "names", "mask_forward", "compute_dtype", "remat", "attention_path")
-)
+@functools.partial(jax.jit, static_argnames=("spec", "names", "remat", "attention_path"))
 def _batch_energy(
     params: Mapping[str, Any],
     adapters: Adapters | None,
@@ -110,8 +108,7 @@ def _batch_energy(
     *,
     spec: ModelSpec,
     names: tuple[str, ...],
-    mask_forward: MaskForward,
-    compute_dtype: Any,
+    options: LinearOptions,
     remat: Remat,
     attention_path: Implementation,
 ) -> tuple[dict[str, Array], Statistics]:
@@ -123,19 +120,18 @@ def _batch_energy(
             spec,
             adapters,
             masks,
-            mask_forward=mask_forward,
-            compute_dtype=compute_dtype,
-            attention_path=attention_path,
+            options,
+            attention_path,
             remat=remat,
             probes=probes,
         )
-        head = head_weight(params)
+        head, dtype = head_weight(params), options.compute_dtype
         # The last token of a row has nothing to predict.
         weights = real_tokens(tokens, lengths - 1)
         if row_keys is None:
-            return cross_entropy(hidden, head, jnp.roll(tokens, -1, axis=1), weights, compute_dtype)[0], stats
+            return cross_entropy(hidden, head, jnp.roll(tokens, -1, axis=1), weights, dtype)[0], stats
         fractions = jax.vmap(lambda key: jax.random.uniform(key, tokens.shape[1:]))(row_keys)
-        return drawn_cross_entropy(hidden, head, fractions, weights, compute_dtype)[0], stats
+        return drawn_cross_entropy(hidden, head, fractions, weights, dtype)[0], stats
 
     probes = {name: jnp.zeros(params["layers"][name].shape[:2], jnp.float32) for name in names}
     energy, stats = jax.grad(loss, has_aux=True)(probes)

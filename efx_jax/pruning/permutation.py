@@ -20,7 +20,7 @@ from flax import struct
 from scipy.optimize import linear_sum_assignment
 
 from efx_jax.config import PruneConfig
-from efx_jax.config_prune import n_of_m
+from efx_jax.config_event import n_of_m
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters, effective_weight
 from efx_jax.model.spec import ModelSpec
@@ -32,7 +32,7 @@ Array = jax.Array
 _SWEEPS = 6
 """Passes over the members of the groups; later ones win back less than a hundredth of what is lost."""
 _TOGETHER = 512
-"""So many groups exchange members at a time, drawn anew: an assignment takes the cube of it on the host."""
+"""Groups of one assignment problem, drawn anew in every pass: the solver on the host takes the cube of their number."""
 
 
 @struct.dataclass

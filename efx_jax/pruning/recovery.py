@@ -164,8 +164,9 @@ def gram_brain_surgeon(
         system = einsum("rj,sj->rs", a_gram, masked_a)
         rhs = einsum("rj,j->r", a_gram, lost_row)
         mean = jnp.trace(system) / rank
-        lower = damped(row_cholesky, system, ridge * mean)
-        # A row that keeps nothing A can reach has a zero system and nothing to solve for.
+        # A row that keeps nothing A can reach has a zero system and nothing to solve for; 1, as a system that cannot be
+        # factored would have all rows beside it tried again.
+        lower = damped(row_cholesky, system, jnp.where(mean > 0, ridge * mean, 1.0))
         return jnp.where(mean > 0, row_solve(lower, rhs), 0.0)
 
     return jax.lax.map(row, (lost, mask), batch_size=min(chunk_rows or weight.shape[0], weight.shape[0]))
@@ -252,7 +253,7 @@ def admm_refit(
     gram = unit + damping * identity
     goal = (weight if target is None else target).astype(jnp.float32) * scale
     rho = 1.0
-    inverse = matrix_solve(damped(matrix_cholesky, gram, jnp.float32(rho)), identity)
+    inverse = matrix_solve(matrix_cholesky(gram + rho * identity), identity)
     goal_gram = einsum("oi,ij->oj", goal, gram)
     within = (mask.shape[0], -1) if pattern is None else (mask.shape[0], -1, pattern[1])
     dropped = jnp.sum(~mask.reshape(within), axis=-1, keepdims=True, dtype=jnp.int32)

@@ -6,6 +6,7 @@ exact with ties and subnormals, the same under `jit`, `vmap` and on sharded arra
 
 import functools
 import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from efx_jax.config_prune import n_of_m
+from efx_jax.config_event import ACROSS_ROWS, n_of_m
 from efx_jax.errors import InputError
 from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import LinearAxes
@@ -21,6 +22,7 @@ from efx_jax.parallel.partition import LinearAxes
 Array = jax.Array
 SLAB = 128  # input columns that are decided together, by SparseGPT and D-Pruner
 _NEVER = 0xFFFFFFFF  # above the bits of every float: such an entry is never among the lowest
+_SLIP = Fraction(1, 10**9)  # by which a computed sparsity may miss a whole number of entries
 _FEW = 16  # entries of a group that are compared with each other, each with each
 
 
@@ -42,7 +44,7 @@ def parse_pattern(group: str) -> tuple[int, int] | None:
     Raises:
         InputError: neither a named group nor N:M with 0 < N < M.
     """
-    if group in ("row", "matrix", "slab", "bounded"):
+    if group in ("row", *ACROSS_ROWS):
         return None
     pattern = n_of_m(group)
     if pattern is None:
@@ -53,12 +55,20 @@ def parse_pattern(group: str) -> tuple[int, int] | None:
 
 
 def drop_count(sparsity: float, entries: int) -> int:
-    """floor(sparsity * entries + 1e-9): the small term undoes the rounding of, say, 0.3 * 10."""
-    return math.floor(sparsity * entries + 1e-9)
+    """floor(sparsity * entries + 1e-9), at most all but one; the small term is for sparsities that were computed.
+
+    In whole numbers: of a matrix of 5,120 x 17,408, 0.7 is 62,390,272 entries, and one less in float64.
+    """
+    return min(math.floor(_decimal(sparsity) * entries + _SLIP), max(0, entries - 1))
+
+
+def _decimal(value: float) -> Fraction:
+    """The number that a float is written as: 7/10 of 0.7."""
+    return Fraction(repr(float(value)))
 
 
 def drop_share(counts: np.ndarray, entries: int | np.ndarray) -> np.ndarray:
-    """Shares, float64, of which `drop_count` makes these counts again at any size; a plain quotient may round below."""
+    """Sparsities, float64, of which `drop_count` makes exactly these counts; the plain quotient may round below."""
     # Not below the quotient of whole numbers, so that its product with `entries` does not round below `counts`.
     return np.nextafter(counts / entries, 1.0)
 
@@ -96,9 +106,9 @@ def selection_counts(shape: tuple[int, ...], sparsity: float, group: str, bound:
         return Counts(drop_count(sparsity, out_dim * width), rest=drop_count(sparsity, out_dim * (in_dim % width)))
     if bound is None or bound < 0:
         raise InputError(f"group bounded: expected a bound of at least 0, found {bound}; set prune.bound")
-    low = max(0, drop_count(sparsity - bound, in_dim))
-    high = min(in_dim, math.ceil((sparsity + bound) * in_dim - 1e-9))
-    return Counts(total, low, high)
+    low = math.floor((_decimal(sparsity) - _decimal(bound)) * in_dim + _SLIP)
+    high = math.ceil((_decimal(sparsity) + _decimal(bound)) * in_dim - _SLIP)
+    return Counts(total, max(0, low), min(in_dim, high))
 
 
 class Split(NamedTuple):

@@ -126,7 +126,7 @@ def block_statistics(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "gram", "mask_forward", "compute_dtype", "attention_path"))
+@functools.partial(jax.jit, static_argnames=("spec", "attention_path", "gram"))
 def batch_statistics(
     params: Mapping[str, Any],
     tokens: Array,
@@ -134,25 +134,12 @@ def batch_statistics(
     spec: ModelSpec,
     adapters: Adapters | None,
     masks: Mapping[str, Array] | None,
-    *,
-    gram: bool = False,
-    mask_forward: MaskForward = "exact",
-    compute_dtype: Any = None,
-    attention_path: Implementation = "xla",
+    options: LinearOptions,
+    attention_path: Implementation,
+    gram: bool,
 ) -> Statistics:
     """Statistics of one right-padded batch `tokens [B,T]`, `lengths [B]`; arrays lead with L."""
-    return states_and_statistics(
-        params,
-        tokens,
-        lengths,
-        spec,
-        adapters,
-        masks,
-        gram=gram,
-        mask_forward=mask_forward,
-        compute_dtype=compute_dtype,
-        attention_path=attention_path,
-    )[1]
+    return states_and_statistics(params, tokens, lengths, spec, adapters, masks, options, attention_path, gram=gram)[1]
 
 
 def states_and_statistics(
@@ -162,17 +149,16 @@ def states_and_statistics(
     spec: ModelSpec,
     adapters: Adapters | None,
     masks: Mapping[str, Array] | None,
+    options: LinearOptions,
+    attention_path: Implementation,
     *,
     gram: bool = False,
-    mask_forward: MaskForward = "exact",
-    compute_dtype: Any = None,
-    attention_path: Implementation = "xla",
     remat: Remat = "none",
     probes: Mapping[str, Array] | None = None,
 ) -> tuple[Array, Statistics]:
-    """As `batch_statistics`, with the final-normed hidden states `[B,T,D]`, differentiable in the probes.
+    """The final-normed hidden states `[B,T,D]`, differentiable in the probes, and what `batch_statistics` finds.
 
-    For `remat` and `probes` see `efx_jax.model.decoder.run_blocks`.
+    For `options`, `remat` and `probes` see `efx_jax.model.decoder.run_blocks`.
     """
     real = real_tokens(tokens, lengths)
     return run_blocks(
@@ -180,12 +166,12 @@ def states_and_statistics(
         tokens,
         stack_layers(params, adapters, masks),
         spec,
-        layer_options(adapters, mask_forward, compute_dtype),
+        options,
         attend_within(None, attention_path),
         remat=remat,
         frozen=True,
         probes=probes,
-        observe=lambda taps: block_statistics(taps, real, gram, compute_dtype=compute_dtype),
+        observe=lambda taps: block_statistics(taps, real, gram, compute_dtype=options.compute_dtype),
     )
 
 
@@ -227,18 +213,9 @@ def collect_statistics(
     Raises:
         InputError: no batch, or no real token.
     """
+    options = layer_options(adapters, mask_forward, compute_dtype)
     total: Statistics | None = add_up(
-        batch_statistics(
-            params,
-            *tokens_and_lengths(batch),
-            spec,
-            adapters,
-            masks,
-            gram=gram,
-            mask_forward=mask_forward,
-            compute_dtype=compute_dtype,
-            attention_path=attention_path,
-        )
+        batch_statistics(params, *tokens_and_lengths(batch), spec, adapters, masks, options, attention_path, gram)
         for batch in batches
     )
     require_tokens(0 if total is None else jnp.max(total.tokens))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from efx_jax.einsum import einsum
 
 Array = jax.Array
-# Of what the two entries add to the error alone; less is rounding, and would be swapped to and fro.
+# Relative to the sum of what the two entries add to the error. A smaller gain is rounding: the search would swap the
+# same two back and forth.
 _LEAST_GAIN = 1e-6
 
 

@@ -10,13 +10,12 @@ import math
 import jax
 
 from efx_jax.config import Config, PruneConfig, Space
-from efx_jax.config_prune import surveyed_rows
+from efx_jax.config_event import goes_by_block, needs_gram, reads_importance, surveyed_rows
 from efx_jax.linear import gram_share
 from efx_jax.model.spec import ModelSpec, linear_shapes, param_shapes
 from efx_jax.parallel.mesh import mesh_sizes
 from efx_jax.parallel.partition import axes_size, batch_axes
 from efx_jax.pruning.adapter_refit import CG_STEPS
-from efx_jax.pruning.event_plan import goes_by_block, needs_gram, reads_importance
 from efx_jax.pruning.statistics import INPUT_OF
 from efx_jax.structural.generator import init_generator
 from efx_jax.structural.units import units_of
@@ -233,7 +232,8 @@ def _surgeon_flops(spec: ModelSpec, prune: PruneConfig, rank: int) -> float:
     if prune.dense_path:
         flops += inverses + product
     if prune.score == "sparsegpt" or prune.recovery == "obs":
-        flops += inverses + product / 2
+        # What a slab loses is made up for over whole rows, of which the columns to the left get zeros.
+        flops += inverses + product
     if prune.swaps:
         flops += product + prune.swaps * _SWAP_FLOPS * sum(map(math.prod, shapes))
     if prune.recovery == "admm":

@@ -13,16 +13,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from efx_jax.config import Config
-from efx_jax.config_prune import surveyed_rows, without_recovery
+from efx_jax.config_event import goes_by_block, moves_base, refits_base, surveyed_rows, without_recovery
 from efx_jax.masks import count_kept, packed_shape
 from efx_jax.model.attention import Implementation
 from efx_jax.model.spec import LINEARS
 from efx_jax.parallel.partition import block_on_host
-from efx_jax.pruning.average import moves_base, refits_base
 from efx_jax.pruning.blockwise import prune_blocks
 from efx_jax.pruning.budget import budget_statistics
 from efx_jax.pruning.event import Block, Result, assemble, prune_event, put_block, take_block
-from efx_jax.pruning.event_plan import EventPlan, goes_by_block, plan_event
+from efx_jax.pruning.event_plan import EventPlan, plan_event
 from efx_jax.pruning.permutation import find_order, permute
 from efx_jax.pruning.statistics import collect_statistics
 from efx_jax.training.importance import run_importance

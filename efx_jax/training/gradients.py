@@ -15,7 +15,7 @@ from efx_jax.lora import Adapters, merge
 from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.parallel.partition import constrain_tree
 from efx_jax.pruning.dpruner import clip_factor, regularised_gradient, three_term_importance
-from efx_jax.pruning.statistics import real_tokens
+from efx_jax.pruning.statistics import add_up, real_tokens
 from efx_jax.training.state import trainable
 from efx_jax.training.step import Batch, StepOptions, accumulate_gradient, model_loss, summed_loss
 
@@ -46,13 +46,10 @@ def mean_adapter_gradient(
     Returns:
         `lora_a` and `lora_b`, name -> float32 like the adapters.
     """
-    total, tokens = None, jnp.float32(0)
-    for batch in batches:
-        grads, count = _adapter_gradient(adapters, params, masks, batch, spec, options_of(batch))
-        total = grads if total is None else jax.tree.map(jnp.add, total, grads)
-        tokens = tokens + count
-    assert total is not None
-    return jax.tree.map(lambda leaf: leaf / jnp.maximum(tokens, 1.0), total)
+    gradients, tokens = add_up(
+        _adapter_gradient(adapters, params, masks, batch, spec, options_of(batch)) for batch in batches
+    )
+    return jax.tree.map(lambda leaf: leaf / jnp.maximum(tokens, 1.0), gradients)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "options"))

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 
 from efx_jax.config import Config
-from efx_jax.config_prune import surveyed_rows
+from efx_jax.config_event import reads_importance, surveyed_rows
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.parallel.partition import constrain_tree
-from efx_jax.pruning.event_plan import reads_importance
 from efx_jax.pruning.general import general_importance
 from efx_jax.pruning.lora_gradient import lora_gradient_importance
 from efx_jax.pruning.output_gradient import output_gradient_energy

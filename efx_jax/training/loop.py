@@ -225,7 +225,7 @@ def _update(loop: Loop, shown: Progress, state: RunState, batch: Batch) -> tuple
         new, metrics = search_step(loop.search, state, batch) if loop.search else _step(loop, state, batch)
         # Laid out while the devices compute.
         following = mesh_batch(loop.config, loop.prepared.train, number + 1, loop.mesh)
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     seconds = time.perf_counter() - began
     refuse_diverged(number + 1, values)
     loop.journal.tokens += int(values["tokens"])

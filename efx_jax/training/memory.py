@@ -9,12 +9,11 @@ import math
 from collections.abc import Mapping
 
 from efx_jax.config import Config
-from efx_jax.config_prune import n_of_m
+from efx_jax.config_event import goes_by_block, keeps_scores, moves_base, n_of_m, needs_gram, reads_importance
+from efx_jax.model.loss import CHUNK_TOKENS
 from efx_jax.model.spec import LINEARS, ModelSpec, linear_shapes, param_shapes
 from efx_jax.parallel.mesh import mesh_sizes
 from efx_jax.parallel.partition import BATCH, axes_size, linear_axes, partition
-from efx_jax.pruning.average import keeps_scores, moves_base
-from efx_jax.pruning.event_plan import goes_by_block, needs_gram, reads_importance
 from efx_jax.pruning.statistics import INPUT_OF, INPUTS
 from efx_jax.training.accounting import (
     calibration_length,
@@ -37,8 +36,6 @@ from efx_jax.training.step import has_teacher
 
 Bytes = dict[str, int]
 _PERMUTED = ("gate_proj", "up_proj", "down_proj", "v_proj", "o_proj")
-# What `efx_jax.model.loss` works on at a time.
-_LOSS_TOKENS = 512
 _MIB = 2**20
 
 
@@ -117,7 +114,7 @@ def _loss_bytes(spec: ModelSpec, config: Config, layout: Layout, rows: int, logi
     """Some arrays of logits at a time, the states in front of the head, and their gradient."""
     e, c = WIDTH[layout.dtype], WIDTH[config.model.compute_dtype]
     states = rows * layout.length * spec.hidden_size * (e + 2 * c)
-    return logits * _LOSS_TOKENS * -(-spec.vocab_size // config.mesh.tensor) * FLOAT32 + states
+    return logits * CHUNK_TOKENS * -(-spec.vocab_size // config.mesh.tensor) * FLOAT32 + states
 
 
 def _teacher_bytes(spec: ModelSpec, config: Config, layout: Layout, along: Mapping[str, int]) -> int:

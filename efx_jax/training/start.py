@@ -121,7 +121,7 @@ def take_over(
         return None
     if jax.process_index() == 0:
         # A model is evaluated after the event of its step.
-        for name, last in (("metrics.jsonl", step), ("evaluations.jsonl", step - (step == first_event))):
+        for name, last in (("metrics.jsonl", step), ("evaluations.jsonl", step - 1 if step == first_event else step)):
             if (trunk / name).exists():
                 atomic_write(output / name, (trunk / name).read_text())
                 log.cut_metrics(output / name, last)
@@ -133,7 +133,7 @@ def tidy(output: Path, start: int, steps: int, waiting: bool) -> None:
     """Removes what a run that goes on from step `start` writes again."""
     log.cut_metrics(output / "metrics.jsonl", start)
     # A model is evaluated after the event of its step.
-    log.cut_metrics(output / "evaluations.jsonl", start - waiting)
+    log.cut_metrics(output / "evaluations.jsonl", start - 1 if waiting else start)
     if start < steps:
         # Whatever was exported before belongs to another training.
         shutil.rmtree(output / "export", ignore_errors=True)

@@ -107,7 +107,8 @@ def restart_adam(opt_state: optax.OptState) -> optax.OptState:
     """Adam as before its first update; the learning rate's schedule goes on.
 
     An event that sets B to zero, or finds A and B anew, leaves moments of weights that are gone (the authors' code, and
-    with it the preset `official`, keeps them through its merges). The step count goes with them: zero moments under a
+    with it the preset `official`, keeps them through its merges). All adapters start again, those of linears that are
+    not pruned too: Adam has one count. The step count goes with them: zero moments under a
     large count are not corrected for their bias, and the n-th update after the event is (1 - 0.9^n) /
     sqrt(1 - 0.999^n) times too large, up to 6 times.
     """

@@ -11,11 +11,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from efx_jax.config import Config
+from efx_jax.config_event import moves_base
 from efx_jax.data.tokens import checksum
 from efx_jax.errors import InputError
 from efx_jax.masks import mask_shapes
 from efx_jax.parallel.partition import placed_shapes
-from efx_jax.pruning.average import moves_base
 from efx_jax.training import checkpoint
 from efx_jax.training.journal import Journal
 from efx_jax.training.prepare import Prepared, tasks_checksum

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from efx_jax.config import Config
-from efx_jax.config_prune import n_of_m
+from efx_jax.config_event import matrix_group, n_of_m
 from efx_jax.data.batches import bucket_length
 from efx_jax.data.sources import data_root
 from efx_jax.data.tasks import load_data
@@ -16,7 +16,6 @@ from efx_jax.data.tokens import text_windows
 from efx_jax.errors import InputError, MissingInputError
 from efx_jax.model.spec import ModelSpec, linear_shapes
 from efx_jax.parallel.fit import Sizes, check_mesh
-from efx_jax.pruning.block import matrix_group
 from efx_jax.pruning.selection import SLAB, selection_counts
 from efx_jax.structural.slicing import settle_masks
 from efx_jax.structural.units import units_of

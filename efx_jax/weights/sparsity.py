@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from efx_jax.config_prune import n_of_m
+from efx_jax.config_event import n_of_m
 from efx_jax.errors import InputError
 from efx_jax.files import atomic_write
 from efx_jax.masks import count_kept

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from efx_jax.config import PruneConfig
+from efx_jax.config_event import reads_importance
 from efx_jax.errors import InputError
 from efx_jax.lora import merge
 from efx_jax.pruning.average import init_prune_state
 from efx_jax.pruning.blockwise import prune_event_blockwise
 from efx_jax.pruning.event import prune_event
-from efx_jax.pruning.event_plan import reads_importance
 from efx_jax.pruning.selection import select_mask
 from efx_jax.pruning.statistics import Statistics, collect_statistics
 

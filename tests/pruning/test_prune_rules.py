@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from efx_jax.config import Config, PruneConfig
-from efx_jax.config_prune import validate_prune, without_recovery
+from efx_jax.config_event import without_recovery
+from efx_jax.config_prune import validate_prune
 from efx_jax.config_rules import validate
 from efx_jax.errors import InputError
 

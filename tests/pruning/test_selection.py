@@ -124,11 +124,12 @@ def test_bounded_lies_between_row_and_matrix() -> None:
     np.testing.assert_array_equal(select_all(score, 0.5, "bounded", 1.0), matrix)
 
 
-@pytest.mark.parametrize("entries", [1, 7, 16, 100, 576, 768, 4096, 11008, 4096 * 4096, 5120 * 13824])
+@pytest.mark.parametrize("entries", [1, 7, 16, 100, 576, 768, 4096, 11008, 4096 * 4096, 5120 * 17408])
 def test_counts_are_the_floor_of_the_decimal_share(entries: int) -> None:
     for thousandth in range(1000):
         exact = floor(Fraction(thousandth, 1000) * entries)
         assert drop_count(thousandth / 1000, entries) == exact, thousandth
+    assert drop_count(1 - 1e-12, entries) == entries - 1
 
 
 @pytest.mark.parametrize(("group", "bound"), [("row", None), ("matrix", None), ("bounded", 0.2), ("2:4", None)])

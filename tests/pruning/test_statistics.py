@@ -10,7 +10,7 @@ import pytest
 
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
-from efx_jax.model.decoder import embed, stack_layers
+from efx_jax.model.decoder import LinearOptions, embed, stack_layers
 from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.pruning.blockwise import observe_block
 from efx_jax.pruning.event import take_block
@@ -170,7 +170,9 @@ def test_a_pass_in_bfloat16_sums_grams_of_rounded_inputs(llama: Any, by_block: b
     if by_block:
         layer = take_block(stack_layers(llama.params, None, None), 0)
         x, real = embed(llama.params, llama.batches[0]["tokens"]), jnp.ones(llama.batches[0]["tokens"].shape)
-        seen = observe_block(x, None, real, layer, llama.spec, True, 1.0, "exact", "bfloat16", "xla")[2]
+        seen = observe_block(
+            x, None, real, layer, llama.spec, LinearOptions(compute_dtype="bfloat16"), "xla", gram=True, moves_on=False
+        )[2]
     else:
         seen = collect_statistics(llama.params, llama.batches, llama.spec, gram=True, compute_dtype="bfloat16")
     diagonal = jnp.diagonal(seen.gram["down_in"], axis1=-2, axis2=-1)

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from efx_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, PruneConfig, TrainConfig
+from efx_jax.config_event import moves_base
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.pruning import blockwise
-from efx_jax.pruning.average import moves_base
 from efx_jax.training import checkpoint, events
 from efx_jax.training.schedule import Event
 from efx_jax.training.state import RunState

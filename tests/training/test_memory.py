@@ -9,6 +9,7 @@ import pytest
 
 from efx_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, PruneConfig, TrainConfig
 from efx_jax.lora import init_lora
+from efx_jax.model.decoder import LinearOptions
 from efx_jax.model.spec import LINEARS, init_params
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.parallel.partition import tree_shardings
@@ -231,8 +232,7 @@ def test_the_plan_of_a_scores_gradients_agrees_with_the_compiled_ones(drawn: boo
         *(params, adapters, None, tokens, lengths, keys),
         spec=spec,
         names=LINEARS,
-        mask_forward="exact",
-        compute_dtype="float32",
+        options=LinearOptions(compute_dtype="float32"),
         remat="block",
         attention_path="xla",
     ).compile()

@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from efx_jax.config_prune import n_of_m
+from efx_jax.config_event import n_of_m
 from efx_jax.errors import InputError
 from efx_jax.model.spec import LINEARS, param_shapes, spec_from_config
 from efx_jax.weights.expert import write_expert
