@@ -165,8 +165,8 @@ FORWARD = 2 * LINEARS + ATTENTION
         ({"recovery": "gram_pbs"}, FORWARD, 2 * 2 * WITH_GRAM),
         ({"recovery": "gram_pbs", "pbs_rounds": 1}, FORWARD, 2 * 2 * WITH_GRAM),
         ({"recovery": "gram_pbs", "pbs_rounds": 3}, FORWARD, (3 * 2 + 2 * 12) * 2 * WITH_GRAM),
-        ({"score": "sparsegpt", "recovery": "obs"}, FORWARD, 7 / 3 * CUBES + WITH_GRAM),
-        ({"score": "sparsegpt", "recovery": "admm"}, FORWARD, 14 / 3 * CUBES + 63 * WITH_GRAM),
+        ({"score": "sparsegpt", "recovery": "obs"}, FORWARD, 7 / 3 * CUBES + 2 * WITH_GRAM),
+        ({"score": "sparsegpt", "recovery": "admm"}, FORWARD, 14 / 3 * CUBES + 64 * WITH_GRAM),
         (
             {"recovery": "admm", "admm_steps": 20, "sequential": True, "dense_path": 1.0},
             3 * FORWARD,
