@@ -78,13 +78,14 @@ def save(
 
 
 def restore(
-    manager: ocp.CheckpointManager, fresh: RunState, mask_shapes: _Tree, origin: str, step: int | None = None
+    manager: ocp.CheckpointManager, template: RunState, mask_shapes: _Tree, origin: str, step: int | None = None
 ) -> tuple[RunState, bool, bool, dict[str, Any]] | None:
-    """Reads a checkpoint, onto whatever mesh `fresh` lies on.
+    """Reads a checkpoint, onto whatever mesh the template lies on.
 
     Args:
         manager: from `open_checkpoints`.
-        fresh: the run's state at step 0, which gives shapes, dtypes, shardings and the base.
+        template: the run's state at step 0, of which `train`, `units` and the snapshots may be `ShapeDtypeStruct`s: it
+            gives shapes, dtypes, shardings and the base.
         mask_shapes: `ShapeDtypeStruct` of every pruned linear's packed mask.
         origin: fingerprint of what is at hand.
         step: of the checkpoint; None: the latest.
@@ -105,19 +106,19 @@ def restore(
             f"(fingerprint {meta['origin']}, found {origin}); bring back what model.path, lora.adapter and data.train "
             "held, or choose another --output"
         )
-    prune = fresh.prune
+    prune = template.prune
     if meta["averaged"]:
-        layers = fresh.params["layers"]
+        layers = template.params["layers"]
         score: Any = {name: (block_on_host(layers[name]),) * len(layers[name]) for name in prune.score}
         prune = dataclasses.replace(prune, score=score)
-    template = _to_tree(
-        dataclasses.replace(fresh, masks=mask_shapes if meta["masked"] else {}, prune=prune), meta["base_moved"]
+    wanted = _to_tree(
+        dataclasses.replace(template, masks=mask_shapes if meta["masked"] else {}, prune=prune), meta["base_moved"]
     )
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
     tree = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
     score = {name: tuple(blocks) for name, blocks in tree["prune"]["score"].items()}
     prune = PruneState(key=jax.random.wrap_key_data(tree["prune_key"]), **tree["prune"] | {"score": score})
-    params = {**fresh.params, "layers": tree["layers"]} if meta["base_moved"] else fresh.params
+    params = {**template.params, "layers": tree["layers"]} if meta["base_moved"] else template.params
     state = RunState(tree["train"], params, tree["masks"], prune, tree.get("units"))
     return state, meta["base_moved"], meta["waiting"], meta["notes"]
 

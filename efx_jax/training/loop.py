@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from efx_jax.config import Config
 from efx_jax.model.attention import Implementation, choose_attention
 from efx_jax.parallel.hosts import meet
-from efx_jax.parallel.partition import tree_shardings
+from efx_jax.parallel.partition import placed_shapes, tree_shardings
 from efx_jax.training import log
 from efx_jax.training.events import forget_blocks, mask_sparsity, prune_run
 from efx_jax.training.feed import epoch_rows, mesh_batch, packed_pass, rows_per_pass
@@ -38,9 +38,10 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loop:
-    """What every step of a run reads and none changes, and the state at step 0.
+    """What every step of a run reads and none changes.
 
-    `search` is None unless the run prunes whole units.
+    `search` is None unless the run prunes whole units. `template` has shapes, dtypes and places of the state at step 0
+    in place of its arrays, but for the base and the key.
     """
 
     config: Config
@@ -59,7 +60,7 @@ class Loop:
     search: Search | None
     attention_path: Implementation
     dropout_key: Array
-    fresh: RunState
+    template: RunState
 
 
 def init_loop(
@@ -92,8 +93,8 @@ def init_loop(
         return step_options(config, rows_per_pass(config, batch["tokens"].shape[1]), attention_path)
 
     search = plan_search(config, prepared, mesh, steps, events, tx, rate, dropout_key, options_of)
-    fresh = _at_step_0(config, prepared, mesh, steps, tx)
-    pinned = (tree_shardings(mesh, fresh.train), NamedSharding(mesh, PartitionSpec()))
+    template = _template(config, prepared, mesh, steps, tx, search)
+    pinned = (tree_shardings(mesh, template.train), NamedSharding(mesh, PartitionSpec()))
     return Loop(
         config=config,
         prepared=prepared,
@@ -111,7 +112,7 @@ def init_loop(
         search=search,
         attention_path=attention_path,
         dropout_key=dropout_key,
-        fresh=dataclasses.replace(fresh, units=fresh_units(search, mesh) if search else None),
+        template=template,
     )
 
 
@@ -130,7 +131,7 @@ def train(loop: Loop, trunk: Path | None) -> RunState | None:
     """
     config, prepared, mesh, steps = loop.config, loop.prepared, loop.mesh, loop.steps
     output, journal = loop.output, loop.journal
-    with open_stores(config, prepared, loop.fresh, journal, mesh, output) as stores, interruptible() as stop:
+    with open_stores(config, prepared, loop.template, journal, mesh, output) as stores, interruptible() as stop:
         state, is_due = _begin(loop, stores, trunk)
         start = int(state.train.step)
         with progress(start, steps) as shown, tracing(config.profile, output / "profile") as trace:
@@ -160,11 +161,22 @@ def _keys(config: Config) -> list[Array]:
 
 
 def _at_step_0(
-    config: Config, prepared: Prepared, mesh: Mesh, steps: int, tx: optax.GradientTransformation
+    config: Config, prepared: Prepared, mesh: Mesh, steps: int, tx: optax.GradientTransformation, search: Search | None
 ) -> RunState:
     *keys, _ = _keys(config)
     count = max(1, len(prune_events(config.prune, config.train, steps)))
-    return fresh_state(config, prepared.params, prepared.spec, mesh, tx, keys, count, prepared.adapters)
+    fresh = fresh_state(config, prepared.params, prepared.spec, mesh, tx, keys, count, prepared.adapters)
+    return dataclasses.replace(fresh, units=fresh_units(search, mesh) if search else None)
+
+
+def _template(
+    config: Config, prepared: Prepared, mesh: Mesh, steps: int, tx: optax.GradientTransformation, search: Search | None
+) -> RunState:
+    """`_at_step_0` without its arrays, which a run that goes on from a checkpoint never makes."""
+    shapes = jax.eval_shape(lambda: _at_step_0(config, prepared, mesh, steps, tx, search))
+    placed = placed_shapes(mesh, {"train": shapes.train, "prune": shapes.prune})
+    prune = dataclasses.replace(placed["prune"], key=_keys(config)[1])
+    return RunState(placed["train"], prepared.params, {}, prune, placed_shapes(mesh, shapes.units))
 
 
 def _begin(loop: Loop, stores: Stores, trunk: Path | None) -> tuple[RunState, bool]:
@@ -173,14 +185,14 @@ def _begin(loop: Loop, stores: Stores, trunk: Path | None) -> tuple[RunState, bo
     found = restore_latest(stores)
     is_new = found is None
     if is_new:
+        state, waiting = _at_step_0(config, prepared, mesh, steps, loop.tx, loop.search), False
 
-        def at_step_0(other: Config) -> RunState:
-            return _at_step_0(other, prepared, mesh, steps, loop.tx)
+        def template_of(other: Config) -> RunState:
+            return _template(other, prepared, mesh, steps, loop.tx, None)
 
         first = min(loop.events, default=steps)
-        found = take_over(trunk, config, loop.fresh, at_step_0, first, stores.origin, loop.output)
+        found = take_over(trunk, config, state, template_of, first, stores.origin, loop.output)
     if found is None:
-        state, waiting = loop.fresh, False
         with journal.announced("evaluate base"):
             journal.results.update(measure_start(config, prepared))
     else:

@@ -125,8 +125,8 @@ def _work(
     with contextlib.ExitStack() as stack:
         with together():
             sinks = stack.enter_context(log.open_sinks(config, output)) if is_first else []
-        # Not kept by a name: it holds the state at step 0.
-        state = train(init_loop(config, prepared, mesh, steps, events, output, journal, sinks), trunk)
+        loop = init_loop(config, prepared, mesh, steps, events, output, journal, sinks)
+        state = train(loop, trunk)
     if state is None:
         return {}
     with journal.announced("export"):

@@ -80,7 +80,7 @@ def take_over(
     trunk: Path | None,
     config: Config,
     fresh: RunState,
-    at_step_0: Callable[[Config], RunState],
+    template_of: Callable[[Config], RunState],
     first_event: int,
     origin: str,
     output: Path,
@@ -94,7 +94,7 @@ def take_over(
             the first event is taken.
         config: the settings of the run that starts.
         fresh: the state with which it would begin.
-        at_step_0: the same of a run of other settings.
+        template_of: the same of a run of other settings, or shapes and places in its stead, see `checkpoint.restore`.
         first_event: step of the run's first event.
         origin: fingerprint of the base and the data at hand.
         output: the run's folder.
@@ -116,7 +116,7 @@ def take_over(
         raise InputError(f"{trunk}: is not this training without pruning ({names}); leave it out")
     with checkpoint.open_checkpoints(trunk / "checkpoints", config.train.keep) as manager:
         step = max((step for step in manager.all_steps() if step <= first_event), default=0)
-        found = checkpoint.restore(manager, at_step_0(other), {}, origin, step) if step else None
+        found = checkpoint.restore(manager, template_of(other), {}, origin, step) if step else None
     if found is None:
         return None
     if jax.process_index() == 0:

@@ -26,14 +26,14 @@ from efx_jax.training.state import RunState
 class Stores:
     """Where the states of a run are kept, and what reading and writing them takes.
 
-    `best` is None where `eval.best` names no metric. `fresh` is the state at step 0, `masks` the shapes and places of
+    `best` is None where `eval.best` names no metric. `template` is that of the state, `masks` the shapes and places of
     packed masks, `origin` the fingerprint of what the run starts from, `sources` that of what it reads besides. The
     journal is saved along.
     """
 
     latest: ocp.CheckpointManager
     best: ocp.CheckpointManager | None
-    fresh: RunState
+    template: RunState
     masks: dict[str, jax.ShapeDtypeStruct]
     origin: str
     sources: str
@@ -43,7 +43,7 @@ class Stores:
 
 @contextlib.contextmanager
 def open_stores(
-    config: Config, prepared: Prepared, fresh: RunState, journal: Journal, mesh: jax.sharding.Mesh, output: Path
+    config: Config, prepared: Prepared, template: RunState, journal: Journal, mesh: jax.sharding.Mesh, output: Path
 ) -> Iterator[Stores]:
     """Opens `checkpoints/` of a run's folder, and `best/` where a metric chooses the best model."""
     with contextlib.ExitStack() as stack:
@@ -52,7 +52,7 @@ def open_stores(
         yield Stores(
             latest=latest,
             best=stack.enter_context(checkpoint.open_checkpoints(output / "best", 1)) if chosen else None,
-            fresh=fresh,
+            template=template,
             masks=placed_shapes(mesh, mask_shapes(prepared.params["layers"], config.prune.targets)),
             origin=checkpoint.fingerprint(prepared.params, prepared.train, prepared.adapters),
             sources=_sources(prepared),
@@ -76,7 +76,7 @@ def restore_latest(stores: Stores) -> tuple[RunState, bool, bool, dict[str, Any]
     Raises:
         InputError: as there; or the run calibrates or is measured on other rows, or learns from another teacher.
     """
-    found = checkpoint.restore(stores.latest, stores.fresh, stores.masks, stores.origin)
+    found = checkpoint.restore(stores.latest, stores.template, stores.masks, stores.origin)
     if found is not None and found[3]["sources"] != stores.sources:
         raise InputError(
             f"{stores.latest.directory}: was written by a run that calibrates or is measured on other rows, or has "
@@ -123,7 +123,7 @@ def best_state(stores: Stores, last: RunState) -> RunState:
     best = stores.journal.best
     if stores.best is None or best is None or best.step == int(last.train.step):
         return last
-    found = checkpoint.restore(stores.best, stores.fresh, stores.masks, stores.origin)
+    found = checkpoint.restore(stores.best, stores.template, stores.masks, stores.origin)
     if found is None or int(found[0].train.step) != best.step:
         raise InputError(
             f"{stores.best.directory}: the checkpoint of step {best.step}, the best, is not there; bring it back, or "

@@ -1,10 +1,13 @@
 """A run goes on with the calibration rows and the teacher that it began with."""
 
 import dataclasses
+import gc
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ import pytest
 from efx_jax.data.prompts import Example
 from efx_jax.data.tasks import Data, Task
 from efx_jax.data.tokens import Tokenized
-from efx_jax.training import stores
+from efx_jax.training import loop, stores
 from efx_jax.training.prepare import Prepared
 from efx_jax.training.step import Teacher
 
@@ -44,6 +47,30 @@ def test_a_run_goes_on_only_with_the_rows_that_it_calibrated_and_was_measured_on
     text.write_text("fever cough rash joint " * 40)
     launch(run, *flags)
     assert (run / "summary.json").exists()
+
+
+def test_a_run_that_goes_on_holds_no_more_than_one_that_has_come_this_far(
+    launch: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state at step 0 would be the adapters and both of their moments once more."""
+    held: list[int] = []
+
+    def spied(used: Any, shown: Any, state: Any, batch: Any) -> Any:
+        if int(state.train.step) == 3:
+            gc.collect()
+            held.append(sum(array.nbytes for array in jax.live_arrays()))
+        return update(used, shown, state, batch)
+
+    update = loop._update
+    monkeypatch.setattr(loop, "_update", spied)
+    run, flags = tmp_path / "run", ("--prune.sparsity", "0", "--train.steps", "4", "--train.checkpoint_every", "2")
+    launch(run, *flags)
+    for name in ("checkpoints/4", "export"):
+        shutil.rmtree(run / name)
+    (run / "summary.json").unlink()
+    launch(run, *flags)
+    straight, resumed = held
+    assert resumed <= straight
 
 
 def test_a_fingerprint_of_sources_sees_calibration_rows_and_another_teacher() -> None:
