@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from efx_jax.config import MaskForward
+from efx_jax.einsum import contract
 from efx_jax.errors import InputError
-from efx_jax.linear import contract, linear
+from efx_jax.linear import linear
 from efx_jax.lora import Adapters, effective_weight, init_lora, lora_scale, masked_weight, merge
 from efx_jax.model.spec import LINEARS, init_params, param_shapes, spec_from_config
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from efx_jax.linear import contract
+from efx_jax.einsum import contract
 from efx_jax.parallel.mesh import active_mesh
 
 Array = jax.Array

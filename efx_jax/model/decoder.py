@@ -11,7 +11,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from efx_jax.config import MaskForward, Remat
-from efx_jax.linear import contract, fold_in, linear
+from efx_jax.einsum import contract
+from efx_jax.linear import fold_in, linear
 from efx_jax.lora import Adapters, check_fit
 from efx_jax.model.attention import Implementation, attention
 from efx_jax.model.layers import apply_rope, probe_gradient, rms_norm, rope_tables, swiglu

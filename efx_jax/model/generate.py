@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from efx_jax.einsum import contract
 from efx_jax.errors import InputError
-from efx_jax.linear import contract
 from efx_jax.lora import Adapters
 from efx_jax.model.cache import KVCache, empty_cache, extend
 from efx_jax.model.decoder import (

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from efx_jax.config import MaskForward, Remat
+from efx_jax.einsum import gram_matrix, weight_gradient
 from efx_jax.errors import InputError
-from efx_jax.linear import gram_matrix, weight_gradient
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
 from efx_jax.model.decoder import LinearOptions, attend_within, run_blocks, stack_layers

@@ -11,7 +11,7 @@ import jax
 
 from efx_jax.config import Config, PruneConfig, Space
 from efx_jax.config_event import goes_by_block, needs_gram, reads_importance, surveyed_rows
-from efx_jax.linear import gram_share
+from efx_jax.einsum import gram_share
 from efx_jax.model.spec import ModelSpec, linear_shapes, param_shapes
 from efx_jax.parallel.mesh import mesh_sizes
 from efx_jax.parallel.partition import axes_size, batch_axes

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from efx_jax.config import MeshConfig
-from efx_jax.linear import gram_matrix, gram_share
+from efx_jax.einsum import gram_matrix, gram_share
 from efx_jax.parallel.mesh import make_mesh
 
 
