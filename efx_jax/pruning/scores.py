@@ -67,6 +67,8 @@ def matrix_score(effective: Array, input_norm: Array, reach: Array, config: Prun
     """`config.score` of one matrix from U `[O,I]`, `input_norm [I]` and `reach` nu `[O]`: `[O,I]`, float32."""
     if config.score == "magnitude":
         return jnp.abs(effective)
+    if config.score == "wanda":
+        return wanda_score(effective, input_norm)
     if config.score == "ria":
         return ria_score(effective, input_norm, config.ria_power)
     return foresight_score(effective, input_norm, reach)
