@@ -9,6 +9,7 @@ import numpy as np
 from efx_jax.analysis.held import held_adapters, read_checkpoint, run_linears, run_masks
 from efx_jax.analysis.runs import open_run
 from efx_jax.errors import InputError
+from efx_jax.files import read_text
 from efx_jax.weights.bundle_write import Outcome
 from efx_jax.weights.sparsity import Asked, pattern_of
 
@@ -28,7 +29,7 @@ def run_outcome(folder: Path) -> Outcome:
         )
     if not (folder / "summary.json").is_file() or not (folder / "export").is_dir():
         raise InputError(f"{folder}: is not finished; expected summary.json and export/; let the run finish first")
-    step = json.loads((folder / "summary.json").read_text())["steps"]
+    step = json.loads(read_text(folder / "summary.json"))["steps"]
     if config.eval.best and (folder / "best" / str(step)).is_dir():
         run = dataclasses.replace(run, steps=(step,), kind="best")
     checkpoint = read_checkpoint(run, step)

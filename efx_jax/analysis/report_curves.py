@@ -66,9 +66,10 @@ def zeros(record: Record) -> Html:
 def _curve(rows: Sequence[Row], name: str, title: str, events: tuple[int, ...]) -> Html:
     steps = [row["step"] for row in rows]
     values = [row.get(name) for row in rows]
-    known = [value for value in values if value is not None]
-    if not known:
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    if not points:
         return Html("")
+    known = [value for _, value in points]
     lines = [Line(name, steps, values, is_stepped=name == "sparsity")]
     if name in _JITTERY and len(rows) >= _SMOOTH_FROM:
         # As many before a step as after it, and itself.
@@ -78,18 +79,19 @@ def _curve(rows: Sequence[Row], name: str, title: str, events: tuple[int, ...]) 
         title = f"{title} (thick: {meant})"
     percent = name == "sparsity"
     bounds = (0.0, max(0.1, *known)) if percent else (0.0, max(known)) if name == "learning_rate" else None
-    told = f"{title}: {known[0]:.4g} at step {steps[0]:,}, {known[-1]:.4g} at step {steps[-1]:,}."
+    (first, start), (last, end) = points[0], points[-1]
+    told = f"{title}: {start:.4g} at step {first:,}, {end:.4g} at step {last:,}."
     return _figure(title, line_chart(Chart(title, told, tuple(lines), events, bounds, percent), f"curve-{name}"))
 
 
 def _evaluation(rows: Sequence[Row], name: str, at: int, events: tuple[int, ...]) -> Html:
-    points = [(row["step"], row.get(name)) for row in rows]
-    known = [value for _, value in points if value is not None]
-    if not known:
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    if not points:
         return Html("")
     percent = name != "perplexity"
     line = Line(name, [step for step, _ in points], [value for _, value in points])
-    told = f"{name}: {known[0]:.4g} at step {points[0][0]:,}, {known[-1]:.4g} at step {points[-1][0]:,}."
+    (first, start), (last, end) = points[0], points[-1]
+    told = f"{name}: {start:.4g} at step {first:,}, {end:.4g} at step {last:,}."
     title = f"{name} %" if percent else name
     return _figure(title, line_chart(Chart(title, told, (line,), events, None, percent), f"evaluation-{at}"))
 

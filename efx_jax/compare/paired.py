@@ -1,11 +1,15 @@
-"""How many times the perplexity of one model another has, on the same windows of text."""
+"""The ratio of two models' perplexities on the same windows of text."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import scipy.stats
 
 from efx_jax.evaluation.scores import RESAMPLES, Interval, interval, resample_counts
+
+_HIGH = 0.975  # the upper end of a 95 % interval
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,8 +26,10 @@ def perplexity_ratio(
 ) -> tuple[float, Interval | None] | None:
     """Geometric mean over seeds of perplexity(found) / perplexity(other), with its 95 % interval.
 
-    Percentile bootstrap, paired: both models see the same resample of windows, and of seeds where there are several, so
-    that what makes a window or a seed hard for both has no part in the interval.
+    Paired: both models see the same windows and seeds, so that what makes one hard for both has no part in the
+    interval. Of one seed it is a percentile bootstrap over windows. Two or three seeds are too few to be resampled (of
+    two, such an interval holds the truth every other time): there the logarithm of the ratio has one of Student's t
+    over seeds and one of the normal distribution over windows, which are independent and add up in squares.
 
     Args:
         found: by seed the windows of one model.
@@ -46,12 +52,17 @@ def perplexity_ratio(
     if len(tokens) < 2:
         return value, None
     draws = np.concatenate(list(resample_counts(np.arange(len(tokens)), RESAMPLES, seed)))
-    seeds = np.concatenate(list(resample_counts(np.arange(len(shared)), RESAMPLES, seed + 1)))
-    # Tokens of the drawn windows are those of every drawn seed.
-    sums = np.einsum("rw,sw,rs->r", draws, apart, seeds) / len(shared)
+    drawn = (draws @ apart.mean(axis=0)) / np.maximum(draws @ tokens, 1)
+    if len(shared) == 1:
+        ends = np.asarray(interval(drawn))
+    else:
+        of_seeds = apart.sum(axis=1) / tokens.sum()
+        student = scipy.stats.t.ppf(_HIGH, len(shared) - 1) * of_seeds.std(ddof=1) / math.sqrt(len(shared))
+        normal = scipy.stats.norm.ppf(_HIGH) * drawn.std(ddof=1)
+        ends = of_seeds.mean() + math.hypot(student, normal) * np.array([-1.0, 1.0])
     with np.errstate(over="ignore"):
-        ratios = np.exp(sums / np.maximum(draws @ tokens, 1))
-    return (value, interval(ratios)) if np.isfinite(ratios).all() else None
+        low, high = map(float, np.exp(ends))
+    return (value, (low, high)) if math.isfinite(high) else None
 
 
 def _are_same(windows: Sequence[Windows]) -> bool:

@@ -15,6 +15,7 @@ from efx_jax.compare.work import is_finished, measurements
 from efx_jax.errors import InputError
 from efx_jax.evaluation.relative import check_pairs, check_ratios, read_evaluation, relative
 from efx_jax.evaluation.results import TITLES
+from efx_jax.files import read_text
 
 Metrics = dict[str, float | None]
 Intervals = dict[str, tuple[float, float]]
@@ -124,7 +125,7 @@ def _relative(folder: Path, dense: Path) -> Mapping[str, Any] | str:
 def _read(folder: Path) -> dict[str, Any]:
     path = folder / "summary.json"
     try:
-        summary: dict[str, Any] = json.loads(path.read_text())
+        summary: dict[str, Any] = json.loads(read_text(path))
     except ValueError as error:
         raise InputError(f"{path}: is garbled ({error}); remove {folder}, and it is made again") from error
     return summary

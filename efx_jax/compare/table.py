@@ -98,7 +98,7 @@ def _markdown(
 
 
 def _side_by_side(comparison: Comparison, rows: Sequence[Row], beside: Sequence[Mapping[str, Ratio]]) -> list[str]:
-    """How many times the perplexity of dense LoRA, and of the best other method, every row has."""
+    """Every row's perplexity divided by that of dense LoRA and by that of its best rival."""
     keys = list(dict.fromkeys(key for found in beside for key in found))
     if not keys:
         return []
@@ -110,9 +110,10 @@ def _side_by_side(comparison: Comparison, rows: Sequence[Row], beside: Sequence[
         if found
     ]
     legend = (
-        "Perplexity over another's on the same windows [95 % bootstrap, paired: both see the same resample of windows, "
-        "and of seeds]. The best other is the best pruned one beside this at the same sparsity, N:M pattern and axes "
-        "(as far as an axis has a say in both)."
+        "Perplexity over another's on the same windows [95 %, paired: both see the same resample of windows; of "
+        "several seeds also Student's t over seeds]. The best other is the row of the lowest perplexity on these "
+        "windows at the same sparsity, N:M pattern and axes (as far as an axis has a say in both), be it another "
+        "schedule of the same method; chosen on the windows of the comparison, it looks a little better than it is."
     )
     return ["## Side by side", legend, markdown_table(header, lines)]
 

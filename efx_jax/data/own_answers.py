@@ -24,7 +24,7 @@ def distinct_answers(test: Sequence[Example], source: str) -> tuple[str, ...]:
         source: their file, for messages.
 
     Raises:
-        InputError: responses that differ in nothing to be seen, or too many different ones.
+        InputError: responses that look identical, or too many different ones.
     """
     labels = tuple(sorted({example.response for example in test}))
     spellings = {_composed(label): label for label in labels}
@@ -58,14 +58,14 @@ def warn_of_slips(examples: Sequence[Example]) -> None:
             alike += difflib.get_close_matches(answer, common, n=1, cutoff=0.7)
         if alike and (count, answer) < (counts[alike[0]], alike[0]):
             warnings.warn(
-                f"{examples[answers.index(answer)].origin}: the answer {answer!r} ({count} of {len(answers)} rows) is "
-                f"not {alike[0]!r} ({counts[alike[0]]} rows), but another one; repair it if it is a slip",
+                f"{examples[answers.index(answer)].origin}: the answer {answer!r} ({count} of {len(answers)} rows) "
+                f"counts as a different answer from {alike[0]!r} ({counts[alike[0]]} rows); correct it if it is a typo",
                 stacklevel=2,
             )
 
 
 def warn_of_unasked(learned: Sequence[Example], labels: Sequence[str], name: str) -> None:
-    """Names the first training row of a task whose answer no test row has: it is not among those to choose from.
+    """Warns of training rows whose answer no test row has, so that it can never be chosen, and names the first.
 
     Args:
         learned: the training rows.

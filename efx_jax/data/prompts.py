@@ -87,6 +87,8 @@ def examples_from_rows(
             response, _ = _fill(parts[1], row, where)
         elif "prompt" in row and "response" in row:
             prompt, response = (_column(row, name, where) for name in ("prompt", "response"))
+            if not prompt.strip():
+                raise InputError(f"{where}: the prompt is empty; expected some text; remove or complete the row")
             span = (0, len(prompt)) if context else span
         else:
             prompt, response = "", _column(row, "text", where)
@@ -168,7 +170,7 @@ def _frame(body: str, instruction: str, style: Format, tokenizer: Tokenizer | No
         return asked, _PLAIN_END
     if tokenizer is None or not tokenizer.chat_template:
         raise InputError("data.format chat: the tokenizer has no chat template; expected one; use plain or alpaca")
-    before, found, after = _chat_turn(asked + body, tokenizer).partition(asked + body)
+    before, found, after = _chat_turn(asked + body, tokenizer).rpartition(asked + body)
     if not found:
         raise InputError(
             "data.format chat: the tokenizer's chat template changes the text of a turn; expected it to stay as it is; "
@@ -223,9 +225,15 @@ def _parse_template(template: str) -> tuple[str, str]:
             '"Question: {question}\\nAnswer: => {answer}"'
         )
     try:
-        list(string.Formatter().parse(template))
+        fields = list(string.Formatter().parse(template))
     except ValueError as error:
         raise InputError(f"data.template {template!r}: {error}; write {{{{ and }}}} for braces") from error
+    for _, name, specification, conversion in fields:
+        if specification or conversion:
+            raise InputError(
+                f"data.template {template!r}: expected the bare name of a column in braces, found a format behind "
+                f"{name!r}; format the column itself"
+            )
     return prompt.removesuffix(" "), response
 
 

@@ -23,6 +23,7 @@ from efx_jax.data.own_answers import MOST_LABELS, warn_of_slips, warn_of_unasked
 from efx_jax.data.prompts import Example, examples_from_rows
 from efx_jax.data.sampling import draw, equal_quotas
 from efx_jax.errors import InputError
+from efx_jax.rounding import round_up
 
 # For each of the 21 chapters 150 questions and 50 texts of about 50 tokens: what the smallest chapter has, with some to
 # spare.
@@ -160,7 +161,7 @@ def hold_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list
     Returns:
         The rows that stay and those held out, each in the given order.
     """
-    count = min(round(share * len(examples)), len(examples) - 1)
+    count = min(round_up(share * len(examples)), len(examples) - 1)
     groups = group_numbers(examples)
     sizes = Counter(groups)
     held: set[int] = set()

@@ -57,13 +57,18 @@ class Unparseable(evaluate.Metric):
 
 
 class Rouge(evaluate.Metric):
-    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L, in [0, 1]; with `stemmer` words are reduced to stems."""
+    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L, in [0, 1]; with `use_stemmer` words are reduced to stems.
+
+    As in `evaluate.load("rouge")` they are not by default; in this project's results they are.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         return _info("ROUGE F-measures, averaged over rows.", _TEXTS)
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[str], stemmer: bool = True) -> dict[str, float]:
-        means = rouge_scores(predictions, references, stemmer).mean(axis=0)
+    def _compute(
+        self, predictions: Sequence[str], references: Sequence[str], use_stemmer: bool = False
+    ) -> dict[str, float]:
+        means = rouge_scores(predictions, references, use_stemmer).mean(axis=0)
         return {name: float(mean) for name, mean in zip(ROUGE, means, strict=True)}
 
 

@@ -11,6 +11,7 @@ from efx_jax.errors import InputError
 from efx_jax.evaluation.results import TITLES
 from efx_jax.evaluation.rouge import ROUGE
 from efx_jax.evaluation.scores import RESAMPLES, accuracy, interval, macro_f1, resample_counts
+from efx_jax.files import read_text
 
 Results = Mapping[str, Mapping[str, Any]]
 Records = Sequence[Mapping[str, Any]]
@@ -150,9 +151,9 @@ def read_evaluation(folder: Path) -> tuple[Results, Records]:
                 f"{path}: no such file; expected a folder written by python -m efx_jax.evaluation --output"
             )
     try:
-        tasks = json.loads(summary.read_text()).get("tasks")
+        tasks = json.loads(read_text(summary)).get("tasks")
         # Not splitlines: a text may hold other signs that end a line.
-        records = [json.loads(line) for line in predictions.read_text().split("\n") if line]
+        records = [json.loads(line) for line in read_text(predictions).split("\n") if line]
     except (ValueError, AttributeError) as error:
         raise InputError(f"{folder}: summary.json or predictions.jsonl is garbled ({error}); evaluate again") from error
     if not tasks:

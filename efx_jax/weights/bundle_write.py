@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from efx_jax.errors import InputError
 from efx_jax.files import atomic_folder
@@ -129,10 +129,11 @@ def _write_arrays(folder: Path, outcome: Outcome, source: TensorSource, spec: Mo
         for kind, group in (("lora_a", adapters.lora_a), ("lora_b", adapters.lora_b))
         for name, array in group.items()
     }
-    save_file(arrays, folder / ADAPTER, metadata={"format": FORMAT})
+    # Not by `save_file`, whose files nobody else may read.
+    (folder / ADAPTER).write_bytes(save(arrays, metadata={"format": FORMAT}))
     if outcome.masks:
         masks = {name: np.ascontiguousarray(mask) for name, mask in outcome.masks.items()}
-        save_file(masks, folder / MASKS, metadata={"format": FORMAT})
+        (folder / MASKS).write_bytes(save(masks, metadata={"format": FORMAT}))
     if outcome.moved is not None:
         _write_moved(folder / MOVED, outcome.moved, outcome.masks, spec)
 

@@ -23,7 +23,7 @@ from efx_jax.weights.params import params_source
 from efx_jax.weights.peft_config import CONFIG_FILE
 from efx_jax.weights.safetensors_file import Entry, create, fill, read_header, read_part, tensor_bytes
 from efx_jax.weights.source import TensorSource, check_names_and_shapes, check_tied_head, leaves
-from efx_jax.weights.tokenizer_json import folder_tokenizer
+from efx_jax.weights.tokenizer_json import declare_tokenizer, folder_tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -213,6 +213,7 @@ def write_extras(extras: Path, folder: Path) -> None:
     """Writes the tokenizer and the small files of a checkpoint (folder or .gguf file) into a folder."""
     if extras.is_dir():
         copy_extras(extras, folder)
+        declare_tokenizer(extras, folder)
         return
     from efx_jax.weights.gguf_tokenizer import save_gguf_tokenizer
 

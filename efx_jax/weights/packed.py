@@ -104,6 +104,9 @@ def pack(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> Packing:
     check_tied_head(source, spec)
     linears = {name for leaf in leaves(spec) if leaf.stacked and len(leaf.shape) == 3 for name in leaf.names}
     files = folder_files(folder)
+    inner = next((file for file in files if file.parent != folder), None)
+    if inner is not None:
+        raise InputError(f"{inner}: expected the shards in {folder} itself; convert_weights.py export puts them there")
     kept = {
         name: count
         for entries in files.values()

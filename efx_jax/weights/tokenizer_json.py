@@ -1,6 +1,7 @@
 """The tokenizer of a checkpoint folder, as its `tokenizer.json` has it."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,35 @@ def folder_tokenizer(folder: Path) -> Any:
             f"{folder}: has no tokenizer that transformers can load ({reason}); "
             f"{advice if file.is_file() else 'add tokenizer.json'}"
         ) from error
+
+
+def declare_tokenizer(src: Path, dst: Path) -> None:
+    """Declares a copied tokenizer as one that `AutoTokenizer` reads as its `tokenizer.json` has it, if it is not.
+
+    Whoever opens an export then has the ids that it was trained on. Where transformers is not installed, or cannot load
+    the tokenizer, the copy stays as it is.
+
+    Args:
+        src: the folder that it was copied from.
+        dst: the folder of the copy.
+    """
+    file, config = src / "tokenizer.json", dst / "tokenizer_config.json"
+    if not (file.is_file() and config.is_file()):
+        return
+    # It advises to install torch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(src, trust_remote_code=False, local_files_only=True)
+        if type(tokenizer) is transformers.PreTrainedTokenizerFast or _follows(tokenizer, file):
+            return
+        special = _from_file(src, tokenizer).special_tokens_map
+    # The tokenizers library raises nothing more special, whatever is wrong with a file.
+    except Exception:
+        return
+    declared = special | read_json(config) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config.write_text(json.dumps(declared, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _follows(tokenizer: Any, file: Path) -> bool:

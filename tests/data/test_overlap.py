@@ -12,6 +12,11 @@ def test_case_punctuation_and_blanks_make_no_difference() -> None:
     assert fingerprint("x < 5") != fingerprint("x > 5")
     assert fingerprint("कि") != fingerprint("की")
     assert fingerprint("患者は回復した") != fingerprint("患者は回復しない")
+    sums = ("5-3", "5*3", "5/3", "53", "5 % 3", "-53", "$53", "5+3", "C#", "C")
+    assert len({fingerprint(text) for text in sums}) == len(sums)
+    for one, other in (("5 - 3", "5-3"), ("1990-2000", "1990\u20132000"), ("X-ray", "x ray"), ("50 % of", "50% of")):
+        assert fingerprint(one) == fingerprint(other)
+    assert fingerprint("caf\u00e9") == fingerprint("cafe\u0301") and fingerprint("\uff15 mg") == fingerprint("5 mg")
     assert fingerprint("?") != fingerprint("!!") != fingerprint("")
 
 

@@ -18,7 +18,10 @@ def answered(*answers: str) -> list[Example]:
 
 
 def test_an_answer_of_one_row_that_is_spelled_much_as_a_common_one_is_named_with_its_row() -> None:
-    with pytest.warns(UserWarning, match=r"own.csv row 3: the answer 'hgih' \(1 of 4 rows\) is not 'high' \(2 rows"):
+    with pytest.warns(
+        UserWarning,
+        match=r"own.csv row 3: the answer 'hgih' \(1 of 4 rows\) counts as a different answer from 'high' \(2 r",
+    ):
         assert distinct_answers(answered("high", "high", "hgih", "low"), "own.csv") == (" hgih", " high", " low")
 
 

@@ -32,11 +32,11 @@ def test_rouge_equals_a_worked_example() -> None:
     assert both["rougeL"] == pytest.approx((result["rougeL"] + 1) / 2)
 
 
-def test_rouge_stems_words_unless_asked_otherwise() -> None:
+def test_rouge_stems_words_where_it_is_asked_to_as_evaluates_does() -> None:
     pytest.importorskip("rouge_score")
     texts = {"predictions": ["studies running"], "references": ["study run"]}
-    assert metrics.Rouge().compute(**texts)["rouge1"] == 1.0
-    assert metrics.Rouge().compute(**texts, stemmer=False)["rouge1"] == 0.0
+    assert metrics.Rouge().compute(**texts, use_stemmer=True)["rouge1"] == 1.0
+    assert metrics.Rouge().compute(**texts)["rouge1"] == 0.0
 
 
 def test_an_answer_that_could_not_be_read_is_wrong_and_no_class() -> None:

@@ -215,6 +215,16 @@ def test_pickles_code_and_other_weights_are_left_out_by_name(dense: Path, tmp_pa
     assert set(contents(tmp_path / "packed")) == {"config.json", "model.bitmask", "packed.json"}
 
 
+def test_shards_in_folders_of_their_own_are_refused(dense: Path, tmp_path: Path) -> None:
+    (dense / "inner").mkdir()
+    (dense / "model.safetensors").rename(dense / "inner" / "model.safetensors")
+    names = list(load_file(dense / "inner" / "model.safetensors"))
+    weight_map = dict.fromkeys(names, "inner/model.safetensors")
+    (dense / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    with pytest.raises(InputError, match="inner/model.safetensors: expected the shards in .*dense itself"):
+        pack(dense, tmp_path / "packed")
+
+
 def test_only_dense_folders_are_packed_and_only_packed_ones_unpacked(packed: Path, dense: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a dense Hugging Face folder"):
         pack(packed, tmp_path / "twice")

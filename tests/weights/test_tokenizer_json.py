@@ -1,6 +1,7 @@
 """A folder's tokenizer gives the ids of its `tokenizer.json`, whatever class it is declared as."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from efx_jax.errors import InputError
 from efx_jax.weights.gguf_tokenizer import save_gguf_tokenizer
-from efx_jax.weights.hf import load_tokenizer
+from efx_jax.weights.hf import load_tokenizer, write_extras
 from tests.weights.test_gguf_tokenizer import golden_texts, tokenizer_file
 
 pytest.importorskip("gguf")
@@ -53,6 +54,23 @@ def test_a_step_that_the_declared_class_drops_is_kept(tmp_path: Path) -> None:
     assert found.special_tokens_map == theirs.special_tokens_map
     assert found.chat_template == theirs.chat_template
     assert len(found) == len(theirs)
+
+
+def test_an_export_opens_with_the_ids_that_it_was_trained_on(tmp_path: Path) -> None:
+    """By `AutoTokenizer`, as the model card says; a class that keeps all steps stays declared."""
+    for name, steps, stays in (("smollm2", {"pre_tokenizer": DIGITS}, False), ("gpt2", {}, True)):
+        declared = {"tokenizer_class": "GPT2Tokenizer", "eos_token": None}
+        folder = write_folder(tmp_path / name, "gpt2", "llama", declared, **steps)
+        out = tmp_path / f"{name}-out"
+        out.mkdir()
+        write_extras(folder, out)
+        shutil.copyfile(folder / "config.json", out / "config.json")
+        found, trained = transformers.AutoTokenizer.from_pretrained(out), load_tokenizer(folder)
+        for text in golden_texts():
+            assert found(text).input_ids == trained(text).input_ids, repr(text)
+        assert found.special_tokens_map == trained.special_tokens_map
+        same = (out / "tokenizer_config.json").read_bytes() == (folder / "tokenizer_config.json").read_bytes()
+        assert same == stays
 
 
 def test_special_tokens_that_only_the_class_names_stay(tmp_path: Path) -> None:
