@@ -41,6 +41,7 @@ class Example:
     `prompt` may be empty (plain text); `response` includes the space or line break that separates it from the prompt.
     `context` is the span of the prompt, in characters, that may be shortened, at the side `cut`; (0, 0) where nothing
     may. `instruction` is what a task of ours asks, while the prompt is only its input: `apply_format` joins the two.
+    `end` is the token that ends the response, "" the tokenizer's end of sequence.
     `origin` says where the row came from ("train.jsonl row 17") for error messages, and `keys` are fingerprints of what
     no training row may share with a test row; neither takes part in comparisons.
     """
@@ -52,6 +53,7 @@ class Example:
     cut: Side = "end"
     instruction: str = ""
     keys: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    end: str = ""
 
 
 def examples_from_rows(
@@ -134,12 +136,16 @@ def apply_format(examples: Sequence[Example], style: Format, tokenizer: Tokenize
 
     Returns:
         Framed examples, whose prompt is all there is. In a frame the response starts its own line, so its leading
-        blanks are dropped.
+        blanks are dropped. In "chat" it ends with the token that ends a turn in the template.
 
     Raises:
         InputError: "chat" with a tokenizer that has no chat template, or one that fails or changes the text of a turn.
     """
-    return [_framed(example, style, tokenizer) if example.prompt else example for example in examples]
+    end = _turn_end(tokenizer) if style == "chat" and tokenizer is not None and tokenizer.chat_template else ""
+    return [
+        dataclasses.replace(_framed(example, style, tokenizer), end=end) if example.prompt else example
+        for example in examples
+    ]
 
 
 def _framed(example: Example, style: Format, tokenizer: Tokenizer | None) -> Example:
@@ -182,15 +188,29 @@ def _frame(body: str, instruction: str, style: Format, tokenizer: Tokenizer | No
     return before + asked, after
 
 
-def _chat_turn(text: str, tokenizer: Tokenizer) -> str:
-    """One user turn and the beginning of the answer, the same on every day."""
-    turns = [{"role": "user", "content": text}]
+def _turn_end(tokenizer: Tokenizer) -> str:
+    """The special token by which the chat template ends an answer, "" if it is the end of sequence, or none.
+
+    Of a base model the end of sequence is often another one (Qwen's `<|endoftext|>` beside `<|im_end|>`).
+    """
+    try:
+        _, found, rest = _chat_turn("ask", tokenizer, "told").rpartition("told")
+    except InputError:
+        return ""
+    ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"][:1] if found and rest.strip() else []
+    (token,) = tokenizer.convert_ids_to_tokens(ids) or [""]
+    return "" if ids == [tokenizer.eos_token_id] or token not in tokenizer.get_added_vocab() else str(token)
+
+
+def _chat_turn(text: str, tokenizer: Tokenizer, answer: str = "") -> str:
+    """One user turn and the answer, or else its beginning, the same on every day."""
+    turns = [{"role": "user", "content": text}] + ([{"role": "assistant", "content": answer}] if answer else [])
     try:
         template = tokenizer.get_chat_template()
         if _CLOCK in template:
             template = _stopped_clock() + template
         framed = tokenizer.apply_chat_template(
-            turns, chat_template=template, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            turns, chat_template=template, tokenize=False, add_generation_prompt=not answer, enable_thinking=False
         )
     # A template is a program of somebody else's, and may fail in any way.
     except Exception as error:

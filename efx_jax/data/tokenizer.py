@@ -26,6 +26,8 @@ class Tokenizer(Protocol):
     ) -> Any: ...
     def decode(self, token_ids: Any, *, skip_special_tokens: bool) -> str: ...
     def convert_ids_to_tokens(self, ids: Any) -> Any: ...
+    def convert_tokens_to_ids(self, tokens: Any) -> Any: ...
+    def get_added_vocab(self) -> dict[str, int]: ...
     def get_vocab(self) -> dict[str, int]: ...
 
 
@@ -83,6 +85,13 @@ def encode_continuations(texts: Sequence[str], tokenizer: Tokenizer) -> list[lis
     if _adds_leading_space(tokenizer):
         texts = [text.removeprefix(" ") for text in texts]
     return _encode(texts, tokenizer)
+
+
+def end_of(example_end: str, tokenizer: Tokenizer) -> list[int]:
+    """The token that ends a response: the one of this text, "" being the end of sequence if the tokenizer has one."""
+    if example_end:
+        return [tokenizer.convert_tokens_to_ids(example_end)]
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:

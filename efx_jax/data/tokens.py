@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from efx_jax.data.prompts import Example
-from efx_jax.data.tokenizer import Tokenizer, encode_continuations, encode_prompts
+from efx_jax.data.tokenizer import Tokenizer, encode_continuations, encode_prompts, end_of
 from efx_jax.errors import InputError
 
 LossOn = Literal["response", "all"]
@@ -28,17 +28,17 @@ class Tokenized:
 def tokenize(
     examples: Sequence[Example], tokenizer: Tokenizer, max_length: int, loss_on: LossOn = "response"
 ) -> list[Tokenized]:
-    """Tokenises every example as [BOS] prompt response EOS.
+    """Tokenises every example as [BOS] prompt response end, the end being EOS or that of a chat turn.
 
     Prompt and response are tokenised apart, so that the response's first token is the same at training and at
-    evaluation whatever the prompt ends with. BOS is there if the tokenizer adds one; EOS ends every response that
-    was not cut.
+    evaluation whatever the prompt ends with. BOS is there if the tokenizer adds one; the end follows every response
+    that was not cut.
 
     Args:
         examples: the examples.
         tokenizer: a Hugging Face tokenizer.
-        max_length: most tokens per sequence, EOS included; longer responses are cut, with a warning that counts them.
-        loss_on: "response" (response and EOS) or "all" (every token but the first).
+        max_length: most tokens per sequence, the end included; longer responses are cut, and a warning counts them.
+        loss_on: "response" (response and end) or "all" (every token but the first).
 
     Returns:
         One sequence per example, each with at least one token that carries loss.
@@ -47,18 +47,17 @@ def tokenize(
         InputError: a prompt that leaves no room for a response, or a sequence without a token to predict.
     """
     prompts = encode_prompts([example.prompt for example in examples], tokenizer)
-    responses = encode_continuations([example.response for example in examples], tokenizer)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    answers = encode_continuations([example.response for example in examples], tokenizer)
+    ends = {end: end_of(end, tokenizer) for end in {example.end for example in examples}}
+    responses = [answer + ends[example.end] for answer, example in zip(answers, examples, strict=True)]
     named = [example.origin or f"example {number}" for number, example in enumerate(examples, start=1)]
     pairs = list(zip(prompts, responses, strict=True))
     rows = [
-        _join(prompt, response + end, max_length, loss_on, name)
+        _join(prompt, response, max_length, loss_on, name)
         for name, (prompt, response) in zip(named, pairs, strict=True)
     ]
     cut = [
-        name
-        for name, (prompt, response) in zip(named, pairs, strict=True)
-        if len(prompt) + len(response + end) > max_length
+        name for name, (prompt, response) in zip(named, pairs, strict=True) if len(prompt) + len(response) > max_length
     ]
     if cut:
         warnings.warn(

@@ -8,7 +8,7 @@ import numpy as np
 
 from efx_jax.data.batches import bucket_length
 from efx_jax.data.prompts import Example
-from efx_jax.data.tokenizer import Tokenizer, encode_prompts
+from efx_jax.data.tokenizer import Tokenizer, encode_prompts, end_of
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters, merge
 from efx_jax.model.decoder import Params
@@ -63,7 +63,8 @@ def generate_texts(
     check_room(prompts, examples, spec, max_new_tokens)
     if adapters is not None or masks is not None:
         params = merge(params, adapters, masks)
-    stops = end_tokens(tokenizer, spec) | set(stop_tokens)
+    ends = {token for example in examples for token in end_of(example.end, tokenizer)}
+    stops = end_tokens(tokenizer, spec) | ends | set(stop_tokens)
     keys = None if sampling is None else jnp.stack([jax.random.key(seed) for seed in seeds])
     runs = 1 if keys is None else len(keys)
     texts = [[""] * len(prompts) for _ in range(runs)]

@@ -5,6 +5,7 @@ import types
 import pytest
 
 from efx_jax.data.prompts import Example, apply_format, examples_from_rows, plain_text
+from efx_jax.data.tokens import tokenize
 from efx_jax.errors import InputError
 
 
@@ -82,6 +83,26 @@ def in_chat(template: str | dict[str, str]) -> str:
 def test_chat_uses_the_tokenizers_template() -> None:
     assert in_chat(TURNS + STARTED) == "<user>Hi?<assistant>"
     assert in_chat({"default": TURNS + STARTED, "rag": "no"}) == "<user>Hi?<assistant>"
+
+
+@pytest.mark.parametrize(("eos", "end"), [("</s>", "<end>"), ("<end>", ""), (None, "<end>")])
+def test_an_answer_in_chat_ends_with_the_templates_end_of_a_turn(eos: str | None, end: str) -> None:
+    """As the model is then asked in chats; a base model's end of sequence is often another token."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"yes": 0, "<unk>": 1}, unk_token="<unk>"))
+    bare.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bare, eos_token=eos)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>", "</s>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} <end>\n{% endfor %}" + STARTED
+    examples = apply_format([Example("Hi?", " yes"), Example("", "yes yes")], "chat", tokenizer)
+    assert [example.end for example in examples] == [end, ""]
+    chat, text = tokenize(examples, tokenizer, 32)
+    assert tokenizer.convert_ids_to_tokens(int(chat.tokens[-1])) == "<end>" and chat.loss[-1]
+    assert tokenizer.convert_ids_to_tokens(int(text.tokens[-1])) == (eos or "yes")
+    # A template that takes no answer says nothing of its end.
+    tokenizer.chat_template = "{% if messages|length > 1 %}{{ raise_exception('one') }}{% endif %}" + TURNS + STARTED
+    assert [example.end for example in apply_format([Example("Hi?", " yes")], "chat", tokenizer)] == [""]
 
 
 @pytest.mark.parametrize(
