@@ -56,9 +56,10 @@ def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         atomic_write(Path(arguments.summary), json.dumps(summary, indent=1) + "\n")
     for reason in missing:
         print(f"{'left out' if takes_all else 'error'}: {reason}", file=sys.stderr)
-    if any(summary["runs"].values()) or summary["between"]:
+    found = any(summary["runs"].values()) or bool(summary["between"])
+    if found:
         print(f"written to {output}", file=sys.stderr)
-    return 2 if missing and not takes_all else 0
+    return 0 if found and (takes_all or not missing) else 2
 
 
 def _attempt(name: str, work: Callable[[], object], missing: list[str]) -> None:

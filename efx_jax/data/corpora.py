@@ -221,7 +221,7 @@ def _corpus_rows(corpus: Corpus, root: str) -> list[dict[str, Any]]:
 
 def _hub_rows(source: str) -> list[dict[str, Any]]:
     name, *rest = source.split(":")
-    return read_hub(HubTable(name, rest[0] if len(rest) > 1 else "", rest[-1] if rest else "train"))
+    return read_hub(HubTable(name, rest[0] if len(rest) > 1 else "", rest[-1] if rest else "train"), names_labels=True)
 
 
 def _one_line(error: Exception) -> str:

@@ -25,8 +25,12 @@ class HubTable:
     first: int = 0
 
 
-def read_hub(table: HubTable) -> list[dict[str, Any]]:
+def read_hub(table: HubTable, names_labels: bool = False) -> list[dict[str, Any]]:
     """Reads every row of a split, or its first ones.
+
+    Args:
+        table: which.
+        names_labels: give the classes of a label column their names in place of their numbers.
 
     Raises:
         MissingInputError: `datasets` is missing, or the data set cannot be read.
@@ -48,7 +52,14 @@ def read_hub(table: HubTable) -> list[dict[str, Any]]:
             revision=table.revision or None,
             streaming=bool(table.first),
         )
-        return list(itertools.islice(rows, table.first) if table.first else rows)
+        found: list[dict[str, Any]] = list(itertools.islice(rows, table.first) if table.first else rows)
+        features = (getattr(rows, "features", None) or {}) if names_labels else {}
+        labels = {name: kind for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+        # -1 stands for a row without a label.
+        return [
+            row | {name: kind.int2str(row[name]) for name, kind in labels.items() if row[name] not in (None, -1)}
+            for row in found
+        ]
     except Exception as error:  # the Hub clients raise from a dozen unrelated classes
         raise MissingInputError(
             f"{title}: no such file, and the Hub data set cannot be read ({type(error).__name__}: "

@@ -109,6 +109,14 @@ def test_an_unreachable_hub_name_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     refused("c4", "allenai/c4 None en/c4-train.00000-of-01024.json.gz train")
 
 
+def test_classes_of_a_hub_data_set_have_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    kinds = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    held = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=kinds)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: held)
+    assert [row["label"] for row in load_rows("someone/questions")] == ["yes", "no", -1]
+
+
 def test_the_standard_library_is_enough_for_text_files() -> None:
     source = pathlib.Path(load_rows.__code__.co_filename).read_text()
     assert not re.findall(r"^(?:import|from) (?:datasets|pyarrow|pandas)", source, re.MULTILINE)
