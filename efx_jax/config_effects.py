@@ -33,10 +33,6 @@ def warn_of_idle_flags(config: Config, given: Collection[str]) -> None:
 def idle_settings(config: Config) -> dict[str, str]:
     """Settings, by dotted path, that have no say as the others are, and what would give them one."""
     prune, distill, evaluation = config.prune, config.distill, config.eval
-    if not prune.sparsity:
-        sections = ("prune", "atp", "distill")
-        method = [name for name in setting_types() if name.partition(".")[0] in sections and name != "prune.sparsity"]
-        return dict.fromkeys(method, "prune.sparsity above 0")
     within_rows = prune.group not in ACROSS_ROWS
     reads_loss = prune.score == "foresight_loss" and reads_importance(prune)
     parts: list[tuple[bool, str, str]] = [
@@ -73,4 +69,9 @@ def idle_settings(config: Config) -> dict[str, str]:
         (evaluation.protocol != "sampled", "eval.protocol sampled", "eval.runs"),
         (not (evaluation.every or evaluation.every_epochs), "eval.every or eval.every_epochs", "eval.tasks"),
     ]
-    return {setting: condition for is_idle, condition, names in parts if is_idle for setting in names.split()}
+    found = {setting: condition for is_idle, condition, names in parts if is_idle for setting in names.split()}
+    if prune.sparsity:
+        return found
+    sections = ("prune", "atp", "distill")
+    method = [name for name in setting_types() if name.partition(".")[0] in sections and name != "prune.sparsity"]
+    return found | dict.fromkeys(method, "prune.sparsity above 0")

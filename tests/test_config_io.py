@@ -272,6 +272,7 @@ def test_epochs_beside_the_steps_of_a_file_are_warned_of(write):
         ),
         (["--prune.swaps", "3", "--prune.sparsity", "0"], "prune.sparsity above 0"),
         (["--distill.teacher", "base", "--prune.sparsity", "0"], "prune.sparsity above 0"),
+        (["--eval.runs", "2", "--prune.sparsity", "0"], "eval.protocol sampled"),
     ],
 )
 def test_a_flag_that_changes_nothing_is_warned_of(flags, condition):

@@ -1,7 +1,6 @@
 """What a finished run has made of its base, as a bundle keeps it."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +8,8 @@ import numpy as np
 from efx_jax.analysis.held import held_adapters, read_checkpoint, run_linears, run_masks
 from efx_jax.analysis.runs import open_run
 from efx_jax.errors import InputError
-from efx_jax.files import read_text
 from efx_jax.weights.bundle_write import Outcome
+from efx_jax.weights.config_json import read_json
 from efx_jax.weights.sparsity import Asked, pattern_of
 
 
@@ -29,7 +28,7 @@ def run_outcome(folder: Path) -> Outcome:
         )
     if not (folder / "summary.json").is_file() or not (folder / "export").is_dir():
         raise InputError(f"{folder}: is not finished; expected summary.json and export/; let the run finish first")
-    step = json.loads(read_text(folder / "summary.json"))["steps"]
+    step = read_json(folder / "summary.json")["steps"]
     if config.eval.best and (folder / "best" / str(step)).is_dir():
         run = dataclasses.replace(run, steps=(step,), kind="best")
     checkpoint = read_checkpoint(run, step)

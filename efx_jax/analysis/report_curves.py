@@ -79,8 +79,7 @@ def _curve(rows: Sequence[Row], name: str, title: str, events: tuple[int, ...]) 
         title = f"{title} (thick: {meant})"
     percent = name == "sparsity"
     bounds = (0.0, max(0.1, *known)) if percent else (0.0, max(known)) if name == "learning_rate" else None
-    (first, start), (last, end) = points[0], points[-1]
-    told = f"{title}: {start:.4g} at step {first:,}, {end:.4g} at step {last:,}."
+    told = _told(title, points)
     return _figure(title, line_chart(Chart(title, told, tuple(lines), events, bounds, percent), f"curve-{name}"))
 
 
@@ -90,10 +89,15 @@ def _evaluation(rows: Sequence[Row], name: str, at: int, events: tuple[int, ...]
         return Html("")
     percent = name != "perplexity"
     line = Line(name, [step for step, _ in points], [value for _, value in points])
-    (first, start), (last, end) = points[0], points[-1]
-    told = f"{name}: {start:.4g} at step {first:,}, {end:.4g} at step {last:,}."
+    told = _told(name, points)
     title = f"{name} %" if percent else name
     return _figure(title, line_chart(Chart(title, told, (line,), events, None, percent), f"evaluation-{at}"))
+
+
+def _told(title: str, points: Sequence[tuple[int, float]]) -> str:
+    """A curve in words: its first and its last point."""
+    (first, start), (last, end) = points[0], points[-1]
+    return f"{title}: {start:.4g} at step {first:,}, {end:.4g} at step {last:,}."
 
 
 def _figure(title: str, drawing: Html) -> Html:

@@ -1,6 +1,5 @@
 """What a comparison would still do, without doing it: the report of `--dry-run`."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,11 @@ from efx_jax.compare.grid import Cell
 from efx_jax.compare.settings import Comparison
 from efx_jax.compare.work import is_finished, measurements
 from efx_jax.errors import InputError
-from efx_jax.files import read_text
 from efx_jax.training.rows import taught_texts
 from efx_jax.training.run import refuse_other_run
 from efx_jax.training.schedule import total_steps
 from efx_jax.training.survey import DataCounts, RowCounts, check_shapes, count_data
+from efx_jax.weights.config_json import read_json
 from efx_jax.weights.shapes import find_spec
 
 Counts = dict[Any, DataCounts | RowCounts | str]
@@ -78,7 +77,7 @@ def _plan(comparison: Comparison, cell: Cell, runs: Path, counts: Counts) -> tup
         return "refused", str(error)
     missing = [asked.name for asked in measurements(comparison, cell) if not is_finished(asked.folder(run))]
     if is_finished(run):
-        summary = json.loads(read_text(run / "summary.json"))
+        summary = read_json(run / "summary.json")
         done = f"{summary['steps']:,} steps, {summary['tokens']:,} tokens"
         return ("measure", f"{done}; {', '.join(missing)}") if missing else ("done", done)
     if not (cell.config.train.steps or cell.config.train.epochs):

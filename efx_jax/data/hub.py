@@ -55,6 +55,8 @@ def read_hub(table: HubTable, names_labels: bool = False) -> list[dict[str, Any]
         found: list[dict[str, Any]] = list(itertools.islice(rows, table.first) if table.first else rows)
         features = (getattr(rows, "features", None) or {}) if names_labels else {}
         labels = {name: kind for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
+        if not labels:
+            return found
         # -1 stands for a row without a label.
         return [
             row | {name: kind.int2str(row[name]) for name, kind in labels.items() if row[name] not in (None, -1)}

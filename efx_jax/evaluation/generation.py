@@ -90,7 +90,7 @@ def generate_texts(
 
 def end_tokens(tokenizer: Tokenizer, spec: ModelSpec) -> set[int]:
     """The tokens that end a text: of the tokenizer, and of the model's config (Llama 3 has several)."""
-    return {*spec.eos_token_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
+    return {*spec.eos_token_ids, *end_of("", tokenizer)}
 
 
 def check_room(

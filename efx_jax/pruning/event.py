@@ -70,8 +70,8 @@ def prune_event(
     validate_prune(config)
     if config.sequential:
         raise InputError("prune.sequential: expected an event block by block; use prune_event_blockwise")
-    if needs_gram(config) and not stats.gram:
-        raise InputError("statistics: expected Gram matrices, found none; collect with gram=True")
+    if needs_gram(config):
+        stats.require_gram()
     plan = plan_event(params, adapters, masks, state, spec, config, stats, importance)
     return assemble(params, adapters, plan.state, stack_blocks(prune_from(plan, stats), spec.num_layers), packed)
 

@@ -76,8 +76,9 @@ def general_importance(
         swept, importance = _sweep_block(weights, total.gram, counts, sequences)
         found.append(importance)
         layer = dataclasses.replace(layer, weights=layer.weights | swept)
-        for place, (x, real) in enumerate(hidden if index + 1 < spec.num_layers else ()):
-            hidden[place] = block_output(x, layer, spec, options, attention_path), real
+        if index + 1 < spec.num_layers:
+            for place, (x, real) in enumerate(hidden):
+                hidden[place] = block_output(x, layer, spec, options, attention_path), real
     return {name: _stack([block[name] for block in found], name) for name in names}
 
 

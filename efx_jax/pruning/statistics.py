@@ -57,9 +57,17 @@ class Statistics:
         Raises:
             InputError: the statistics were collected without Grams.
         """
+        self.require_gram()
+        return self.gram[INPUT_OF[name]]
+
+    def require_gram(self) -> None:
+        """Refuses statistics that were collected without Grams.
+
+        Raises:
+            InputError: there are none.
+        """
         if not self.gram:
             raise InputError("statistics: expected Gram matrices, found none; collect with gram=True")
-        return self.gram[INPUT_OF[name]]
 
 
 def real_tokens(tokens: Array, lengths: Array) -> Array:

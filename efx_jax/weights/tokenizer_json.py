@@ -30,14 +30,10 @@ def folder_tokenizer(folder: Path) -> Any:
     Raises:
         InputError: there is no tokenizer, or one that transformers cannot load.
     """
-    import transformers
-
     file = folder / "tokenizer.json"
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        if type(tokenizer) is transformers.PreTrainedTokenizerFast or not file.is_file() or _follows(tokenizer, file):
-            return tokenizer
-        return _from_file(folder, tokenizer)
+        tokenizer, is_whole = _as_declared(folder)
+        return tokenizer if is_whole else _from_file(folder, tokenizer)
     # The tokenizers library raises nothing more special, whatever is wrong with a file.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
@@ -58,16 +54,14 @@ def declare_tokenizer(src: Path, dst: Path) -> None:
         src: the folder that it was copied from.
         dst: the folder of the copy.
     """
-    file, config = src / "tokenizer.json", dst / "tokenizer_config.json"
-    if not (file.is_file() and config.is_file()):
+    config = dst / "tokenizer_config.json"
+    if not config.is_file():
         return
     # It advises to install torch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        import transformers
-
-        tokenizer = transformers.AutoTokenizer.from_pretrained(src, trust_remote_code=False, local_files_only=True)
-        if type(tokenizer) is transformers.PreTrainedTokenizerFast or _follows(tokenizer, file):
+        tokenizer, is_whole = _as_declared(src)
+        if is_whole:
             return
         special = _from_file(src, tokenizer).special_tokens_map
     # The tokenizers library raises nothing more special, whatever is wrong with a file.
@@ -75,6 +69,16 @@ def declare_tokenizer(src: Path, dst: Path) -> None:
         return
     declared = special | read_json(config) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     config.write_text(json.dumps(declared, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _as_declared(folder: Path) -> tuple[Any, bool]:
+    """The tokenizer that `AutoTokenizer` builds, and whether it has the steps of the folder's `tokenizer.json`."""
+    import transformers
+
+    file = folder / "tokenizer.json"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    is_whole = type(tokenizer) is transformers.PreTrainedTokenizerFast or not file.is_file()
+    return tokenizer, is_whole or _follows(tokenizer, file)
 
 
 def _follows(tokenizer: Any, file: Path) -> bool:
