@@ -10,19 +10,10 @@ from flax import struct
 
 from efx_jax.evaluation.likelihood import target_log_probabilities
 from efx_jax.lora import Adapters
-from efx_jax.model.decoder import (
-    Layer,
-    LinearOptions,
-    attend_within,
-    block,
-    embed_batch,
-    freeze,
-    head_weight,
-    stack_layers,
-    thaw,
-)
+from efx_jax.model.decoder import LinearOptions, attend_within, block, embed_batch, head_weight
 from efx_jax.model.layers import rms_norm, rope_tables
 from efx_jax.model.spec import ModelSpec
+from efx_jax.model.stack import Layer, freeze, stack_layers, thaw
 from efx_jax.pruning.block import effective_weights
 from efx_jax.pruning.event import take_block
 from efx_jax.pruning.statistics import Statistics, block_statistics, real_tokens

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from efx_jax.analysis.blocks import BlockView
 from efx_jax.config import PruneConfig, Score
-from efx_jax.model.decoder import Layer
 from efx_jax.model.spec import LINEARS, ModelSpec
+from efx_jax.model.stack import Layer
 from efx_jax.pruning.block import block_scores
 from efx_jax.pruning.scores import column_norms
 

@@ -17,8 +17,9 @@ from efx_jax.data.tokenizer import Tokenizer, encode_continuations
 from efx_jax.errors import InputError
 from efx_jax.evaluation.likelihood import score_rows, target_log_probabilities
 from efx_jax.lora import Adapters
-from efx_jax.model.decoder import Params, from_bits, head_weight, hidden_states, to_bits
+from efx_jax.model.decoder import Params, head_weight, hidden_states
 from efx_jax.model.spec import ModelSpec
+from efx_jax.model.stack import from_bits, to_bits
 from efx_jax.parallel.partition import constrain
 
 Array = jax.Array

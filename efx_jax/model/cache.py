@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from efx_jax.model.attention import attention, masked_attention
-from efx_jax.model.decoder import Layer, LinearOptions, Params, block, from_bits, thaw, to_bits
+from efx_jax.model.decoder import LinearOptions, Params, block
 from efx_jax.model.layers import rope_tables
 from efx_jax.model.spec import ModelSpec
+from efx_jax.model.stack import Layer, from_bits, thaw, to_bits
 
 Array = jax.Array
 

@@ -1,6 +1,5 @@
 """The decoder: LLaMA, Qwen2 and Qwen3 as one pure function over stacked weights under `lax.scan`."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,10 +12,11 @@ from jax.sharding import PartitionSpec as P
 from efx_jax.config import MaskForward, Remat
 from efx_jax.einsum import contract
 from efx_jax.linear import fold_in, linear
-from efx_jax.lora import Adapters, check_fit
+from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation, attention
 from efx_jax.model.layers import apply_rope, probe_gradient, rms_norm, rope_tables, swiglu
 from efx_jax.model.spec import ModelSpec
+from efx_jax.model.stack import Layer, freeze, stack_layers, thaw
 from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import VOCABULARY, batch_axes, constrain, linear_axes
 
@@ -28,19 +28,6 @@ _SAVED = ("q_proj", "k_proj", "v_proj", "attention_log_sums", "context", "o_proj
 
 
 @struct.dataclass
-class Layer:
-    """One block's arrays: weights `[O,I]`, norms and biases, adapters and masks by linear name (any may be absent).
-
-    A mask is bool `[O,I]` or packed uint8 `[O,ceil(I/8)]`, see `efx_jax.masks`.
-    """
-
-    weights: dict[str, Array]
-    lora_a: dict[str, Array]
-    lora_b: dict[str, Array]
-    masks: dict[str, Array]
-
-
-@struct.dataclass
 class LinearOptions:
     """How every linear of a block is computed; see `efx_jax.linear.linear`."""
 
@@ -48,62 +35,6 @@ class LinearOptions:
     mask_forward: MaskForward = struct.field(pytree_node=False, default="exact")
     compute_dtype: Any = struct.field(pytree_node=False, default=None)
     dropout_rate: float = struct.field(pytree_node=False, default=0.0)
-
-
-def stack_layers(params: Params, adapters: Adapters | None, masks: Mapping[str, Array] | None) -> Layer:
-    """All blocks as one `Layer` whose arrays lead with L.
-
-    Raises:
-        InputError: an adapter or a mask of a linear that the model does not have, a mask of another shape.
-    """
-    check_fit(params["layers"], adapters, masks)
-    return Layer(
-        weights=dict(params["layers"]),
-        lora_a={} if adapters is None else adapters.lora_a,
-        lora_b={} if adapters is None else adapters.lora_b,
-        masks={} if masks is None else dict(masks),
-    )
-
-
-def to_bits(array: Array) -> Array:
-    """An array that nobody differentiates, in the form that is sliced, gathered and updated fastest; see `from_bits`.
-
-    XLA's CPU backend moves 16-bit floats by way of float32: for a slice it converts the whole array, and the slice
-    back, which costs ten times the slice and twice the memory. Their bits as integers are left alone.
-    """
-    if _moved_by_float32(array):
-        return jax.lax.bitcast_convert_type(array, jnp.uint16)
-    return jax.lax.stop_gradient(array)
-
-
-def _moved_by_float32(array: Array) -> bool:
-    return jax.default_backend() == "cpu" and array.dtype.itemsize == 2
-
-
-def from_bits(array: Array, dtype: Any) -> Array:
-    """The inverse of `to_bits`: numbers of this dtype again."""
-    return jax.lax.bitcast_convert_type(array, dtype) if array.dtype == jnp.uint16 else array
-
-
-def freeze(layers: Layer) -> tuple[Layer, dict[str, Array]]:
-    """Splits blocks that nobody differentiates into what a scan slices cheaply, and 16-bit weights on a CPU.
-
-    Those `thaw` slices inside the loop.
-    """
-    weights = {name: jax.lax.stop_gradient(weight) for name, weight in layers.weights.items()}
-    aside = {name: weight for name, weight in weights.items() if _moved_by_float32(weight)}
-    others = {name: weight for name, weight in weights.items() if name not in aside}
-    return dataclasses.replace(layers, weights=others), aside
-
-
-def thaw(layer: Layer, aside: Mapping[str, Array], index: Array | int) -> Layer:
-    """Block `index` with the weights that `freeze` has set aside; for use inside the scan."""
-    if not aside:
-        return layer
-    # Without the barrier XLA moves the conversion to float32 out of the loop, and converts all blocks at once.
-    index, aside = jax.lax.optimization_barrier((index, dict(aside)))
-    found = {name: jax.lax.dynamic_index_in_dim(weights, index, keepdims=False) for name, weights in aside.items()}
-    return dataclasses.replace(layer, weights=layer.weights | found)
 
 
 def block(

@@ -13,20 +13,11 @@ from efx_jax.einsum import contract
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
 from efx_jax.model.cache import KVCache, empty_cache, extend
-from efx_jax.model.decoder import (
-    Layer,
-    LinearOptions,
-    Params,
-    embed,
-    freeze,
-    from_bits,
-    head_weight,
-    stack_layers,
-    to_bits,
-)
+from efx_jax.model.decoder import LinearOptions, Params, embed, head_weight
 from efx_jax.model.layers import rms_norm
 from efx_jax.model.sampling import Sampling, draw, most_likely
 from efx_jax.model.spec import ModelSpec
+from efx_jax.model.stack import Layer, freeze, from_bits, stack_layers, to_bits
 
 Array = jax.Array
 Padding = Literal["right", "left"]

@@ -10,8 +10,8 @@ from flax import struct
 from efx_jax.config import PruneConfig
 from efx_jax.config_event import keeps_scores
 from efx_jax.lora import Adapters, effective_weight
-from efx_jax.model.decoder import Layer
 from efx_jax.model.spec import LINEARS
+from efx_jax.model.stack import Layer
 from efx_jax.pruning.scores import matrix_score
 from efx_jax.pruning.statistics import INPUT_OF, Statistics
 

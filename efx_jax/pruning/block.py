@@ -11,8 +11,8 @@ from efx_jax.config import GRADIENT_SCORES, PruneConfig
 from efx_jax.config_event import matrix_group, moves_base
 from efx_jax.lora import effective_weight, init_lora_matrices, merge_linears
 from efx_jax.masks import pack_mask
-from efx_jax.model.decoder import Layer
 from efx_jax.model.spec import LINEARS, ModelSpec
+from efx_jax.model.stack import Layer
 from efx_jax.parallel.mesh import active_mesh
 from efx_jax.parallel.partition import constrain_tree, linear_axes, split_rows
 from efx_jax.pruning.average import Memory, moving_average, prunable

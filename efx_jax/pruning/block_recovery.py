@@ -12,7 +12,7 @@ from efx_jax.config import PruneConfig
 from efx_jax.config_event import refits_base
 from efx_jax.einsum import einsum
 from efx_jax.masks import unpack_mask
-from efx_jax.model.decoder import Layer
+from efx_jax.model.stack import Layer
 from efx_jax.parallel.partition import constrain_tree, split_rows
 from efx_jax.pruning.adapter_refit import alternate_a, spectral_a, with_norms_of
 from efx_jax.pruning.recovery import admm_refit, dense_path_shift, gram_brain_surgeon, partial_brain_surgeon

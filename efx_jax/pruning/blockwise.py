@@ -17,9 +17,10 @@ from efx_jax.config import PruneConfig
 from efx_jax.config_event import needs_gram
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
-from efx_jax.model.decoder import Layer, LinearOptions, attend_within, block, embed_batch
+from efx_jax.model.decoder import LinearOptions, attend_within, block, embed_batch
 from efx_jax.model.layers import rope_tables
 from efx_jax.model.spec import ModelSpec
+from efx_jax.model.stack import Layer
 from efx_jax.pruning.average import PruneState
 from efx_jax.pruning.budget import budget_statistics
 from efx_jax.pruning.event import Block, assemble, block_before, prune_one, stack_blocks

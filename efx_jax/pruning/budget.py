@@ -13,8 +13,8 @@ from efx_jax.config import PruneConfig
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters, effective_weight
 from efx_jax.model.attention import Implementation
-from efx_jax.model.decoder import Layer, stack_layers
 from efx_jax.model.spec import ModelSpec
+from efx_jax.model.stack import Layer, stack_layers
 from efx_jax.pruning.average import prunable
 from efx_jax.pruning.block import block_scores, effective_weights
 from efx_jax.pruning.scores import wanda_score

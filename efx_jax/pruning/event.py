@@ -19,8 +19,8 @@ from efx_jax.config_prune import validate_prune
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
 from efx_jax.masks import unpack_mask
-from efx_jax.model.decoder import Layer
 from efx_jax.model.spec import ModelSpec
+from efx_jax.model.stack import Layer
 from efx_jax.parallel.partition import constrain_tree, to_device, to_host
 from efx_jax.pruning.average import Memory, PruneState
 from efx_jax.pruning.block import prune_block

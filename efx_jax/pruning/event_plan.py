@@ -13,8 +13,8 @@ from efx_jax.config_prune import validate_prune
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
 from efx_jax.masks import pack_mask
-from efx_jax.model.decoder import Layer, stack_layers
 from efx_jax.model.spec import ModelSpec
+from efx_jax.model.stack import Layer, stack_layers
 from efx_jax.parallel.partition import constrain_tree
 from efx_jax.pruning.average import PruneState, init_prune_state, prunable
 from efx_jax.pruning.budget import event_budgets

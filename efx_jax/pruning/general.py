@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from efx_jax.model.attention import Implementation
-from efx_jax.model.decoder import LinearOptions, embed_batch, stack_layers
+from efx_jax.model.decoder import LinearOptions, embed_batch
 from efx_jax.model.spec import ModelSpec
+from efx_jax.model.stack import stack_layers
 from efx_jax.parallel.partition import constrain_tree
 from efx_jax.pruning.blockwise import block_output, observe_block
 from efx_jax.pruning.event import take_block

@@ -13,8 +13,9 @@ from efx_jax.einsum import gram_matrix, weight_gradient
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
 from efx_jax.model.attention import Implementation
-from efx_jax.model.decoder import LinearOptions, attend_within, run_blocks, stack_layers
+from efx_jax.model.decoder import LinearOptions, attend_within, run_blocks
 from efx_jax.model.spec import ModelSpec
+from efx_jax.model.stack import stack_layers
 
 Array = jax.Array
 

@@ -10,8 +10,8 @@ import pytest
 
 from efx_jax.config import PruneConfig
 from efx_jax.lora import effective_weight
-from efx_jax.model.decoder import stack_layers
 from efx_jax.model.spec import LINEARS
+from efx_jax.model.stack import stack_layers
 from efx_jax.pruning.average import init_prune_state, moving_average
 from efx_jax.pruning.block import block_scores
 from efx_jax.pruning.event import prune_event

@@ -11,8 +11,8 @@ import pytest
 from efx_jax.config import PruneConfig
 from efx_jax.linear import linear
 from efx_jax.lora import Adapters, effective_weight
-from efx_jax.model.decoder import stack_layers
 from efx_jax.model.spec import LINEARS
+from efx_jax.model.stack import stack_layers
 from efx_jax.pruning.average import init_prune_state
 from efx_jax.pruning.block_recovery import weight_before
 from efx_jax.pruning.event import prune_event

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from efx_jax.lora import init_lora
-from efx_jax.model.decoder import Layer, LinearOptions, attend_within, block, embed, forward
+from efx_jax.model.decoder import LinearOptions, attend_within, block, embed, forward
 from efx_jax.model.layers import rope_tables
 from efx_jax.model.spec import LINEARS, init_params
+from efx_jax.model.stack import Layer
 from efx_jax.pruning.output_gradient import output_gradient_energy
 from efx_jax.pruning.statistics import collect_statistics
 from tests.tiny import LLAMA

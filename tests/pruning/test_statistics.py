@@ -10,8 +10,9 @@ import pytest
 
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
-from efx_jax.model.decoder import LinearOptions, embed, stack_layers
+from efx_jax.model.decoder import LinearOptions, embed
 from efx_jax.model.spec import LINEARS, ModelSpec
+from efx_jax.model.stack import stack_layers
 from efx_jax.pruning.blockwise import observe_block
 from efx_jax.pruning.event import take_block
 from efx_jax.pruning.statistics import INPUT_OF, INPUTS, Statistics, block_statistics, collect_statistics
