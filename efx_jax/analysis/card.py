@@ -5,16 +5,16 @@ It says nothing that differs between two runs of the same settings: no seconds, 
 
 import math
 from collections.abc import Mapping
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import yaml
 
 from efx_jax.analysis.record import Record
 from efx_jax.analysis.wording import (
-    HUB_NAME,
-    QUICKSTART_BASE,
     base_name,
+    base_on_hub,
+    data_on_hub,
     domain,
     expert,
     expert_name,
@@ -58,7 +58,7 @@ def card_text(record: Record) -> str:
         "\n".join(f"- {told}" for told in _limits(record)),
         "## To be filled in",
         _LICENCE,
-        *([] if _base_on_hub(config) else [_BASE]),
+        *([] if base_on_hub(config) else [_BASE]),
     ]
     return f"---\n{metadata}---\n\n" + "\n\n".join(parts) + "\n"
 
@@ -66,12 +66,12 @@ def card_text(record: Record) -> str:
 def card_metadata(record: Record) -> dict[str, Any]:
     """What the Hub reads; a key that is not known is left out, and the licence is a placeholder."""
     config, summary = record.config, record.summary
-    base = _base_on_hub(config)
+    base = base_on_hub(config)
     names = _learned_tasks(config, summary)
     datasets = _datasets_on_hub(config, names)
     sparse = [f"sparsity-{100 * config.prune.sparsity:.4g}", "pruning"] if config.prune.sparsity else []
     found: dict[str, Any] = {
-        **({"base_model": base, "base_model_relation": "finetune"} if base else {}),
+        **({"base_model": base.repository, "base_model_relation": "finetune"} if base else {}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "license": "other",
@@ -96,7 +96,7 @@ def _about(record: Record) -> str:
         zeros = f"{gone} of the weights of {', '.join(f'`{name}`' for name in config.prune.targets)} are exact zeros "
         zeros += f"({pattern(config)}), stored as a dense checkpoint that every loader opens."
     facts = [
-        ["base model", _base_on_hub(config) or _plain(base_name(config))],
+        ["base model", str(base_on_hub(config) or _plain(base_name(config)))],
         ["domain", _plain(domain(config))],
         ["sparsity", f"{gone}, {pattern(config)}"],
         ["learned from", _plain(learned(config, summary))],
@@ -157,14 +157,6 @@ def _limits(record: Record) -> list[str]:
     return [f"It was evaluated only on this: {told}.", *known_limits(record.config, record.summary)]
 
 
-def _base_on_hub(config: Config) -> str:
-    """The base's name on the Hub, where it has been given by that name; a path of a machine is nobody's business."""
-    path = config.model.path
-    if path == "quickstart":
-        return QUICKSTART_BASE
-    return path if _is_on_hub(path) else ""
-
-
 def _learned_tasks(config: Config, summary: Mapping[str, Any]) -> list[str]:
     tasks = summary["data"]["train"].get("tasks", {})
     return list(tasks) if tasks else [config.data.train.partition(":")[0]]
@@ -172,15 +164,10 @@ def _learned_tasks(config: Config, summary: Mapping[str, Any]) -> list[str]:
 
 def _datasets_on_hub(config: Config, names: list[str]) -> list[str]:
     tables = [split.hub for name in names if name in OFFICIAL for split in OFFICIAL[name].splits.values()]
-    found = [table.name for table in tables if table is not None and HUB_NAME.fullmatch(table.name)]
-    own = [config.data.train] if _is_on_hub(config.data.train) else []
-    return list(dict.fromkeys([*found, *own]))
-
-
-def _is_on_hub(name: str) -> bool:
-    """Whether a name with one slash is not a path: of nothing that lies here, and without the suffix of a file."""
-    suffixes = (".gguf", ".yaml", ".yml", ".jsonl", ".json", ".csv", ".parquet", ".gz")
-    return bool(HUB_NAME.fullmatch(name)) and not name.endswith(suffixes) and not Path(name).exists()
+    own = data_on_hub(config)
+    # Files of JSON lines are read by way of a table that is called "json".
+    found = [table.name for table in tables if table is not None and "/" in table.name]
+    return list(dict.fromkeys([*found, *([own.repository] if own else [])]))
 
 
 def _model_index(record: Record) -> list[dict[str, Any]]:

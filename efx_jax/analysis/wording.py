@@ -1,18 +1,17 @@
 """What a run is, in words: shared by its report and by its model card. Plain text, without the paths of a machine."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from efx_jax.config import Config
 from efx_jax.config_values import setting_types
 from efx_jax.evaluation.results import TITLES
+from efx_jax.hub_name import HubName, hub_name
 
-QUICKSTART_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# Of a name on the Hub; a file's has a suffix.
-HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
+QUICKSTART_BASE = HubName("HuggingFaceTB/SmolLM2-135M-Instruct")
+_FILE_SUFFIXES = (".gguf", ".yaml", ".yml", ".jsonl", ".json", ".csv", ".parquet", ".gz")
 _SCATTERED = (
     "Dense runtimes (transformers, vLLM, llama.cpp, XLA) gain neither speed nor memory from scattered zeros: they "
     "multiply them like any other number. A packed file is smaller."
@@ -73,14 +72,34 @@ class Measured:
 
 
 def base_name(config: Config) -> str:
-    """The base model's own name, without folders."""
-    path = QUICKSTART_BASE if config.model.path == "quickstart" else config.model.path
+    """The base model's own name, without folders and revision."""
+    base = base_on_hub(config)
+    path = config.model.path if base is None else base.repository
     return PurePath(path).name.removesuffix(".gguf") or "base model"
+
+
+def base_on_hub(config: Config) -> HubName | None:
+    """The base's name on the Hub, where it has been given by that name; a path of a machine is nobody's business."""
+    return QUICKSTART_BASE if config.model.path == "quickstart" else name_on_hub(config.model.path)
+
+
+def data_on_hub(config: Config) -> HubName | None:
+    """The data set of the training rows, without its configuration and split; None of a file, a task or a mix."""
+    return name_on_hub(config.data.train.partition(":")[0])
+
+
+def name_on_hub(text: str) -> HubName | None:
+    """A name with an owner that is not a path: of nothing that lies here, and without the suffix of a file."""
+    name = hub_name(text)
+    if name is None or not name.has_owner or text.endswith(_FILE_SUFFIXES) or Path(text).exists():
+        return None
+    return name
 
 
 def domain(config: Config) -> str:
     """What the model was trained on, by its short name."""
-    return PurePath(config.data.train).name.split(".")[0] or "own data"
+    table = data_on_hub(config)
+    return PurePath(config.data.train if table is None else table.repository).name.split(".")[0] or "own data"
 
 
 def expert_name(config: Config) -> str:

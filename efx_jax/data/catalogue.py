@@ -9,15 +9,12 @@ import dataclasses
 from collections.abc import Mapping
 
 from efx_jax.data import health, legal
-from efx_jax.data.hub import HubTable
+from efx_jax.data.hub import PARQUET_BRANCH, HubTable
 from efx_jax.data.official import Official, Split
 from efx_jax.data.records import NLI_LABELS
 
 _SUMMARY_TOKENS = 64
 _BILL_TOKENS = 256
-# The Hub's loaders of some tables are scripts, which nobody should run; the branch of Parquet files that the Hub makes
-# of them is plain data.
-_PARQUET = "refs/convert/parquet"
 
 _PUBMEDQA = Official(
     name="pubmedqa",
@@ -132,7 +129,7 @@ _CASEHOLD = Official(
         split: Split(
             ((f"{stem}.csv", f"{split}.jsonl"),),
             legal.casehold,
-            HubTable("casehold/casehold", "all", split, revision=_PARQUET),
+            HubTable("casehold/casehold", "all", split, revision=PARQUET_BRANCH),
             legal.casehold_table,
         )
         for split, stem in (("train", "train"), ("validation", "val"), ("test", "test"))
@@ -173,7 +170,7 @@ _CONTRACT_NLI = Official(
             ((f"{stem}.json", *others, f"{stem}.jsonl", f"{stem}.csv", f"{stem}.tsv"),),
             legal.contract_nli,
             # "contractnli_a", short premises, has the 1,991 test rows of the paper's table 11.
-            HubTable("kiddothe2b/contract-nli", "contractnli_a", split, revision=_PARQUET),
+            HubTable("kiddothe2b/contract-nli", "contractnli_a", split, revision=PARQUET_BRANCH),
             legal.contract_nli_table,
         )
         for split, stem, others in (

@@ -5,7 +5,6 @@ import dataclasses
 import gzip
 import json
 import pathlib
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
@@ -13,6 +12,7 @@ from typing import Any, TextIO
 from efx_jax.data.hub import HubTable, read_hub
 from efx_jax.data.records import json_fault
 from efx_jax.errors import InputError, MissingInputError
+from efx_jax.hub_name import hub_name
 
 _JSON = (".jsonl", ".json", ".ndjson")
 _TABLES = {".csv": ",", ".tsv": "\t"}
@@ -47,7 +47,6 @@ CORPORA = {
     "multilegalpile": Corpus("text_legal/multilegalpile.jsonl", HubTable("json", file=_LEGISLATION, first=300)),
 }
 _LONGEST_FIELD = 2**31 - 1  # characters; the csv module refuses documents above 131,072 by default
-_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[^:]+){0,2}")
 
 
 def load_rows(source: str, root: str = "") -> list[dict[str, Any]]:
@@ -58,9 +57,9 @@ def load_rows(source: str, root: str = "") -> list[dict[str, Any]]:
     what separates them.
 
     Args:
-        source: a file, a Hub name `owner/name`, `owner/name:split` or `owner/name:config:split` (split "train"), or
-            a corpus known by name: "c4" (its first training file), "wikitext" (the test set of WikiText-2) or
-            "multilegalpile" (300 documents).
+        source: a file, a Hub name `owner/name`, `owner/name:split` or `owner/name:config:split` (split "train";
+            `owner/name@revision` names a branch, a tag or a commit), or a corpus known by name: "c4" (its first
+            training file), "wikitext" (the test set of WikiText-2) or "multilegalpile" (300 documents).
         root: folder that a relative file name may also be relative to.
 
     Returns:
@@ -70,18 +69,20 @@ def load_rows(source: str, root: str = "") -> list[dict[str, Any]]:
         InputError: a folder, an unknown kind of file, a missing file, a malformed row (with file and line), a Hub
             name that cannot be read, or no rows at all.
     """
-    path = _find(source, root)
-    if path is None:
-        rows = _corpus_rows(CORPORA[source], root) if source in CORPORA else _hub_rows(source)
+    found = _find(source, root)
+    if isinstance(found, pathlib.Path):
+        rows = _file_rows(found)
+    elif isinstance(found, Corpus):
+        rows = _corpus_rows(found, root)
     else:
-        rows = _file_rows(path)
+        rows = read_hub(found, names_labels=True)
     if not rows:
         raise InputError(f"{source}: no rows found; expected at least one; check that the file is complete")
     return rows
 
 
-def _find(source: str, root: str) -> pathlib.Path | None:
-    """The local file that `source` names, or None where it can only be a Hub name."""
+def _find(source: str, root: str) -> pathlib.Path | Corpus | HubTable:
+    """What `source` names: a file where there is one, a corpus known by name, or a table on the Hub."""
     if not source:
         raise InputError("data: the name of a data set is empty; expected a file or a Hub name; set data.train")
     candidates = [pathlib.Path(source).expanduser(), *([pathlib.Path(root).expanduser() / source] if root else [])]
@@ -90,12 +91,13 @@ def _find(source: str, root: str) -> pathlib.Path | None:
             raise InputError(f"{path}: is a folder; expected a {', '.join(_SUPPORTED)} file; name one file inside it")
         if path.is_file():
             return path
-    if _kind(candidates[0]) in _SUPPORTED or not (source in CORPORA or _HUB_NAME.fullmatch(source)):
+    found = None if _kind(candidates[0]) in _SUPPORTED else CORPORA.get(source) or _hub_table(source)
+    if found is None:
         where = f" (nor in {root})" if root else ""
         raise MissingInputError(
             f"{source}: no such file{where}; expected a file or a Hub name owner/name; check the path or set data.root"
         )
-    return None
+    return found
 
 
 def _kind(path: pathlib.Path) -> str:
@@ -219,9 +221,14 @@ def _corpus_rows(corpus: Corpus, root: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["text"].strip()]
 
 
-def _hub_rows(source: str) -> list[dict[str, Any]]:
-    name, *rest = source.split(":")
-    return read_hub(HubTable(name, rest[0] if len(rest) > 1 else "", rest[-1] if rest else "train"), names_labels=True)
+def _hub_table(source: str) -> HubTable | None:
+    """The table that `owner/name[@revision][:config][:split]` names, or None where that is not its form."""
+    found, *rest = source.split(":")
+    name = hub_name(found)
+    if name is None or not name.has_owner or len(rest) > 2 or "" in rest:
+        return None
+    config, split = (rest[0] if len(rest) > 1 else ""), (rest[-1] if rest else "train")
+    return HubTable(name.repository, config, split, name.revision)
 
 
 def _one_line(error: Exception) -> str:

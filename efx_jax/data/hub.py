@@ -6,14 +6,18 @@ from typing import Any
 
 from efx_jax.errors import MissingInputError
 
+PARQUET_BRANCH = "refs/convert/parquet"
+"""Plain data that the Hub makes of every data set, those too whose loaders are scripts; configuration and split are
+folders in it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class HubTable:
     """One split of a data set on the Hub.
 
-    `revision` is a branch of it: in the branch of Parquet files that the Hub makes of every data set, configuration and
-    split are folders. `file` names the files that are read where the data set describes no configuration of them; with
-    the name "json" it is an address of JSON lines anywhere on the Hub.
+    `revision` is a branch, a tag or a commit of it, "" the main branch. `file` names the files that are read where
+    the data set describes no configuration of them; with the name "json" it is an address of JSON lines anywhere on
+    the Hub.
     `first`: rows read from its beginning, without fetching the rest; 0 reads all.
     """
 
@@ -42,7 +46,7 @@ def read_hub(table: HubTable, names_labels: bool = False) -> list[dict[str, Any]
         raise MissingInputError(
             f"{title}: no such file, and reading a Hub data set needs `datasets`; run: pip install datasets"
         ) from error
-    file = f"{table.config}/{table.split}/*.parquet" if table.revision else table.file
+    file = f"{table.config}/{table.split}/*.parquet" if table.revision == PARQUET_BRANCH else table.file
     try:
         rows = datasets.load_dataset(
             table.name,

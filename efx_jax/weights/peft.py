@@ -135,7 +135,7 @@ def save_adapter(
         path: the folder to make.
         adapters: `lora_a[name] [L,R,I]`, `lora_b[name] [L,O,R]`; R is the same everywhere.
         spec: the model that they belong to.
-        base: path or Hub name of that model, for `AutoPeftModel`.
+        base: path or Hub name (`owner/name@revision` pins it) of that model, for `AutoPeftModel`.
         dtype: "float32", "bfloat16" or "float16" of the tensors.
         rslora: whether their scale is to be written as alpha / sqrt(R).
 

@@ -3,13 +3,13 @@
 import dataclasses
 import math
 import os
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from efx_jax.config_io import config_folder
 from efx_jax.errors import InputError
+from efx_jax.hub_name import HubName, hub_name
 from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.weights.config_json import read_json
 from efx_jax.weights.fetch import QUICKSTART, local_path
@@ -52,12 +52,13 @@ def find_spec(path: str | os.PathLike[str]) -> FoundSpec:
     if path == QUICKSTART or place.exists():
         return _on_disk(path)
     shapes = known_shapes()
-    wanted = str(path).lower()
+    name = None if place.suffix == ".gguf" else hub_name(str(path))
+    wanted = (str(path) if name is None else name.repository).lower()
     for stem, config in shapes.items():
         if wanted in (stem, str(config["_name_or_path"]).lower()):
             return FoundSpec(spec_from_config(config), _dtype(config), f"configs/shapes/{stem}.json", False)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and place.suffix != ".gguf":
-        config = _hub_config(str(path), shapes)
+    if name is not None and name.has_owner:
+        config = _hub_config(name, shapes)
         return FoundSpec(spec_from_config(config), _dtype(config), f"config.json of {path} on the Hub", False)
     raise InputError(f"{place}: no such file or folder; expected a checkpoint, a Hub name, or one of {_names(shapes)}")
 
@@ -97,20 +98,20 @@ def _dtype(config: dict[str, Any]) -> str:
     return found if found in DTYPES else "float32"
 
 
-def _hub_config(name: str, shapes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _hub_config(name: HubName, shapes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     advice = f"download the model elsewhere, or plan with one of {_names(shapes)}"
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise InputError(
-            f"{name}: no such file or folder, and the Hub needs the package huggingface_hub; {advice}"
+            f"{name.repository}: no such file or folder, and the Hub needs the package huggingface_hub; {advice}"
         ) from error
     try:
-        return read_json(Path(hf_hub_download(name, "config.json")))
+        return read_json(Path(hf_hub_download(name.repository, "config.json", revision=name.revision or None)))
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"{name}: no such file or folder, and the Hub does not give its config.json ({reason}); {advice}"
+            f"{name.repository}: no such file or folder, and the Hub does not give its config.json ({reason}); {advice}"
         ) from error
 
 

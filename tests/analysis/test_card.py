@@ -103,6 +103,16 @@ def test_the_quickstart_and_a_folder_that_looks_like_a_name_of_the_hub(
     assert "base_model" not in card_metadata(record)
 
 
+def test_revisions_are_told_where_the_hub_has_a_place_for_them(record: Record) -> None:
+    """Its metadata has none."""
+    pinned = with_config(
+        record, model=ModelConfig(path="owner/base@v1.0"), data=DataConfig(train="owner/rows@refs/pr/1:en:train")
+    )
+    metadata = card_metadata(pinned)
+    assert (metadata["base_model"], metadata["datasets"][-1]) == ("owner/base", "owner/rows")
+    assert "owner/base@v1.0" in card_text(pinned) and "# base, 50 % sparse rows expert" in card_text(pinned)
+
+
 def test_names_that_yaml_or_markdown_would_read_otherwise_stay_names(record: Record) -> None:
     evil = with_config(record, data=DataConfig(train="---\n<b>a: [b](http://c)|d`"))
     head, _, body = card_text(evil).removeprefix("---\n").partition("\n---\n")

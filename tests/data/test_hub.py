@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from efx_jax.data.catalogue import OFFICIAL
+from efx_jax.data.corpora import load_rows
 from efx_jax.data.health import pubmedqa_table_test, pubmedqa_table_train
 from efx_jax.data.hub import HubTable, read_hub
 from efx_jax.data.official import load_official
@@ -90,6 +91,14 @@ def test_a_split_that_no_public_table_has_names_its_files(tmp_path: Path) -> Non
         load_official(OFFICIAL["hqs"], "test", str(tmp_path))
     with pytest.raises(InputError, match=r"mednli: .*data\.root, which is not set"):
         load_official(OFFICIAL["mednli"], "test", "")
+
+
+def test_a_data_set_is_read_at_its_revision(hub: dict[str, Any]) -> None:
+    hub["rows"] = [{"text": "a"}]
+    assert load_rows("someone/corpus@v2:en:test") == hub["rows"]
+    assert hub["asked"] == ("someone/corpus", "en", {"split": "test", "revision": "v2"})
+    assert load_rows("someone/corpus@refs/pr/1") == hub["rows"]
+    assert hub["asked"] == ("someone/corpus", None, {"split": "train", "revision": "refs/pr/1"})
 
 
 def test_the_first_rows_come_without_the_rest(hub: dict[str, Any]) -> None:

@@ -45,7 +45,9 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _set_hub(monkeypatch: pytest.MonkeyPatch, answer: Exception | Callable[[Path], None]) -> None:
     huggingface_hub = pytest.importorskip("huggingface_hub")
 
-    def snapshot_download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str], local_dir: Path) -> str:
+    def snapshot_download(
+        name: str, *, revision: None, allow_patterns: list[str], ignore_patterns: list[str], local_dir: Path
+    ) -> str:
         assert name == "HuggingFaceTB/SmolLM2-135M-Instruct"
         assert not any("bin" in pattern or ".py" in pattern for pattern in allow_patterns)
         if isinstance(answer, Exception):
@@ -164,8 +166,17 @@ def test_of_the_hub_come_licences_and_templates_but_no_code_pickles_or_copies(
     wanted += ["LICENSE.txt", "NOTICE", "USE_POLICY.md", "tokenizer.model"]
     others = ["modeling.py", "pytorch_model.bin", "original/params.json", "onnx/model.safetensors", "README.md"]
     chosen: list[str] = []
+    asked: list[tuple[str, str | None]] = []
 
-    def choose(name: str, *, allow_patterns: list[str], ignore_patterns: list[str], local_dir: Path | None) -> str:
+    def choose(
+        name: str,
+        *,
+        revision: str | None,
+        allow_patterns: list[str],
+        ignore_patterns: list[str],
+        local_dir: Path | None,
+    ) -> str:
+        asked.append((name, revision))
         chosen.extend(
             huggingface_hub.utils.filter_repo_objects(
                 wanted + others, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
@@ -176,6 +187,8 @@ def test_of_the_hub_come_licences_and_templates_but_no_code_pickles_or_copies(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", choose)
     assert fetch.local_path("some/model") == tmp_path
     assert chosen == wanted
+    assert fetch.local_path("some/model@v1.0") == tmp_path
+    assert asked == [("some/model", None), ("some/model", "v1.0")]
 
 
 def test_unknown_name_is_neither_a_path_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

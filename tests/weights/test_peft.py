@@ -239,7 +239,7 @@ def test_saved_adapter_comes_back_to_the_bit(tmp_path: Path, rslora: bool) -> No
         "adapter_model.safetensors",
     ]
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "some/base"
+    assert (config["base_model_name_or_path"], config["revision"]) == ("some/base", None)
     assert (config["r"], config["use_rslora"]) == (3, rslora)
     assert config["lora_alpha"] == (pytest.approx(2 * math.sqrt(3)) if rslora else 6)
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -251,6 +251,16 @@ def test_saved_adapter_comes_back_to_the_bit(tmp_path: Path, rslora: bool) -> No
         np.testing.assert_array_equal(np.asarray(read.lora_b[name]), np.asarray(adapters.lora_b[name]))
         expected = delta(tensors, 1, name, config["lora_alpha"] / (math.sqrt(3) if rslora else 3))
         np.testing.assert_allclose(found_delta(adapters, 1, name), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_base_of_a_revision_is_named_as_peft_names_it(tmp_path: Path) -> None:
+    spec, _, adapters = random_model(np.random.default_rng(0), "qwen3", 4, 2)
+    save_adapter(tmp_path / "hub", adapters, spec, "some/base@v1.0")
+    config = json.loads((tmp_path / "hub" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("some/base", "v1.0")
+    save_adapter(tmp_path / "folder", adapters, spec, str(tmp_path / "my@base"))
+    config = json.loads((tmp_path / "folder" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (str(tmp_path / "my@base"), None)
 
 
 def test_saving_refuses_what_it_cannot_write(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_prunable_weights_are_those_of_the_accounting(stem: str, billions: float
 
 def test_a_shape_answers_to_its_hub_name_and_to_its_file_name() -> None:
     by_name, by_stem = find_spec("meta-llama/Llama-2-7b-hf"), find_spec("llama-2-7b")
-    assert by_name == by_stem
+    assert by_name == by_stem == find_spec("meta-llama/Llama-2-7b-hf@main")
     assert (by_name.dtype, by_name.on_disk) == ("float16", False)
     assert len({config["_name_or_path"] for config in known_shapes().values()}) == len(known_shapes())
 
@@ -115,7 +115,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
 def test_a_name_that_the_hub_does_not_give_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = pytest.importorskip("huggingface_hub")
 
-    def refuse(name: str, file: str) -> str:
+    def refuse(name: str, file: str, revision: None) -> str:
         raise OSError(f"cannot reach {name}/{file}\nmore lines")
 
     monkeypatch.setattr(hub, "hf_hub_download", refuse)
@@ -126,6 +126,14 @@ def test_a_name_that_the_hub_does_not_give_is_refused_with_the_reason(monkeypatc
 def test_of_a_hub_model_only_its_config_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
     (tmp_path / "config.json").write_text(json.dumps(known_shapes()["qwen3-0.6b"]))
-    monkeypatch.setattr(hub, "hf_hub_download", lambda name, file: str(tmp_path / file))
+    asked: list[tuple[str, str, str | None]] = []
+
+    def give(name: str, file: str, revision: str | None) -> str:
+        asked.append((name, file, revision))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(hub, "hf_hub_download", give)
     found = find_spec("someone/model")
     assert (found.spec.model_type, found.dtype, found.on_disk) == ("qwen3", "bfloat16", False)
+    assert "someone/model@main" in find_spec("someone/model@main").origin
+    assert asked == [("someone/model", "config.json", None), ("someone/model", "config.json", "main")]
