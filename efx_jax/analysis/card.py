@@ -30,6 +30,7 @@ from efx_jax.analysis.wording import (
 )
 from efx_jax.config import Config
 from efx_jax.data.catalogue import OFFICIAL
+from efx_jax.data.prompts import Example, apply_format
 from efx_jax.evaluation.results import markdown_table
 
 NAME = "README.md"
@@ -133,9 +134,23 @@ def _loading(record: Record) -> str:
         'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n'
         "```\n\n"
-        'In JAX: `params, spec = efx_jax.load_pretrained("THIS_FOLDER")`. Prompts are framed as in training: '
-        f"`{record.config.data.format}`."
+        'In JAX: `params, spec = efx_jax.load_pretrained("THIS_FOLDER")`.\n\n'
+        f"{_framing(record)}"
     )
+
+
+def _framing(record: Record) -> str:
+    """How a prompt has to be written, in the words that training put around it."""
+    style = record.config.data.format
+    if style == "chat":
+        turn = 'tokenizer.apply_chat_template([{"role": "user", "content": prompt}]'
+        options = "add_generation_prompt=True, enable_thinking=False"
+        return f"Prompts are one user turn of the chat template, as in training: `{turn}, {options})`."
+    asks = {name in OFFICIAL for name in _learned_tasks(record.config, record.summary)}
+    frames = [Example("{input}", "-", instruction="{instruction}")] if True in asks else []
+    frames += [Example("{prompt}", "-")] if False in asks else []
+    shown = [f"```\n{framed.prompt}\n```" for framed in apply_format(frames, style)]
+    return "\n\n".join(["Prompts are written as in training, nothing before or behind:", *shown])
 
 
 def _training(record: Record) -> str:

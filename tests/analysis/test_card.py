@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -73,10 +74,27 @@ def test_the_card_says_what_it_is_what_it_scores_and_what_it_is_not(record: Reco
         "no basis for medical, legal",
         "inherits the base model's licence, biases",
         "AutoModelForCausalLM.from_pretrained",
-        "Prompts are framed as in training: `alpaca`.",
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
         "kept weights refitted by ADMM",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("style", "train", "told"),
+    [
+        ("plain", "owner/rows", "\n```\n{prompt}\n```\n"),
+        ("plain", "icd10", "\n```\n{prompt}\n```\n"),
+        ("plain", "pubmedqa", "\n```\n{instruction}\n\n{input}\n\nAnswer:\n```\n"),
+        ("alpaca", "owner/rows", "### Instruction:\n{prompt}\n\n### Response:\n"),
+        ("chat", "owner/rows", 'apply_chat_template([{"role": "user", "content": prompt}]'),
+    ],
+)
+def test_the_card_says_how_to_write_a_prompt(record: Record, style: Any, train: str, told: str) -> None:
+    asked = with_config(record, data=DataConfig(train=train, format=style))
+    asked = dataclasses.replace(asked, summary=record.summary | {"data": {"train": {"rows": 5}, "test": {}}})
+    _, _, rest = card_text(asked).partition("## Load it")
+    assert told in rest and told not in rest.partition("## Training")[2]
 
 
 def test_nothing_of_the_machine_is_in_the_card(record: Record) -> None:
