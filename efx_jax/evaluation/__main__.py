@@ -177,15 +177,25 @@ def _settings(arguments: argparse.Namespace, spec: ModelSpec) -> Config:
             f"--max-length: expected at most the model's context of {spec.max_position_embeddings} tokens, "
             f"found {arguments.max_length}; lower --max-length"
         )
-    run = Path(arguments.path) / "config.yaml"
-    if run.is_file() and (run.parent / "export").is_dir():
-        base = load_config(run)
+    folder = Path(arguments.path).expanduser()
+    if _is_run(folder):
+        base = load_config(folder / "config.yaml")
     else:
+        if folder.name == "export" and _is_run(folder.parent):
+            print(
+                f"warning: {arguments.path}: the data settings of its run do not hold for an export by itself; give "
+                f"{folder.parent} to measure with them",
+                file=sys.stderr,
+            )
         length = min(spec.max_position_embeddings, _MOST_LENGTH)
         base = Config(data=DataConfig(max_length=length))
     data = dataclasses.replace(base.data, **_given(arguments, _DATA_FLAGS))
     measured = dataclasses.replace(base.eval, **_given(arguments, _EVAL_FLAGS))
     return dataclasses.replace(base, data=data, eval=measured)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and (folder / "export").is_dir()
 
 
 def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

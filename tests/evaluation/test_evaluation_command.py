@@ -229,6 +229,14 @@ def test_a_run_gives_its_tasks_and_data_settings_and_flags_override_them(run, tm
     assert (summary["arguments"]["template"], summary["arguments"]["format"]) == ("{q} . => {a}", "plain")
 
 
+def test_the_export_of_a_run_by_itself_says_that_its_settings_do_not_hold(run, rows, tmp_path, capsys) -> None:
+    asked = ("--tasks", rows, *TEMPLATE, "--output")
+    assert main([str(run / "export"), *asked, str(tmp_path / "of_export")]) == 0
+    assert f"{run}/export: the data settings of its run do not hold" in capsys.readouterr().err
+    assert main([str(run), *asked, str(tmp_path / "of_run")]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_a_run_gives_its_windows_and_flags_override_them(run, text, tmp_path) -> None:
     settings = EvalConfig(window=8, text_tokens=20)
     data = DataConfig("own.jsonl", text=text, max_length=48)
