@@ -146,9 +146,9 @@ def _framing(record: Record) -> str:
         turn = 'tokenizer.apply_chat_template([{"role": "user", "content": prompt}]'
         options = "add_generation_prompt=True, enable_thinking=False"
         return f"Prompts are one user turn of the chat template, as in training: `{turn}, {options})`."
-    asks = {name in OFFICIAL for name in _learned_tasks(record.config, record.summary)}
-    frames = [Example("{input}", "-", instruction="{instruction}")] if True in asks else []
-    frames += [Example("{prompt}", "-")] if False in asks else []
+    are_official = [name in OFFICIAL for name in _learned_tasks(record.config, record.summary)]
+    frames = [Example("{input}", "-", instruction="{instruction}")] if any(are_official) else []
+    frames += [] if all(are_official) else [Example("{prompt}", "-")]
     shown = [f"```\n{framed.prompt}\n```" for framed in apply_format(frames, style)]
     return "\n\n".join(["Prompts are written as in training, nothing before or behind:", *shown])
 

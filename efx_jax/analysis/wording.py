@@ -9,8 +9,8 @@ from efx_jax.config import Config
 from efx_jax.config_values import setting_types
 from efx_jax.evaluation.results import TITLES
 from efx_jax.hub_name import HubName, hub_name
+from efx_jax.weights.fetch import QUICKSTART, QUICKSTART_ON_HUB
 
-QUICKSTART_BASE = HubName("HuggingFaceTB/SmolLM2-135M-Instruct")
 _FILE_SUFFIXES = (".gguf", ".yaml", ".yml", ".jsonl", ".json", ".csv", ".parquet", ".gz")
 _SCATTERED = (
     "Dense runtimes (transformers, vLLM, llama.cpp, XLA) gain neither speed nor memory from scattered zeros: they "
@@ -80,7 +80,7 @@ def base_name(config: Config) -> str:
 
 def base_on_hub(config: Config) -> HubName | None:
     """The base's name on the Hub, where it has been given by that name; a path of a machine is nobody's business."""
-    return QUICKSTART_BASE if config.model.path == "quickstart" else name_on_hub(config.model.path)
+    return QUICKSTART_ON_HUB if config.model.path == QUICKSTART else name_on_hub(config.model.path)
 
 
 def data_on_hub(config: Config) -> HubName | None:

