@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from efx_jax.analysis.record import Record
+from efx_jax.analysis.record import RunRecord
 from efx_jax.analysis.wording import (
     base_name,
     base_on_hub,
@@ -42,7 +42,7 @@ _LICENCE = (
 _BASE = "The base model: its name on the Hub is not known here; add it to the metadata as `base_model`."
 
 
-def card_text(record: Record) -> str:
+def card_text(record: RunRecord) -> str:
     """The whole file: metadata between lines of dashes, then Markdown."""
     config, summary = record.config, record.summary
     metadata = yaml.safe_dump(card_metadata(record), sort_keys=False, allow_unicode=True, width=120)
@@ -64,7 +64,7 @@ def card_text(record: Record) -> str:
     return f"---\n{metadata}---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def card_metadata(record: Record) -> dict[str, Any]:
+def card_metadata(record: RunRecord) -> dict[str, Any]:
     """What the Hub reads; a key that is not known is left out, and the licence is a placeholder."""
     config, summary = record.config, record.summary
     base = base_on_hub(config)
@@ -86,7 +86,7 @@ def card_metadata(record: Record) -> dict[str, Any]:
     return found | ({"model-index": [{"name": _plain(expert_name(config)), "results": index}]} if index else {})
 
 
-def _about(record: Record) -> str:
+def _about(record: RunRecord) -> str:
     config, summary = record.config, record.summary
     gone = f"{100 * share_gone(config, summary):.2f} %"
     if not config.prune.sparsity:
@@ -127,7 +127,7 @@ def _results(results: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{markdown_table(header, lines)}\n\nValue [95 % bootstrap interval]."
 
 
-def _loading(record: Record) -> str:
+def _loading(record: RunRecord) -> str:
     return (
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -139,7 +139,7 @@ def _loading(record: Record) -> str:
     )
 
 
-def _framing(record: Record) -> str:
+def _framing(record: RunRecord) -> str:
     """How a prompt has to be written, in the words that training put around it."""
     style = record.config.data.format
     if style == "chat":
@@ -153,7 +153,7 @@ def _framing(record: Record) -> str:
     return "\n\n".join(["Prompts are written as in training, nothing before or behind:", *shown])
 
 
-def _training(record: Record) -> str:
+def _training(record: RunRecord) -> str:
     config, summary = record.config, record.summary
     train = config.train
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
@@ -166,7 +166,7 @@ def _training(record: Record) -> str:
     return markdown_table(["", ""], facts)
 
 
-def _limits(record: Record) -> list[str]:
+def _limits(record: RunRecord) -> list[str]:
     scored = scored_rows(record.summary["results"])
     told = "; ".join(scored) if scored else "nothing"
     return [f"It was evaluated only on this: {told}.", *known_limits(record.config, record.summary)]
@@ -185,7 +185,7 @@ def _datasets_on_hub(config: Config, names: list[str]) -> list[str]:
     return list(dict.fromkeys([*found, *([own.repository] if own else [])]))
 
 
-def _model_index(record: Record) -> list[dict[str, Any]]:
+def _model_index(record: RunRecord) -> list[dict[str, Any]]:
     """The exported model's results, as the Hub's model-index has them; shares, not percentages."""
     results = record.summary["results"]
     model = expert(results) if results else ""

@@ -31,7 +31,7 @@ HELD_OUT = "held-out rows"
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class RunRecord:
     """A run's files, read: `metrics`, `evaluations` and `samples` are lists of lines, empty where there is no file."""
 
     folder: Path
@@ -42,7 +42,7 @@ class Record:
     samples: list[Row]
 
 
-def read_record(folder: Path) -> Record:
+def read_record(folder: Path) -> RunRecord:
     """Reads a finished run.
 
     Raises:
@@ -53,7 +53,7 @@ def read_record(folder: Path) -> Record:
         raise InputError(f"{folder}: is not a run; expected a folder that train.py has written, with config.yaml")
     if not summary.is_file():
         raise InputError(f"{folder}: the run is not finished; expected summary.json; give the same command again")
-    return Record(
+    return RunRecord(
         folder=folder,
         config=read_config(settings),
         summary=_parsed(read_text(summary), f"{summary}", _SUMMARY),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from efx_jax.analysis import report_curves, report_parts
 from efx_jax.analysis.html import Html, element, join, page, paragraph, text
-from efx_jax.analysis.record import Record, read_record
+from efx_jax.analysis.record import RunRecord, read_record
 from efx_jax.analysis.wording import expert_name, pattern
 from efx_jax.errors import OneLineParser, exit_code
 from efx_jax.files import atomic_write
@@ -55,7 +55,7 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def report_page(record: Record) -> Html:
+def report_page(record: RunRecord) -> Html:
     """The whole page."""
     title = expert_name(record.config)
     links = (element("li", element("a", text(words), {"href": f"#{name}"})) for name, words in _CONTENTS)

@@ -5,7 +5,7 @@ from typing import Any
 
 from efx_jax.analysis.heat import colour_range, heat_map, scale_legend
 from efx_jax.analysis.html import Html, element, fold, join, paragraph, section, table, text
-from efx_jax.analysis.record import Record, Row
+from efx_jax.analysis.record import Row, RunRecord
 from efx_jax.analysis.svg import Chart, Line, line_chart
 
 _CURVES = (
@@ -18,7 +18,7 @@ _JITTERY = ("loss", "entropy")
 _SMOOTH_FROM, _TABLE_ROWS = 40, 20
 
 
-def curves(record: Record) -> Html:
+def curves(record: RunRecord) -> Html:
     """Metrics and evaluations by step, with the events, and their numbers in a table."""
     rows = record.metrics
     if not rows:
@@ -38,7 +38,7 @@ def curves(record: Record) -> Html:
     return section("training", "Training", parts)
 
 
-def zeros(record: Record) -> Html:
+def zeros(record: RunRecord) -> Html:
     """The share of zeros by layer and kind of matrix."""
     sparsity: dict[str, list[float]] = record.summary["sparsity"]
     word = "Pruned" if "cut" in record.summary else "Zero"

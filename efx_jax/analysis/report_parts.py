@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from efx_jax.analysis.html import Html, code, element, fold, join, paragraph, section, table, text
-from efx_jax.analysis.record import HELD_OUT, Record
+from efx_jax.analysis.record import HELD_OUT, RunRecord
 from efx_jax.analysis.svg import bar
 from efx_jax.analysis.wording import (
     Measured,
@@ -29,7 +29,7 @@ _END, _LONG = 110, 60
 Answer = Mapping[str, Any]
 
 
-def asked(record: Record) -> Html:
+def asked(record: RunRecord) -> Html:
     """What the run was told to do."""
     config, summary = record.config, record.summary
     facts = [
@@ -48,7 +48,7 @@ def asked(record: Record) -> Html:
     return section("asked", "What was asked", [_facts(facts), fold(text(caption), [settings])])
 
 
-def results(record: Record) -> Html:
+def results(record: RunRecord) -> Html:
     """Every metric of every model, with intervals."""
     found = record.summary["results"]
     rows = measured(found)
@@ -67,7 +67,7 @@ def results(record: Record) -> Html:
     return section("results", "Results", parts)
 
 
-def headline(record: Record) -> Html:
+def headline(record: RunRecord) -> Html:
     """What became of the main figures, from the dense model to the expert, in one line."""
     found = record.summary["results"]
     before, after = dense(found), expert(found)
@@ -81,7 +81,7 @@ def headline(record: Record) -> Html:
     return paragraph(f"{before} → {after}: {'; '.join(told)}." if told else "Nothing was measured.", "lead")
 
 
-def resources(record: Record) -> Html:
+def resources(record: RunRecord) -> Html:
     """Seconds and memory by phase."""
     seconds: dict[str, float] = record.summary["seconds"]
     memory: dict[str, float] = record.summary.get("memory_mib", {})
@@ -100,7 +100,7 @@ def resources(record: Record) -> Html:
     return section("resources", "Time and memory", [shares, _facts(facts)])
 
 
-def samples(record: Record) -> Html:
+def samples(record: RunRecord) -> Html:
     """Answers of the dense and of the exported model beside the gold answer."""
     title = "Sample answers"
     models = _answering(record)
@@ -122,7 +122,7 @@ def samples(record: Record) -> Html:
     return section("samples", title, [paragraph(told), *([paragraph(counts)] if counts else []), *articles])
 
 
-def loading(record: Record) -> Html:
+def loading(record: RunRecord) -> Html:
     """How to use the export."""
     folder = str(record.folder / "export")
     transformers = (
@@ -144,7 +144,7 @@ def loading(record: Record) -> Html:
     return section("loading", "Load the export", parts)
 
 
-def origin(record: Record) -> Html:
+def origin(record: RunRecord) -> Html:
     """The command and the versions that made it."""
     summary = record.summary
     again = f"python train.py --config {shlex.quote(str(record.folder / 'config.yaml'))} --output NEW"
@@ -156,7 +156,7 @@ def origin(record: Record) -> Html:
     return section("origin", "How it was made", parts)
 
 
-def limits(record: Record) -> Html:
+def limits(record: RunRecord) -> Html:
     """What it does not do."""
     told = (element("li", text(limit)) for limit in known_limits(record.config, record.summary))
     return section("limits", "Limits", [element("ul", join(told, "\n"))])
@@ -202,7 +202,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {seconds - 60 * minutes:.0f} s" if minutes < 100 else f"{seconds / 3600:.1f} h"
 
 
-def _answering(record: Record) -> list[str]:
+def _answering(record: RunRecord) -> list[str]:
     """The dense model and the exported one, of those whose answers were kept."""
     names = {name: None for sample in record.samples for name in sample["answers"]}
     return list(dict.fromkeys([dense(names), expert(names)])) if names else []

@@ -8,7 +8,7 @@ from pathlib import Path
 from efx_jax.compare.figures import draw_figures
 from efx_jax.compare.grid import Cell, choose_cells, list_cells
 from efx_jax.compare.plan import plan_lines, uneven_training
-from efx_jax.compare.records import Record, read_record
+from efx_jax.compare.records import CellRecord, read_record
 from efx_jax.compare.settings import Comparison, read_comparison
 from efx_jax.compare.table import write_tables
 from efx_jax.compare.work import finish
@@ -63,7 +63,9 @@ def _work(comparison: Comparison, cells: Sequence[Cell], chosen: Sequence[Cell],
     return 1 if failures else 0
 
 
-def _write(comparison: Comparison, records: Mapping[Cell, Record], failures: Mapping[str, str], folder: Path) -> str:
+def _write(
+    comparison: Comparison, records: Mapping[Cell, CellRecord], failures: Mapping[str, str], folder: Path
+) -> str:
     found = list(records.values())
     return write_tables(comparison, found, failures, draw_figures(comparison, found, folder / "figures"), folder)
 

@@ -16,7 +16,7 @@ from efx_jax.analysis.plots import (
     draw_points,
 )
 from efx_jax.compare.grid import axis_text
-from efx_jax.compare.records import Record
+from efx_jax.compare.records import CellRecord
 from efx_jax.compare.rows import Row, group_rows, metric_keys, spread
 from efx_jax.compare.settings import Comparison, Drawing
 from efx_jax.compare.table import Column, metric_column
@@ -27,7 +27,7 @@ _Parts = Mapping[str, Any]
 _Point = tuple[Place, float, tuple[float, float] | None]
 
 
-def draw_figures(comparison: Comparison, records: Sequence[Record], folder: Path) -> dict[str, str]:
+def draw_figures(comparison: Comparison, records: Sequence[CellRecord], folder: Path) -> dict[str, str]:
     """Draws every figure as far as its runs are there, NAME.png and NAME.csv.
 
     Args:
@@ -71,7 +71,7 @@ def _heat_map(figure: Figure) -> HeatMap:
     )
 
 
-def build_figure(comparison: Comparison, drawing: Drawing, records: Sequence[Record]) -> Figure:
+def build_figure(comparison: Comparison, drawing: Drawing, records: Sequence[CellRecord]) -> Figure:
     """What is to be drawn: a series per method and schedule, and further axes that vary.
 
     Of several seeds the means with their standard deviations; where no row has several, values with their intervals, as

@@ -22,7 +22,7 @@ Intervals = dict[str, tuple[float, float]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class CellRecord:
     """A cell's numbers.
 
     Attributes:
@@ -43,11 +43,11 @@ class Record:
     windows: Mapping[str, Windows] = dataclasses.field(default_factory=dict)
 
 
-def read_record(comparison: Comparison, cell: Cell, runs: Path) -> Record:
+def read_record(comparison: Comparison, cell: Cell, runs: Path) -> CellRecord:
     """The numbers of a cell so far; none before its run is finished."""
     run = runs / cell.run
     if cell.refusal or not is_finished(run):
-        return Record(cell, {}, {}, False, "")
+        return CellRecord(cell, {}, {}, False, "")
     asked = measurements(comparison, cell)
     metrics, intervals = _run_metrics(cell, run), Intervals()
     windows: dict[str, Windows] = {}
@@ -78,7 +78,7 @@ def read_record(comparison: Comparison, cell: Cell, runs: Path) -> Record:
             else:
                 _take(metrics, intervals, f"{name}.relative", found, "value", "interval")
     is_whole = all(is_finished(each.folder(run)) for each in asked)
-    return Record(cell, metrics, intervals, is_whole, "; ".join(notes), windows)
+    return CellRecord(cell, metrics, intervals, is_whole, "; ".join(notes), windows)
 
 
 def _take(metrics: Metrics, intervals: Intervals, key: str, found: Mapping[str, Any], value: str, ends: str) -> None:

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from efx_jax.compare.records import Record
+from efx_jax.compare.records import CellRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Row:
     schedule: str
     axes: tuple[Any, ...]
     asked: float
-    records: tuple[Record, ...]
+    records: tuple[CellRecord, ...]
 
 
 def spread(row: Row, key: str) -> dict[str, Any]:
@@ -37,9 +37,9 @@ def spread(row: Row, key: str) -> dict[str, Any]:
     }
 
 
-def group_rows(records: Iterable[Record]) -> list[Row]:
+def group_rows(records: Iterable[CellRecord]) -> list[Row]:
     """Rows in the order of their first cells."""
-    groups: dict[tuple[str, str, tuple[Any, ...], float], list[Record]] = {}
+    groups: dict[tuple[str, str, tuple[Any, ...], float], list[CellRecord]] = {}
     for record in records:
         cell = record.cell
         groups.setdefault((cell.method, cell.schedule, cell.axes, cell.config.prune.sparsity), []).append(record)
@@ -48,6 +48,6 @@ def group_rows(records: Iterable[Record]) -> list[Row]:
     ]
 
 
-def metric_keys(records: Iterable[Record]) -> list[str]:
+def metric_keys(records: Iterable[CellRecord]) -> list[str]:
     """All metrics that any record has, in the order in which they come."""
     return list(dict.fromkeys(key for record in records for key in record.metrics))

@@ -47,7 +47,7 @@ class Drawing:
 
     Attributes:
         x: an axis of the comparison, "method" or "schedule".
-        y: a metric, see `efx_jax.compare.records.Record`.
+        y: a metric, see `efx_jax.compare.records.CellRecord`.
         kind: means over seeds as lines, bars or the fields of a heat map, or the points of all seeds.
         only: by axis, "method" or "schedule" the values that are drawn; it has no say where a row has none of them.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from efx_jax.compare.grid import axis_text
-from efx_jax.compare.records import Record
+from efx_jax.compare.records import CellRecord
 from efx_jax.compare.rows import Row, group_rows, metric_keys, spread
 from efx_jax.compare.settings import Comparison
 from efx_jax.compare.side_by_side import Ratio, ratios
@@ -39,7 +39,7 @@ _SPARSITY = Column("sparsity", "pruned %", 100)
 
 def write_tables(
     comparison: Comparison,
-    records: Sequence[Record],
+    records: Sequence[CellRecord],
     failures: Mapping[str, str],
     figures: Mapping[str, str],
     folder: Path,
@@ -81,7 +81,7 @@ def _markdown(
     comparison: Comparison,
     rows: Sequence[Row],
     beside: Sequence[Mapping[str, Ratio]],
-    records: Sequence[Record],
+    records: Sequence[CellRecord],
     failures: Mapping[str, str],
     figures: Mapping[str, str],
 ) -> str:
@@ -153,7 +153,7 @@ def metric_column(key: str) -> Column:
     return Column(key, f"{task} {TITLES[metric]}", 100) if task else Column(key, "Rel. %")
 
 
-def _task_columns(records: Sequence[Record], protocol: str) -> list[Column]:
+def _task_columns(records: Sequence[CellRecord], protocol: str) -> list[Column]:
     keys = [key for key in metric_keys(records) if key.startswith(f"{protocol}.")]
     # The one over all tasks stands last.
     return [metric_column(key) for key in sorted(keys, key=lambda key: key == f"{protocol}.relative")]
@@ -194,7 +194,7 @@ def _pictures(figures: Mapping[str, str]) -> list[str]:
     return ["## Figures", *lines] if lines else []
 
 
-def _missing(records: Sequence[Record], failures: Mapping[str, str], figures: Mapping[str, str]) -> list[str]:
+def _missing(records: Sequence[CellRecord], failures: Mapping[str, str], figures: Mapping[str, str]) -> list[str]:
     """What is not in the tables, and why; the waiting ones are only counted."""
     waiting = sum(_status(record, failures) == "missing" for record in records)
     lines = [f"{waiting} of {len(records)} runs are not there, or not measured in full."] if waiting else []
@@ -205,7 +205,7 @@ def _missing(records: Sequence[Record], failures: Mapping[str, str], figures: Ma
     return ["\n".join(f"- {line}" for line in lines)] if lines else []
 
 
-def _told(what: str, reasons: Iterable[tuple[Record, str]]) -> list[str]:
+def _told(what: str, reasons: Iterable[tuple[CellRecord, str]]) -> list[str]:
     """A line per reason, with the first cell that it holds for: all seeds mostly say the same."""
     titles: dict[str, str] = {}
     for record, reason in reasons:
@@ -214,7 +214,7 @@ def _told(what: str, reasons: Iterable[tuple[Record, str]]) -> list[str]:
     return [f"{what}: {title}: {reason}" for reason, title in titles.items()]
 
 
-def _status(record: Record, failures: Mapping[str, str]) -> str:
+def _status(record: CellRecord, failures: Mapping[str, str]) -> str:
     if record.cell.refusal:
         return "refused"
     if record.cell.run in failures:
@@ -222,11 +222,11 @@ def _status(record: Record, failures: Mapping[str, str]) -> str:
     return "done" if record.is_whole else "missing"
 
 
-def _reason(record: Record, failures: Mapping[str, str]) -> str:
+def _reason(record: CellRecord, failures: Mapping[str, str]) -> str:
     return record.cell.refusal or failures.get(record.cell.run, "") or record.note
 
 
-def _run_entry(axes: Sequence[str], record: Record, failures: Mapping[str, str]) -> dict[str, Any]:
+def _run_entry(axes: Sequence[str], record: CellRecord, failures: Mapping[str, str]) -> dict[str, Any]:
     cell = record.cell
     return {
         "method": cell.method,
@@ -254,7 +254,7 @@ def _row_entry(axes: Sequence[str], row: Row) -> dict[str, Any]:
 
 
 def _run_line(
-    axes: Sequence[str], record: Record, failures: Mapping[str, str], keys: Mapping[str, bool]
+    axes: Sequence[str], record: CellRecord, failures: Mapping[str, str], keys: Mapping[str, bool]
 ) -> dict[str, Any]:
     """A line of runs.csv; `keys` says of every metric whether it has intervals."""
     entry = _run_entry(axes, record, failures)

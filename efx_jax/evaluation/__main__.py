@@ -16,7 +16,7 @@ from efx_jax.data.tokenizer import Tokenizer, check_vocabulary
 from efx_jax.data.tokens import Tokenized, text_windows
 from efx_jax.errors import InputError, OneLineParser, exit_code, positive_number, whole_number
 from efx_jax.evaluation.perplexity import Perplexity, perplexity
-from efx_jax.evaluation.protocols import Record, check_protocol, describe_task, evaluate_task
+from efx_jax.evaluation.protocols import AnswerRecord, check_protocol, describe_task, evaluate_task
 from efx_jax.evaluation.relative import Records, Results, check_pairs, check_ratios, read_evaluation, relative
 from efx_jax.evaluation.report import results_tables, write_evaluation
 from efx_jax.files import refuse_unwritable
@@ -253,7 +253,7 @@ def _measure(params: Params, work: _Work, arguments: argparse.Namespace, output:
     """Measures one model, prints its tables, and writes them if there is a place."""
     text = _measure_text(params, work, arguments)
     results: dict[str, dict[str, Any]] = {}
-    records: list[Record] = []
+    records: list[AnswerRecord] = []
     seconds = {}
     for task in work.tasks:
         print(f"{task.name}: {len(task.test)} rows ...", file=sys.stderr)
@@ -289,7 +289,7 @@ def _measure_text(params: Params, work: _Work, arguments: argparse.Namespace) ->
 
 def _measure_task(
     params: Params, work: _Work, task: Task, arguments: argparse.Namespace
-) -> tuple[dict[str, Any], list[Record]]:
+) -> tuple[dict[str, Any], list[AnswerRecord]]:
     return evaluate_task(
         params,
         work.spec,

@@ -24,7 +24,7 @@ from efx_jax.model.spec import ModelSpec
 
 Array = jax.Array
 ProtocolName = Literal["likelihood", "greedy", "sampled"]
-Record = dict[str, Any]
+AnswerRecord = dict[str, Any]
 
 # The paper's; its code draws again, up to twice, where it cannot read an answer, and this one does not.
 _SAMPLING = Sampling(temperature=0.9, top_k=50, top_p=0.9)
@@ -44,7 +44,7 @@ def evaluate_task(
     runs: int = 4,
     seed: int = 0,
     normalize: Normalize = "sum",
-) -> tuple[dict[str, Any], list[Record]]:
+) -> tuple[dict[str, Any], list[AnswerRecord]]:
     """Answers every row of a task and scores the answers.
 
     Args:
@@ -158,7 +158,7 @@ def _run_seeds(seed: int, runs: int) -> list[int]:
     return [int(state) for state in np.random.SeedSequence(seed).generate_state(runs)]
 
 
-def _likeliest(task: Task, scores: np.ndarray) -> tuple[dict[str, Any], list[Record]]:
+def _likeliest(task: Task, scores: np.ndarray) -> tuple[dict[str, Any], list[AnswerRecord]]:
     chosen = scores.argmax(axis=1)
     labels = [label.strip() for label in task.labels]
     records = [
@@ -169,7 +169,7 @@ def _likeliest(task: Task, scores: np.ndarray) -> tuple[dict[str, Any], list[Rec
     return summarise(chosen, task.test, task.labels), records
 
 
-def _read(task: Task, texts: Sequence[Sequence[str]]) -> tuple[dict[str, Any], list[Record]]:
+def _read(task: Task, texts: Sequence[Sequence[str]]) -> tuple[dict[str, Any], list[AnswerRecord]]:
     predicted = np.stack([parse_answers(run, task.labels) for run in texts])
     records = [
         _record(task, run, row, text)
@@ -180,7 +180,7 @@ def _read(task: Task, texts: Sequence[Sequence[str]]) -> tuple[dict[str, Any], l
     return summarise(predicted, task.test, task.labels), records
 
 
-def _compared(task: Task, texts: Sequence[Sequence[str]]) -> tuple[dict[str, Any], list[Record]]:
+def _compared(task: Task, texts: Sequence[Sequence[str]]) -> tuple[dict[str, Any], list[AnswerRecord]]:
     wanted = [example.response.strip() for example in task.test]
     scores = np.stack([rouge_scores(run, wanted) for run in texts])
     records = [
@@ -191,7 +191,7 @@ def _compared(task: Task, texts: Sequence[Sequence[str]]) -> tuple[dict[str, Any
     return summarise_texts(scores, task.test), records
 
 
-def _record(task: Task, run: int, row: int, answer: str) -> Record:
+def _record(task: Task, run: int, row: int, answer: str) -> AnswerRecord:
     example = task.test[row]
     return {
         "task": task.name,

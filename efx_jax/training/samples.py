@@ -12,7 +12,7 @@ from efx_jax.config import Config
 from efx_jax.data.tasks import Task
 from efx_jax.data.tokenizer import encode_prompts
 from efx_jax.evaluation.generation import generate_texts
-from efx_jax.evaluation.protocols import Record
+from efx_jax.evaluation.protocols import AnswerRecord
 from efx_jax.evaluation.rouge import ROUGE
 from efx_jax.files import atomic_write
 from efx_jax.lora import Adapters
@@ -91,7 +91,7 @@ def rows_shown(tasks: Sequence[Task], count: int) -> dict[str, int]:
     return shown
 
 
-def kept_answers(records: Sequence[Record], rows: int) -> list[dict[str, Any]]:
+def kept_answers(records: Sequence[AnswerRecord], rows: int) -> list[dict[str, Any]]:
     """The answers to the first `rows` rows of a task, of the first run, without what all models have in common.
 
     Args:
@@ -134,7 +134,7 @@ def write_samples(path: Path, tasks: Sequence[Task], results: Mapping[str, Mappi
         atomic_write(path, "".join(lines))
 
 
-def _kept(record: Record) -> dict[str, Any]:
+def _kept(record: AnswerRecord) -> dict[str, Any]:
     kept = {name: record[name] for name in ("answer", "prediction", _LONGEST) if name in record}
     if "scores" in record:
         first, *others = sorted(record["scores"].values(), reverse=True)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from efx_jax.analysis.card import card_metadata, card_text
-from efx_jax.analysis.record import Record, read_record
+from efx_jax.analysis.record import RunRecord, read_record
 from efx_jax.config import Config, DataConfig, ModelConfig, PruneConfig
 from efx_jax.weights.config_json import copy_extras
 from tests.analysis.reported import leave_run
@@ -17,18 +17,18 @@ HOME = "/home/somebody/secret"
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
+def record(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
     data = DataConfig(train="pubmedqa", format="alpaca", root=HOME, text=f"{HOME}/text.jsonl")
     prune = PruneConfig(score="foresight_gated", group="bounded", recovery="admm", schedule="fractions")
     config = Config(model=ModelConfig(path="meta-llama/Llama-3.2-1B"), data=data, prune=prune)
     return read_record(leave_run(tmp_path_factory.mktemp(HOME.strip("/").replace("/", "-")) / "run", config))
 
 
-def with_config(record: Record, **sections) -> Record:
+def with_config(record: RunRecord, **sections) -> RunRecord:
     return dataclasses.replace(record, config=dataclasses.replace(record.config, **sections))
 
 
-def test_the_hub_library_reads_the_card_and_its_results(record: Record) -> None:
+def test_the_hub_library_reads_the_card_and_its_results(record: RunRecord) -> None:
     hub = pytest.importorskip("huggingface_hub")
     card = hub.ModelCard(card_text(record), ignore_metadata_errors=False)
     data = card.data
@@ -54,7 +54,7 @@ def test_the_hub_library_reads_the_card_and_its_results(record: Record) -> None:
     ("text", "named"),
     [(f"{HOME}/books/wards.jsonl", ("wards", "wards.jsonl")), ("", ("pubmedqa", "held-out text"))],
 )
-def test_the_card_names_what_perplexity_was_measured_on(record: Record, text: str, named: tuple[str, str]) -> None:
+def test_the_card_names_what_perplexity_was_measured_on(record: RunRecord, text: str, named: tuple[str, str]) -> None:
     hub = pytest.importorskip("huggingface_hub")
     record = with_config(record, data=dataclasses.replace(record.config.data, text=text))
     results = hub.ModelCard(card_text(record), ignore_metadata_errors=False).data.eval_results
@@ -62,7 +62,7 @@ def test_the_card_names_what_perplexity_was_measured_on(record: Record, text: st
     assert found == [named]
 
 
-def test_the_card_says_what_it_is_what_it_scores_and_what_it_is_not(record: Record) -> None:
+def test_the_card_says_what_it_is_what_it_scores_and_what_it_is_not(record: RunRecord) -> None:
     text = card_text(record)
     for words in (
         "# Llama-3.2-1B, 50 % sparse pubmedqa expert",
@@ -90,14 +90,14 @@ def test_the_card_says_what_it_is_what_it_scores_and_what_it_is_not(record: Reco
         ("chat", "owner/rows", 'apply_chat_template([{"role": "user", "content": prompt}]'),
     ],
 )
-def test_the_card_says_how_to_write_a_prompt(record: Record, style: Any, train: str, told: str) -> None:
+def test_the_card_says_how_to_write_a_prompt(record: RunRecord, style: Any, train: str, told: str) -> None:
     asked = with_config(record, data=DataConfig(train=train, format=style))
     asked = dataclasses.replace(asked, summary=record.summary | {"data": {"train": {"rows": 5}, "test": {}}})
     _, _, rest = card_text(asked).partition("## Load it")
     assert told in rest and told not in rest.partition("## Training")[2]
 
 
-def test_nothing_of_the_machine_is_in_the_card(record: Record) -> None:
+def test_nothing_of_the_machine_is_in_the_card(record: RunRecord) -> None:
     named = with_config(
         record, model=ModelConfig(path=f"{HOME}/models/base.gguf"), data=DataConfig(train=f"{HOME}/rows.jsonl")
     )
@@ -112,7 +112,7 @@ def test_nothing_of_the_machine_is_in_the_card(record: Record) -> None:
 
 
 def test_the_quickstart_and_a_folder_that_looks_like_a_name_of_the_hub(
-    record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    record: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quickstart = with_config(record, model=ModelConfig(path="quickstart"))
     assert card_metadata(quickstart)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -121,7 +121,7 @@ def test_the_quickstart_and_a_folder_that_looks_like_a_name_of_the_hub(
     assert "base_model" not in card_metadata(record)
 
 
-def test_revisions_are_told_where_the_hub_has_a_place_for_them(record: Record) -> None:
+def test_revisions_are_told_where_the_hub_has_a_place_for_them(record: RunRecord) -> None:
     """Its metadata has none."""
     pinned = with_config(
         record, model=ModelConfig(path="owner/base@v1.0"), data=DataConfig(train="owner/rows@refs/pr/1:en:train")
@@ -131,7 +131,7 @@ def test_revisions_are_told_where_the_hub_has_a_place_for_them(record: Record) -
     assert "owner/base@v1.0" in card_text(pinned) and "# base, 50 % sparse rows expert" in card_text(pinned)
 
 
-def test_names_that_yaml_or_markdown_would_read_otherwise_stay_names(record: Record) -> None:
+def test_names_that_yaml_or_markdown_would_read_otherwise_stay_names(record: RunRecord) -> None:
     evil = with_config(record, data=DataConfig(train="---\n<b>a: [b](http://c)|d`"))
     head, _, body = card_text(evil).removeprefix("---\n").partition("\n---\n")
     assert yaml.safe_load(head)["tags"][-1] == "c)d"
@@ -147,7 +147,7 @@ def test_names_that_yaml_or_markdown_would_read_otherwise_stay_names(record: Rec
         (PruneConfig(schedule="cubic"), "10 events on a cubic ramp"),
     ],
 )
-def test_every_pattern_has_its_words(record: Record, prune: PruneConfig, words: str) -> None:
+def test_every_pattern_has_its_words(record: RunRecord, prune: PruneConfig, words: str) -> None:
     changed = with_config(record, prune=prune)
     if prune.score == "atp":
         changed = dataclasses.replace(changed, summary=record.summary | {"cut": {"removed": 0.5}})

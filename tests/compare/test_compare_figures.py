@@ -10,7 +10,7 @@ import pytest
 from efx_jax.analysis.plots import Level, Series
 from efx_jax.compare.figures import build_figure, draw_figures
 from efx_jax.compare.grid import Cell, list_cells
-from efx_jax.compare.records import Record
+from efx_jax.compare.records import CellRecord
 from efx_jax.compare.settings import Comparison, Drawing, read_comparison
 from efx_jax.compare.table import write_tables
 from efx_jax.errors import InputError
@@ -40,16 +40,16 @@ def read(tmp_path: Path) -> Read:
     return read_text
 
 
-def record(cell: Cell, **metrics: float | None) -> Record:
+def record(cell: Cell, **metrics: float | None) -> CellRecord:
     """Perplexity 15, 30 or 28 by schedule, 4 more for RIA, 10 less at 40 %, 2 more for each seed."""
     value = PERPLEXITY[cell.schedule] + 4 * (cell.method == "ria") + 2 * cell.seed
     value -= 10 * (cell.config.prune.sparsity == 0.4)
     found = {"perplexity.general": value, "likelihood.pubmedqa.accuracy": 0.5 + cell.seed / 10, **metrics}
     intervals = {"perplexity.general": (value - 1, value + 3), "likelihood.pubmedqa.accuracy": (0.25, 0.75)}
-    return Record(cell, found, intervals, True, "")
+    return CellRecord(cell, found, intervals, True, "")
 
 
-def records(comparison: Comparison) -> list[Record]:
+def records(comparison: Comparison) -> list[CellRecord]:
     return [record(cell) for cell in list_cells(comparison)]
 
 
@@ -167,7 +167,7 @@ def test_what_is_not_there_or_not_finite_is_left_out(read: Read) -> None:
     comparison = read()
     found = records(comparison)
     wanda = [each.cell.method == "wanda" and each.cell.axes == (0.5,) for each in found]
-    gone = [Record(each.cell, {}, {}, False, "") if skip else each for each, skip in zip(found, wanda, strict=True)]
+    gone = [CellRecord(each.cell, {}, {}, False, "") if skip else each for each, skip in zip(found, wanda, strict=True)]
     infinite = [
         record(each.cell, **{"perplexity.general": None}) if skip else each
         for each, skip in zip(found, wanda, strict=True)
@@ -187,7 +187,7 @@ def test_what_is_not_there_or_not_finite_is_left_out(read: Read) -> None:
 )
 def test_why_there_is_nothing_to_draw(y: str, change: dict[str, Any], said: str, read: Read) -> None:
     comparison = read()
-    some = [Record(**(vars(each) | change)) for each in records(comparison)]
+    some = [CellRecord(**(vars(each) | change)) for each in records(comparison)]
     with pytest.raises(InputError, match=said):
         build_figure(comparison, drawing("schedule", y), some)
 

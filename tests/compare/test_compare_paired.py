@@ -9,7 +9,7 @@ import pytest
 
 from efx_jax.compare.grid import list_cells
 from efx_jax.compare.paired import Windows, perplexity_ratio
-from efx_jax.compare.records import Record
+from efx_jax.compare.records import CellRecord
 from efx_jax.compare.settings import read_comparison
 from efx_jax.compare.table import write_tables
 from efx_jax.config_values import replace_values
@@ -103,7 +103,7 @@ def test_an_axis_without_a_say_in_one_of_two_rows_sets_no_rivals_apart(tmp_path:
     for cell in list_cells(comparison):
         found = windows(nats[cell.method, *cell.axes], hard)
         perplexity = float(np.exp(found.nll.sum() / found.tokens.sum()))
-        records.append(Record(cell, {"perplexity.general": perplexity}, {}, True, "", {"general": found}))
+        records.append(CellRecord(cell, {"perplexity.general": perplexity}, {}, True, "", {"general": found}))
     write_tables(comparison, records, {}, {}, tmp_path)
     best = {
         (row["method"], row["axes"]["distill.share"]): row["ratios"]["general over the best other"]
@@ -125,7 +125,7 @@ def test_a_table_sets_every_row_beside_dense_and_the_best_other(tmp_path: Path, 
         value = nats[cell.method] + (0.1 if cell.config.prune.sparsity == 0.5 else 0.0)
         text = windows(value, hard)
         perplexity = float(np.exp(text.nll.sum() / text.tokens.sum()))
-        records.append(Record(cell, {"perplexity.general": perplexity}, {}, True, "", {"general": text}))
+        records.append(CellRecord(cell, {"perplexity.general": perplexity}, {}, True, "", {"general": text}))
     table = write_tables(comparison, records, {}, {}, tmp_path)
     assert "| method | schedule | asked % | general over dense | general over the best other |" in table
     assert "| wanda | during | 40 | 1.350 [1.350, 1.350] of dense | 1.105 [1.105, 1.105] of ria/during |" in table
@@ -144,5 +144,5 @@ def test_a_table_sets_every_row_beside_dense_and_the_best_other(tmp_path: Path, 
         bound.append(dataclasses.replace(record, cell=dataclasses.replace(record.cell, config=config)))
     assert "general over the best other" not in write_tables(comparison, bound, {}, {}, tmp_path)
     # Evaluations of before windows were told.
-    bare = [Record(record.cell, record.metrics, {}, True, "") for record in records]
+    bare = [CellRecord(record.cell, record.metrics, {}, True, "") for record in records]
     assert "Side by side" not in write_tables(comparison, bare, {}, {}, tmp_path)

@@ -7,7 +7,7 @@ import pytest
 
 from efx_jax.compare.__main__ import main
 from efx_jax.compare.grid import Cell
-from efx_jax.compare.records import Record, read_record
+from efx_jax.compare.records import CellRecord, read_record
 from efx_jax.compare.settings import Comparison, read_comparison
 from efx_jax.compare.work import measurements
 from efx_jax.config import Config, ModelConfig, PruneConfig
@@ -40,9 +40,9 @@ def test_what_another_process_has_finished_meanwhile_is_in_the_table(
         done.update(("dense", "wanda"))
         return ""
 
-    def look(comparison: Comparison, cell: Cell, runs: Path) -> Record:
+    def look(comparison: Comparison, cell: Cell, runs: Path) -> CellRecord:
         is_done = cell.method in done
-        return Record(cell, {"perplexity.t": 7.5} if is_done else {}, {}, is_done, "")
+        return CellRecord(cell, {"perplexity.t": 7.5} if is_done else {}, {}, is_done, "")
 
     monkeypatch.setattr("efx_jax.compare.__main__.finish", finish)
     monkeypatch.setattr("efx_jax.compare.__main__.read_record", look)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from efx_jax.compare.grid import Cell, list_cells
-from efx_jax.compare.records import Record
+from efx_jax.compare.records import CellRecord
 from efx_jax.compare.settings import Comparison, read_comparison
 from efx_jax.compare.table import write_tables
 
@@ -31,11 +31,11 @@ def read(tmp_path: Path) -> Read:
     return read_text
 
 
-def record(cell: Cell) -> Record:
+def record(cell: Cell) -> CellRecord:
     """Perplexity 1234.5 with an interval, accuracy 60 % with one, Rel.% with none, seconds which never have one."""
     metrics = {"train_seconds": 3.0, "perplexity.general": 1234.5 + cell.seed, ACCURACY: 0.6}
     intervals = {"perplexity.general": (1200.25, 1300.0), ACCURACY: (0.5, 0.75)}
-    return Record(cell, metrics | {"likelihood.relative": 90.0}, intervals, True, "")
+    return CellRecord(cell, metrics | {"likelihood.relative": 90.0}, intervals, True, "")
 
 
 def test_one_seed_has_its_interval_in_the_cell(read: Read, tmp_path: Path) -> None:
