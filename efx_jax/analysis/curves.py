@@ -18,40 +18,55 @@ _SMOOTH = 40
 """About so many windows of the moving mean fit into a run."""
 
 
+Values = tuple[float | None, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """The logged steps of a run, ascending, and a number at each; `loss` and `entropy` in nats, `sparsity` a share."""
+    """The logged steps of a run, ascending, and at each what the run has told of it; `loss` and `entropy` in nats,
+    None where a batch had no labels, `sparsity` a share."""
 
     name: str
     steps: tuple[int, ...]
-    loss: tuple[float, ...]
-    entropy: tuple[float, ...]
-    sparsity: tuple[float, ...]
+    loss: Values
+    entropy: Values
+    sparsity: Values
 
 
 def read_curve(folder: Path, name: str) -> Curve:
-    """Reads FOLDER/metrics.jsonl; steps that are not whole lines of finite numbers are left out.
+    """Reads FOLDER/metrics.jsonl; lines that are not whole or name no step are left out.
 
     Raises:
-        InputError: no such file, or no step in it.
+        InputError: no such file, or nothing of `QUANTITIES` in it.
     """
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{path}: is not there; expected the log of a run that train.py has written")
-    found: dict[int, list[float]] = {}
+    found: dict[int, list[float | None]] = {}
     for line in read_text(path).splitlines():
         try:
             row = json.loads(line)
-            step, values = int(row["step"]), [float(row[quantity]) for quantity in QUANTITIES]
-        except (ValueError, KeyError, TypeError):
+            step, values = int(row["step"]), [_number(row.get(quantity)) for quantity in QUANTITIES]
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
-        if all(map(math.isfinite, values)):
+        if any(value is not None for value in values):
             found[step] = values
     if not found:
         raise InputError(f"{path}: expected lines with step, {', '.join(QUANTITIES)}, found none; train the run first")
     steps = tuple(sorted(found))
     loss, entropy, sparsity = zip(*(found[step] for step in steps), strict=True)
     return Curve(name, steps, loss, entropy, sparsity)
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def told(curve: Curve, quantity: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The steps at which a run has told a quantity of `QUANTITIES`, and its values there."""
+    pairs = zip(curve.steps, getattr(curve, quantity), strict=True)
+    found = {step: value for step, value in pairs if value is not None}
+    return tuple(found), tuple(found.values())
 
 
 def window_of(curves: Sequence[Curve]) -> int:

@@ -175,7 +175,7 @@ def _draw(path: Path, figure: Figure, draw: Callable[["Axes", Figure], None]) ->
 
 
 def _draw_lines(axes: "Axes", figure: Figure) -> None:
-    places = _places(figure)
+    places = places_of(figure)
     numbers = sorted(place for place in places if not isinstance(place, str))
     is_named = len(numbers) < len(places)
     for number, series in enumerate(figure.series):
@@ -195,7 +195,7 @@ def _draw_lines(axes: "Axes", figure: Figure) -> None:
 
 
 def _draw_bars(axes: "Axes", figure: Figure) -> None:
-    places = _places(figure)
+    places = places_of(figure)
     width = 0.84 / len(figure.series)
     for number, series in enumerate(figure.series):
         shift = (number - (len(figure.series) - 1) / 2) * width
@@ -215,7 +215,7 @@ def _draw_bars(axes: "Axes", figure: Figure) -> None:
 
 
 def _draw_points(axes: "Axes", figure: Figure) -> None:
-    places = _places(figure)
+    places = places_of(figure)
     width = 0.84 / len(figure.series)
     for number, series in enumerate(figure.series):
         style = _line_style(number) | {"linestyle": "none", "elinewidth": 1.0, "capsize": 0, "markersize": 5}
@@ -257,7 +257,8 @@ def _place_text(place: Place) -> str:
     return place if isinstance(place, str) else f"{place:g}"
 
 
-def _places(figure: Figure) -> list[Place]:
+def places_of(figure: Figure) -> list[Place]:
+    """The places that any series has, those of `figure.places` first and in their order."""
     found = dict.fromkeys(place for series in figure.series for place in series.x)
     ordered = [place for place in figure.places if place in found]
     return [*ordered, *(place for place in found if place not in ordered)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from efx_jax.analysis.curves import QUANTITIES, Curve, moving_mean
+from efx_jax.analysis.curves import QUANTITIES, Curve, moving_mean, told
 from efx_jax.analysis.histograms import Histogram, Mark, Panel, Shares, draw_histograms
 from efx_jax.analysis.pictures import kind_series, kinds, layer_map, layer_series
 from efx_jax.analysis.plots import Figure, Level, Series, draw_bars, draw_heat_map, draw_lines, draw_points
@@ -159,18 +159,13 @@ def draw_curves(folder: Path, curves: Sequence[Curve], window: int) -> None:
     smoothing = f" (mean of the last {window} logged steps)" if window > 1 else ""
     for quantity, label in QUANTITIES.items():
         is_share = quantity == "sparsity"
-        values = {curve.name: getattr(curve, quantity) for curve in curves}
-        if is_share and not any(map(any, values.values())):
+        found = {curve.name: told(curve, quantity) for curve in curves}
+        if not any(values and (any(values) or not is_share) for _, values in found.values()):
             continue
         lines = tuple(
-            Series(
-                curve.name,
-                curve.steps,
-                tuple(100 * share for share in values[curve.name])
-                if is_share
-                else moving_mean(values[curve.name], window),
-            )
-            for curve in curves
+            Series(name, steps, tuple(100 * share for share in values) if is_share else moving_mean(values, window))
+            for name, (steps, values) in found.items()
+            if values
         )
         title = f"{quantity.capitalize()} along training{'' if is_share else smoothing}"
         draw_lines(folder / f"curves_{quantity}", Figure(title, "training step", label, lines, is_linear=True))

@@ -19,7 +19,16 @@ from efx_jax.analysis.held import (
     run_linears,
     run_masks,
 )
-from efx_jax.analysis.runs import Run, choose_step, held_steps, load_base, load_export, split_rows, training_rows
+from efx_jax.analysis.runs import (
+    Run,
+    choose_step,
+    held_steps,
+    load_base,
+    load_export,
+    open_shipped,
+    split_rows,
+    training_rows,
+)
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
 from efx_jax.model.spec import LINEARS, linear_shapes, spec_from_config
@@ -103,7 +112,10 @@ def moved(run: Run, _: argparse.Namespace) -> Found:
     refuse_permuted(run)
     final = load_export(run)
     params, _spec = load_base(run)
-    rewritten = run_linears(run, read_checkpoint(run, run.steps[-1])) if run.steps else {}
+    rewritten = {}
+    if run.steps:
+        shipped = open_shipped(run.folder)
+        rewritten = run_linears(shipped, read_checkpoint(shipped, shipped.steps[-1]))
     records = list(where.weight_moves(params["layers"], final, rewritten))
     summary = by_kind(records, ("moved", "norm", "event_norm", "training_norm"), sizes="kept", ends=("norm",))
     return Found({}, records, summary, lambda folder: where_figures.draw_moves(folder, run.name, records))
@@ -191,7 +203,11 @@ def training_curves(runs: Sequence[Run], _: argparse.Namespace) -> Found:
     window = curves.window_of(records)
     summary: Rows = [
         {"run": curve.name, "steps": curve.steps[-1]}
-        | {f"{name}_{end}": at(getattr(curve, name)) for name in ("loss", "entropy") for end, at in _ENDS.items()}
+        | {
+            f"{name}_{end}": at(curves.told(curve, name)[1])
+            for name in ("loss", "entropy")
+            for end, at in _ENDS.items()
+        }
         for curve in records
     ]
     return Found(
@@ -215,7 +231,7 @@ OF_SEVERAL: Mapping[str, Callable[[Sequence[Run], argparse.Namespace], Found]] =
 
 _CHANGES = ("kept", "pruned", "random_kept", "random_pruned", "beyond_chance")
 _TAIL = 10  # logged steps whose mean stands for an end of a curve
-_ENDS: Mapping[str, Callable[[Sequence[float]], float]] = {
+_ENDS: Mapping[str, Callable[[Sequence[float]], float | None]] = {
     "first": lambda values: _mean(values[:_TAIL]),
     "last": lambda values: _mean(values[-_TAIL:]),
 }
@@ -294,5 +310,5 @@ def _widths(run: Run) -> dict[str, int]:
     return {name: shape[1] for name, shape in shapes.items()}
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -14,6 +14,7 @@ from efx_jax.analysis.plots import (
     draw_heat_map,
     draw_lines,
     draw_points,
+    places_of,
 )
 from efx_jax.compare.grid import axis_text
 from efx_jax.compare.records import CellRecord
@@ -57,7 +58,7 @@ def _draw(path: Path, kind: str, figure: Figure) -> None:
 
 def _heat_map(figure: Figure) -> HeatMap:
     """A row per series, a column per place; levels, which have no place, are told in the title."""
-    places = [place for place in figure.places if any(place in series.x for series in figure.series)]
+    places = places_of(figure)
     values = [dict(zip(series.x, series.y, strict=True)) for series in figure.series]
     levels = [f"{level.label} {level.y:,.4g}" for level in figure.levels]
     return HeatMap(

@@ -6,25 +6,41 @@ from pathlib import Path
 
 import pytest
 
-from efx_jax.analysis.curves import Curve, moving_mean, read_curve, window_of
+from efx_jax.analysis.curves import Curve, moving_mean, read_curve, told, window_of
 from efx_jax.analysis.runs import Run
 from efx_jax.analysis.shifts import pairs_of, run_domains, shift_of
+from efx_jax.analysis.space_figures import draw_curves
 from efx_jax.config import Config, DataConfig
 from efx_jax.errors import InputError
 
 
-def test_a_log_is_read_in_order_without_lines_that_are_no_numbers(tmp_path) -> None:
+def test_a_log_is_read_in_order_and_a_step_without_labels_keeps_its_sparsity(tmp_path) -> None:
     rows = [
         {"step": 2, "loss": 1.5, "entropy": 2.0, "sparsity": 0.5, "tokens": 9},
         {"step": 1, "loss": 3.0, "entropy": 2.5, "sparsity": 0.0},
-        {"step": 3, "loss": None, "entropy": 2.0, "sparsity": 0.5},
+        {"step": 3, "sparsity": 0.5},
+        {"step": 4, "loss": None, "entropy": 1.75, "sparsity": 0.5},
+        {"step": 5, "learning_rate": 0.1},
         {"step": None, "loss": 1.0, "entropy": 2.0, "sparsity": 0.5},
         {"loss": 1.0, "entropy": 2.0, "sparsity": 0.5},
         {"step": 2, "loss": 1.25, "entropy": 2.0, "sparsity": 0.5},
     ]
-    text = "\n".join(map(json.dumps, rows)) + '\n{"step": 4, "lo'
+    text = "\n".join(map(json.dumps, rows)) + '\n{"step": 6, "lo'
     (tmp_path / "metrics.jsonl").write_text(text)
-    assert read_curve(tmp_path, "a") == Curve("a", (1, 2), (3.0, 1.25), (2.5, 2.0), (0.0, 0.5))
+    curve = read_curve(tmp_path, "a")
+    losses, entropies = (3.0, 1.25, None, None), (2.5, 2.0, None, 1.75)
+    assert curve == Curve("a", (1, 2, 3, 4), losses, entropies, (0.0, 0.5, 0.5, 0.5))
+    assert told(curve, "loss") == ((1, 2), (3.0, 1.25))
+    assert told(curve, "entropy") == ((1, 2, 4), (2.5, 2.0, 1.75))
+
+
+def test_curves_of_a_run_without_any_label_show_what_is_there(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    taught = Curve("taught", (1, 2), (None, None), (None, None), (0.0, 0.5))
+    draw_curves(tmp_path, [taught], 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"curves_sparsity.csv", "curves_sparsity.png"}
+    draw_curves(tmp_path, [taught, Curve("labelled", (1,), (2.0,), (1.0,), (0.0,))], 1)
+    assert (tmp_path / "curves_loss.csv").read_text().splitlines()[1:] == ["labelled,1,2.0,,"]
 
 
 def test_a_run_without_a_log_is_refused(tmp_path) -> None:

@@ -234,6 +234,21 @@ def test_a_heat_map_has_a_row_per_series_and_nothing_where_no_run_is(read: Read,
     ]
 
 
+def test_a_heat_map_has_a_column_for_a_value_that_only_a_method_names(read: Read, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    comparison = read(
+        "methods: {dense: {prune: {sparsity: 0}}, wanda: {prune: {score: wanda}}, "
+        "half: {prune: {score: wanda, sparsity: 0.5}}}\n"
+        "runs: {dense: , wanda: [post_hoc], half: [post_hoc]}\naxes: {prune.sparsity: [0.4]}\n"
+        "figures: {all: {x: prune.sparsity, y: perplexity.general, kind: heat_map}}"
+    )
+    found = records(comparison)
+    only = [record for record in found if record.cell.method == "half"]
+    for part in (only, found):
+        assert draw_figures(comparison, part, tmp_path) == {"all": ""}
+        assert "half,50,31.0" in (tmp_path / "all.csv").read_text().splitlines()
+
+
 def test_without_figures_no_folder_and_no_section_is_made(read: Read, tmp_path: Path) -> None:
     comparison = read()
     drawn = draw_figures(comparison, records(comparison), tmp_path / "out" / "figures")
