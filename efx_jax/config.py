@@ -191,8 +191,8 @@ class PruneConfig:
     sequential: bool = False
     """Prune block by block, each block seeing the pruned blocks before it."""
     dense_path: float = 0.0
-    """With `sequential`: how far recovery aims at what each linear put out behind blocks that nothing was pruned from,
-    in [0, 1]; 0 aims at the linear as it was."""
+    """With `sequential`: how far recovery aims at what each linear put out behind the blocks as they were before the
+    event, in [0, 1]; 0 aims at the linear as it was on what reaches it now."""
     chunk_mib: int = 512
     """Memory that recovery "gram_pbs" may use for intermediate arrays, in MiB."""
 

@@ -240,7 +240,8 @@ def _schedule_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
     are_shares = len(times) > 0 and all(0 <= time <= 1 for time in times)
     by_schedule = {"epochs": epochs_begun(train), "fractions": len(times), "cubic": prune.events}
     is_single = prune.sparsity > 0 and by_schedule[prune.schedule] == 1
-    ends_pruned = {"epochs": True, "fractions": times[-1:] == (1,), "cubic": end == 1}[prune.schedule]
+    ends = {"epochs": True, "fractions": times[-1:] == (1,), "cubic": end == 1}
+    ends_pruned = ends[prune.schedule] or train.epochs == 0
     is_made_up_for = prune.recovery in ("pbs", "gram_pbs") and not prune.merge_each_event
     return [
         ("prune.fractions", times, are_shares and is_increasing, "increasing shares in [0, 1]"),
@@ -255,9 +256,12 @@ def _schedule_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
         (
             "prune.mask_forward",
             prune.mask_forward,
-            not (prune.sparsity > 0 and prune.mask_forward == "dense" and is_made_up_for and not is_single),
-            f"exact, ste or frozen with prune.recovery {prune.recovery}, whose adapters make up for what dense still "
-            "has; or set prune.merge_each_event",
+            prune.sparsity == 0
+            or prune.mask_forward in ("exact", "ste")
+            or not is_made_up_for
+            or (is_single and ends_pruned),
+            f"exact or ste with prune.recovery {prune.recovery}, whose adapters fit under the mask alone; or set "
+            "prune.merge_each_event",
         ),
         (
             "prune.plain_last_event",

@@ -93,6 +93,18 @@ def test_n_of_m_excludes_a_ramp_of_sparsities():
         validate(replace_values(Config(), settings))
 
 
+@pytest.mark.parametrize("recovery", ["none", "pbs"])
+def test_where_nothing_is_trained_every_forward_will_do(recovery: str) -> None:
+    settings = {
+        "train.epochs": 0.0,
+        "prune.schedule": "fractions",
+        "prune.fractions": (0.0,),
+        "prune.recovery": recovery,
+    }
+    for mask_forward in ("exact", "ste", "frozen", "dense"):
+        validate(replace_values(Config(), settings | {"prune.mask_forward": mask_forward}))
+
+
 def test_training_that_never_sees_a_mask_comes_before_the_last_event() -> None:
     settings = {"prune.schedule": "fractions", "prune.mask_forward": "dense"}
     validate(replace_values(Config(), settings | {"prune.fractions": (0.0, 0.5, 1.0)}))
@@ -140,11 +152,16 @@ def test_a_plain_last_event_leaves_a_recovery_to_earlier_ones(schedule: dict[str
         validate(replace_values(Config(), settings | {"prune.recovery": "pbs"}))
 
 
-def test_adapters_do_not_make_up_for_what_training_still_has() -> None:
-    settings = {"prune.mask_forward": "dense", "prune.recovery": "gram_pbs"}
-    said = "prune.mask_forward must be exact, ste or frozen with prune.recovery gram_pbs, whose adapters make up for"
+@pytest.mark.parametrize("mask_forward", ["dense", "frozen"])
+def test_adapters_that_fit_under_a_mask_are_not_trained_without_it(mask_forward: str) -> None:
+    settings = {"prune.mask_forward": mask_forward, "prune.recovery": "gram_pbs"}
+    said = "prune.mask_forward must be exact or ste with prune.recovery gram_pbs, whose adapters fit under the mask"
     with pytest.raises(InputError, match=said):
         validate(replace_values(Config(), settings))
+    if mask_forward == "frozen":
+        for early in ({"prune.fractions": (0.5,)}, {"prune.fractions": (0.5, 1.0)}):
+            with pytest.raises(InputError, match=said):
+                validate(replace_values(Config(), settings | {"prune.schedule": "fractions"} | early))
     for allowed in (
         {"prune.merge_each_event": True},
         {"prune.recovery": "admm"},

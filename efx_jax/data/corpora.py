@@ -5,8 +5,9 @@ import dataclasses
 import gzip
 import json
 import pathlib
+import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from efx_jax.data.hub import HubTable, read_hub
@@ -46,6 +47,7 @@ CORPORA = {
     ),
     "multilegalpile": Corpus("text_legal/multilegalpile.jsonl", HubTable("json", file=_LEGISLATION, first=300)),
 }
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
 _LONGEST_FIELD = 2**31 - 1  # characters; the csv module refuses documents above 131,072 by default
 
 
@@ -181,7 +183,13 @@ def _require_object(row: Any, where: str) -> dict[str, Any]:
 
 def _table_rows(stream: TextIO, path: pathlib.Path, delimiter: str) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.reader(stream, delimiter=delimiter, strict=True)
+    lines = list(stream) if delimiter == "\t" else None
+    reader = csv.reader(
+        stream if lines is None else lines,
+        delimiter=delimiter,
+        quoting=csv.QUOTE_MINIMAL if lines is None or _is_quoted(lines) else csv.QUOTE_NONE,
+        strict=True,
+    )
     try:
         header = next(reader, [])
         if len(set(header)) != len(header) or "" in header:
@@ -196,6 +204,18 @@ def _table_rows(stream: TextIO, path: pathlib.Path, delimiter: str) -> Iterator[
                 yield dict(zip(header, values, strict=True))
     except csv.Error as error:
         raise InputError(f"{path} line {reader.line_num}: malformed row: {error}") from error
+
+
+def _is_quoted(lines: Sequence[str]) -> bool:
+    """Whether quotes of a .tsv file enclose its values, as in .csv files, or are part of a text that they begin.
+
+    They are part of it where tabs and line ends alone give every line its columns, and some value begins with a quote
+    that does not end with it.
+    """
+    rows = [line.rstrip("\r\n").split("\t") for line in lines if line.strip()]
+    if any(len(row) != len(rows[0]) for row in rows):
+        return True
+    return all(_QUOTED.fullmatch(value) for row in rows for value in row if value.startswith('"'))
 
 
 def _parquet_rows(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -46,7 +46,8 @@ def read_hub(table: HubTable, names_labels: bool = False) -> list[dict[str, Any]
         raise MissingInputError(
             f"{title}: no such file, and reading a Hub data set needs `datasets`; run: pip install datasets"
         ) from error
-    file = f"{table.config}/{table.split}/*.parquet" if table.revision == PARQUET_BRANCH else table.file
+    # A data set without configurations has one there, called "default".
+    file = f"{table.config or 'default'}/{table.split}/*.parquet" if table.revision == PARQUET_BRANCH else table.file
     try:
         rows = datasets.load_dataset(
             table.name,

@@ -57,7 +57,7 @@ def _epoch_rows(sizes: tuple[int, ...], seed: int, epoch: int, length: int) -> l
     return pack_epoch(sizes, seed, epoch, length)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # every batch counts from epoch 0: no number may be forgotten
 def _row_count(sizes: tuple[int, ...], seed: int, epoch: int, length: int) -> int:
     """Epochs differ in their number of rows. Kept apart from the rows, so that no batch packs a past epoch again."""
     return len(_epoch_rows(sizes, seed, epoch, length))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efx_jax.data.tokenizer import Tokenizer, encode_continuations
+from efx_jax.data.tokenizer import Tokenizer, encode_continuations, end_of
 from efx_jax.errors import InputError
 from efx_jax.evaluation.likelihood import score_rows, target_log_probabilities
 from efx_jax.lora import Adapters
@@ -49,8 +49,17 @@ class Tree:
     answers: np.ndarray
 
 
-def encode_labels(labels: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of the answers; all end in EOS if one begins with another, or the shorter would always win."""
+def encode_labels(labels: Sequence[str], tokenizer: Tokenizer, end: str = "") -> list[list[int]]:
+    """Token ids of the answers; if one begins with another all have their end, or the shorter would always win.
+
+    Args:
+        labels: the answers, each with its separator.
+        tokenizer: the model's.
+        end: text of the token that ends a response, "" for the end of sequence (`efx_jax.data.prompts.Example.end`).
+
+    Raises:
+        InputError: answers that tokenise to nothing or to the same, or that need an end where there is none.
+    """
     encoded = encode_continuations(labels, tokenizer)
     for number, (label, ids) in enumerate(zip(labels, encoded, strict=True)):
         if not ids or ids in encoded[:number]:
@@ -59,12 +68,13 @@ def encode_labels(labels: Sequence[str], tokenizer: Tokenizer) -> list[list[int]
     overlapping = any(a != b and b[: len(a)] == a for a in encoded for b in encoded)
     if not overlapping:
         return encoded
-    if tokenizer.eos_token_id is None:
+    closing = end_of(end, tokenizer)
+    if not closing:
         raise InputError(
             f"answers {', '.join(map(repr, labels))}: one begins with another, and the tokenizer has no token that "
             "ends an answer; set its eos_token, or change the answers"
         )
-    return [[*ids, tokenizer.eos_token_id] for ids in encoded]
+    return [ids + closing for ids in encoded]
 
 
 def group_rows(prompts: Sequence[list[int]], answer_tokens: int) -> list[list[int]]:

@@ -50,7 +50,8 @@ def label_scores(
             together and their common beginning once (see `efx_jax.evaluation.branches`).
         compute_dtype: dtype of the matmul operands; sums are float32.
         normalize: "sum" of the answer's token log-probabilities (a proper probability of the string), or their
-            "mean", which favours long answers. EOS is not scored unless one answer begins with another.
+            "mean", which favours long answers. The end of a response is not scored unless one answer begins with
+            another.
 
     Returns:
         float32 `[rows,C]`, in the order of `examples`.
@@ -109,7 +110,7 @@ def _checked(
     spec: ModelSpec, tokenizer: Tokenizer, examples: Sequence[Example], labels: Sequence[str]
 ) -> tuple[list[list[int]], list[list[int]]]:
     prompts = encode_prompts([example.prompt for example in examples], tokenizer)
-    answers = encode_labels(labels, tokenizer)
+    answers = encode_labels(labels, tokenizer, next((example.end for example in examples), ""))
     # The last token of an answer is never an input.
     check_room(prompts, examples, spec, max(len(ids) - 1 for ids in answers))
     return prompts, answers

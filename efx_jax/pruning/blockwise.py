@@ -176,7 +176,7 @@ def observe_block(
 
     Args:
         x: hidden states.
-        dense: those behind unpruned blocks, for `Statistics.cross`, or None.
+        dense: those behind the blocks as they were before the event, for `Statistics.cross`, or None.
         real: float32 `[B,T]`, 1 for real tokens.
         layer: the block before the event.
         spec: the model.

@@ -173,14 +173,14 @@ def gram_brain_surgeon(
 
 
 def dense_path_shift(gram: Array, cross: Array, ridge: float = 0.3) -> Array:
-    """F `[I,I]` with W + W F the weight whose outputs on the inputs at hand are closest to W's behind unpruned blocks.
+    """F `[I,I]` with W + W F the weight whose outputs on the inputs at hand are closest to W's behind the old blocks.
 
     F = (C - G) (G + ridge diag(G))^-1, C = X_d^T X: least squares for X (W + W F)^T = X_d W^T, drawn towards W. The
     asymmetric calibration of GPTAQ (arXiv 2504.02692), for all entries at once.
 
     Args:
         gram: G = X^T X `[I,I]`, X the inputs at hand.
-        cross: C = X_d^T X `[I,I]`, X_d the inputs behind unpruned blocks.
+        cross: C = X_d^T X `[I,I]`, X_d the inputs behind the blocks as they were before the event.
         ridge: relative to the diagonal of G. Without it few tokens are learned by heart, and every block adds to what
             the next one corrects.
     """

@@ -106,7 +106,7 @@ def block_statistics(
         taps: of the block where it stands.
         real: float32 `[B,T]`, 1 for real tokens.
         gram: sum Grams too.
-        dense_taps: those behind unpruned blocks, if `cross` is wanted.
+        dense_taps: those behind the blocks as they were before the event, if `cross` is wanted.
         compute_dtype: what the linears round their inputs to, and Grams are of; None: the inputs as they are.
     """
 

@@ -8,6 +8,7 @@ from efx_jax.analysis.runs import Run, open_shipped
 from efx_jax.analysis.wording import base_on_hub
 from efx_jax.errors import InputError
 from efx_jax.model.spec import spec_from_config
+from efx_jax.weights.fetch import local_path
 from efx_jax.weights.hf import open_checkpoint
 from efx_jax.weights.peft import save_adapter
 
@@ -41,7 +42,7 @@ def export_adapter(src: str | os.PathLike[str], dst: str | os.PathLike[str], dty
     exported = run.folder / "export"
     spec = spec_from_config(open_checkpoint(exported if exported.is_dir() else run.config.model.path).config)
     # peft looks there for the base; the quickstart's is a copy of this one in four bits.
-    base = str(base_on_hub(run.config) or run.config.model.path)
+    base = str(base_on_hub(run.config) or _base_path(run.config.model.path))
     save_adapter(dst, adapters, spec, base, dtype, lora.rslora)
     lines = [f"wrote {dst}: rank {lora.rank}, after {step} updates, for the base {base}"]
     if masked:
@@ -50,6 +51,11 @@ def export_adapter(src: str | os.PathLike[str], dst: str | os.PathLike[str], dty
             "convert_weights.py bundle carries the mask too"
         )
     return "\n".join(lines)
+
+
+def _base_path(path: str) -> str | Path:
+    """Where peft finds the base: of another run its export."""
+    return local_path(path) if Path(path).is_dir() else path
 
 
 def _check_is_one_adapter(run: Run, step: int) -> None:

@@ -173,8 +173,11 @@ def as_it_stands(
     """The model before an event without adapters and masks, its linears in arrays of their own.
 
     Returns:
-        (linears, the parameter tree without them). Masked, unless training goes on without the masks ("dense").
+        (linears, the parameter tree without them), as the model computes: "dense" without the masks, "frozen" with
+        adapters that they do not reach.
     """
+    if mask_forward == "frozen":
+        params, masks = merge(params, None, masks), None
     merged = merge(params, adapters, None if mask_forward == "dense" else masks)["layers"]
     weights = {
         name: jnp.copy(merged[name]) if merged[name] is params["layers"][name] else merged[name] for name in LINEARS

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 import warnings
@@ -15,6 +16,7 @@ from efx_jax.analysis import card, report
 from efx_jax.analysis.record import read_record
 from efx_jax.config import Config
 from efx_jax.config_io import read_config, to_yaml
+from efx_jax.data.tokenizer import end_of
 from efx_jax.errors import InputError
 from efx_jax.files import atomic_write, leftovers, refuse_unwritable
 from efx_jax.parallel.hosts import meet, start_hosts, together
@@ -37,7 +39,7 @@ from efx_jax.training.start import different_settings, with_adapter
 from efx_jax.training.state import RunState
 from efx_jax.training.step import has_teacher
 from efx_jax.training.summary import print_summary, write_summary
-from efx_jax.weights.config_json import read_json
+from efx_jax.weights.config_json import declare_stops, read_json
 from efx_jax.weights.expert import write_expert
 from efx_jax.weights.hf import load_pretrained
 from efx_jax.weights.params import params_source
@@ -204,9 +206,10 @@ def _export(config: Config, state: RunState, prepared: Prepared, folder: Path) -
     if jax.process_index() == 0:
         # A comparison's, of an export that is gone.
         shutil.rmtree(folder.parent / "evaluations", ignore_errors=True)
+    finish = functools.partial(declare_stops, stops=_answer_ends(prepared))
     if state.units is not None:
         smaller, spec = cut_out(state, prepared.spec, config.atp.space)
-        save_sliced(folder, smaller, spec, source=config.model.path)
+        save_sliced(folder, smaller, spec, source=config.model.path, finish=finish)
         return
     spec, masks = prepared.spec, state.masks
     asked = Asked(
@@ -215,4 +218,10 @@ def _export(config: Config, state: RunState, prepared: Prepared, folder: Path) -
         pruned=pruned_entries(masks, spec),
     )
     base = params_source(state.params, spec, folder)
-    write_expert(folder, base, spec, state.train.adapters, masks or None, config.model.path, asked)
+    write_expert(folder, base, spec, state.train.adapters, masks or None, config.model.path, asked, finish)
+
+
+def _answer_ends(prepared: Prepared) -> set[int]:
+    """The tokens that the run has taught to end a response."""
+    ends = {example.end for example in prepared.data.train}
+    return {token for end in ends for token in end_of(end, prepared.tokenizer)}

@@ -4,12 +4,14 @@ import dataclasses
 import fnmatch
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from efx_jax.errors import InputError
 from efx_jax.model.spec import ModelSpec, config_from_spec, spec_from_config
+
+GENERATION = "generation_config.json"
 
 # What a loader, a chat program or a licence may need; never code, never another format's weights.
 _EXTRAS = (
@@ -21,7 +23,7 @@ _EXTRAS = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-    "generation_config.json",
+    GENERATION,
     "chat_template.json",
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
@@ -67,7 +69,7 @@ def config_to_write(spec: ModelSpec, dtype: str, original: Mapping[str, Any] | N
     if original is None:
         return written
     _check_same_model(spec, original)
-    rope = dict(original.get("rope_parameters") or original.get("rope_scaling") or {})
+    rope = dict(original.get("rope_scaling") or original.get("rope_parameters") or {})  # as `rope_from_config` reads it
     rope.pop("type", None)  # the name of rope_type before transformers 4.43
     rope |= written["rope_parameters"]
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
@@ -101,6 +103,29 @@ def copy_extras(src: Path, dst: Path) -> None:
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in _EXTRAS if ("/" in name) == ("/" in pattern)):
             (dst / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, dst / name)
+
+
+def declare_stops(folder: Path, stops: Iterable[int]) -> None:
+    """Adds tokens that a model has learned to end its answers with to the `generation_config.json` of its folder.
+
+    Generation in transformers and vLLM stops at those that this file names, and without it at those of `config.json`,
+    which stays as it is. A base model that was taught in chats ends a turn by another token than its texts.
+
+    Args:
+        folder: a Hugging Face folder.
+        stops: ids of the tokens; nothing is written where generation stops at all of them already.
+    """
+    config, path = read_json(folder / "config.json"), folder / GENERATION
+    settings = read_json(path) if path.is_file() else {}
+    found = settings.get("eos_token_id", config.get("eos_token_id"))
+    known = found if isinstance(found, list) else [] if found is None else [found]
+    missing = sorted(set(stops) - set(known))
+    if not missing:
+        return
+    if not settings:
+        settings = {name: config[name] for name in ("bos_token_id", "pad_token_id") if config.get(name) is not None}
+    settings["eos_token_id"] = [*known, *missing]
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def check_tokenizer_fits(folder: Path, config: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from efx_jax.config_io import config_folder
-from efx_jax.errors import InputError
+from efx_jax.errors import InputError, is_disk_full
 from efx_jax.hub_name import HubName
 from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.weights.config_json import read_json
@@ -107,12 +107,15 @@ def _hub_config(name: HubName, shapes: dict[str, dict[str, Any]]) -> dict[str, A
             f"{name}: no such file or folder, and the Hub needs the package huggingface_hub; {advice}"
         ) from error
     try:
-        return read_json(Path(hf_hub_download(name.repository, "config.json", revision=name.revision or None)))
-    except (OSError, ValueError) as error:
+        file = hf_hub_download(name.repository, "config.json", revision=name.revision or None)
+    except Exception as error:  # of the Hub's client and of its network library, some of them no OSError
+        if is_disk_full(error):
+            raise
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"{name}: no such file or folder, and the Hub does not give its config.json ({reason}); {advice}"
         ) from error
+    return read_json(Path(file))
 
 
 def _names(shapes: dict[str, dict[str, Any]]) -> str:

@@ -1,7 +1,7 @@
 """The folder of a model that lost units: its own sizes in `config.json`, everything else from the checkpoint it was."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ def save_sliced(
     params: Mapping[str, Any],
     spec: ModelSpec,
     source: str | os.PathLike[str] | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a sliced model as a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens.
 
@@ -26,6 +27,7 @@ def save_sliced(
         spec: the smaller model.
         source: checkpoint that it was cut from, whose `config.json` is carried over except for the sizes, and whose
             tokenizer and extras are copied.
+        finish: called with the complete folder, before it gets its name.
 
     Raises:
         InputError: `path` exists, the disk is full, `params` do not fit `spec`, or `source` is another model.
@@ -39,4 +41,4 @@ def save_sliced(
             "num_key_value_heads": spec.num_kv_heads,
             "head_dim": spec.head_dim,
         }
-    write_folder(path, params_source(params, spec, Path(path)), spec, original, extras)
+    write_folder(path, params_source(params, spec, Path(path)), spec, original, extras, finish=finish)

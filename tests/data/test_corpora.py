@@ -48,6 +48,20 @@ def test_a_csv_value_may_span_lines(tmp_path: pathlib.Path) -> None:
     assert load_rows(source) == [{"prompt": "one\ntwo", "response": "x"}]
 
 
+@pytest.mark.parametrize("text", ['"Confidential Information" means this', 'He said "stop"', '"', '"one" and "two"'])
+def test_a_quote_in_a_tsv_without_quoting_is_part_of_the_text(tmp_path: pathlib.Path, text: str) -> None:
+    rows = [{"premise": text, "label": "yes"}, {"premise": 'ends here"', "label": "no"}]
+    lines = ["premise\tlabel", *(f"{row['premise']}\t{row['label']}" for row in rows)]
+    assert load_rows(write(tmp_path / "a.tsv", "\n".join(lines) + "\n")) == rows
+
+
+def test_a_quoted_tsv_is_read_as_a_csv(tmp_path: pathlib.Path) -> None:
+    source = write(tmp_path / "a.tsv", 'premise\tlabel\n"a ""b"""\t"yes"\n"one\ntwo\tthree"\tno\n')
+    assert load_rows(source) == [{"premise": 'a "b"', "label": "yes"}, {"premise": "one\ntwo\tthree", "label": "no"}]
+    source = write(tmp_path / "b.tsv", 'premise\tlabel\r\n"a ""b"""\tyes\r\n')
+    assert load_rows(source) == [{"premise": 'a "b"', "label": "yes"}]
+
+
 def test_a_file_is_found_under_the_root(tmp_path: pathlib.Path) -> None:
     write(tmp_path / "a.jsonl", '{"text": "x"}')
     assert load_rows("a.jsonl", str(tmp_path)) == [{"text": "x"}]

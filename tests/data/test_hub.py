@@ -61,6 +61,8 @@ def test_casehold_of_the_hub_and_of_lexglue_agree(hub: dict[str, Any]) -> None:
     own = load(hub, "casehold", "test", {"example_id": 3, "citing_prompt": "Cited.", **named, "label": "4"})
     files = {"data_files": "all/test/*.parquet", "revision": "refs/convert/parquet", "split": "train"}
     assert hub["asked"] == ("casehold/casehold", None, files)
+    assert read_hub(HubTable("some/set", split="test", revision="refs/convert/parquet"))
+    assert hub["asked"][2]["data_files"] == "default/test/*.parquet"  # not a place of this disk, "/test/..."
     lexglue = load(hub, "casehold_lexglue", "test", {"context": "Cited.", "endings": holdings, "label": 4})
     assert hub["asked"] == ("coastalcph/lex_glue", "case_hold", {"split": "test"})
     assert own == lexglue

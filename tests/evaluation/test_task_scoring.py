@@ -148,10 +148,19 @@ def test_one_token_answers_need_no_branches(tokenizer) -> None:
 def test_an_answer_that_begins_another_is_closed_by_eos(tokenizer) -> None:
     assert encode_labels((" w1", " w1 w2"), tokenizer) == [[4, 1], [4, 5, 1]]
     assert encode_labels((" w1", " w2 w1"), tokenizer) == [[4], [5, 4]]
+    assert encode_labels((" w1", " w1 w2"), tokenizer, "w9") == [[4, 12], [4, 5, 12]]
     tokenizer.eos_token = None
+    assert encode_labels((" w1", " w1 w2"), tokenizer, "w9") == [[4, 12], [4, 5, 12]]
     assert encode_labels((" w1", " w2 w1"), tokenizer) == [[4], [5, 4]]
     with pytest.raises(InputError, match="one begins with another, and the tokenizer has no token that ends an answer"):
         encode_labels((" w1", " w1 w2"), tokenizer)
+
+
+def test_in_a_chat_that_is_the_end_of_a_turn(tokenizer) -> None:
+    labels = (" w1", " w1 w2")
+    rows = [dataclasses.replace(row, end="w9") for row in examples(5, 11)]
+    expected = [[sum(scored_apart(row, f"{label} w9", tokenizer)) for label in labels] for row in rows]
+    np.testing.assert_allclose(label_scores(PARAMS, SPEC, tokenizer, rows, labels), expected, atol=1e-4)
 
 
 def test_answers_need_tokens_of_their_own(tokenizer) -> None:

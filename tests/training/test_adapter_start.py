@@ -79,6 +79,15 @@ def test_adapter_of_a_run_is_what_it_started_from_where_it_has_learned_nothing(
         np.testing.assert_allclose(after.lora_b[name], before.lora_b[name], rtol=1e-6, atol=1e-9)
 
 
+def test_adapter_of_a_run_on_a_run_names_the_export_that_peft_can_open(
+    launch: Launch, started: Path, tmp_path: Path
+) -> None:
+    run = launch(tmp_path / "run", "--model.path", str(started), *UNPRUNED)
+    assert convert_weights.main(["adapter", str(run), str(tmp_path / "out")]) == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(started / "export")
+
+
 def test_adapter_belongs_to_the_run(
     launch: Launch, started: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

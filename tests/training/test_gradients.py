@@ -166,10 +166,14 @@ def test_a_pass_that_diverges_is_refused_with_one_line(params, batches) -> None:
 def test_the_pass_starts_from_the_model_as_it_computes(params, adapters, masks) -> None:
     masked, rest = as_it_stands(params, adapters, masks, "exact")
     dense, _ = as_it_stands(params, adapters, masks, "dense")
+    frozen, _ = as_it_stands(params, adapters, masks, "frozen")
     assert set(rest["layers"]) == set(params["layers"]) - set(LINEARS)
     for name in LINEARS:
         np.testing.assert_array_equal(masked[name] == 0, ~np.asarray(masks[name]))
         np.testing.assert_array_equal(dense[name], merge(params, adapters, None)["layers"][name])
+        # mask * W + scale B A
+        gone = np.where(masks[name], 0, params["layers"][name])
+        np.testing.assert_allclose(frozen[name], dense[name] - gone, atol=1e-6)
 
 
 def test_what_computing_the_importance_takes_is_what_a_hand_counts() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import convert_weights
 import efx_jax
 import efx_jax.training.run as run_module
 from efx_jax.config_io import from_yaml
@@ -208,6 +209,26 @@ def test_transformers_opens_the_export_and_computes_the_same(run: Path) -> None:
     found = logits(params, jnp.asarray(TOKENS), spec)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     assert transformers.AutoTokenizer.from_pretrained(run / "export")("fever lung")["input_ids"] == [3, 9]
+
+
+def test_a_model_that_was_taught_in_chats_stops_where_its_answers_end(
+    launch, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """The template's end of a turn, "chronic" here, is not the base's end of sequence; a bundle brings it along."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} chronic {% endfor %}")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["additional_special_tokens"] = ["chronic"]
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    run = launch(tmp_path / "run", "--model.path", str(base), "--data.format", "chat", "--train.steps", "1")
+    end = efx_jax.load_tokenizer(base).convert_tokens_to_ids("chronic")
+    config, stops = (json.loads((run / "export" / f"{n}.json").read_text()) for n in ("config", "generation_config"))
+    assert stops["eos_token_id"][-1] == end and config["eos_token_id"] != end
+    convert_weights.main(["bundle", str(run), str(tmp_path / "bundle")])
+    convert_weights.main(["apply", str(base), str(tmp_path / "bundle"), str(tmp_path / "again")])
+    again = tmp_path / "again" / "generation_config.json"
+    assert json.loads(again.read_text()) == stops
 
 
 @pytest.mark.slow

@@ -191,11 +191,16 @@ def test_of_the_hub_come_licences_and_templates_but_no_code_pickles_or_copies(
     assert asked == [("some/model", None), ("some/model", "v1.0")]
 
 
-def test_unknown_name_is_neither_a_path_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+class ProxyError(Exception):
+    """As those of the network libraries below the Hub's client, it is no OSError."""
+
+
+@pytest.mark.parametrize("error", [OSError, ProxyError])
+def test_unknown_name_is_neither_a_path_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
     huggingface_hub = pytest.importorskip("huggingface_hub")
 
     def offline(*_: object, **__: object) -> str:
-        raise OSError("offline")
+        raise error("offline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(

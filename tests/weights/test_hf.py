@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from efx_jax.errors import InputError
 from efx_jax.model.spec import param_shapes, spec_from_config
 from efx_jax.weights.assemble import assemble
+from efx_jax.weights.config_json import declare_stops
 from efx_jax.weights.hf import load_pretrained, load_tokenizer, open_folder, save_pretrained
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
@@ -249,6 +250,35 @@ def test_small_files_travel_and_code_and_pickles_stay(make_folder: Callable, tmp
     params, spec = load_pretrained(src)
     save_pretrained(tmp_path / "out", params, spec, source=src)
     assert set(os.listdir(tmp_path / "out")) == {*travel, "config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("before", "stops", "after"),
+    [
+        (None, {1}, None),
+        (None, {7, 1, 5}, {"eos_token_id": [1, 5, 7], "bos_token_id": 0}),
+        ({"eos_token_id": 7, "top_k": 3}, {7}, {"eos_token_id": 7, "top_k": 3}),
+        ({"eos_token_id": [1, 7]}, {5}, {"eos_token_id": [1, 7, 5]}),
+        ({"top_k": 3}, {5}, {"eos_token_id": [1, 5], "top_k": 3}),
+    ],
+)
+def test_generation_is_told_of_the_tokens_that_answers_end_with(
+    make_folder: Callable, before: dict | None, stops: set[int], after: dict | None
+) -> None:
+    folder = make_folder(config={"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None})
+    path = folder / "generation_config.json"
+    if before is not None:
+        path.write_text(json.dumps(before))
+    declare_stops(folder, stops)
+    assert (json.loads(path.read_text()) if path.exists() else None) == after
+
+
+def test_an_export_describes_the_rope_that_was_run(make_folder: Callable, tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    other = {**yarn, "rope_theta": 10000.0, "attention_factor": 1.0}
+    params, spec = load_pretrained(src := make_folder(config={"rope_scaling": yarn, "rope_parameters": other}))
+    save_pretrained(tmp_path / "out", params, spec, source=src)
+    assert spec_from_config(json.loads((tmp_path / "out" / "config.json").read_text())) == spec
 
 
 def test_source_of_another_model_is_refused(make_folder: Callable, tmp_path: Path) -> None:

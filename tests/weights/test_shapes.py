@@ -112,11 +112,18 @@ def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
         find_spec("llama-9-7b")
 
 
-def test_a_name_that_the_hub_does_not_give_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+class ProxyError(Exception):
+    """As those of the network libraries below the Hub's client, it is no OSError."""
+
+
+@pytest.mark.parametrize("error", [OSError, ProxyError])
+def test_a_name_that_the_hub_does_not_give_is_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
     hub = pytest.importorskip("huggingface_hub")
 
     def refuse(name: str, file: str, revision: None) -> str:
-        raise OSError(f"cannot reach {name}/{file}\nmore lines")
+        raise error(f"cannot reach {name}/{file}\nmore lines")
 
     monkeypatch.setattr(hub, "hf_hub_download", refuse)
     with pytest.raises(InputError, match=r"does not give its config.json \(cannot reach someone/model/config.json\)"):
