@@ -13,6 +13,7 @@ from efx_jax.errors import InputError
 from efx_jax.model.spec import LINEARS
 from efx_jax.pruning.output_gradient import output_gradient_energy
 from efx_jax.pruning.statistics import INPUT_OF
+from tests.tiers import few_of
 
 CONFIG = PruneConfig(sparsity=0.5, score="wanda", group="row", recovery="gram_pbs", schedule="cubic", ema=0.5)
 
@@ -71,7 +72,7 @@ def test_every_entry_is_counted_once_and_a_row_blurs_the_threshold(llama, group)
             assert sum(np.asarray(each.pruned)[above]) == sum(np.asarray(each.kept)[~above]) == each.across * size / 2
 
 
-@pytest.mark.parametrize("labels", ["text", "model"])
+@pytest.mark.parametrize("labels", few_of(["text", "model"], "model"))
 def test_the_score_of_the_loss_is_that_of_the_run_itself(llama, labels) -> None:
     """Its gradients are taken again, of other draws; here by the numbers of one matrix."""
     config = dataclasses.replace(

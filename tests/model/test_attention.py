@@ -18,6 +18,8 @@ from efx_jax.model import cudnn_attention
 from efx_jax.model.attention import attention, choose_attention, masked_attention, visible_keys
 from efx_jax.model.cudnn_attention import segment_runs
 from efx_jax.model.spec import spec_from_config
+from tests.quick import quick_compilation
+from tests.tiers import few_of
 
 Array = jax.Array
 PACKED = [1] * 40 + [2] * 61 + [3] * 30 + [-1] * 19
@@ -157,7 +159,7 @@ def test_the_log_sums_saved_by_name_spare_the_backward_pass_the_forward_one() ->
     assert products(policies.nothing_saveable) > named
 
 
-@pytest.mark.parametrize(("data", "tensor"), [(8, 1), (1, 8), (4, 2), (2, 4)])
+@pytest.mark.parametrize(("data", "tensor"), few_of([(8, 1), (1, 8), (4, 2), (2, 4)], (1, 8), (4, 2)))
 def test_eight_devices_equal_one(data: int, tensor: int) -> None:
     """Batch over `data`, heads over `tensor`, no weight of a score on another device."""
     q, k, v, d_out = operands(8, 150, 16, 8, 8)
@@ -267,7 +269,7 @@ def choose(
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(cudnn_attention, "causal", plain)
     monkeypatch.setattr(cudnn_attention, "packed", ragged)
-    with warnings.catch_warnings(record=True) as caught:
+    with quick_compilation(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         choice = choose_attention(SPEC, dtype, packed=packed)
     return choice, [str(warning.message) for warning in caught]
@@ -318,7 +320,8 @@ def test_rows_of_one_sequence_do_not_ask_for_packing(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(cudnn_attention, "causal", right)
     monkeypatch.setattr(cudnn_attention, "packed", refusing)
-    assert choose_attention(SPEC, "float16") == "cudnn"
+    with quick_compilation():
+        assert choose_attention(SPEC, "float16") == "cudnn"
 
 
 def test_a_machine_without_cudnn_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:

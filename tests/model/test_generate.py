@@ -1,5 +1,6 @@
 """Decoding with a cache is decoding without one, only faster; what a row gets depends on no other row."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import chex
@@ -14,10 +15,18 @@ from efx_jax.model.decoder import forward
 from efx_jax.model.generate import generate
 from efx_jax.model.sampling import Sampling
 from efx_jax.model.spec import LINEARS, ModelSpec, init_params, spec_from_config
+from tests.quick import quick_compilation
+from tests.tiers import few_of
 
 PROMPT, NEW = 6, 7
 LENGTHS = np.asarray([6, 1, 4], np.int32)
 jitted_forward = jax.jit(forward, static_argnames=("spec",))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    with quick_compilation():
+        yield
 
 
 def tiny_spec(model_type: str) -> ModelSpec:
@@ -155,7 +164,7 @@ def test_a_sampled_row_does_not_depend_on_its_batch_or_padding() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampling", [None, Sampling(temperature=1.0)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", few_of([None, Sampling(temperature=1.0)], Sampling(temperature=1.0)))
 def test_rows_of_a_long_answer_do_not_notice_that_others_leave_the_batch(sampling: Sampling | None) -> None:
     spec, new, count = tiny_spec("llama"), 128, 32
     params = random_params(spec)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import chex
@@ -16,6 +17,7 @@ from efx_jax.lora import init_lora
 from efx_jax.masks import pack_mask
 from efx_jax.model.decoder import hidden_states
 from efx_jax.model.spec import LINEARS, init_params, linear_shapes
+from tests.quick import quick_compilation
 from tests.tiny import EVEN
 
 SPEC = dataclasses.replace(EVEN, hidden_size=64, intermediate_size=160, head_dim=8)
@@ -26,6 +28,12 @@ MASKS = {
     name: pack_mask(jax.random.bernoulli(jax.random.key(2), 0.5, PARAMS["layers"][name].shape)) for name in LINEARS
 }
 IDS = np.random.default_rng(0).integers(0, 32, (1, TOKENS))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation() -> Iterator[None]:
+    with quick_compilation():
+        yield
 
 
 def matmul_flops(jaxpr: Any) -> int:
@@ -78,7 +86,7 @@ def test_keeping_the_linears_outputs_computes_no_weight_product_again(masks: Any
     assert block - none == pytest.approx(1 - share("down_proj"), abs=low_rank(2) + 2 * RANK / TOKENS)
 
 
-@pytest.mark.parametrize("masks", [None, MASKS], ids=["plain", "exact"])
+@pytest.mark.parametrize("masks", [pytest.param(None, marks=pytest.mark.exhaustive), MASKS], ids=["plain", "exact"])
 def test_what_is_computed_again_is_the_same(masks: Any) -> None:
     found = [
         jax.jit(jax.grad(loss), static_argnums=2)(ADAPTERS, masks, remat) for remat in ("none", "linears", "block")
