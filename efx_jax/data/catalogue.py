@@ -58,7 +58,7 @@ _MEDNLI = Official(
     ),
     fields=_NLI_FIELDS,
     context="Premise",
-    identity=(("premise", "hypothesis"),),
+    identity=(("premise",),),
     splits={
         "train": Split((("mli_train_v1.jsonl",),), health.mednli),
         "validation": Split((("mli_dev_v1.jsonl",),), health.mednli),
@@ -104,7 +104,7 @@ _EVIDENCE = Official(
     ),
     fields=_NLI_FIELDS,
     context="Premise",
-    identity=(("premise", "hypothesis"),),
+    identity=(("premise",),),
     splits={
         name: Split((*_EVIDENCE_FILES, (f"splits/ev2_{name}_article_ids.txt",)), health.evidence_inference)
         for name in ("train", "validation", "test")

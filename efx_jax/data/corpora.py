@@ -77,7 +77,7 @@ def load_rows(source: str, root: str = "") -> list[dict[str, Any]]:
     elif isinstance(found, Corpus):
         rows = _corpus_rows(found, root)
     else:
-        rows = read_hub(found, names_labels=True)
+        rows = _without_blank(read_hub(found, names_labels=True))
     if not rows:
         raise InputError(f"{source}: no rows found; expected at least one; check that the file is complete")
     return rows
@@ -193,7 +193,10 @@ def _table_rows(stream: TextIO, path: pathlib.Path, delimiter: str) -> Iterator[
     try:
         header = next(reader, [])
         if len(set(header)) != len(header) or "" in header:
-            raise InputError(f"{path} line 1: the header needs one distinct name per column, found {header}")
+            raise InputError(
+                f"{path} line 1: the header needs one distinct name per column, found {header}; name each (pandas "
+                "writes a nameless column of row numbers unless told index=False)"
+            )
         for values in reader:
             if values and len(values) != len(header):
                 raise InputError(
@@ -238,7 +241,12 @@ def _corpus_rows(corpus: Corpus, root: str) -> list[dict[str, Any]]:
     rows = read_hub(corpus.hub)
     if corpus.lines:
         return list(_text_rows(row["text"] for row in rows))
-    return [row for row in rows if row["text"].strip()]
+    return _without_blank(rows)
+
+
+def _without_blank(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the Hub but those whose text is blank, as every other one of WikiText is; nobody can repair them."""
+    return [row for row in rows if not isinstance(row.get("text"), str) or row["text"].strip()]
 
 
 def _hub_table(source: str) -> HubTable | None:

@@ -12,20 +12,23 @@ _INSIGNIFICANT = re.compile(r"[\s!-*,-/:;?@\[-`{-}\u00a1\u00ab\u00b7\u00bb\u00bf
 _DECIMAL_POINT = re.compile(r"(?<=\d)\.(?=\d)")
 # What tells one formula from another: a sign between numbers, a minus or a dollar before one, the sharp of C#.
 _SIGN = re.compile(r"(?<=\d)\s*[-*/%^](?=\s*\d)|(?<!\w)[-$](?=\d)|(?<=\w)#")
+# Where one number ends and the next begins; the comma of 1,000 does neither.
+_BETWEEN_NUMBERS = re.compile(r"(?<=\d)[,;:]*\s[\s,;:]*(?=\d)")
 _DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-"))
 
 
 def fingerprint(*texts: str) -> str:
     """A short name of some texts that does not depend on case, punctuation and blanks, unless there is nothing else.
 
-    Signs of comparison and of arithmetic and decimal points count: they tell questions on doses and formulas apart. One
-    character counts as another that is the same to Unicode (NFKC).
+    Signs of comparison and of arithmetic, decimal points and the places where numbers part count: they tell questions
+    on doses and formulas apart. One character counts as another that is the same to Unicode (NFKC).
     """
     alike = [unicodedata.normalize("NFKC", text).casefold().translate(_DASHES) for text in texts]
     # Signs become letters that no text has.
     pointed = [_DECIMAL_POINT.sub("~", text) for text in alike]
     signed = [_SIGN.sub(lambda found: chr(0xE000 + ord(found[0][-1])), text) for text in pointed]
-    normal = [_INSIGNIFICANT.sub("", text) or text for text in signed]
+    parted = [_BETWEEN_NUMBERS.sub("\ue000", text) for text in signed]
+    normal = [_INSIGNIFICANT.sub("", text) or text for text in parted]
     return hashlib.blake2b("\n".join(normal).encode(), digest_size=12).hexdigest()
 
 

@@ -64,20 +64,43 @@ def warn_of_slips(examples: Sequence[Example]) -> None:
             )
 
 
-def warn_of_unasked(learned: Sequence[Example], labels: Sequence[str], name: str) -> None:
+def warn_of_unasked(learned: Sequence[Example], labels: Sequence[str], name: str, is_own: bool = False) -> None:
     """Warns of training rows whose answer no test row has, so that it can never be chosen, and names the first.
 
     Args:
         learned: the training rows.
         labels: the answers to choose from; () where there are none.
         name: the task, for messages.
+        is_own: whether the rows are known to be the task's. Others may be another task's, if none of them has one of
+            its answers in any spelling.
     """
     known = {label.strip() for label in labels}
     unasked = [example for example in learned if example.response.strip() not in known]
-    if labels and unasked and len(unasked) < len(learned):
+    spellings = {label.casefold() for label in known}
+    is_slip = len(unasked) < len(learned) or any(each.response.strip().casefold() in spellings for each in unasked)
+    if labels and unasked and (is_slip or is_own):
         warnings.warn(
             f"{name}: {len(unasked)} of {len(learned)} training rows have an answer that no test row has, so it is not "
             f"among those to choose from; the first is {unasked[0].origin}, {unasked[0].response.strip()!r}",
+            stacklevel=2,
+        )
+
+
+def warn_of_blanks(learned: Sequence[Example], labels: Sequence[str], name: str) -> None:
+    """Warns of training answers that differ from those to choose from in blanks alone, which are other tokens.
+
+    Args:
+        learned: the training rows, in the format that they are trained in.
+        labels: the answers to choose from, in the same format.
+        name: the task, for messages.
+    """
+    stripped = {label.strip(): label for label in labels}
+    other = [each for each in learned if stripped.get(each.response.strip(), each.response) != each.response]
+    if other:
+        warnings.warn(
+            f"{name}: {len(other)} of {len(learned)} training rows have an answer with other blanks than that of the "
+            f"test rows, so what is learned is not what is scored; the first is {other[0].origin}, "
+            f"{other[0].response!r}, expected {stripped[other[0].response.strip()]!r}; repair the rows or the template",
             stacklevel=2,
         )
 

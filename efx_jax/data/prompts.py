@@ -86,8 +86,8 @@ def examples_from_rows(
         span = (0, 0)
         if parts is not None:
             prompt, span = _fill(parts[0], row, where, context)
-            response, _ = _fill(parts[1], row, where)
-        elif "prompt" in row and "response" in row:
+            response, _ = _fill(parts[1], row, where, is_answer=True)
+        elif _is_pair(row):
             prompt, response = (_column(row, name, where) for name in ("prompt", "response"))
             if not prompt.strip():
                 raise InputError(f"{where}: the prompt is empty; expected some text; remove or complete the row")
@@ -265,16 +265,30 @@ def _check_context(prompt: str, context: str) -> None:
         )
 
 
-def _fill(part: str, row: Mapping[str, Any], where: str, context: str = "") -> tuple[str, Span]:
+def _is_pair(row: Mapping[str, Any]) -> bool:
+    """Whether a row is meant as a prompt and its response; one of the two alone is, where it is no text either."""
+    pair = {"prompt", "response"}
+    return row.keys() >= pair or ("text" not in row and bool(row.keys() & pair))
+
+
+def _fill(
+    part: str, row: Mapping[str, Any], where: str, context: str = "", is_answer: bool = False
+) -> tuple[str, Span]:
     """Fills {column} fields only: no attribute access, no format specification, so a template cannot do more."""
     filled, span = "", (0, 0)
     for literal, name, _, _ in string.Formatter().parse(part):
         filled += literal
         if name is not None:
             value = _column(row, name, where)
+            if is_answer and not value.strip():
+                raise _emptiness(name, where)
             span = (len(filled), len(filled) + len(value)) if name == context else span
             filled += value
     return filled, span
+
+
+def _emptiness(name: str, where: str) -> InputError:
+    return InputError(f"{where}: column {name!r} is empty; expected text; remove or complete the row")
 
 
 def _column(row: Mapping[str, Any], name: str, where: str) -> str:
@@ -286,7 +300,7 @@ def _column(row: Mapping[str, Any], name: str, where: str) -> str:
         )
     value = row[name]
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        raise InputError(f"{where}: column {name!r} is empty; expected text; remove or complete the row")
+        raise _emptiness(name, where)
     if isinstance(value, list | dict | bytes):
         raise InputError(f"{where}: column {name!r} holds a {type(value).__name__}; expected text; convert the column")
     text = str(value)

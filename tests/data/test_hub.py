@@ -107,3 +107,10 @@ def test_the_first_rows_come_without_the_rest(hub: dict[str, Any]) -> None:
     hub["rows"] = [{"text": str(number)} for number in range(9)]
     assert read_hub(HubTable("someone/corpus", first=3)) == [{"text": "0"}, {"text": "1"}, {"text": "2"}]
     assert hub["asked"] == ("someone/corpus", None, {"split": "train", "streaming": True})
+
+
+def test_blank_texts_of_a_hub_table_are_no_documents(hub: dict[str, Any]) -> None:
+    """As every other line of WikiText is."""
+    hub["rows"] = [{"text": text} for text in ("", " = A = \n", "\n", "words")]
+    assert load_rows("Salesforce/wikitext:wikitext-103-raw-v1:test") == [{"text": " = A = \n"}, {"text": "words"}]
+    assert hub["asked"] == ("Salesforce/wikitext", "wikitext-103-raw-v1", {"split": "test"})

@@ -17,6 +17,9 @@ def test_case_punctuation_and_blanks_make_no_difference() -> None:
     for one, other in (("5 - 3", "5-3"), ("1990-2000", "1990\u20132000"), ("X-ray", "x ray"), ("50 % of", "50% of")):
         assert fingerprint(one) == fingerprint(other)
     assert fingerprint("caf\u00e9") == fingerprint("cafe\u0301") and fingerprint("\uff15 mg") == fingerprint("5 mg")
+    numbers = ("1 12 3", "11 2 3", "1, 123", "1123", "1.1 23")
+    assert len({fingerprint(text) for text in numbers}) == len(numbers)
+    assert fingerprint("1,000 of 2, 3") == fingerprint("1000 of 2 3") == fingerprint("1000 of 2;\n3")
     assert fingerprint("?") != fingerprint("!!") != fingerprint("")
 
 
