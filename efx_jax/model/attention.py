@@ -1,7 +1,9 @@
 """Softmax attention with grouped queries: causal by plain XLA or by cuDNN, and by an explicit mask for decoding."""
 
+import functools
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -11,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from efx_jax.einsum import dot
 from efx_jax.model import cudnn_attention
 from efx_jax.model.spec import ModelSpec
+from efx_jax.parallel.mesh import active_mesh
 
 Array = jax.Array
 Implementation = Literal["xla", "cudnn"]
@@ -206,12 +209,13 @@ def _cudnn_fault(spec: ModelSpec, dtype: Any, packed: tuple[int, int] | None) ->
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, the compute dtype is {dtype}"
     q, k, v, segments = _self_test_case(spec, dtype)
+    fused = _output_and_gradients(functools.partial(attention, implementation="cudnn"))
     for name, layout in (("plain", None), ("packed", segments))[: 2 if packed else 1]:
-        expected = _output_and_gradients("xla")(q, k, v, layout)
+        expected = _output_and_gradients(attention)(q, k, v, layout)
         try:
-            found = jax.block_until_ready(_output_and_gradients("cudnn")(q, k, v, layout))
+            found = jax.block_until_ready(fused(q, k, v, layout))
         except Exception as error:  # whatever jax, XLA or a changed private function of jax raises, the run goes on
-            return f"{name} rows: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+            return f"{name} rows: {_first_line(error)}"
         for part in ("output", "dq", "dk", "dv"):
             if not bool(jnp.all(jnp.isfinite(found[part]))):
                 return f"{name} rows: {part} is not finite"
@@ -219,7 +223,10 @@ def _cudnn_fault(spec: ModelSpec, dtype: Any, packed: tuple[int, int] | None) ->
             if distance > _TOLERANCE:
                 return f"{name} rows: {part} differs from XLA's by {distance:.1%}, expected at most {_TOLERANCE:.0%}"
     if packed:
-        needed, usual = (_workspace(spec, dtype, *packed, implementation) for implementation in ("cudnn", "xla"))
+        try:
+            needed, usual = (_workspace(spec, dtype, *packed, attend) for attend in (_by_cudnn, attention))
+        except Exception as error:  # as above
+            return f"packed rows of {packed[1]} tokens: {_first_line(error)}"
         if needed > max(usual, _WORKSPACE):
             sizes = f"{needed / 2**30:.1f} GiB of workspace, XLA's path {usual / 2**30:.1f}"
             return f"packed rows: {packed[0]} x {packed[1]} tokens need {sizes}"
@@ -239,20 +246,40 @@ def _self_test_case(spec: ModelSpec, dtype: Any) -> tuple[Array, Array, Array, A
     return q, k, v, jnp.stack([jnp.repeat(ids, jnp.asarray(sizes), total_repeat_length=256) for sizes in _SIZES])
 
 
-def _workspace(spec: ModelSpec, dtype: Any, rows: int, length: int, implementation: Implementation) -> int:
-    """Bytes that a layer's attention over packed rows and its gradient take beside operands and results."""
-    operands = (jax.ShapeDtypeStruct((rows, length, n, spec.head_dim), dtype) for n in _heads(spec))
+def _workspace(spec: ModelSpec, dtype: Any, rows: int, length: int, attend: Callable[..., Array]) -> int:
+    """Bytes that a layer's attention over packed rows and its gradient take on a device, beside operands and results.
+
+    Args:
+        spec: the model.
+        dtype: of the operands.
+        rows: of one device.
+        length: of the rows, T.
+        attend: (q, k, v, segments) -> `[B,T,N*H]` on one device: nothing is shared out here.
+    """
+    mesh = active_mesh()
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
+    heads = (n if n % tensor else n // tensor for n in _heads(spec))
+    operands = (jax.ShapeDtypeStruct((rows, length, n, spec.head_dim), dtype) for n in heads)
     segments = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    compiled = _output_and_gradients(implementation).lower(*operands, segments).compile()
+    compiled = _output_and_gradients(attend).lower(*operands, segments).compile()
     analysis: Any = compiled.memory_analysis()
     return int(analysis.temp_size_in_bytes)
 
 
-def _output_and_gradients(implementation: Implementation) -> Any:
-    """(q, k, v, segments) -> float32 vectors by name, compiled."""
+def _by_cudnn(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    mixed = cudnn_attention.packed_here(q, k, v, segments)
+    return mixed.reshape(*q.shape[:2], -1).astype(jnp.float32)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def _output_and_gradients(attend: Callable[..., Array]) -> Any:
+    """(q, k, v, segments) -> float32 vectors by name, compiled; `attend` takes the same."""
 
     def run(q: Array, k: Array, v: Array, segments: Array | None) -> dict[str, Array]:
-        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v, segments, implementation), q, k, v)
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments), q, k, v)
         gradients = pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
         named = dict(zip(("output", "dq", "dk", "dv"), (out, *gradients), strict=True))
         return {name: array.astype(jnp.float32).ravel() for name, array in named.items()}

@@ -31,21 +31,24 @@ def packed(q: Array, k: Array, v: Array, segments: Array) -> Array:
     which is wrong where there are fewer key heads (jax 0.12 is right). On a mesh every device hands over its own rows
     and heads: left to the partitioner it would get the offsets of all rows with its own q, k and v.
     """
-    group = q.shape[2] // k.shape[2]
-    k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
     mesh = active_mesh()
     if mesh is None:
-        return _packed(q, k, v, segments)
+        return packed_here(q, k, v, segments)
+    group = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
     batch = batch_axes(q.shape[0], mesh.shape) or None
     heads = P(batch, None, None if q.shape[2] % mesh.shape["tensor"] else "tensor", None)
     specs = (heads, heads, heads, P(batch, None))
-    return jax.shard_map(_packed, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, segments)
+    return jax.shard_map(packed_here, in_specs=specs, out_specs=heads, check_vma=False)(q, k, v, segments)
 
 
-def _packed(q: Array, k: Array, v: Array, segments: Array) -> Array:
+def packed_here(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    """`packed` on the rows and heads that one device has."""
     # Only jax's private function offers it.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+    group = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
     starts, lengths, fits = segment_runs(segments, min(MAX_RUNS, segments.shape[1]))
     mixed = cudnn.dot_product_attention(
         q,

@@ -18,6 +18,7 @@ from efx_jax.model.layers import rms_norm
 from efx_jax.model.sampling import Sampling, draw, most_likely
 from efx_jax.model.spec import ModelSpec
 from efx_jax.model.stack import Layer, freeze, from_bits, stack_layers, to_bits
+from efx_jax.parallel.partition import constrain
 
 Array = jax.Array
 Padding = Literal["right", "left"]
@@ -134,7 +135,8 @@ def generate(
     next_token = functools.partial(_next_token, model, prompt_length, stops, sampling)
     for width, fewest in _stages(runs * batch, max_new_tokens):
         progress = jax.lax.while_loop(functools.partial(_goes_on, fewest), next_token, _keep_at_work(progress, width))
-    return progress.output.reshape(*(() if key is None else key.shape), batch, max_new_tokens)
+    # Whole on every device: of several hosts each reads the tokens of all rows.
+    return constrain(progress.output.reshape(*(() if key is None else key.shape), batch, max_new_tokens))
 
 
 def _prepare(

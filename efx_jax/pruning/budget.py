@@ -92,7 +92,8 @@ def _count_outliers(
             wanda_score(effective_weight(weight, lora_a.get(name), lora_b.get(name), scale), norms[name])
             for name, weight in weights.items()
         ]
-        mean = sum(jnp.sum(score) for score in scores) / sum(score.size for score in scores)
+        # A float: as an int of more than 31 bits jax takes none.
+        mean = sum(jnp.sum(score) for score in scores) / float(sum(score.size for score in scores))
         return [jnp.sum(score > multiple * mean, dtype=jnp.int32) for score in scores]
 
     return jax.lax.map(layer, (dict(weights), dict(lora_a), dict(lora_b), dict(norms)))

@@ -116,7 +116,8 @@ def kept_fraction(unit_masks: Mapping[str, Array], spec: ModelSpec, space: Space
     kept = jnp.float32(0)
     for kind, units in units_of(spec, space).items():
         kept += unit_weights(units, spec) * jnp.sum(unit_masks[kind].astype(jnp.float32))
-    return kept / (spec.num_layers * sum(math.prod(shape) for shape in linear_shapes(spec).values()))
+    # A float: as an int of more than 31 bits jax takes none.
+    return kept / float(spec.num_layers * sum(math.prod(shape) for shape in linear_shapes(spec).values()))
 
 
 def weight_masks(unit_masks: Mapping[str, Array], spec: ModelSpec, space: Space) -> dict[str, Array]:

@@ -7,7 +7,7 @@ import dataclasses
 
 from efx_jax.config import Config
 from efx_jax.model.attention import query_block
-from efx_jax.model.spec import ModelSpec
+from efx_jax.model.spec import ModelSpec, linear_shapes
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 FLOAT32 = 4
@@ -52,8 +52,19 @@ def block_residuals(spec: ModelSpec, config: Config, layout: Layout, rows: int) 
     # Where the stream is wider than the operands, each of the five linears that read it casts its own copy.
     casts = 2 if c == e else 5
     stream = (2 * FLOAT32 + casts * c) * spec.hidden_size
-    per_token = stream + c * (2 * q + 2 * kv) + (5 * FLOAT32 + c) * f
+    per_token = stream + c * (2 * q + 2 * kv) + (5 * FLOAT32 + c) * f + _dropped_inputs(spec, config)
     return rows * layout.length * per_token
+
+
+def _dropped_inputs(spec: ModelSpec, config: Config) -> int:
+    """Bytes a token that dropout adds: the input of every adapter, and which of its entries are left."""
+    if not config.lora.dropout:
+        return 0
+    inputs = {name: in_dim for name, (_, in_dim) in linear_shapes(spec).items()}
+    # The outputs of attention and of the MLP's first half lie in parts on the devices.
+    parts = {"o_proj": config.mesh.tensor, "down_proj": config.mesh.tensor}
+    width = sum(inputs[name] // parts.get(name, 1) for name in config.lora.targets)
+    return (WIDTH[config.model.compute_dtype] + 1) * width
 
 
 def block_working_set(spec: ModelSpec, config: Config, layout: Layout, rows: int) -> int:

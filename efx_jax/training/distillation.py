@@ -1,6 +1,7 @@
 """What a dense teacher teaches: its next-token distributions, at the tokens that have no label."""
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from efx_jax.data.batches import ATTENTION_MULTIPLE, up_to_multiple
 from efx_jax.einsum import dot
 from efx_jax.model.loss import by_chunks, exponentials, local_vocabulary, over, sum_vocabulary
 from efx_jax.parallel.mesh import active_mesh
-from efx_jax.parallel.partition import VOCABULARY, Axes, active_batch_axes, axes_size, batch_axes
+from efx_jax.parallel.partition import VOCABULARY, Axes, active_batch_axes, axes_size, batch_axes, constrain
 from efx_jax.pruning.statistics import real_tokens
 from efx_jax.rounding import round_up
 
@@ -59,16 +60,28 @@ def take_rows(order: Array, share: float, arrays: Any) -> Any:
         A like tree of arrays `[K,...]`.
     """
     rows, mesh = order.shape[0], active_mesh()
-    shards = 1 if mesh is None else axes_size(batch_axes(rows, mesh.shape), mesh.shape)
+    batch = () if mesh is None else batch_axes(rows, mesh.shape)
+    shards = 1 if mesh is None else axes_size(batch, mesh.shape)
     chosen = _ranks(order) == jnp.arange(rows_read(share, rows, shards))[:, None]
 
     # A sum of one row and of zeros: what XLA makes of a gather over a split axis gave wrong rows under jax 0.10.
     def take(array: Array) -> Array:
-        array = jnp.asarray(array)
         found = jnp.where(chosen.reshape(*chosen.shape, *(1,) * (array.ndim - 1)), array, 0)
-        return jnp.sum(found, axis=1, dtype=array.dtype)
+        return constrain(jnp.sum(found, axis=1, dtype=array.dtype), batch or None)
 
-    return jax.tree.map(take, arrays)
+    def take_by_positions(array: Array) -> Array:
+        parts = exchanges(array.shape[1], shards)
+        if array.ndim < 3 or parts == 1:
+            return take(array)
+        split = jnp.moveaxis(array.reshape(rows, parts, -1, *array.shape[2:]), 1, 0)
+        return jnp.moveaxis(jax.lax.map(take, split), 0, 1).reshape(-1, *array.shape[1:])
+
+    return jax.tree.map(lambda array: take_by_positions(array) if array.ndim > 1 else take(array), arrays)
+
+
+def exchanges(positions: int, shards: int) -> int:
+    """In how many parts `take_rows` hands states over: whole are those of one part on every device, of all rows."""
+    return math.gcd(positions, shards)
 
 
 def _ranks(order: Array) -> Array:

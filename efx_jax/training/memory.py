@@ -30,7 +30,7 @@ from efx_jax.training.activations import (
     block_working_set,
     saved_activations,
 )
-from efx_jax.training.distillation import positions_read
+from efx_jax.training.distillation import exchanges, positions_read
 from efx_jax.training.gradients import importance_bytes
 from efx_jax.training.step import has_teacher
 
@@ -118,10 +118,16 @@ def _loss_bytes(spec: ModelSpec, config: Config, layout: Layout, rows: int, logi
 
 
 def _teacher_bytes(spec: ModelSpec, config: Config, layout: Layout, along: Mapping[str, int]) -> int:
-    """A block's pass over what the teacher reads; its states, and the model's and their gradient at the same rows."""
-    rows = -(-rows_of_teacher(config, layout.rows) // axes_size(BATCH, along))
+    """A block's pass over what the teacher reads; its states, and the model's and their gradient at the same rows.
+
+    Where rows come from other devices, also a part of all rows' states and of their gradient, see `take_rows`.
+    """
+    shards = axes_size(BATCH, along)
+    rows = -(-rows_of_teacher(config, layout.rows) // shards)
     layout = dataclasses.replace(layout, length=positions_read(config.distill.prefix_share, layout.length))
-    states = 3 * rows * layout.length * spec.hidden_size * WIDTH[layout.dtype]
+    is_shared_out = shards > 1 and config.distill.row_share < 1
+    handed_over = 2 * layout.rows // exchanges(layout.length, shards) if is_shared_out else 0
+    states = (3 * rows + handed_over) * layout.length * spec.hidden_size * WIDTH[layout.dtype]
     return block_forward_set(spec, config, layout, rows) + states
 
 

@@ -119,14 +119,14 @@ def summed_loss(
     sums = {"nll": nll, "entropy": entropy}
     if teacher is None:
         return nll, sums
-    if options.teacher_row_share < 1:
-        # No more rows than are taken have a weight, see `taught_rows`: all others are 0.
-        most = jnp.sum(batch["taught"], axis=1)
-        hidden, batch = take_rows(most, options.teacher_row_share, (hidden, dict(batch)))
     if options.teacher_prefix_share < 1:
-        # Behind it no position has a weight either, and no earlier one sees those.
+        # Behind it no position has a weight, and no earlier one sees those.
         read = positions_read(options.teacher_prefix_share, hidden.shape[1])
         hidden, batch = jax.tree.map(lambda rows: rows[:, :read] if rows.ndim > 1 else rows, (hidden, dict(batch)))
+    if options.teacher_row_share < 1:
+        # No more rows than are taken have a weight either, see `taught_rows`: all others are 0.
+        most = jnp.sum(batch["taught"], axis=1)
+        hidden, batch = take_rows(most, options.teacher_row_share, (hidden, dict(batch)))
     plain = dataclasses.replace(options, dropout_rate=0.0, remat="none")
     taught = _hidden(teacher.params, None, None, batch, key, teacher.spec, plain, frozen=True)
     heads = head_weight(params), head_weight(teacher.params)

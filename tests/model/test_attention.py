@@ -14,10 +14,12 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from efx_jax.config import MeshConfig
 from efx_jax.model import cudnn_attention
 from efx_jax.model.attention import attention, choose_attention, masked_attention, visible_keys
 from efx_jax.model.cudnn_attention import segment_runs
 from efx_jax.model.spec import spec_from_config
+from efx_jax.parallel.mesh import make_mesh
 from tests.quick import quick_compilation
 from tests.tiers import few_of
 
@@ -269,6 +271,7 @@ def choose(
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(cudnn_attention, "causal", plain)
     monkeypatch.setattr(cudnn_attention, "packed", ragged)
+    monkeypatch.setattr(cudnn_attention, "packed_here", ragged)
     with quick_compilation(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         choice = choose_attention(SPEC, dtype, packed=packed)
@@ -309,6 +312,30 @@ def test_packed_rows_that_need_more_workspace_than_scores_are_left_to_xla(monkey
     choice, (line,) = choose(monkeypatch, right, greedy, packed=(1, 8192))
     assert choice == "xla"
     assert "packed rows: 1 x 8192 tokens need" in line and "GiB of workspace, XLA's path" in line
+
+
+def greedy_by_row(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    """As `greedy`, for each of its rows: 0.6 GiB a row of 4,096 tokens, which one row may have and eight may not."""
+    pairs = jnp.sort(jnp.outer(jnp.arange(q.shape[0] * q.shape[1]), q[0, :, 0, 0].astype(jnp.float32)), axis=0)
+    return right(q, k, v, segments) + 1e-9 * jnp.mean(pairs)
+
+
+def test_on_a_mesh_a_device_is_asked_for_all_of_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(cudnn_attention, "causal", right)
+    monkeypatch.setattr(cudnn_attention, "packed_here", greedy_by_row)
+    with jax.set_mesh(make_mesh(MeshConfig(data=8))), quick_compilation():
+        assert choose_attention(SPEC, "bfloat16", packed=(1, 4096)) == "cudnn"
+        with pytest.warns(RuntimeWarning, match="packed rows: 8 x 4096 tokens need"):
+            assert choose_attention(SPEC, "bfloat16", packed=(8, 4096)) == "xla"
+
+
+def test_cudnn_that_refuses_the_runs_own_rows_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(q: Array, k: Array, v: Array, segments: Array) -> Array:
+        return right(q, k, v, segments) if q.shape[1] <= 256 else refusing(q, k, v)
+
+    choice, (line,) = choose(monkeypatch, right, short, packed=(1, 512))
+    assert choice == "xla" and "packed rows of 512 tokens: NotImplementedError: needs a newer GPU" in line
 
 
 def test_float32_runs_on_xla_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -15,9 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from efx_jax.config import MeshConfig, TrainConfig
 from efx_jax.lora import init_lora
 from efx_jax.masks import packed_shape
+from efx_jax.model.generate import generate
 from efx_jax.model.spec import LINEARS, init_params, linear_shapes
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.parallel.partition import BATCH, tree_shardings
+from efx_jax.training.distillation import take_rows
 from efx_jax.training.schedule import optimizer
 from efx_jax.training.state import init_train_state
 from efx_jax.training.step import StepOptions, jit_step
@@ -113,6 +116,38 @@ def test_the_exact_step_sums_no_matrix_over_devices(shape: tuple[int, int, int],
     in_dims = {in_dim // (mesh.shape["tensor"] if name in ("o_proj", "down_proj") else 1)
                for name, (_, in_dim) in linear_shapes(SPEC).items()}  # fmt: skip
     assert {(RANK, in_dim) for in_dim in in_dims} <= {found[-2:] for found in reduced_shapes(hlo)}
+
+
+def test_rows_for_the_teacher_are_handed_over_a_part_of_their_positions_at_a_time() -> None:
+    """Whole on a device is never more of all rows than it has of its own."""
+    mesh = make_mesh(MeshConfig(2, 4, 1))
+    rows, length, width = 32, 96, 20
+    shared_out = NamedSharding(mesh, PartitionSpec(BATCH))
+    hidden = np.random.default_rng(0).normal(size=(rows, length, width)).astype(np.float32)
+    order = np.random.default_rng(1).normal(size=rows).astype(np.float32)
+    expected = hidden[np.argsort(-order)[: rows // 2]]
+
+    def taken(hidden: jax.Array, order: jax.Array) -> jax.Array:
+        return take_rows(order, 0.5, {"hidden": hidden})["hidden"]
+
+    def loss(hidden: jax.Array, order: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(taken(hidden, order)))
+
+    with jax.set_mesh(mesh):
+        found = jax.jit(taken, in_shardings=shared_out)(hidden, order)
+        gradient = jax.jit(jax.grad(loss), in_shardings=shared_out, out_shardings=shared_out).lower(hidden, order)
+    np.testing.assert_array_equal(found, expected)
+    assert found.sharding.spec[0] == BATCH
+    hlo = gradient.compile().as_text()
+    sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]\S* all-", hlo)]
+    assert sizes and max(sizes) == rows // 8 * length * width
+
+
+def test_what_is_written_is_whole_on_every_device() -> None:
+    """Several hosts cannot read each other's rows."""
+    params, lengths = init_params(jax.random.key(0), SPEC), np.full(4, 3, np.int32)
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))):
+        assert generate(params, np.ones((4, 3), np.int32), lengths, SPEC, 2).sharding.is_fully_replicated
 
 
 @pytest.mark.parametrize("shape", MESHES)

@@ -1,8 +1,11 @@
 """Budgets by outliers (OWL) and by one threshold against plain loops, and events that keep to them."""
 
 import dataclasses
+import functools
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,7 +13,7 @@ from efx_jax.config import PruneConfig
 from efx_jax.errors import InputError
 from efx_jax.lora import merge
 from efx_jax.pruning.blockwise import prune_event_blockwise
-from efx_jax.pruning.budget import global_budgets, outlier_shares, owl_sparsities
+from efx_jax.pruning.budget import _count_outliers, global_budgets, outlier_shares, owl_sparsities
 from efx_jax.pruning.event import prune_event
 from efx_jax.pruning.event_plan import plan_event
 from efx_jax.pruning.selection import drop_count, drop_share
@@ -24,6 +27,14 @@ OWL = PruneConfig(budget="owl", group="matrix", owl_multiple=1.5, targets=TWO)
 @pytest.fixture(scope="module")
 def stats(llama: Any) -> Statistics:
     return collect_statistics(llama.params, llama.batches, llama.spec, llama.adapters)
+
+
+def test_a_block_of_more_entries_than_an_int32_holds_has_outliers() -> None:
+    """As LLaMA 3.1 405B has."""
+    weights = {"gate_proj": jax.ShapeDtypeStruct((1, 2**16, 2**15 + 1), jnp.bfloat16)}
+    norms = {"gate_proj": jax.ShapeDtypeStruct((1, 2**15 + 1), jnp.float32)}
+    (found,) = jax.eval_shape(functools.partial(_count_outliers, scale=1.0), weights, {}, {}, norms, 5.0)
+    assert (found.shape, found.dtype) == ((1,), jnp.int32)
 
 
 def outliers_by_hand(llama: Any, stats: Statistics, multiple: float) -> list[float]:

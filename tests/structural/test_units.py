@@ -15,6 +15,7 @@ from efx_jax.masks import unpack_mask
 from efx_jax.model.decoder import forward
 from efx_jax.model.spec import LINEARS, linear_shapes
 from efx_jax.structural.units import kept_fraction, soften, unit_weights, units_of, weight_masks, without_pruned_biases
+from efx_jax.weights.shapes import find_spec
 
 CASES = ("llama", "llama-mha-tied", "llama-biases", "qwen2", "qwen3")
 SPACES = ("paper", "sliceable")
@@ -49,6 +50,15 @@ def test_kept_fraction_is_the_share_of_kept_weights(
     )
     total = tiny.spec.num_layers * sum(math.prod(shape) for shape in shapes.values())
     np.testing.assert_allclose(kept_fraction(unit_masks, tiny.spec, space), kept / total, rtol=1e-6)
+
+
+def test_a_model_of_more_weights_than_an_int32_holds_has_a_kept_fraction() -> None:
+    spec = find_spec("llama-2-7b").spec
+    masks = {
+        kind: jax.ShapeDtypeStruct((spec.num_layers, units.count), bool)
+        for kind, units in units_of(spec, "paper").items()
+    }
+    assert jax.eval_shape(functools.partial(kept_fraction, spec=spec, space="paper"), masks).dtype == jnp.float32
 
 
 def test_a_rope_pair_goes_together(make_tiny: Callable) -> None:

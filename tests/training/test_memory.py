@@ -179,15 +179,26 @@ def test_bisection_finds_the_largest_multiple_that_fits(limit: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "remat"),
+    ("mesh", "remat", "dropout"),
     few_of(
-        [((1, 1, 1), "block"), ((2, 1, 2), "block"), ((1, 4, 1), "block"), ((1, 1, 1), "none")], ((1, 4, 1), "block")
+        [
+            ((1, 1, 1), "block", 0.0),
+            ((2, 1, 2), "block", 0.0),
+            ((1, 4, 1), "block", 0.0),
+            ((1, 1, 1), "none", 0.0),
+            ((1, 1, 1), "none", 0.1),
+            ((2, 1, 2), "none", 0.1),
+        ],
+        ((1, 4, 1), "block", 0.0),
     ),
 )
-def test_the_plan_agrees_with_a_compiled_step(mesh: tuple[int, int, int], remat: str) -> None:
+def test_the_plan_agrees_with_a_compiled_step(mesh: tuple[int, int, int], remat: str, dropout: float) -> None:
     """In float32, which a CPU does not widen: the arguments to 1 %, the temporaries from 10 % below to 30 % above."""
     spec = dataclasses.replace(find_spec("llama-3.2-1b").spec, num_layers=16, vocab_size=32000)
-    config = on(mesh, Config(model=ModelConfig(compute_dtype="float32"), train=TrainConfig(remat=remat)))
+    config = Config(
+        model=ModelConfig(compute_dtype="float32"), lora=LoraConfig(dropout=dropout), train=TrainConfig(remat=remat)
+    )
+    config = on(mesh, config)
     layout = Layout("float32", 16, 1024, 0, False)
     compiled = compile_step(spec, config, layout)
     assert compiled.arguments == pytest.approx(sum(resident_bytes(spec, config, layout).values()), rel=0.01)
