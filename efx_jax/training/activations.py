@@ -23,6 +23,7 @@ class Layout:
         length: tokens per sequence.
         events: number of prune events; 0 means no masks.
         fused_attention: whether attention keeps its scores on the chip (cuDNN); else it goes through query blocks.
+        writes: whether an evaluation writes answers, and scores not only given ones.
     """
 
     dtype: str
@@ -30,6 +31,7 @@ class Layout:
     length: int
     events: int
     fused_attention: bool
+    writes: bool = False
 
 
 def saved_activations(spec: ModelSpec, config: Config, layout: Layout, rows: int) -> int:

@@ -41,16 +41,20 @@ _MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device: what stays, and what a step, the gradients of a score and then its event need on top."""
+    """Bytes on one device: what stays, and what a step, the gradients of a score and then its event, and an evaluation
+    on the way need on top."""
 
     resident: Bytes
     step: Bytes
     score: Bytes
     event: Bytes
+    evaluation: Bytes
 
     @property
     def peak(self) -> int:
-        return sum(self.resident.values()) + max(sum(part.values()) for part in (self.step, self.score, self.event))
+        return sum(self.resident.values()) + max(
+            sum(part.values()) for part in (self.step, self.score, self.event, self.evaluation)
+        )
 
 
 def memory(spec: ModelSpec, config: Config, layout: Layout) -> Memory:
@@ -62,7 +66,8 @@ def memory(spec: ModelSpec, config: Config, layout: Layout) -> Memory:
         layout: batch, weights and attention.
     """
     score, event = (count(spec, config, layout) if layout.events else {} for count in (score_bytes, event_bytes))
-    return Memory(resident_bytes(spec, config, layout), step_bytes(spec, config, layout), score, event)
+    resident, step = resident_bytes(spec, config, layout), step_bytes(spec, config, layout)
+    return Memory(resident, step, score, event, evaluation_bytes(spec, config, layout))
 
 
 def resident_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
@@ -248,6 +253,23 @@ def _search_bytes(spec: ModelSpec, config: Config, e: int) -> int:
     """While ATP searches: softly masked weights and their gradient, and the generator's gradient, sum and part."""
     parameters = generator_parameters(spec, config)
     return 2 * e * softened_weights(spec, config) + 2 * FLOAT32 * parameters if parameters else 0
+
+
+def evaluation_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
+    """What answers take that a model with adapters writes: its linears merged, beside those that training goes on with.
+
+    Of the base and of the export, which have none, there is but one; scores of given answers merge a block at a time.
+    """
+    meets_adapters = config.eval.every or config.eval.every_epochs or config.lora.adapter or layout.events == 1
+    if not (layout.writes and meets_adapters):
+        return {}
+    along = mesh_sizes(config.mesh)
+    rows = -(-config.eval.batch_size // axes_size(BATCH, along))
+    states = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim // config.mesh.tensor
+    return {
+        "merged linears": WIDTH[layout.dtype] * sum(_linear_entries(spec, along).values()),
+        "keys and values": rows * config.data.max_length * states * WIDTH[config.model.compute_dtype],
+    }
 
 
 def mask_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> int:

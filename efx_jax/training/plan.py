@@ -63,8 +63,7 @@ def plan_text(config: Config) -> str:
     check_shapes(config, spec)
     device = find_device(config.mesh.device, mesh_size(config.mesh))
     data = count_data(config, found)
-    counts = data if isinstance(data, DataCounts) else None
-    layout = plan_layout(config, found, device, counts)
+    layout = plan_layout(config, found, device, data)
     epoch = _epoch(config, data)
     is_known = epoch or config.train.steps or not config.train.epochs
     steps = total_steps(config.train, epoch) if is_known else None
@@ -219,7 +218,7 @@ def _memory_lines(needs: Memory, device: Device, config: Config) -> list[str]:
     where = f"each of {count} devices" if count > 1 else "one device"
     lines = ["", f"{name} on {where} (data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor})"]
     sums = [("always", needs.resident), ("in a step", needs.step), ("for a score", needs.score)]
-    for title, parts in [*sums, ("in an event", needs.event)]:
+    for title, parts in [*sums, ("in an event", needs.event), ("in an evaluation", needs.evaluation)]:
         if parts:
             lines.append(_row(title, sum(parts.values()), unit))
             lines += [_row(f"  {part}", size, unit) for part, size in parts.items() if size >= unit / 200]

@@ -11,7 +11,7 @@ from efx_jax.config import Config
 from efx_jax.config_event import matrix_group, n_of_m
 from efx_jax.data.batches import bucket_length
 from efx_jax.data.sources import data_root
-from efx_jax.data.tasks import load_data
+from efx_jax.data.tasks import Data, load_data
 from efx_jax.data.tokens import text_windows
 from efx_jax.errors import InputError, MissingInputError
 from efx_jax.model.spec import ModelSpec, linear_shapes
@@ -32,8 +32,8 @@ from efx_jax.weights.shapes import FoundSpec
 
 @dataclasses.dataclass(frozen=True)
 class DataCounts:
-    """What the data holds: training sequences and their inputs, rows of an epoch, the longest one, test sizes, and the
-    rows of every task."""
+    """What the data holds: training sequences and their inputs, rows of an epoch, the longest one, test sizes, whether
+    answers to test rows are written, and the rows of every task."""
 
     sequences: int
     tokens: int
@@ -41,15 +41,18 @@ class DataCounts:
     longest: int
     test_rows: int
     windows: int
+    writes: bool
     report: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class RowCounts:
-    """What is known of the data without a tokenizer: training rows, test rows, and the rows of every task."""
+    """What is known of the data without a tokenizer: training rows, test rows, whether answers are written, and the
+    rows of every task."""
 
     rows: int
     test_rows: int
+    writes: bool
     report: Mapping[str, Any]
 
 
@@ -105,7 +108,8 @@ def count_data(config: Config, found: FoundSpec) -> DataCounts | RowCounts | str
     try:
         if not found.on_disk:
             bare = load_data(dataclasses.replace(config.data, format="plain"), config.seed, None, config.eval.rows)
-            return RowCounts(len(bare.train), sum(len(task.test) for task in bare.tasks), bare.report)
+            tested = sum(len(task.test) for task in bare.tasks)
+            return RowCounts(len(bare.train), tested, _writes(config, bare), bare.report)
         tokenizer = load_tokenizer(config.model.path)
         data = load_data(config.data, config.seed, tokenizer, config.eval.rows)
         texts = read_texts(taught_texts(config), config)
@@ -124,16 +128,24 @@ def count_data(config: Config, found: FoundSpec) -> DataCounts | RowCounts | str
         longest=max(lengths),
         test_rows=sum(len(task.test) for task in data.tasks),
         windows=len(windows),
+        writes=_writes(config, data),
         report=data.report,
     )
 
 
-def plan_layout(config: Config, found: FoundSpec, device: Device, counts: DataCounts | None) -> Layout:
+def _writes(config: Config, data: Data) -> bool:
+    """Whether a model under evaluation writes answers: to tasks of free text, by protocol, or to held-out prompts."""
+    if data.tasks:
+        return config.eval.protocol != "likelihood" or any(task.new_tokens for task in data.tasks)
+    return config.eval.samples > 0 and bool(data.held_out)
+
+
+def plan_layout(config: Config, found: FoundSpec, device: Device, data: DataCounts | RowCounts | str) -> Layout:
     """The widest forward pass of the run: its longest rows, in the micro-batches that the settings ask for."""
     packing = config.data.batching == "packing"
     length = config.data.max_length
     if not packing:
-        longest = counts.longest if counts else length - 1  # the last token is never an input
+        longest = data.longest if isinstance(data, DataCounts) else length - 1  # the last token is never an input
         length = bucket_length([longest], longest)
     narrow = config.model.compute_dtype in ("bfloat16", "float16")
     head_dim = found.spec.head_dim
@@ -149,4 +161,5 @@ def plan_layout(config: Config, found: FoundSpec, device: Device, counts: DataCo
         and not (packing or config.train.deterministic)
         and head_dim % 8 == 0
         and head_dim <= 256,
+        writes=not isinstance(data, str) and data.writes,
     )

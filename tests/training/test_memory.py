@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from efx_jax.config import Config, LoraConfig, MeshConfig, ModelConfig, PruneConfig, TrainConfig
+from efx_jax.config import Config, EvalConfig, LoraConfig, MeshConfig, ModelConfig, PruneConfig, TrainConfig
 from efx_jax.lora import init_lora
 from efx_jax.model.decoder import LinearOptions
 from efx_jax.model.spec import LINEARS, init_params
@@ -149,6 +149,17 @@ def test_the_peak_is_what_stays_and_the_larger_of_step_and_event() -> None:
     found = memory(SPEC, CONFIG, LAYOUT)
     always, step, event = (sum(part.values()) for part in (found.resident, found.step, found.event))
     assert found.peak == always + max(step, event)
+
+
+def test_a_model_that_writes_with_its_adapters_holds_its_linears_twice() -> None:
+    writing = dataclasses.replace(LAYOUT, events=1, writes=True)
+    found = memory(SPEC, CONFIG, writing).evaluation
+    assert found == {"merged linears": 2 * 2 * 1920, "keys and values": 16 * CONFIG.data.max_length * 2 * 2 * 2 * 4 * 2}
+    dense = dataclasses.replace(writing, events=0)
+    assert memory(SPEC, CONFIG, dense).evaluation == memory(SPEC, CONFIG, LAYOUT).evaluation == {}
+    often = dataclasses.replace(CONFIG, eval=EvalConfig(every=1, batch_size=10**6))
+    found = memory(SPEC, often, dense)
+    assert found.peak == sum(found.resident.values()) + sum(found.evaluation.values())
 
 
 @pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])

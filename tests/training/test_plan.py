@@ -224,7 +224,7 @@ def test_micro_batches_obey_rows_and_tokens(micro: int, tokens: int, rows: int) 
 
 def test_fused_attention_is_planned_where_a_gpu_has_it() -> None:
     found, gpu, cpu = find_spec("llama-2-7b"), find_device("h200", 1), find_device("", 1)
-    assert plan_layout(Config(), found, gpu, None).fused_attention
-    assert not plan_layout(Config(), found, cpu, None).fused_attention
+    assert plan_layout(Config(), found, gpu, "not counted").fused_attention
+    assert not plan_layout(Config(), found, cpu, "not counted").fused_attention
     packed = Config(data=DataConfig(batching="packing"))
-    assert not plan_layout(packed, found, gpu, None).fused_attention
+    assert not plan_layout(packed, found, gpu, "not counted").fused_attention
