@@ -18,6 +18,7 @@ from efx_jax.analysis.wording import (
     domain,
     expert,
     expert_name,
+    is_trained,
     known_limits,
     learned,
     measured,
@@ -103,7 +104,8 @@ def _about(record: RunRecord) -> str:
         ["learned from", _plain(learned(config, summary))],
     ]
     told = (
-        f"{_plain(base_name(config))}, fine-tuned on {_plain(domain(config))} with "
+        f"{_plain(base_name(config))}, {'fine-tuned on' if is_trained(summary) else 'pruned for'} "
+        f"{_plain(domain(config))} with "
         "[EfficientXpert](https://arxiv.org/abs/2511.19935) in JAX (efx_jax)."
     )
     return f"{told} {zeros}\n\n{markdown_table(['', ''], facts)}"
@@ -118,7 +120,7 @@ def _results(results: Mapping[str, Mapping[str, Any]]) -> str:
     header = ["metric", *models, *(["best constant answer"] if has_constant else [])]
     lines = [
         [
-            row.title,
+            _plain(row.title),
             *(" ".join(filter(None, value_text(row, model))) or "-" for model in models),
             *(["-" if row.constant is None else f"{100 * row.constant:.1f}"] if has_constant else []),
         ]
@@ -158,7 +160,7 @@ def _training(record: RunRecord) -> str:
     train = config.train
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     facts = [
-        ["method", method(config)],
+        ["method", _plain(method(config, summary))],
         ["training", trained(summary)],
         ["optimisation", f"AdamW, learning rate {train.learning_rate:g} ({train.schedule}), {train.batch_size} rows"],
         ["versions", versions],
@@ -168,7 +170,7 @@ def _training(record: RunRecord) -> str:
 
 def _limits(record: RunRecord) -> list[str]:
     scored = scored_rows(record.summary["results"])
-    told = "; ".join(scored) if scored else "nothing"
+    told = _plain("; ".join(scored)) if scored else "nothing"
     return [f"It was evaluated only on this: {told}.", *known_limits(record.config, record.summary)]
 
 

@@ -202,8 +202,10 @@ def _repair(view: BlockView, matrix: str, whole: Array, mask: Array, repaired: A
 def _spread(layer: int, matrix: str, score: np.ndarray, dropped: np.ndarray) -> ScoreSpread:
     count = int(dropped.sum())
     threshold = float(np.partition(score, count, axis=None)[count])
+    # Of a threshold of 0 everything else is infinitely far above it.
     with np.errstate(divide="ignore"):
-        places = np.clip(np.log10(score / threshold), EDGES[0], np.nextafter(EDGES[-1], 0)) if threshold else score
+        ratios = np.log10(score / threshold) if threshold else np.where(score > 0, np.inf, -np.inf)
+    places = np.clip(ratios, EDGES[0], np.nextafter(EDGES[-1], 0))
     kept, pruned = (np.histogram(places[chosen], EDGES)[0] for chosen in (~dropped, dropped))
-    across = float(np.mean(dropped != (score < threshold)))
+    across = float(np.mean(np.where(dropped, score > threshold, score < threshold)))
     return ScoreSpread(layer, matrix, threshold, tuple(map(int, kept)), tuple(map(int, pruned)), across)

@@ -9,7 +9,7 @@ from pathlib import Path
 from efx_jax.analysis import report_curves, report_parts
 from efx_jax.analysis.html import Html, element, join, page, paragraph, text
 from efx_jax.analysis.record import RunRecord, read_record
-from efx_jax.analysis.wording import expert_name, pattern
+from efx_jax.analysis.wording import expert_name, is_trained, pattern
 from efx_jax.errors import OneLineParser, exit_code
 from efx_jax.files import atomic_write
 
@@ -59,10 +59,11 @@ def report_page(record: RunRecord) -> Html:
     """The whole page."""
     title = expert_name(record.config)
     links = (element("li", element("a", text(words), {"href": f"#{name}"})) for name, words in _CONTENTS)
+    done = "LoRA fine-tuning" if is_trained(record.summary) else "no training"
     head = [
         element("h1", text(title)),
         report_parts.headline(record),
-        paragraph(f"A run of efx_jax: LoRA fine-tuning, {pattern(record.config)}.", "soft"),
+        paragraph(f"A run of efx_jax: {done}, {pattern(record.config)}.", "soft"),
     ]
     parts = [
         element("header", join(head, "\n")),

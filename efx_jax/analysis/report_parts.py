@@ -36,7 +36,7 @@ def asked(record: RunRecord) -> Html:
         ("base model", f"{base_name(config)} ({config.model.path})"),
         ("learned from", learned(config, summary)),
         ("sparsity", f"{100 * share_gone(config, summary):.2f} % of the pruned matrices; {pattern(config)}"),
-        ("method", method(config)),
+        ("method", method(config, summary)),
         ("training", trained(summary)),
         *(("scored on", told) for told in scored_rows(summary["results"])),
     ]
@@ -113,8 +113,9 @@ def samples(record: RunRecord) -> Html:
         told = (
             f"What the models write behind the prompts of {len(shown)} rows that were held out; none of it is scored."
         )
-    missing = ", as no dense adapter was measured" if models[0] == "base" else ""
-    told += f" The dense model here is “{models[0]}”{missing}."
+    if models[-1] != "dense expert":
+        missing = ", as no dense adapter was measured" if models[0] == "base" else ""
+        told += f" The dense model here is “{models[0]}”{missing}."
     if any("margin" in answer for sample in shown for answer in sample["answers"].values()):
         told += " Margin: by how many nats the answer is likelier than the next one."
     counts = "; ".join(filter(None, (_right_text(shown, model) for model in models)))

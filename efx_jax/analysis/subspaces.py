@@ -199,6 +199,8 @@ def adapter_distances(
                 continue
             is_empty = False
             shape = (one.shape[0], one.shape[1], other.shape[1])
+            if _is_whole(*shape):
+                continue
             references[shape] = found = references.get(shape) or random_reference(*shape)
             yield Distance(
                 *names, layer, matrix, rank, grassmann_distance(one, other), _most(rank), found.mean, found.std
@@ -228,7 +230,7 @@ def base_relations(
             weight = np.asarray(weights[matrix][layer], np.float64)
             leading = leading_basis(weight, basis.shape[1])
             rank, width = leading.shape[1], leading.shape[0]
-            if rank == 0:
+            if rank == 0 or _is_whole(width, rank, rank):
                 continue
             basis = basis[:, :rank]
             references[width, rank] = found = references.get((width, rank)) or random_reference(width, rank, rank)
@@ -247,6 +249,11 @@ def base_relations(
                 leading_energy=projection_energy(leading, weight) or 0.0,
                 random_energy=rank / width,
             )
+
+
+def _is_whole(width: int, *ranks: int) -> bool:
+    """Whether a subspace is all of the space, so that every other one lies within it: there is nothing to compare."""
+    return max(ranks) >= width
 
 
 def _inner(lora_a: npt.ArrayLike) -> Matrix:

@@ -121,29 +121,42 @@ def pattern(config: Config) -> str:
     return _GROUPS.get(prune.group, f"unstructured, every row within {_percent(prune.bound)} of its matrix")
 
 
-def method(config: Config) -> str:
+def is_trained(summary: Mapping[str, Any]) -> bool:
+    """Whether the run has made any update."""
+    return bool(summary["steps"])
+
+
+def method(config: Config, summary: Mapping[str, Any]) -> str:
     """How the weights were chosen and made up for, as a sentence."""
     prune, lora = config.prune, config.lora
-    adapters = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}"
+    adapters = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}" if is_trained(summary) else "no training"
     if not prune.sparsity:
         return f"{adapters}; nothing pruned."
     if prune.score == "atp":
         return f"{adapters}; units chosen by ATP while training."
     events = {
         "epochs": "an event after every epoch",
-        "fractions": f"events at {', '.join(_percent(share) for share in prune.fractions)} of training",
+        "fractions": f"events at {', '.join(_percent(share) for share in prune.fractions)} of training"
+        if is_trained(summary)
+        else "a single event",
         "cubic": f"{prune.events} events on a cubic ramp",
     }[prune.schedule]
     refitted = ", A too" if prune.pbs_rounds else ""
     swapped = ", exact swaps within rows" if prune.swaps else ""
     moved = ", units first brought into an order that suits the pattern" if prune.permute else ""
     refined = ", which chooses the mask again" if prune.recovery == "admm" and prune.admm_refine else ""
-    text = f" and on text of {PurePath(config.distill.text).name}" if config.distill.text else ""
-    teacher = f"; taught by {_teacher(config)} where rows have no labels{text}" if config.distill.teacher else ""
+    training = f"; mask in training: {prune.mask_forward}{_taught(config, summary)}" if is_trained(summary) else ""
     return (
         f"{adapters}; entries chosen by {_SCORES[prune.score]}{_BUDGETS[prune.budget]}{swapped}{moved}; {events}; "
-        f"{_RECOVERIES[prune.recovery]}{refitted}{refined}; mask in training: {prune.mask_forward}{teacher}."
+        f"{_RECOVERIES[prune.recovery]}{refitted}{refined}{training}."
     )
+
+
+def _taught(config: Config, summary: Mapping[str, Any]) -> str:
+    """Who has taught the pruned model besides, and on which text, as a clause; summaries of before do not say it."""
+    found = summary.get("taught", {"teacher": bool(config.distill.teacher), "text_rows": 1})
+    text = f" and on text of {PurePath(config.distill.text).name}" if config.distill.text and found["text_rows"] else ""
+    return f"; taught by {_teacher(config)} where rows have no labels{text}" if found["teacher"] else ""
 
 
 def _teacher(config: Config) -> str:
@@ -165,8 +178,10 @@ def learned(config: Config, summary: Mapping[str, Any]) -> str:
 
 
 def trained(summary: Mapping[str, Any]) -> str:
-    """How long the model was trained."""
-    return f"{summary['steps']:,} updates, {summary['tokens']:,} tokens, seed {summary['seed']}"
+    """How long the model was trained: the exported one, which need not be the last."""
+    best = summary.get("best") or {}
+    tokens = best.get("tokens") or summary["tokens"]
+    return f"{summary['steps']:,} updates, {tokens:,} tokens, seed {summary['seed']}"
 
 
 def share_gone(config: Config, summary: Mapping[str, Any]) -> float:
@@ -244,8 +259,10 @@ def expert(results: Mapping[str, Any]) -> str:
 
 
 def dense(results: Mapping[str, Any]) -> str:
-    """The dense model to compare with: the dense adapter before the event, where it was measured, else the base."""
-    return next((name for name in results if name.startswith("dense LoRA")), "base")
+    """The dense model to compare with: the dense adapter before the event, where it was measured, or the one that the
+    run began with; else the base."""
+    found = next((name for name in results if name.startswith("dense LoRA")), "base with adapter")
+    return found if found in results else "base"
 
 
 def _protocol(task: Mapping[str, Any]) -> str:

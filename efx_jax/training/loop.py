@@ -192,12 +192,13 @@ def _begin(loop: Loop, stores: Stores, trunk: Path | None) -> tuple[RunState, bo
 
         first = min(loop.events, default=steps)
         found = take_over(trunk, config, state, template_of, first, stores.origin, loop.output)
-    if found is None:
-        with journal.announced("evaluate base"):
-            journal.results.update(measure_start(config, prepared))
-    else:
+    if found is not None:
         state, _, waiting, notes = found
         journal.take_up(notes)
+    # A trunk may have been measured on what its files held then.
+    if found is None or notes.get("measured") != stores.measured:
+        with journal.announced("evaluate base"):
+            journal.results.update(measure_start(config, prepared))
     start = int(state.train.step)
     if jax.process_index() == 0:
         tidy(loop.output, start, steps, waiting)
@@ -308,8 +309,9 @@ def _validate(loop: Loop, shown: Progress, state: RunState) -> bool:
     # Before its last event the model is not what the run is to ship.
     if not evaluation.best or step < max(loop.events, default=0):
         return False
-    loop.journal.best = update_best(loop.journal.best, evaluation.best, step, values[evaluation.best])
-    return loop.journal.best.step == step
+    journal = loop.journal
+    journal.best = update_best(journal.best, evaluation.best, step, values[evaluation.best], journal.tokens)
+    return journal.best.step == step
 
 
 def _enough(loop: Loop) -> bool:

@@ -27,8 +27,8 @@ class Stores:
     """Where the states of a run are kept, and what reading and writing them takes.
 
     `best` is None where `eval.best` names no metric. `template` is that of the state, `masks` the shapes and places of
-    packed masks, `origin` the fingerprint of what the run starts from, `sources` that of what it reads besides. The
-    journal is saved along.
+    packed masks, `origin` the fingerprint of what the run starts from, `measured` that of what it is measured on,
+    `sources` that of all it reads besides. The journal is saved along.
     """
 
     latest: ocp.CheckpointManager
@@ -36,6 +36,7 @@ class Stores:
     template: RunState
     masks: dict[str, jax.ShapeDtypeStruct]
     origin: str
+    measured: str
     sources: str
     journal: Journal
     moves_base: bool
@@ -46,6 +47,7 @@ def open_stores(
     config: Config, prepared: Prepared, template: RunState, journal: Journal, mesh: jax.sharding.Mesh, output: Path
 ) -> Iterator[Stores]:
     """Opens `checkpoints/` of a run's folder, and `best/` where a metric chooses the best model."""
+    measured = f"{tasks_checksum(prepared.data.tasks, int(checksum(prepared.windows), 16)):08x}"
     with contextlib.ExitStack() as stack:
         latest = stack.enter_context(checkpoint.open_checkpoints(output / "checkpoints", config.train.keep))
         chosen = config.eval.best
@@ -55,16 +57,16 @@ def open_stores(
             template=template,
             masks=placed_shapes(mesh, mask_shapes(prepared.params["layers"], config.prune.targets)),
             origin=checkpoint.fingerprint(prepared.params, prepared.train, prepared.adapters),
-            sources=_sources(prepared),
+            measured=measured,
+            sources=_sources(prepared, measured),
             journal=journal,
             moves_base=moves_base(config.prune),
         )
 
 
-def _sources(prepared: Prepared) -> str:
+def _sources(prepared: Prepared, measured: str) -> str:
     """Fingerprint of calibration rows, of what is measured and, where it is not the base, of the teacher."""
-    measured = tasks_checksum(prepared.data.tasks, int(checksum(prepared.windows), 16))
-    found, teacher = f"{checksum(itertools.chain(*prepared.pools))}-{measured:08x}", prepared.teacher
+    found, teacher = f"{checksum(itertools.chain(*prepared.pools))}-{measured}", prepared.teacher
     if teacher is None or teacher.params is prepared.params:
         return found
     return f"{found}-{int(checkpoint.weights_checksum(teacher.params)):08x}"
@@ -110,7 +112,7 @@ def forget_later_best(stores: Stores, start: int) -> None:
 def _save(stores: Stores, manager: ocp.CheckpointManager, state: RunState, waiting: bool) -> None:
     with stores.journal.phase("checkpoint"):
         base_moved = stores.moves_base and bool(state.masks)
-        notes = {**dataclasses.asdict(stores.journal), "sources": stores.sources}
+        notes = {**dataclasses.asdict(stores.journal), "measured": stores.measured, "sources": stores.sources}
         checkpoint.save(manager, state, base_moved, waiting, stores.origin, notes)
 
 

@@ -68,9 +68,14 @@ def write_summary(
         "steps": steps,
         "best": None if journal.best is None else dataclasses.asdict(journal.best),
         "tokens": journal.tokens,
+        # Rows of text have no label: nobody but a teacher makes use of them.
+        "taught": {
+            "teacher": prepared.teacher is not None,
+            "text_rows": sum(not row.loss.any() for row in prepared.train),
+        },
         "events": [dataclasses.asdict(event) for event in events],
         "seconds": {name: round(value, 2) for name, value in journal.seconds.items()},
-        "peak_memory_mib": peak_memory_mib(),
+        "peak_memory_mib": max(peak_memory_mib(), *journal.memory.values()),
         "memory_mib": {name: round(value, 1) for name, value in journal.memory.items()},
         "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version()} | _versions(),

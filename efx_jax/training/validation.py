@@ -19,12 +19,14 @@ _CHOICES = ("accuracy", "macro_f1")
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The step with the best `value` of `metric` (lower is better for perplexity); `stale` evaluations came since."""
+    """The step with the best `value` of `metric` (lower is better for perplexity), after `tokens` real tokens; `stale`
+    evaluations came since."""
 
     metric: str
     step: int
     value: float
     stale: int
+    tokens: int = 0  # of before they were kept
 
 
 def validation_steps(evaluation: EvalConfig, train: TrainConfig, rows: int, steps: int) -> frozenset[int]:
@@ -92,9 +94,9 @@ def metric_values(results: Mapping[str, Any]) -> dict[str, float]:
     return values
 
 
-def update_best(best: Best | None, metric: str, step: int, value: float) -> Best:
+def update_best(best: Best | None, metric: str, step: int, value: float, tokens: int) -> Best:
     """The best after one more evaluation; of equal values the earlier one stays."""
     sign = -1 if metric == "perplexity" else 1
     if best is None or math.isnan(best.value) or sign * value > sign * best.value:
-        return Best(metric, step, value, 0)
+        return Best(metric, step, value, 0, tokens)
     return dataclasses.replace(best, stale=best.stale + 1)

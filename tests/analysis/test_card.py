@@ -1,6 +1,7 @@
 """README.md of an export is a card that huggingface_hub accepts, and names no place of the machine it was made on."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,20 @@ def test_names_that_yaml_or_markdown_would_read_otherwise_stay_names(record: Run
     head, _, body = card_text(evil).removeprefix("---\n").partition("\n---\n")
     assert yaml.safe_load(head)["tags"][-1] == "c)d"
     assert body.startswith("\n# Llama-3.2-1B, 50 % sparse c)d expert\n")
+
+
+def test_names_of_tasks_do_not_act_either(record: RunRecord) -> None:
+    (name,) = record.summary["results"]["base"]["tasks"]
+    results = json.loads(json.dumps(record.summary["results"]).replace(f'"{name}"', '"<img src=y onerror=z>"'))
+    evil = dataclasses.replace(record, summary=record.summary | {"results": results})
+    assert "<img" not in card_text(evil).partition("\n---\n")[2]
+
+
+def test_a_model_that_was_pruned_alone_is_not_said_to_be_trained(record: RunRecord) -> None:
+    text = card_text(dataclasses.replace(record, summary=record.summary | {"steps": 0}))
+    assert "Llama-3.2-1B, pruned for pubmedqa with" in text and "no training; entries chosen by" in text
+    for words in ("fine-tuned on", "taught by", "mask in training"):
+        assert words not in text
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from efx_jax.analysis.blocks import walk
-from efx_jax.analysis.replay import EDGES, event_settings, replay_recovery, score_spreads
+from efx_jax.analysis.replay import EDGES, _spread, event_settings, replay_recovery, score_spreads
 from efx_jax.config import PruneConfig
 from efx_jax.errors import InputError
 from efx_jax.model.spec import LINEARS
@@ -126,3 +126,11 @@ def test_sparsegpt_has_no_scores_to_show(llama) -> None:
     config = dataclasses.replace(CONFIG, score="sparsegpt", recovery="none")
     with pytest.raises(InputError, match="sparsegpt: has no scores"):
         list(score_spreads(llama.params, llama.adapters, llama.model, [0], config))
+
+
+def test_where_more_than_is_dropped_scores_nothing_no_entry_is_across() -> None:
+    score = np.asarray([[0.0, 0.0, 0.0, 5.0], [0.0, 1e-3, 2.0, 1e6]], np.float32)
+    found = _spread(0, "q_proj", score, np.asarray([[True, True, False, False], [True, False, False, False]]))
+    assert (found.threshold, found.across) == (0.0, 0.0)
+    assert (found.pruned[0], found.kept[0], found.kept[-1]) == (3, 1, 4)
+    assert sum(found.kept) + sum(found.pruned) == score.size

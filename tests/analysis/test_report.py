@@ -12,7 +12,7 @@ from efx_jax.analysis import report, report_curves
 from efx_jax.analysis.html import Html
 from efx_jax.analysis.record import read_record
 from efx_jax.analysis.svg import Chart
-from efx_jax.config import Config, DataConfig, ModelConfig, PruneConfig
+from efx_jax.config import Config, DataConfig, DistillConfig, ModelConfig, PruneConfig
 from tests.analysis.reported import EVIL, leave_run, metrics, samples, summary
 
 CONFIG = Config(
@@ -167,6 +167,26 @@ def test_without_a_dense_adapter_the_base_is_compared_and_named(tmp_path: Path) 
     assert "“base”, as no dense adapter was measured" in Page(report.report_page(record)).said()
 
 
+def test_the_adapter_that_a_run_began_with_is_its_dense_model(tmp_path: Path) -> None:
+    rows = [
+        row | {"answers": {"base with adapter" if "dense" in name else name: a for name, a in row["answers"].items()}}
+        for row in samples()
+    ]
+    record = dataclasses.replace(read_record(leave_run(tmp_path / "run")), samples=rows)
+    assert "The dense model here is “base with adapter”." in Page(report.report_page(record)).said()
+
+
+def test_the_exported_model_has_its_own_tokens_and_only_what_taught_it(tmp_path: Path) -> None:
+    config = Config(distill=DistillConfig(teacher="base", text="c4"))
+    best = {"metric": "perplexity", "step": 20, "value": 9.0, "stale": 1, "tokens": 1234}
+    changed = {"steps": 20, "best": best, "taught": {"teacher": True, "text_rows": 0}}
+    said = Page(report.write_report(leave_run(tmp_path / "run", config, **changed)).read_text()).said()
+    assert "20 updates, 1,234 tokens" in said
+    assert "taught by the base where rows have no labels." in said and "text of c4" not in said
+    alone = leave_run(tmp_path / "alone", config, taught={"teacher": False, "text_rows": 0})
+    assert "taught by" not in Page(report.write_report(alone).read_text()).said()
+
+
 def test_a_run_without_training_tasks_or_zeros_has_a_page_too(tmp_path: Path) -> None:
     results = {"base": {}, "dense expert": {}}
     changed = {"results": results, "steps": 0, "events": [], "sparsity": {"q_proj": [0.0, 0.0]}, "seconds": {}}
@@ -177,7 +197,7 @@ def test_a_run_without_training_tasks_or_zeros_has_a_page_too(tmp_path: Path) ->
     assert "scattered zeros" not in said
     for words in (
         "Nothing was measured",
-        "LoRA fine-tuning, nothing pruned",
+        "no training, nothing pruned",
         "Nothing was trained",
         "No weight is zero",
         "No answers were kept",

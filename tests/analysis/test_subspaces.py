@@ -136,6 +136,14 @@ def test_two_runs_are_as_far_apart_as_scipy_says_of_their_products() -> None:
     assert max(each.share for each in same) < 1e-13
 
 
+def test_an_adapter_that_reaches_all_outputs_has_nothing_to_compare() -> None:
+    rng = np.random.default_rng(7)
+    whole, narrow = adapters(rng, 3), adapters(rng, 3)
+    assert {each.matrix for each in adapter_distances(whole, narrow, ("a", "b"))} == {"down_proj"}
+    weights = {"q_proj": rng.standard_normal((2, 3, 7)), "down_proj": rng.standard_normal((2, 12, 7))}
+    assert {each.matrix for each in base_relations(weights, whole)} == {"down_proj"}
+
+
 def test_runs_of_other_models_and_adapters_that_are_nothing_are_refused() -> None:
     rng = np.random.default_rng(8)
     first = adapters(rng)

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import efx_jax.training.loop as loop_module
+import efx_jax.training.stores as stores_module
 from efx_jax.config_io import from_yaml
 from efx_jax.config_values import replace_values
 from efx_jax.errors import InputError
@@ -48,6 +50,20 @@ def test_it_ends_as_it_would_have_by_itself(
     assert rows[: FIRST_EVENT[name]] == others[: FIRST_EVENT[name]]
     evaluations = [(run_folder / "evaluations.jsonl").read_text() for run_folder in (grown, alone)]
     assert evaluations[0] == evaluations[1]
+
+
+@pytest.mark.parametrize("is_mended", [False, True])
+def test_the_base_is_measured_again_where_the_trunk_was_measured_on_other_rows(
+    is_mended: bool, trunk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = {"base": {"perplexity": {"value": 1.0, "interval": None, "tokens": 1}}}
+    monkeypatch.setattr(loop_module, "measure_start", lambda *_: again)
+    if is_mended:
+        monkeypatch.setattr(stores_module, "tasks_checksum", lambda *_: 7)
+    dense = from_yaml((trunk / "config.yaml").read_text(), "")
+    late = {"prune.sparsity": 0.5, "prune.schedule": "fractions", "prune.fractions": (1.0,)}
+    summary = run(replace_values(dense, late), tmp_path / "run", trunk=trunk)
+    assert (summary["results"]["base"] == again["base"]) == is_mended
 
 
 def test_another_training_is_no_trunk(trunk: Path, tmp_path: Path) -> None:

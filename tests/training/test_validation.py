@@ -59,10 +59,10 @@ def test_evaluations_come_every_so_many_steps_or_epochs() -> None:
 def test_the_best_is_the_first_of_the_best_and_counts_what_came_after() -> None:
     best = None
     for step, value in enumerate((0.5, 0.7, 0.7, 0.6), start=1):
-        best = update_best(best, "test.macro_f1", step, value)
-    assert best == Best("test.macro_f1", step=2, value=0.7, stale=2)
-    assert update_best(update_best(None, "a.accuracy", 1, math.nan), "a.accuracy", 2, 0.1).step == 2
-    assert update_best(best, "perplexity", 5, 0.6) == Best("perplexity", step=5, value=0.6, stale=0)
+        best = update_best(best, "test.macro_f1", step, value, 100 * step)
+    assert best == Best("test.macro_f1", step=2, value=0.7, stale=2, tokens=200)
+    assert update_best(update_best(None, "a.accuracy", 1, math.nan, 0), "a.accuracy", 2, 0.1, 0).step == 2
+    assert update_best(best, "perplexity", 5, 0.6, 9) == Best("perplexity", step=5, value=0.6, stale=0, tokens=9)
 
 
 def test_metrics_go_by_task_and_name() -> None:
@@ -87,7 +87,10 @@ def test_the_best_model_ships_and_not_the_last(
     rows = rows_of(run / "evaluations.jsonl")
     assert [(row["step"], row["test.accuracy"]) for row in rows] == [(2, 0.3), (4, 0.9), (6, 0.4)]
     summary = json.loads((run / "summary.json").read_text())
-    assert (summary["best"], summary["steps"]) == ({"metric": "test.accuracy", "step": 4, "value": 0.9, "stale": 1}, 4)
+    assert (summary["best"], summary["steps"]) == (
+        {"metric": "test.accuracy", "step": 4, "value": 0.9, "stale": 1, "tokens": 48},
+        4,
+    )
     assert [path.name for path in (run / "best").iterdir()] == ["4"]
     exported = summary["results"]["sparse expert"]["perplexity"]["value"]
     assert exported == pytest.approx(rows[1]["perplexity"], rel=1e-6)
@@ -115,7 +118,7 @@ def test_a_model_without_its_sparsity_is_never_the_best(
     scripted({2: 0.9, 4: 0.3, 6: 0.2})
     run = launch(tmp_path / "run", *FLAGS, "--eval.tasks", "test", "--prune.fractions", "0.6")
     best = json.loads((run / "summary.json").read_text())["best"]
-    assert best == {"metric": "test.accuracy", "step": 4, "value": 0.3, "stale": 1}
+    assert best == {"metric": "test.accuracy", "step": 4, "value": 0.3, "stale": 1, "tokens": 48}
 
 
 def test_it_stops_after_so_many_evaluations_without_a_better_one_and_stays_stopped(
@@ -157,7 +160,7 @@ def test_an_interrupted_run_evaluates_nothing_twice_and_ships_the_same_best(
     rows = rows_of(run / "evaluations.jsonl")
     assert [row["step"] for row in rows] == [2, 4, 6]
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["best"] == {"metric": "test.accuracy", "step": 4, "value": 0.9, "stale": 1}
+    assert summary["best"] == {"metric": "test.accuracy", "step": 4, "value": 0.9, "stale": 1, "tokens": 48}
     exported = summary["results"]["sparse expert"]["perplexity"]["value"]
     assert exported == pytest.approx(rows[1]["perplexity"], rel=1e-6)
 
