@@ -107,6 +107,11 @@ def exit_code(work: Callable[[], int], speaker: str, farewell: str = "") -> int:
     return 2
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's code says first, for a message of one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that the disk, or the user's quota on it, is full (also when a C++ library says it)."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from efx_jax.analysis.runs import Run, held_steps, listed
-from efx_jax.errors import InputError
+from efx_jax.errors import InputError, first_line
 from efx_jax.lora import Adapters, init_lora, lora_scale
 from efx_jax.model.spec import LINEARS, ModelSpec
 from efx_jax.weights.peft import load_adapter
@@ -191,7 +191,7 @@ def _restore(run: Run, step: int, item: str, handler: Any, arguments: Any) -> An
         with _quiet(), ocp.Checkpointer(handler) as checkpointer:
             return checkpointer.restore(path.absolute(), args=arguments)
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)
         raise InputError(f"{path}: cannot be read as a checkpoint of this run: {reason}; train it again") from error
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 
-from efx_jax.data.prompts import Example
+from efx_jax.data.prompts import Example, Format
 from efx_jax.errors import InputError
 
 MOST_LABELS = 100  # more different answers than that are free text
@@ -62,6 +62,21 @@ def warn_of_slips(examples: Sequence[Example]) -> None:
                 f"counts as a different answer from {alike[0]!r} ({counts[alike[0]]} rows); correct it if it is a typo",
                 stacklevel=2,
             )
+
+
+def warn_of_learned(
+    learned: Sequence[Example], labels: Sequence[str], name: str, style: Format, is_own: bool = False
+) -> None:
+    """Warns of training answers that are not those to choose from, see `warn_of_unasked` and `warn_of_blanks`.
+
+    Args:
+        style: the format of the run: a frame drops the blanks in front of an answer.
+
+    The other arguments are those of `warn_of_unasked`.
+    """
+    warn_of_unasked(learned, labels, name, is_own)
+    if style == "plain":
+        warn_of_blanks(learned, labels, name)
 
 
 def warn_of_unasked(learned: Sequence[Example], labels: Sequence[str], name: str, is_own: bool = False) -> None:

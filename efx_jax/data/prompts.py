@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from efx_jax.config_values import nearest
 from efx_jax.data.tokenizer import Tokenizer
-from efx_jax.errors import InputError
+from efx_jax.errors import InputError, first_line
 
 Format = Literal["plain", "alpaca", "chat"]
 Span = tuple[int, int]
@@ -214,7 +214,7 @@ def _chat_turn(text: str, tokenizer: Tokenizer, answer: str = "") -> str:
         )
     # A template is a program of somebody else's, and may fail in any way.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+        reason = first_line(error)
         raise InputError(
             f"data.format chat: the tokenizer's chat template fails ({reason}); expected one that takes a single user "
             "turn; use plain or alpaca"

@@ -19,7 +19,7 @@ from efx_jax.data.icd10 import icd10_task
 from efx_jax.data.mixes import Mix, Part, mix_names, naming
 from efx_jax.data.official import load_official
 from efx_jax.data.overlap import fingerprint, group_numbers, without_shared
-from efx_jax.data.own_answers import MOST_LABELS, warn_of_blanks, warn_of_slips, warn_of_unasked
+from efx_jax.data.own_answers import MOST_LABELS, warn_of_learned, warn_of_slips
 from efx_jax.data.prompts import Example, examples_from_rows
 from efx_jax.data.sampling import draw, equal_quotas
 from efx_jax.errors import InputError
@@ -106,9 +106,7 @@ def draw_mix(
         with naming(mix, part):
             examples = _read_part(part, config)
             if part.name in labels:
-                warn_of_unasked(examples, labels[part.name], part.name, is_own=True)
-                if config.format == "plain":
-                    warn_of_blanks(examples, labels[part.name], part.name)
+                warn_of_learned(examples, labels[part.name], part.name, config.format, is_own=True)
             elif part.train and not part.new_tokens:
                 warn_of_slips(examples)
             kept, shared = leave_out_shared(examples, tested, part.name)

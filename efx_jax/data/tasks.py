@@ -13,7 +13,7 @@ from efx_jax.data.corpora import load_rows
 from efx_jax.data.icd10 import icd10_task
 from efx_jax.data.mixes import Mix, Part, find_mix, naming
 from efx_jax.data.official import Official, load_official
-from efx_jax.data.own_answers import distinct_answers, warn_of_blanks, warn_of_unasked
+from efx_jax.data.own_answers import distinct_answers, warn_of_learned
 from efx_jax.data.prompts import Example, apply_format, examples_from_rows, plain_text
 from efx_jax.data.sampling import sample_rows
 from efx_jax.data.shortening import shorten, shorten_training
@@ -253,9 +253,7 @@ def _read_training(
         train, shared = leave_out_shared(own_examples(config.train, config), tested, config.train)
         for task in tests:
             asked = [example for example in train if example.prompt]
-            warn_of_unasked(asked, task.labels, task.name)
-            if config.format == "plain":
-                warn_of_blanks(asked, task.labels, task.name)
+            warn_of_learned(asked, task.labels, task.name, config.format)
         return train, {"shared": shared}
     # A file may have the name of a task.
     mixes = [found for found in map(find_mix, names) if found]

@@ -34,8 +34,7 @@ def packed(q: Array, k: Array, v: Array, segments: Array) -> Array:
     mesh = active_mesh()
     if mesh is None:
         return packed_here(q, k, v, segments)
-    group = q.shape[2] // k.shape[2]
-    k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+    k, v = _repeated(q, k, v)
     batch = batch_axes(q.shape[0], mesh.shape) or None
     heads = P(batch, None, None if q.shape[2] % mesh.shape["tensor"] else "tensor", None)
     specs = (heads, heads, heads, P(batch, None))
@@ -47,8 +46,7 @@ def packed_here(q: Array, k: Array, v: Array, segments: Array) -> Array:
     # Only jax's private function offers it.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    group = q.shape[2] // k.shape[2]
-    k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+    k, v = _repeated(q, k, v)
     starts, lengths, fits = segment_runs(segments, min(MAX_RUNS, segments.shape[1]))
     mixed = cudnn.dot_product_attention(
         q,
@@ -62,6 +60,12 @@ def packed_here(q: Array, k: Array, v: Array, segments: Array) -> Array:
         mask_type=cudnn.MaskType.PADDING_CAUSAL,
     )
     return jnp.where(fits[:, None, None, None], mixed, jnp.nan)
+
+
+def _repeated(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    """Keys and values `[B,T,N,H]`, those of a key head once for each of its query heads."""
+    group = q.shape[2] // k.shape[2]
+    return jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
 
 
 def segment_runs(segments: Array, most: int) -> tuple[Array, Array, Array]:

@@ -92,7 +92,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         biases=_biases(config, model_type),
         qk_norm=model_type == "qwen3",
         bos_token_id=_token_id(config, "bos_token_id"),
-        eos_token_ids=_token_ids(config, "eos_token_id"),
+        eos_token_ids=token_ids(config, "eos_token_id"),
         pad_token_id=_token_id(config, "pad_token_id"),
     )
 
@@ -207,7 +207,12 @@ def _token_id(config: Mapping[str, Any], name: str) -> int | None:
     return value
 
 
-def _token_ids(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+def token_ids(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """The ids of a setting that holds one, several or none.
+
+    Raises:
+        InputError: something else.
+    """
     value = config.get(name)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(index) is not int for index in ids):

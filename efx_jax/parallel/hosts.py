@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from efx_jax.config import MeshConfig
-from efx_jax.errors import InputError
+from efx_jax.errors import InputError, first_line
 
 # Which variable says how many processes a launcher has started; jax finds the rest of what it needs by itself.
 _LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI", "PMI_SIZE": "MPICH"}
@@ -37,7 +37,7 @@ def start_hosts(config: MeshConfig) -> None:
         else:
             jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise InputError(
             f"several hosts: jax.distributed could not start ({reason}); set mesh.coordinator, mesh.processes and "
             "mesh.process, the same coordinator everywhere"

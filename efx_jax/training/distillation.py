@@ -69,14 +69,14 @@ def take_rows(order: Array, share: float, arrays: Any) -> Any:
         found = jnp.where(chosen.reshape(*chosen.shape, *(1,) * (array.ndim - 1)), array, 0)
         return constrain(jnp.sum(found, axis=1, dtype=array.dtype), batch or None)
 
-    def take_by_positions(array: Array) -> Array:
-        parts = exchanges(array.shape[1], shards)
-        if array.ndim < 3 or parts == 1:
+    def take_in_parts(array: Array) -> Array:
+        parts = exchanges(array.shape[1], shards) if array.ndim > 2 else 1
+        if parts == 1:
             return take(array)
         split = jnp.moveaxis(array.reshape(rows, parts, -1, *array.shape[2:]), 1, 0)
         return jnp.moveaxis(jax.lax.map(take, split), 0, 1).reshape(-1, *array.shape[1:])
 
-    return jax.tree.map(lambda array: take_by_positions(array) if array.ndim > 1 else take(array), arrays)
+    return jax.tree.map(take_in_parts, arrays)
 
 
 def exchanges(positions: int, shards: int) -> int:

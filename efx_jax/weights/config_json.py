@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from efx_jax.errors import InputError
-from efx_jax.model.spec import ModelSpec, config_from_spec, spec_from_config
+from efx_jax.model.spec import ModelSpec, config_from_spec, spec_from_config, token_ids
 
 GENERATION = "generation_config.json"
 
@@ -117,8 +117,7 @@ def declare_stops(folder: Path, stops: Iterable[int]) -> None:
     """
     config, path = read_json(folder / "config.json"), folder / GENERATION
     settings = read_json(path) if path.is_file() else {}
-    found = settings.get("eos_token_id", config.get("eos_token_id"))
-    known = found if isinstance(found, list) else [] if found is None else [found]
+    known = token_ids(settings if "eos_token_id" in settings else config, "eos_token_id")
     missing = sorted(set(stops) - set(known))
     if not missing:
         return

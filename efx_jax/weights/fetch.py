@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from efx_jax.errors import InputError, is_disk_full
+from efx_jax.errors import InputError, first_line, is_disk_full
 from efx_jax.files import atomic_folder, atomic_write, sha256_of
 from efx_jax.hub_name import HubName, hub_name
 
@@ -164,8 +164,7 @@ def _download_snapshot(name: HubName, folder: Path | None) -> Path:
     except Exception as error:  # of the Hub's client and of its network library, some of them no OSError
         if is_disk_full(error):
             raise
-        reason = str(error).strip().split("\n")[0]
-        raise _FetchError(f"the Hub does not give it ({reason})") from error
+        raise _FetchError(f"the Hub does not give it ({first_line(error)})") from error
 
 
 def _run_export(folder: Path) -> Path:

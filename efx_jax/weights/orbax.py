@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from efx_jax.errors import InputError
+from efx_jax.errors import InputError, first_line
 from efx_jax.model.spec import spec_from_config
 from efx_jax.weights.byte_ranges import Part
 from efx_jax.weights.config_json import check_tokenizer_fits, read_json
@@ -147,5 +147,5 @@ def _open_array(folder: Path, path: tuple[str, ...]) -> Any:
 
 
 def _damaged(folder: Path, error: Exception) -> InputError:
-    reason = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+    reason = first_line(error)
     return InputError(f"{folder}: cannot be read as an Orbax checkpoint ({reason}); import the checkpoint again")

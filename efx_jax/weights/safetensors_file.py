@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from efx_jax.errors import InputError
+from efx_jax.errors import InputError, first_line
 from efx_jax.weights import byte_ranges
 from efx_jax.weights.byte_ranges import Part, part_shape, row_blocks
 from efx_jax.weights.source import DTYPES, TensorSource
@@ -94,7 +94,7 @@ def read_header_text(path: Path) -> bytes:
     except PermissionError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise InputError(f"{path}: cannot be read as safetensors ({reason}); download the file again") from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from efx_jax.config_io import config_folder
-from efx_jax.errors import InputError, is_disk_full
+from efx_jax.errors import InputError, first_line, is_disk_full
 from efx_jax.hub_name import HubName
 from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.weights.config_json import read_json
@@ -111,9 +111,8 @@ def _hub_config(name: HubName, shapes: dict[str, dict[str, Any]]) -> dict[str, A
     except Exception as error:  # of the Hub's client and of its network library, some of them no OSError
         if is_disk_full(error):
             raise
-        reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"{name}: no such file or folder, and the Hub does not give its config.json ({reason}); {advice}"
+            f"{name}: no such file or folder, and the Hub does not give its config.json ({first_line(error)}); {advice}"
         ) from error
     return read_json(Path(file))
 

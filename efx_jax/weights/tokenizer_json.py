@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from efx_jax.errors import InputError
+from efx_jax.errors import InputError, first_line
 from efx_jax.weights.config_json import read_json
 
 # Of a byte-level step these say where a token lies in the text, and to a decoder nothing at all.
@@ -36,10 +36,9 @@ def folder_tokenizer(folder: Path) -> Any:
         return tokenizer if is_whole else _from_file(folder, tokenizer)
     # The tokenizers library raises nothing more special, whatever is wrong with a file.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         advice = "download tokenizer.json again, or update transformers and tokenizers"
         raise InputError(
-            f"{folder}: has no tokenizer that transformers can load ({reason}); "
+            f"{folder}: has no tokenizer that transformers can load ({first_line(error)}); "
             f"{advice if file.is_file() else 'add tokenizer.json'}"
         ) from error
 

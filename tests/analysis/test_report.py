@@ -158,22 +158,22 @@ def test_a_smooth_curve_is_named_by_as_many_steps_as_its_means_are_of(
     assert found == pytest.approx(dict.fromkeys(range(28, 33), 1 / 5))
 
 
-def test_without_a_dense_adapter_the_base_is_compared_and_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("base", "“base”, as no dense adapter was measured"),
+        ("base with adapter", "The dense model here is “base with adapter”."),
+    ],
+)
+def test_without_a_dense_adapter_what_the_run_began_with_is_compared_and_named(
+    model: str, words: str, tmp_path: Path
+) -> None:
     rows = [
-        row | {"answers": {"base" if "dense" in name else name: a for name, a in row["answers"].items()}}
+        row | {"answers": {model if "dense" in name else name: a for name, a in row["answers"].items()}}
         for row in samples()
     ]
     record = dataclasses.replace(read_record(leave_run(tmp_path / "run")), samples=rows)
-    assert "“base”, as no dense adapter was measured" in Page(report.report_page(record)).said()
-
-
-def test_the_adapter_that_a_run_began_with_is_its_dense_model(tmp_path: Path) -> None:
-    rows = [
-        row | {"answers": {"base with adapter" if "dense" in name else name: a for name, a in row["answers"].items()}}
-        for row in samples()
-    ]
-    record = dataclasses.replace(read_record(leave_run(tmp_path / "run")), samples=rows)
-    assert "The dense model here is “base with adapter”." in Page(report.report_page(record)).said()
+    assert words in Page(report.report_page(record)).said()
 
 
 def test_the_exported_model_has_its_own_tokens_and_only_what_taught_it(tmp_path: Path) -> None:
