@@ -58,8 +58,8 @@ class ScoreSpread:
 
     `threshold`: the score that the share of the entries which the event prunes lies below, over the whole matrix; bins
     at the ends hold what lies beyond, scores of 0 too. `kept`, `pruned`: entries by what the group decides, `[50]`.
-    `across`: share of all entries that are pruned above the threshold or kept below it, which a comparison over the
-    whole matrix would decide the other way.
+    `across`: share of all entries that a comparison over the whole matrix would decide the other way: some are pruned
+    above the threshold, as many kept below it.
     """
 
     layer: int
@@ -207,5 +207,7 @@ def _spread(layer: int, matrix: str, score: np.ndarray, dropped: np.ndarray) -> 
         ratios = np.log10(score / threshold) if threshold else np.where(score > 0, np.inf, -np.inf)
     places = np.clip(ratios, EDGES[0], np.nextafter(EDGES[-1], 0))
     kept, pruned = (np.histogram(places[chosen], EDGES)[0] for chosen in (~dropped, dropped))
-    across = float(np.mean(np.where(dropped, score > threshold, score < threshold)))
+    # Either way as many are pruned, and of those at the threshold either may be: whatever is more has its counterpart.
+    other_way = 2 * max(np.sum(dropped & (score > threshold)), np.sum(~dropped & (score < threshold)))
+    across = float(other_way / score.size)
     return ScoreSpread(layer, matrix, threshold, tuple(map(int, kept)), tuple(map(int, pruned)), across)

@@ -47,7 +47,7 @@ def open_stores(
     config: Config, prepared: Prepared, template: RunState, journal: Journal, mesh: jax.sharding.Mesh, output: Path
 ) -> Iterator[Stores]:
     """Opens `checkpoints/` of a run's folder, and `best/` where a metric chooses the best model."""
-    measured = f"{tasks_checksum(prepared.data.tasks, int(checksum(prepared.windows), 16)):08x}"
+    measured = _measured(prepared)
     with contextlib.ExitStack() as stack:
         latest = stack.enter_context(checkpoint.open_checkpoints(output / "checkpoints", config.train.keep))
         chosen = config.eval.best
@@ -62,6 +62,11 @@ def open_stores(
             journal=journal,
             moves_base=moves_base(config.prune),
         )
+
+
+def _measured(prepared: Prepared) -> str:
+    """Fingerprint of the windows of text and the test rows."""
+    return f"{tasks_checksum(prepared.data.tasks, int(checksum(prepared.windows), 16)):08x}"
 
 
 def _sources(prepared: Prepared, measured: str) -> str:

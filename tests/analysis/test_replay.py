@@ -134,3 +134,11 @@ def test_where_more_than_is_dropped_scores_nothing_no_entry_is_across() -> None:
     assert (found.threshold, found.across) == (0.0, 0.0)
     assert (found.pruned[0], found.kept[0], found.kept[-1]) == (3, 1, 4)
     assert sum(found.kept) + sum(found.pruned) == score.size
+
+
+@pytest.mark.parametrize("tied", [4.0, 3.0], ids=["the entry at the threshold alone", "two of the same score"])
+def test_an_entry_pruned_at_the_threshold_is_across_as_the_one_kept_for_it(tied) -> None:
+    score = np.asarray([[1.0, 2.0], [3.0, tied]], np.float32)
+    found = _spread(0, "q_proj", score, np.asarray([[True, False], [True, False]]))
+    assert (found.threshold, found.across) == (3.0, 0.5)
+    assert _spread(0, "q_proj", score, np.asarray([[True, True], [False, False]])).across == 0

@@ -87,5 +87,5 @@ def test_a_fingerprint_of_sources_sees_calibration_rows_and_another_teacher() ->
         dataclasses.replace(plain, teacher=Teacher({"norm": jnp.ones(3)}, None)),  # type: ignore[arg-type]
         dataclasses.replace(plain, teacher=Teacher({"norm": jnp.zeros(3)}, None)),  # type: ignore[arg-type]
     ]
-    assert stores._sources(plain) == stores._sources(same)
-    assert len({stores._sources(found) for found in (plain, *others)}) == 6
+    found = [stores._sources(each, stores._measured(each)) for each in (plain, same, *others)]
+    assert found[0] == found[1] and len(set(found)) == 6
