@@ -1,6 +1,8 @@
 """Tiny models with random weights, shared so that every shape is compiled once."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from efx_jax.lora import Adapters
 from efx_jax.model.spec import ModelSpec
 from efx_jax.pruning.statistics import Statistics, collect_statistics
+from tests.quick import quick_compilation
 from tests.tiny import random_model
 
 Tree = dict[str, Any]
@@ -22,6 +25,13 @@ class Tiny:
     params: Tree
     adapters: Adapters
     batches: list[dict[str, np.ndarray]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whole events have the most programs to compile; what they are made of is tested as users compile it."""
+    with quick_compilation() if "event" in request.path.name else contextlib.nullcontext():
+        yield
 
 
 def tiny_model(model_type: str, heads: int, kv_heads: int) -> Tiny:
