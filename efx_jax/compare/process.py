@@ -18,7 +18,7 @@ def call(module: str, arguments: Sequence[str], log: Path) -> int:
     """Runs `python -m MODULE ARGUMENTS` from here, with all that it prints in `log`; returns its exit code.
 
     The process is in a group of its own, so that it gets Ctrl-C once, from here: a training then finishes its step and
-    saves, and a second Ctrl-C stops it at once.
+    saves, and a second Ctrl-C stops it at once. A terminal that is closed asks it as SIGTERM does.
 
     Raises:
         InputError: another process writes into that log: it does the same work.
@@ -34,7 +34,7 @@ def call(module: str, arguments: Sequence[str], log: Path) -> int:
     def hand_on(number: int, frame: FrameType | None) -> None:
         asked.append(number)
         for child in children:
-            child.send_signal(number)
+            child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     with log.open("a") as stream, _heard(hand_on):
         # The child inherits the lock, and keeps it should this process be killed.

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,8 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from efx_jax.config import MeshConfig
 from efx_jax.errors import InputError, first_line
 
-# Which variable says how many processes a launcher has started; jax finds the rest of what it needs by itself.
-_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "Slurm", "OMPI_COMM_WORLD_SIZE": "Open MPI", "PMI_SIZE": "MPICH"}
+# Which variable says how many processes a launcher has started: of Slurm, Open MPI, and MPICH or Intel MPI.
+_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 class OtherProcessError(InputError):
@@ -23,32 +24,57 @@ def start_hosts(config: MeshConfig) -> None:
     """Joins the processes of a run over several hosts; does nothing in a run of one process.
 
     By `mesh.coordinator` if it is given, else as found by `jax.distributed` under Slurm, MPI and Kubernetes (an indexed
-    Job). Call it before anything touches a device.
+    Job). A process that is alone on its host, or was given one GPU, uses all that it sees; of several on a host each
+    uses the GPU of its local rank. Call it before anything touches a device.
 
     Raises:
         InputError: the processes do not find each other.
     """
-    by_hand = bool(config.coordinator)
-    if not by_hand and not _launched():
-        return
     try:
-        if by_hand:
-            jax.distributed.initialize(config.coordinator, config.processes, config.process)
-        else:
+        if config.coordinator:
+            # Not asked: under a launcher too jax would give this process the GPU of its local rank alone.
+            jax.distributed.initialize(
+                config.coordinator, config.processes, config.process, cluster_detection_method="deactivate"
+            )
+        elif _in_indexed_job():
             jax.distributed.initialize()
+        elif (launcher := _launcher()) is not None:
+            method = "mpi4py" if launcher == "PMI_SIZE" else None
+            jax.distributed.initialize(local_device_ids=_own_gpus(), cluster_detection_method=method)
     except (RuntimeError, ValueError) as error:
-        reason = first_line(error)
         raise InputError(
-            f"several hosts: jax.distributed could not start ({reason}); set mesh.coordinator, mesh.processes and "
-            "mesh.process, the same coordinator everywhere"
+            f"several hosts: jax.distributed could not start ({first_line(error)}); it needs the package mpi4py under "
+            "MPICH, Intel MPI and Open MPI 5, and kubernetes under Kubernetes; or set mesh.coordinator, mesh.processes "
+            "and mesh.process, the same coordinator everywhere"
         ) from error
 
 
-def _launched() -> bool:
-    """Whether a launcher has started this process as one of several."""
-    counts = [os.environ.get(name, "1") for name in _LAUNCHERS]
-    in_indexed_job = "JOB_COMPLETION_INDEX" in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ
-    return in_indexed_job or any(count.isdigit() and int(count) > 1 for count in counts)
+def _in_indexed_job() -> bool:
+    """Whether this is a pod of an indexed Job of Kubernetes."""
+    return "JOB_COMPLETION_INDEX" in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ
+
+
+def _launcher() -> str | None:
+    """The variable by which a launcher has said that this process is one of several."""
+    counts = {name: os.environ.get(name, "1") for name in _COUNTS}
+    return next((name for name, count in counts.items() if count.isdigit() and int(count) > 1), None)
+
+
+def _own_gpus() -> list[int] | None:
+    """Numbers of the GPUs that are this process's, among those that it sees; None: left to jax, one by local rank."""
+    if "JAX_LOCAL_DEVICE_IDS" in os.environ:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = len(visible.split(",")) if visible else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    is_alone = 1 in (_count("OMPI_COMM_WORLD_LOCAL_SIZE"), _count("MPI_LOCALNRANKS"))
+    is_alone |= _count("SLURM_STEP_NUM_TASKS") == _count("SLURM_STEP_NUM_NODES") > 0
+    return list(range(count)) if count and (is_alone or count == 1) else None
+
+
+def _count(name: str) -> int:
+    """A launcher's number, 0 where there is none."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdigit() else 0
 
 
 def meet(value: int = 0) -> list[int]:

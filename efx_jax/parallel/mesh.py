@@ -22,9 +22,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     size = mesh_size(config)
     if size > len(devices):
+        on_cpu = devices[0].platform == "cpu"
+        advice = f", or simulate devices by JAX_NUM_CPU_DEVICES={size}" if on_cpu else ""
         raise InputError(
             f"mesh: data {config.data} x fsdp {config.fsdp} x tensor {config.tensor} needs {size} devices, found "
-            f"{len(devices)}; lower one of them, or simulate devices by JAX_NUM_CPU_DEVICES={size}"
+            f"{len(devices)} of {devices[0].device_kind}; lower one of them{advice}"
         )
     chosen = devices[:size]
     idle = sorted({device.process_index for device in devices} - {device.process_index for device in chosen})

@@ -1,4 +1,4 @@
-"""Ctrl-C: the step at hand is finished and saved, and all hosts stop after the same one."""
+"""Ctrl-C, or SIGTERM of a scheduler: the step at hand is finished and saved, and all hosts stop after the same one."""
 
 import contextlib
 import signal
@@ -9,6 +9,8 @@ from pathlib import Path
 from types import FrameType
 
 from efx_jax.parallel.hosts import meet
+
+_AT_ONCE = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 def say_interrupted(done: int, steps: int, is_saved: bool, output: Path) -> None:
@@ -22,7 +24,10 @@ def say_interrupted(done: int, steps: int, is_saved: bool, output: Path) -> None
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C asks the loop to finish its step and save; a second one stops at once."""
+    """SIGINT and SIGTERM ask the loop to finish its step and save; a second one stops at once.
+
+    Enter it after `start_hosts`: jax.distributed puts a handler of its own on SIGTERM, which only takes notice.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -30,14 +35,17 @@ def interruptible() -> Iterator[threading.Event]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nfinishing the step and saving; Ctrl-C again stops at once", file=sys.stderr)
+        for each in previous:
+            signal.signal(each, _AT_ONCE[each])
+        again = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        print(f"\nfinishing the step and saving; {again} again stops at once", file=sys.stderr)
 
-    previous = signal.signal(signal.SIGINT, ask)
+    previous = {number: signal.signal(number, ask) for number in _AT_ONCE}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def asked(stop: threading.Event) -> bool:

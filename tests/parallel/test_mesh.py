@@ -11,11 +11,39 @@ from efx_jax.errors import InputError
 from efx_jax.parallel.hosts import start_hosts
 from efx_jax.parallel.mesh import AXES, active_mesh, make_mesh, mesh_size
 
-LAUNCHED = {
-    "Slurm": {"SLURM_STEP_NUM_TASKS": "4"},
-    "Open MPI": {"OMPI_COMM_WORLD_SIZE": "2"},
-    "MPICH": {"PMI_SIZE": "16"},
-    "Kubernetes": {"JOB_COMPLETION_INDEX": "0", "KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+SLURM = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}
+FOUR_GPUS = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+# What the launcher says, and what jax is asked for besides what it finds by itself.
+LAUNCHED: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "Slurm, several on a host": (
+        {**SLURM, **FOUR_GPUS, "SLURM_STEP_NUM_TASKS": "8"},
+        {"local_device_ids": None, "cluster_detection_method": None},
+    ),
+    "Slurm, one on each host": (
+        SLURM | FOUR_GPUS,
+        {"local_device_ids": [0, 1, 2, 3], "cluster_detection_method": None},
+    ),
+    "Slurm, that gives each its GPU": (
+        {**SLURM, "SLURM_STEP_NUM_TASKS": "8", "CUDA_VISIBLE_DEVICES": "3"},
+        {"local_device_ids": [0], "cluster_detection_method": None},
+    ),
+    "Slurm, and the user says which": (
+        {**SLURM, **FOUR_GPUS, "JAX_LOCAL_DEVICE_IDS": "2,3"},
+        {"local_device_ids": None, "cluster_detection_method": None},
+    ),
+    "Slurm on hosts without GPUs": (
+        SLURM | {"CUDA_VISIBLE_DEVICES": ""},
+        {"local_device_ids": None, "cluster_detection_method": None},
+    ),
+    "Open MPI": (
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1", **FOUR_GPUS},
+        {"local_device_ids": [0, 1, 2, 3], "cluster_detection_method": None},
+    ),
+    "MPICH": (
+        {"PMI_SIZE": "16", "MPI_LOCALNRANKS": "4", **FOUR_GPUS},
+        {"local_device_ids": None, "cluster_detection_method": "mpi4py"},
+    ),
+    "Kubernetes": ({"JOB_COMPLETION_INDEX": "0", "KUBERNETES_SERVICE_HOST": "10.0.0.1"}, {}),
 }
 ALONE: dict[str, dict[str, str]] = {
     "no launcher": {},
@@ -34,14 +62,16 @@ class FakeDevice:
 
     id: int
     process_index: int
+    platform: str = "gpu"
+    device_kind: str = "H100"
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Arguments of every call of `jax.distributed.initialize`, in an environment without a launcher."""
+    """Arguments of every call of `jax.distributed.initialize`, in an environment without a launcher or GPUs."""
     found: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: found.append(arguments))
-    for variables in (*LAUNCHED.values(), *ALONE.values()):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *places, **names: found.append((places, names)))
+    for variables in (*(variables for variables, _ in LAUNCHED.values()), *ALONE.values()):
         for name in variables:
             monkeypatch.delenv(name, raising=False)
     return found
@@ -51,11 +81,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def test_a_launcher_of_several_processes_is_recognised(
     launcher: str, calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in LAUNCHED[launcher].items():
+    variables, asked = LAUNCHED[launcher]
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     start_hosts(MeshConfig())
-    # jax finds the rest by itself.
-    assert calls == [()]
+    assert calls == [((), asked)]
 
 
 @pytest.mark.parametrize("case", ALONE)
@@ -69,14 +99,14 @@ def test_one_process_joins_nothing(case: str, calls: list[Any], monkeypatch: pyt
 def test_flags_go_before_what_a_launcher_says(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     start_hosts(MeshConfig(coordinator="10.0.0.1:1234", processes=2, process=1))
-    assert calls == [("10.0.0.1:1234", 2, 1)]
+    assert calls == [(("10.0.0.1:1234", 2, 1), {"cluster_detection_method": "deactivate"})]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("refused\nby 10.0.0.1"), ValueError("")])
 def test_processes_that_do_not_find_each_other_are_told_in_one_line(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, cluster_detection_method: str) -> None:
         raise error
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
@@ -95,9 +125,12 @@ def test_the_mesh_has_its_axes_in_order_over_the_first_devices() -> None:
 
 
 def test_too_few_devices_are_told_in_one_line() -> None:
-    with pytest.raises(InputError, match=r"data 3 x fsdp 2 x tensor 2 needs 12 devices, found 8; .*") as caught:
+    with pytest.raises(InputError, match=r"data 3 x fsdp 2 x tensor 2 needs 12 devices, found 8 of cpu; .*") as caught:
         make_mesh(MeshConfig(3, 2, 2))
     assert "\n" not in str(caught.value) and "JAX_NUM_CPU_DEVICES=12" in str(caught.value)
+    gpus: Any = [FakeDevice(0, 0)]
+    with pytest.raises(InputError, match="needs 2 devices, found 1 of H100; lower one of them$"):
+        make_mesh(MeshConfig(data=2), gpus)
 
 
 def test_a_process_without_devices_is_refused() -> None:
