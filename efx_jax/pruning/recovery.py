@@ -231,7 +231,9 @@ def admm_refit(
     """As `admm_update`, and in its first `refine` steps every row chooses again which entries it keeps.
 
     A row keeps as many as its mask says: those of the largest |V + Y|, the weight that ADMM asks for times the norm of
-    its input, in which the others already make up for what is gone. A score knows each entry only by itself.
+    its input, in which the others already make up for what is gone. A score knows each entry only by itself. Where the
+    target has no more entries that are not 0 than are to stay, as under the mask of an earlier event, these all stay,
+    and the mask says which others come back: ADMM asks for nothing there, and would rank its roundings.
 
     Args:
         weight: as there.
@@ -257,10 +259,13 @@ def admm_refit(
     goal_gram = einsum("oi,ij->oj", goal, gram)
     within = (mask.shape[0], -1) if pattern is None else (mask.shape[0], -1, pattern[1])
     dropped = jnp.sum(~mask.reshape(within), axis=-1, keepdims=True, dtype=jnp.int32)
+    asked_for = ((goal != 0) & is_alive).reshape(within)
+    has_room = jnp.sum(~asked_for, axis=-1, keepdims=True, dtype=jnp.int32) >= dropped
+    rank = jnp.where(asked_for, 2, mask.reshape(within)).astype(jnp.uint32)
 
     def choose(wanted: Array) -> Array:
-        bits = score_bits(jnp.where(is_alive, jnp.abs(wanted), 0.0))
-        return ~lowest(bits.reshape(within), dropped).reshape(mask.shape)
+        bits = score_bits(jnp.where(is_alive, jnp.abs(wanted), 0.0)).reshape(within)
+        return ~lowest(jnp.where(has_room, rank, bits), dropped).reshape(mask.shape)
 
     def step(v: Array, y: Array, mask: Array) -> tuple[Array, Array]:
         z = jnp.where(mask, v + y, 0.0)

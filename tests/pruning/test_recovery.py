@@ -273,6 +273,24 @@ def test_refining_the_mask_lowers_the_calibration_error(layer: Problem) -> None:
     assert layer.error(np.asarray(moved)).sum() < 0.9 * layer.error(np.asarray(fixed)).sum()
 
 
+@pytest.mark.parametrize("pattern", [None, (5, 8)])
+def test_what_comes_back_at_a_later_event_is_what_its_score_says(
+    layer: Problem, pattern: tuple[int, int] | None
+) -> None:
+    """The last four of every eight inputs are gone; the new mask has five: three of those left, and two of those gone."""
+    before = np.tile(np.arange(8) < 4, (OUT, IN // 8))
+    asked = np.tile(np.isin(np.arange(8), [0, 1, 2, 4, 6]), (OUT, IN // 8))
+    target = layer.weight * before
+    for nudge in (0.0, 1e-6):
+        gram = layer.gram * (1 + nudge * np.cos(np.arange(IN * IN)).reshape(IN, IN))
+        weight, mask = refit(*single(target, asked, gram), steps=15, refine=7, pattern=pattern)
+        kept = np.asarray(mask)
+        # All that is left stays, whatever the score says; of what is gone, as many as fit, as the score says.
+        assert kept[before].all() and not kept[~before & ~asked].any()
+        np.testing.assert_array_equal(kept.sum(1), asked.sum(1))
+        assert layer.error(np.asarray(weight), target).max() < 1e-6 * layer.error(0 * target, target).min()
+
+
 def test_surgeons_run_under_vmap_over_layers(layer: Problem) -> None:
     weight, lora_a, mask, gram = single(layer.weight, layer.lora_a, layer.mask, layer.gram)
     weights, masks = jnp.stack([weight, 2 * weight]), jnp.stack([mask, ~mask])
