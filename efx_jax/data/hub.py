@@ -18,7 +18,8 @@ class HubTable:
     `revision` is a branch, a tag or a commit of it, "" the main branch. `file` names the files that are read where
     the data set describes no configuration of them; with the name "json" it is an address of JSON lines anywhere on
     the Hub.
-    `first`: rows read from its beginning, without fetching the rest; 0 reads all.
+    `first`: rows read from its beginning; 0 reads all. `streams`: without fetching the rest, and without keeping
+    anything on disk for the next time.
     """
 
     name: str
@@ -27,6 +28,7 @@ class HubTable:
     revision: str = ""
     file: str = ""
     first: int = 0
+    streams: bool = False
 
 
 def read_hub(table: HubTable, names_labels: bool = False) -> list[dict[str, Any]]:
@@ -55,9 +57,9 @@ def read_hub(table: HubTable, names_labels: bool = False) -> list[dict[str, Any]
             data_files=file or None,
             split="train" if file else table.split,  # files without a description are all one split, "train"
             revision=table.revision or None,
-            streaming=bool(table.first),
+            streaming=table.streams,
         )
-        found: list[dict[str, Any]] = list(itertools.islice(rows, table.first) if table.first else rows)
+        found: list[dict[str, Any]] = list(itertools.islice(rows, table.first or None))
         features = (getattr(rows, "features", None) or {}) if names_labels else {}
         labels = {name: kind for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)}
         if not labels:

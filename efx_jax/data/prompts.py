@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from efx_jax.config_values import nearest
+from efx_jax.data.records import has_surrogate
 from efx_jax.data.tokenizer import Tokenizer
 from efx_jax.errors import InputError, first_line
 
@@ -304,6 +305,6 @@ def _column(row: Mapping[str, Any], name: str, where: str) -> str:
     if isinstance(value, list | dict | bytes):
         raise InputError(f"{where}: column {name!r} holds a {type(value).__name__}; expected text; convert the column")
     text = str(value)
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if has_surrogate(text):
         raise InputError(f"{where}: column {name!r} holds half of a surrogate pair; expected valid Unicode; repair it")
     return text

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from efx_jax.errors import InputError
 
 NLI_LABELS = ("entailment", "contradiction", "neutral")
+# Half of a pair that UTF-16 writes one character with; a search, as a corpus has some hundred million characters.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +41,14 @@ def take_text(row: Mapping[str, Any], key: str, where: str) -> str:
         raise InputError(f"{where}: {key!r} is {_kind(value)}; expected a text; repair or remove the row")
     if not value.strip():
         raise InputError(f"{where}: {key!r} is empty; expected a text; repair or remove the row")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if has_surrogate(value):
         raise InputError(f"{where}: {key!r} holds half of a surrogate pair; expected valid Unicode; repair it")
     return value.strip()
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, which no UTF-8 can say."""
+    return _SURROGATE.search(text) is not None
 
 
 def take_texts(row: Mapping[str, Any], key: str, where: str) -> list[str]:
@@ -101,14 +109,19 @@ def json_fault(error: json.JSONDecodeError) -> str:
     return f"{error.msg.removesuffix(' starting at')} at column {error.colno}"
 
 
-def require_object(value: Any, where: str) -> dict[str, Any]:
+def require_object(value: Any, where: str, fix: str = "is this the official file?") -> dict[str, Any]:
     """A JSON object as it is.
+
+    Args:
+        value: what was read.
+        where: file and row.
+        fix: how the message ends.
 
     Raises:
         InputError: something else.
     """
     if not isinstance(value, dict):
-        raise InputError(f"{where}: expected a JSON object, found {_kind(value)}; is this the official file?")
+        raise InputError(f"{where}: expected a JSON object, found {_kind(value)}; {fix}")
     return value
 
 

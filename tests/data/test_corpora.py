@@ -1,5 +1,6 @@
 """Rows come back as written; whatever is wrong is named with file and line."""
 
+import dataclasses
 import errno
 import gzip
 import json
@@ -8,7 +9,7 @@ import re
 
 import pytest
 
-from efx_jax.data.corpora import load_rows
+from efx_jax.data.corpora import CORPORA, load_rows
 from efx_jax.errors import InputError
 
 ROWS = [{"text": "first, with comma"}, {"text": "second é"}]
@@ -168,3 +169,18 @@ def test_a_corpus_known_by_name_lies_under_the_root_or_on_the_hub(
     assert load_rows("wikitext", str(tmp_path)) == load_rows("wikitext")
     assert load_rows("c4", str(tmp_path)) == [{"text": "page"}]
     assert len(asked) == 3
+
+
+def test_of_a_corpus_of_hundreds_of_thousands_of_documents_the_beginning_is_read(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = CORPORA["c4"]
+    assert corpus.hub.first == 50_000 and not corpus.hub.streams
+    monkeypatch.setitem(CORPORA, "c4", dataclasses.replace(corpus, hub=dataclasses.replace(corpus.hub, first=3)))
+    path = tmp_path / corpus.file
+    path.parent.mkdir()
+    pages = [{"text": f"page {number}"} for number in range(3)]
+    # The line behind the last that is asked for is never looked at.
+    path.write_bytes(gzip.compress("\n".join([*map(json.dumps, pages), "{"]).encode()))
+    assert load_rows("c4", str(tmp_path)) == pages
+    refused(str(path), "line 4", "not JSON")

@@ -105,8 +105,12 @@ def test_a_data_set_is_read_at_its_revision(hub: dict[str, Any]) -> None:
 
 def test_the_first_rows_come_without_the_rest(hub: dict[str, Any]) -> None:
     hub["rows"] = [{"text": str(number)} for number in range(9)]
-    assert read_hub(HubTable("someone/corpus", first=3)) == [{"text": "0"}, {"text": "1"}, {"text": "2"}]
+    rows = [{"text": "0"}, {"text": "1"}, {"text": "2"}]
+    assert read_hub(HubTable("someone/corpus", first=3, streams=True)) == rows
     assert hub["asked"] == ("someone/corpus", None, {"split": "train", "streaming": True})
+    assert read_hub(HubTable("someone/corpus", first=3)) == rows
+    assert hub["asked"] == ("someone/corpus", None, {"split": "train"})
+    assert len(read_hub(HubTable("someone/corpus", first=20))) == 9
 
 
 def test_blank_texts_of_a_hub_table_are_no_documents(hub: dict[str, Any]) -> None:

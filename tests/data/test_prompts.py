@@ -5,6 +5,7 @@ import types
 import pytest
 
 from efx_jax.data.prompts import Example, apply_format, examples_from_rows, plain_text
+from efx_jax.data.records import take_text
 from efx_jax.data.tokens import tokenize
 from efx_jax.errors import InputError
 
@@ -41,6 +42,14 @@ def test_an_empty_response_or_text_is_refused() -> None:
     refused([{"text": "x"}, {"text": "  \n"}], "", "rows.jsonl row 2", "text is empty")
     refused([{"prompt": "p", "response": ""}], "", "rows.jsonl row 1", "response is empty")
     refused([{"prompt": "p", "response": None}], "", "rows.jsonl row 1", "'response' is empty")
+
+
+@pytest.mark.parametrize("code", [0xD800, 0xDBFF, 0xDC00, 0xDFFF])
+def test_half_of_a_surrogate_pair_is_no_text(code: int) -> None:
+    half = chr(code)
+    refused([{"text": "\ud7ff\ue000 \U0001f600"}, {"text": f"a{half}"}], "", "rows.jsonl row 2", "half of a surrogate")
+    with pytest.raises(InputError, match="row 7: 'text' holds half of a surrogate pair"):
+        take_text({"text": f"{half}b"}, "text", "row 7")
 
 
 def test_a_template_needs_an_arrow_and_whole_braces() -> None:
