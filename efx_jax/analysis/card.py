@@ -4,8 +4,8 @@ It says nothing that differs between two runs of the same settings: no seconds, 
 """
 
 import math
+import re
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -26,12 +26,14 @@ from efx_jax.analysis.wording import (
     pattern,
     scored_rows,
     share_gone,
+    text_name,
     trained,
     value_text,
 )
 from efx_jax.config import Config
 from efx_jax.data.catalogue import OFFICIAL
 from efx_jax.data.prompts import Example, apply_format
+from efx_jax.data.sources import prompt_patterns
 from efx_jax.evaluation.results import markdown_table
 
 NAME = "README.md"
@@ -143,16 +145,35 @@ def _loading(record: RunRecord) -> str:
 
 def _framing(record: RunRecord) -> str:
     """How a prompt has to be written, in the words that training put around it."""
-    style = record.config.data.format
+    style, found = record.config.data.format, record.summary["data"]
+    # Summaries of before do not say it.
+    patterns = found["prompts"] if "prompts" in found else prompt_patterns(record.config.data)
+    if not patterns:
+        return "It has learned from text alone: there is no form that a prompt has to have."
+    bare = {
+        name: Example(pattern["prompt"], "-", instruction=pattern["instruction"]) for name, pattern in patterns.items()
+    }
     if style == "chat":
         turn = 'tokenizer.apply_chat_template([{"role": "user", "content": prompt}]'
         options = "add_generation_prompt=True, enable_thinking=False"
-        return f"Prompts are one user turn of the chat template, as in training: `{turn}, {options})`."
-    are_official = [name in OFFICIAL for name in _learned_tasks(record.config, record.summary)]
-    frames = [Example("{input}", "-", instruction="{instruction}")] if any(are_official) else []
-    frames += [] if all(are_official) else [Example("{prompt}", "-")]
-    shown = [f"```\n{framed.prompt}\n```" for framed in apply_format(frames, style)]
-    return "\n\n".join(["Prompts are written as in training, nothing before or behind:", *shown])
+        told = (
+            f"Prompts are one user turn of the chat template, as in training: `{turn}, {options})`, where `prompt` is"
+        )
+        shown = {name: "\n\n".join(filter(None, (each.instruction, each.prompt))) for name, each in bare.items()}
+    else:
+        told = "Prompts are written as in training, nothing before or behind"
+        framed = apply_format(list(bare.values()), style)
+        shown = {name: each.prompt for name, each in zip(bare, framed, strict=True)}
+    titles = {name: f"{_plain(name)}:\n\n" if len(shown) > 1 else "" for name in shown}
+    blocks = [titles[name] + _fenced(prompt) for name, prompt in shown.items()]
+    return "\n\n".join([f"{told} (braces stand for what a row fills in):", *blocks])
+
+
+def _fenced(code: str) -> str:
+    """A block of code behind a fence that its own text does not close."""
+    longest = max((len(run) for run in re.findall("`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{code}\n{fence}"
 
 
 def _training(record: RunRecord) -> str:
@@ -169,7 +190,7 @@ def _training(record: RunRecord) -> str:
 
 
 def _limits(record: RunRecord) -> list[str]:
-    scored = scored_rows(record.summary["results"])
+    scored = scored_rows(record.config, record.summary)
     told = _plain("; ".join(scored)) if scored else "nothing"
     return [f"It was evaluated only on this: {told}.", *known_limits(record.config, record.summary)]
 
@@ -199,22 +220,22 @@ def _model_index(record: RunRecord) -> list[dict[str, Any]]:
     return [
         {
             "task": {"type": "text-generation"},
-            "dataset": _measured_on(task, record.config),
+            "dataset": _measured_on(task, record),
             "metrics": metrics,
         }
         for task, metrics in by_task.items()
     ]
 
 
-def _measured_on(task: str, config: Config) -> dict[str, str]:
+def _measured_on(task: str, record: RunRecord) -> dict[str, str]:
     """What a task's scores are of, or perplexity where `task` is "": the text, or rows that the run has held out."""
-    text = PurePath(config.data.text).name
+    text = text_name(record.config, record.summary)
     if task:
         kind, name = task, task
     elif text:
         kind, name = text.split(".")[0], text
     else:
-        kind, name = domain(config), "held-out text"
+        kind, name = domain(record.config), "held-out text"
     return {"type": _plain(kind), "name": _plain(name)}
 
 

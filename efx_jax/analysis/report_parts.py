@@ -21,6 +21,7 @@ from efx_jax.analysis.wording import (
     pattern,
     scored_rows,
     share_gone,
+    text_name,
     trained,
     value_text,
 )
@@ -38,7 +39,7 @@ def asked(record: RunRecord) -> Html:
         ("sparsity", f"{100 * share_gone(config, summary):.2f} % of the pruned matrices; {pattern(config)}"),
         ("method", method(config, summary)),
         ("training", trained(summary)),
-        *(("scored on", told) for told in scored_rows(summary["results"])),
+        *(("scored on", told) for told in scored_rows(config, summary)),
     ]
     changed = [
         [element("code", text(name)), text(value), text(usual)] for name, value, usual in changed_settings(config)
@@ -57,7 +58,8 @@ def results(record: RunRecord) -> Html:
     groups: dict[str, list[Measured]] = {}
     for row in rows:
         groups.setdefault(row.task, []).append(row)
-    tables = [_result_table(task, of_task, list(found)) for task, of_task in groups.items()]
+    name = text_name(record.config, record.summary) or "Held-out text"
+    tables = [_result_table(task, task or name, of_task, list(found)) for task, of_task in groups.items()]
     told = "In brackets: the 95 % bootstrap interval over rows, or over groups of rows that share a text."
     parts = [element("div", join(tables, "\n"), {"class": "tables"}), paragraph(told, "soft")]
     best = record.summary.get("best")
@@ -168,7 +170,7 @@ def _facts(facts: Sequence[tuple[str, str]]) -> Html:
     return element("dl", join(pairs, "\n"), {"class": "facts"})
 
 
-def _result_table(task: str, rows: Sequence[Measured], models: Sequence[str]) -> Html:
+def _result_table(task: str, caption: str, rows: Sequence[Measured], models: Sequence[str]) -> Html:
     """A row per model, a column per metric, and the best constant answer where there is one."""
     lines = [
         [text(model), *(_value(row, model) for row in rows)]
@@ -179,7 +181,7 @@ def _result_table(task: str, rows: Sequence[Measured], models: Sequence[str]) ->
         constants = (text("–" if row.constant is None else f"{100 * row.constant:.1f}") for row in rows)
         lines.append([text("best constant answer"), *constants])
     names = [row.title.removeprefix(f"{task} ") for row in rows]
-    return table(task or "Held-out text", ["model", *names], lines)
+    return table(caption, ["model", *names], lines)
 
 
 def _value(row: Measured, model: str) -> Html:

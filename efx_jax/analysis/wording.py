@@ -163,6 +163,12 @@ def _teacher(config: Config) -> str:
     return "the base" if config.distill.teacher == "base" else PurePath(config.distill.teacher).name
 
 
+def text_name(config: Config, summary: Mapping[str, Any]) -> str:
+    """The short name of the text that perplexity was measured on, "" where rows were held out for it."""
+    # Summaries of before do not say what a mix or a task has brought along.
+    return PurePath(summary["data"].get("text", config.data.text)).name
+
+
 def known_limits(config: Config, summary: Mapping[str, Any]) -> tuple[str, ...]:
     """What the exported model does not do, a sentence or two each."""
     is_scattered = config.prune.sparsity and "cut" not in summary
@@ -241,15 +247,18 @@ def value_text(row: Measured, model: str) -> tuple[str, str]:
     return f"{scale * value:,.{digits}f}{spread}", interval
 
 
-def scored_rows(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def scored_rows(config: Config, summary: Mapping[str, Any]) -> list[str]:
     """What the models were scored on, a clause per task and one for the text."""
+    results = summary["results"]
     last = list(results.values())[-1] if results else {}
     told = [
         f"{name}: {task['rows']:,} rows, {_protocol(task)}" + (f" ({task['note']})" if task.get("note") else "")
         for name, task in last.get("tasks", {}).items()
     ]
     if "perplexity" in last:
-        told.append(f"perplexity: {last['perplexity']['tokens']:,} tokens of held-out text")
+        told.append(
+            f"perplexity: {last['perplexity']['tokens']:,} tokens of {text_name(config, summary) or 'held-out text'}"
+        )
     return told
 
 

@@ -40,6 +40,7 @@ CHAPTERS = {
     "21": "health services",
 }
 
+PROMPT = "Diagnosis: {description}\nICD-10-CM chapter:"
 _SPLIT_SEED = 1010  # of the split, the test rows and the texts: equal for every seed of a run
 _HELD_OUT = 0.2  # share of the categories of every chapter
 _LINES_PER_TEXT = 4
@@ -161,8 +162,7 @@ def _questions(codes: Sequence[Code], rows: int, seed: int, name: str) -> list[E
 
 
 def _question(code: Code) -> Example:
-    prompt = f"Diagnosis: {code.description}\nICD-10-CM chapter:"
-    return Example(prompt, _response(code.chapter), f"icd10 code {code.name}")
+    return Example(PROMPT.format(description=code.description), _response(code.chapter), f"icd10 code {code.name}")
 
 
 def _response(chapter: str) -> str:

@@ -102,6 +102,18 @@ def examples_from_rows(
     return examples
 
 
+def prompt_pattern(template: str) -> str:
+    """What a prompt of `examples_from_rows` looks like: columns in braces, and "{prompt}" without a template.
+
+    Raises:
+        InputError: as `examples_from_rows` of the template.
+    """
+    if not template:
+        return "{prompt}"
+    parts = string.Formatter().parse(_parse_template(template)[0])
+    return "".join(literal + ("" if name is None else f"{{{name}}}") for literal, name, _, _ in parts)
+
+
 def write_fields(fields: Sequence[tuple[str, str]], context: str) -> tuple[str, Span]:
     """The input of a task: a line "Heading: text" per field.
 

@@ -7,20 +7,21 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
 from efx_jax.config import DataConfig
 from efx_jax.config_values import nearest
+from efx_jax.data import icd10
 from efx_jax.data.catalogue import OFFICIAL
 from efx_jax.data.corpora import CORPORA, load_rows
-from efx_jax.data.icd10 import icd10_task
-from efx_jax.data.mixes import Mix, Part, mix_names, naming
+from efx_jax.data.mixes import Mix, Part, find_mix, mix_names, naming
 from efx_jax.data.official import load_official
 from efx_jax.data.overlap import fingerprint, group_numbers, without_shared
 from efx_jax.data.own_answers import MOST_LABELS, warn_of_learned, warn_of_slips
-from efx_jax.data.prompts import Example, examples_from_rows
+from efx_jax.data.prompts import Example, examples_from_rows, prompt_pattern, write_fields
 from efx_jax.data.sampling import draw, equal_quotas
 from efx_jax.errors import InputError
 from efx_jax.rounding import round_up
@@ -73,9 +74,37 @@ def part_config(part: Part, config: DataConfig) -> DataConfig:
     return dataclasses.replace(config, template=part.template, context=part.context, new_tokens=part.new_tokens)
 
 
+def prompt_patterns(config: DataConfig) -> dict[str, dict[str, str]]:
+    """How the prompts of everything that is learned are written, before `data.format` frames them.
+
+    Args:
+        config: names the training rows and their template.
+
+    Returns:
+        By task: "prompt", with what a row fills in in braces, and "instruction", "" where the task has none.
+
+    Raises:
+        InputError: a mix or a template that cannot be read.
+    """
+    mix = find_mix(config.train)
+    if mix is not None:
+        return {part.name: _part_pattern(part) for part in mix.parts if part.train or not part.test}
+    name = PurePath(config.train).name.split(".")[0]
+    pattern = icd10.PROMPT if config.train == "icd10" else prompt_pattern(config.template)
+    return {name: {"instruction": "", "prompt": pattern}}
+
+
+def _part_pattern(part: Part) -> dict[str, str]:
+    if part.train:
+        return {"instruction": "", "prompt": prompt_pattern(part.template)}
+    task = OFFICIAL[part.name]
+    headed = [(heading, f"{{{name}}}") for heading, name in task.fields]
+    return {"instruction": task.instruction, "prompt": write_fields(headed, task.context)[0]}
+
+
 def icd10_training(seed: int) -> list[Example]:
     """The built-in task's questions, and its texts as examples without a prompt."""
-    data = icd10_task(seed, _ICD10_ROWS, 0)
+    data = icd10.icd10_task(seed, _ICD10_ROWS, 0)
     texts = data.train_text[:_ICD10_TEXTS]
     return data.train + [Example("", text, f"icd10 text {number}") for number, text in enumerate(texts, start=1)]
 

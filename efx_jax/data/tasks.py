@@ -25,6 +25,7 @@ from efx_jax.data.sources import (
     leave_out_shared,
     own_examples,
     part_config,
+    prompt_patterns,
 )
 from efx_jax.data.tokenizer import Tokenizer, encode_continuations
 from efx_jax.errors import InputError
@@ -59,8 +60,9 @@ class Data:
     """What a run learns and is measured on, in the configured format.
 
     `train`: what is learned, rows of text being examples without a prompt. `tasks`: what is scored (may be empty).
-    `text`: held-out documents for perplexity (may be empty). `report`: counts, as JSON can hold them. `held_out`: the
-    training rows with a prompt that are held out, if `text` is made of them; not shortened.
+    `text`: held-out documents for perplexity (may be empty). `report`, as JSON can hold it: counts of rows, "text" as
+    it was named ("" where rows are held out) and "prompts", see `prompt_patterns` ({} where text alone is learned).
+    `held_out`: the training rows with a prompt that are held out, if `text` is made of them; not shortened.
     """
 
     train: list[Example]
@@ -113,7 +115,12 @@ def load_data(config: DataConfig, seed: int, tokenizer: Tokenizer | None = None,
         train=train,
         tasks=tasks,
         text=text,
-        report={"train": {"rows": len(train), "shortened": shortened, **counts}, "test": tested},
+        report={
+            "train": {"rows": len(train), "shortened": shortened, **counts},
+            "test": tested,
+            "text": text_source,
+            "prompts": prompt_patterns(config) if any(example.prompt for example in train) else {},
+        },
         held_out=apply_format([example for example in held_out if example.prompt], config.format, tokenizer),
     )
 

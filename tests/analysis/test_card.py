@@ -11,10 +11,14 @@ import yaml
 from efx_jax.analysis.card import card_metadata, card_text
 from efx_jax.analysis.record import RunRecord, read_record
 from efx_jax.config import Config, DataConfig, ModelConfig, PruneConfig
+from efx_jax.data.catalogue import OFFICIAL
+from efx_jax.data.sources import prompt_patterns
 from efx_jax.weights.config_json import copy_extras
 from tests.analysis.reported import leave_run
 
 HOME = "/home/somebody/secret"
+INSTRUCTION = OFFICIAL["pubmedqa"].instruction
+INPUT = "Abstract: {abstract}\nSections: {sections}\nMeSH terms: {mesh}\nQuestion: {question}"
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +56,22 @@ def test_the_hub_library_reads_the_card_and_its_results(record: RunRecord) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
-    [(f"{HOME}/books/wards.jsonl", ("wards", "wards.jsonl")), ("", ("pubmedqa", "held-out text"))],
+    ("train", "text", "found", "named"),
+    [
+        ("pubmedqa", f"{HOME}/books/wards.jsonl", {}, ("wards", "wards.jsonl")),
+        ("pubmedqa", "", {}, ("pubmedqa", "held-out text")),
+        ("health_open", "", {"text": f"{HOME}/text_medical/paragraphs.jsonl"}, ("paragraphs", "paragraphs.jsonl")),
+        ("icd10", "", {"text": "icd10"}, ("icd10", "icd10")),
+        ("gone.yaml", "", {"text": "", "prompts": {}}, ("gone", "held-out text")),
+    ],
 )
-def test_the_card_names_what_perplexity_was_measured_on(record: RunRecord, text: str, named: tuple[str, str]) -> None:
+def test_the_card_names_what_perplexity_was_measured_on(
+    record: RunRecord, train: str, text: str, found: dict[str, Any], named: tuple[str, str]
+) -> None:
     hub = pytest.importorskip("huggingface_hub")
-    record = with_config(record, data=dataclasses.replace(record.config.data, text=text))
+    record = with_config(record, data=dataclasses.replace(record.config.data, train=train, text=text))
+    record = dataclasses.replace(record, summary=record.summary | {"data": record.summary["data"] | found})
+    assert f"perplexity: 900 tokens of {named[1]}" in card_text(record)
     results = hub.ModelCard(card_text(record), ignore_metadata_errors=False).data.eval_results
     found = [(each.dataset_type, each.dataset_name) for each in results if each.metric_type == "perplexity"]
     assert found == [named]
@@ -70,12 +84,12 @@ def test_the_card_says_what_it_is_what_it_scores_and_what_it_is_not(record: RunR
         "unstructured, every row within 20 % of its matrix",
         "pubmedqa: 1,200 rows (pubmedqa 1,200)",
         "| pubmedqa accuracy % | 40.0 [30.0, 50.0] | 70.0 [60.0, 80.0] | 62.5 [52.5, 72.5] | 25.0 |",
-        "evaluated only on this: pubmedqa: 30 rows, the likeliest answer; perplexity: 900 tokens of held-out text.",
+        "evaluated only on this: pubmedqa: 30 rows, the likeliest answer; perplexity: 900 tokens of text.jsonl.",
         "gain neither speed nor memory",
         "no basis for medical, legal",
         "inherits the base model's licence, biases",
         "AutoModelForCausalLM.from_pretrained",
-        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        f"### Instruction:\n{INSTRUCTION}\n\n### Input:\n{INPUT}\n\n### Response:\n",
         "kept weights refitted by ADMM",
     ):
         assert words in text
@@ -85,8 +99,14 @@ def test_the_card_says_what_it_is_what_it_scores_and_what_it_is_not(record: RunR
     ("style", "train", "told"),
     [
         ("plain", "owner/rows", "\n```\n{prompt}\n```\n"),
-        ("plain", "icd10", "\n```\n{prompt}\n```\n"),
-        ("plain", "pubmedqa", "\n```\n{instruction}\n\n{input}\n\nAnswer:\n```\n"),
+        ("plain", "icd10", "\n```\nDiagnosis: {description}\nICD-10-CM chapter:\n```\n"),
+        ("plain", "pubmedqa", f"\n```\n{INSTRUCTION}\n\n{INPUT}\n\nAnswer:\n```\n"),
+        ("alpaca", "pubmedqa", f"### Instruction:\n{INSTRUCTION}\n\n### Input:\n{INPUT}\n\n### Response:\n"),
+        (
+            "chat",
+            "pubmedqa",
+            f"where `prompt` is (braces stand for what a row fills in):\n\n```\n{INSTRUCTION}\n\n{INPUT}\n",
+        ),
         ("alpaca", "owner/rows", "### Instruction:\n{prompt}\n\n### Response:\n"),
         ("chat", "owner/rows", 'apply_chat_template([{"role": "user", "content": prompt}]'),
     ],
@@ -96,6 +116,28 @@ def test_the_card_says_how_to_write_a_prompt(record: RunRecord, style: Any, trai
     asked = dataclasses.replace(asked, summary=record.summary | {"data": {"train": {"rows": 5}, "test": {}}})
     _, _, rest = card_text(asked).partition("## Load it")
     assert told in rest and told not in rest.partition("## Training")[2]
+
+
+def test_a_prompt_is_shown_as_its_template_writes_it(record: RunRecord, tmp_path: Path) -> None:
+    def told(data: DataConfig, **found: Any) -> str:
+        summary = record.summary | {"data": {"train": {"rows": 5}, "test": {}, **found}}
+        text = card_text(dataclasses.replace(with_config(record, data=data), summary=summary))
+        return text.partition("## Load it")[2].partition("## Training")[0]
+
+    own = DataConfig(train="rows.jsonl", template="Question: {q} {{of}} ```\\nAnswer: => {a}")
+    assert "\n````\nQuestion: {q} {of} ```\nAnswer:\n````\n" in told(own)
+    alpaca = dataclasses.replace(own, format="alpaca")
+    assert "### Instruction:\nQuestion: {q} {of} ```\nAnswer:\n\n### Response:\n" in told(alpaca)
+    mix = tmp_path / "clinic.yaml"
+    mix.write_text('tasks:\n  triage: {train: a.jsonl, template: "{note}\\nUrgent? => {urgency}"}\n  hqs: {rows: 3}\n')
+    shown = told(DataConfig(train=str(mix)))
+    assert "triage:\n\n```\n{note}\nUrgent?\n```\n\nhqs:\n\n```\nSummarise the consumer's health" in shown
+    assert "Question: {question}\n\nAnswer:\n```\n" in shown
+    # What the run has written down holds, wherever its mix is now.
+    prompts = prompt_patterns(DataConfig(train=str(mix)))
+    mix.unlink()
+    assert told(DataConfig(train=str(mix)), prompts=prompts) == shown
+    assert "learned from text alone" in told(DataConfig(train="pages.txt"), prompts={})
 
 
 def test_nothing_of_the_machine_is_in_the_card(record: RunRecord) -> None:

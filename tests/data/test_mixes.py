@@ -74,6 +74,21 @@ def test_a_mix_of_the_users_own_is_learned_and_scored(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.filterwarnings("ignore:verdicts")
+def test_a_run_writes_down_its_text_and_how_its_prompts_are_written(tmp_path: Path) -> None:
+    mix = Path(own_mix(tmp_path))
+    write(tmp_path / "laws.txt", "A law.")
+    mix.write_text(mix.read_text() + "text: laws.txt\n")
+    report = load_data(DataConfig(train=str(mix), format="alpaca"), seed=0).report
+    assert report["text"] == str(tmp_path / "laws.txt")
+    prompt, _, _ = TEMPLATE.partition(" =>")
+    assert report["prompts"] == {"verdicts": {"instruction": "", "prompt": prompt.replace("\\n", "\n")}}
+    rows = [{"text": f"page {number}"} for number in range(9)]
+    pages = write(tmp_path / "pages.jsonl", "\n".join(map(json.dumps, rows)))
+    report = load_data(DataConfig(train=str(pages)), seed=0).report
+    assert (report["text"], report["prompts"]) == ("", {})
+
+
 def test_a_row_that_is_also_a_test_row_is_not_learned(tmp_path: Path) -> None:
     mix = own_mix(tmp_path)
     with pytest.warns(UserWarning, match="verdicts: 1 training rows are test rows too and are left out.*row 7"):
