@@ -4,7 +4,8 @@ import warnings
 from collections.abc import Collection
 
 from efx_jax.config import Config
-from efx_jax.config_event import ACROSS_ROWS, reads_importance
+from efx_jax.config_event import ACROSS_ROWS, goes_by_block, reads_importance
+from efx_jax.config_prune import events_asked
 from efx_jax.config_values import setting_types
 from efx_jax.errors import FallbackWarning
 
@@ -34,12 +35,26 @@ def idle_settings(config: Config) -> dict[str, str]:
     """Settings, by dotted path, that have no say as the others are, and what would give them one."""
     prune, distill, evaluation = config.prune, config.distill, config.eval
     within_rows = prune.group not in ACROSS_ROWS
+    refines = prune.recovery == "admm" and prune.admm_refine > 0
+    is_averaged = events_asked(prune, config.train) > 1
     reads_loss = prune.score == "foresight_loss" and reads_importance(prune)
     parts: list[tuple[bool, str, str]] = [
         (prune.schedule != "fractions", "prune.schedule fractions", "prune.fractions"),
         (prune.schedule != "cubic", "prune.schedule cubic", "prune.events prune.ramp"),
         (prune.group != "bounded", "prune.group bounded", "prune.bound"),
         (within_rows, "prune.group matrix, slab or bounded", "prune.row_targets"),
+        (not set(prune.row_targets) & set(prune.targets), "one of them in prune.targets", "prune.row_targets"),
+        (
+            refines and within_rows and prune.budget != "global",
+            "prune.admm_refine 0 or a group across rows: ADMM chooses the entries of every row",
+            "prune.score",
+        ),
+        (not is_averaged, "several events", "prune.ema"),
+        (
+            prune.recovery == "none" and prune.ema == 1,
+            "a recovery or prune.ema below 1, which it leaves out",
+            "prune.plain_last_event",
+        ),
         (prune.budget != "global", "prune.budget global", "prune.budget_spread"),
         (prune.budget != "owl", "prune.budget owl", "prune.owl_lambda prune.owl_multiple"),
         (prune.score != "ria", "prune.score ria", "prune.ria_power"),
@@ -49,8 +64,8 @@ def idle_settings(config: Config) -> dict[str, str]:
             "prune.gradient_labels prune.reach_shrink",
         ),
         (
-            not (reads_loss or prune.budget != "uniform" or prune.permute),
-            "prune.score foresight_loss, prune.permute or another prune.budget than uniform",
+            not (reads_loss or prune.permute or (prune.budget != "uniform" and goes_by_block(prune))),
+            "prune.score foresight_loss, prune.permute, or another prune.budget than uniform in an event by blocks",
             "prune.survey_share",
         ),
         (prune.score != "lora_gradient", "prune.score lora_gradient", "prune.gradient_batches"),

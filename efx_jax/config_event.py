@@ -31,7 +31,8 @@ def reads_importance(prune: PruneConfig) -> bool:
     """
     if prune.score == "foresight_loss":
         across_rows = any(matrix_group(name, prune) in ACROSS_ROWS for name in prune.targets)
-        return across_rows or prune.budget != "uniform" or prune.ema < 1
+        # OWL's shares come of Wanda's scores.
+        return across_rows or prune.budget == "global" or prune.ema < 1
     return prune.score in GRADIENT_SCORES
 
 

@@ -163,6 +163,11 @@ def epochs_begun(train: TrainConfig) -> int:
     return max(1, round_up(train.epochs))
 
 
+def events_asked(prune: PruneConfig, train: TrainConfig) -> int:
+    """Events of the schedule; those that fall on one update are one."""
+    return {"epochs": epochs_begun(train), "fractions": len(prune.fractions), "cubic": prune.events}[prune.schedule]
+
+
 def target_rule(setting: str, targets: tuple[str, ...], may_be_empty: bool = False) -> Rule:
     """Names of linears, each once."""
     # The defaults are all seven linears of a block.
@@ -238,8 +243,7 @@ def _schedule_rules(prune: PruneConfig, train: TrainConfig) -> Iterable[Rule]:
     times, (start, end) = prune.fractions, prune.ramp
     is_increasing = all(early < late for early, late in itertools.pairwise(times))
     are_shares = len(times) > 0 and all(0 <= time <= 1 for time in times)
-    by_schedule = {"epochs": epochs_begun(train), "fractions": len(times), "cubic": prune.events}
-    is_single = prune.sparsity > 0 and by_schedule[prune.schedule] == 1
+    is_single = prune.sparsity > 0 and events_asked(prune, train) == 1
     ends = {"epochs": True, "fractions": times[-1:] == (1,), "cubic": end == 1}
     ends_pruned = ends[prune.schedule] or train.epochs == 0
     is_made_up_for = prune.recovery in ("pbs", "gram_pbs") and not prune.merge_each_event

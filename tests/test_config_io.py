@@ -267,8 +267,21 @@ def test_epochs_beside_the_steps_of_a_file_are_warned_of(write):
         (["--distill.row_share", "0.5"], "distill.teacher"),
         (["--eval.runs", "2"], "eval.protocol sampled"),
         (
-            ["--prune.survey_share", "0.1"],
-            "prune.score foresight_loss, prune.permute or another prune.budget than uniform",
+            ["--prune.survey_share", "0.1", "--prune.budget", "owl"],
+            "prune.score foresight_loss, prune.permute, or another prune.budget than uniform in an event by blocks",
+        ),
+        (["--prune.ema", "0.5", "--train.epochs", "1"], "several events"),
+        (
+            ["--prune.plain_last_event", "--prune.recovery", "none", "--prune.ema", "1"],
+            "a recovery or prune.ema below 1, which it leaves out",
+        ),
+        (
+            ["--prune.row_targets", "v_proj", "--prune.targets", "q_proj", "--prune.group", "matrix"],
+            "one of them in prune.targets",
+        ),
+        (
+            ["--prune.score", "ria", "--prune.recovery", "admm", "--prune.admm_refine", "5"],
+            "prune.admm_refine 0 or a group across rows: ADMM chooses the entries of every row",
         ),
         (["--prune.swaps", "3", "--prune.sparsity", "0"], "prune.sparsity above 0"),
         (["--distill.teacher", "base", "--prune.sparsity", "0"], "prune.sparsity above 0"),
@@ -290,5 +303,5 @@ def test_flags_that_are_read__and_idle_settings_of_a_preset_are_not_warned_of():
 
 def test_every_setting_that_may_lie_idle_exists():
     idle = idle_settings(Config())
-    assert len(idle) == 31  # by default nothing but the score, uniform within rows, is asked for
+    assert len(idle) == 32  # by default nothing but the score, uniform within rows, is asked for
     assert set(idle) <= set(setting_types())

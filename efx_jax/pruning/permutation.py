@@ -59,14 +59,13 @@ def find_order(
         config: gives the group "N:M" and the matrices to prune.
 
     Raises:
-        InputError: another group, or one that M does not divide the hidden units into.
+        InputError: as `movable_inputs`, or an M that does not divide the hidden units.
     """
-    pattern = n_of_m(config.group)
-    if pattern is None:
-        raise InputError(f"prune.permute: expected prune.group N:M such as 2:4, found {config.group}")
+    movable, pattern = movable_inputs(spec, config), n_of_m(config.group)
+    assert pattern is not None
     kv_heads, width = spec.num_kv_heads, spec.head_dim
     order = Order({}, {})
-    if "down_proj" in config.targets and not {"gate_proj", "up_proj"} & set(spec.biases):
+    if "down_proj" in movable:
         hidden = np.stack(
             [
                 group_inputs(_importance(params, adapters, stats, "down_proj", layer), *pattern)
@@ -75,7 +74,7 @@ def find_order(
         )
         order.rows.update(gate_proj=hidden, up_proj=hidden)
         order.columns.update(down_proj=hidden)
-    if "o_proj" in config.targets and "v_proj" not in spec.biases and width % pattern[1] == 0:
+    if "o_proj" in movable:
         dims = np.empty((spec.num_layers, kv_heads, width), np.int64)
         for layer in range(spec.num_layers):
             # Query heads of one group share the order: to them a dimension is one line that is G times as long.
@@ -86,6 +85,30 @@ def find_order(
         order.rows["v_proj"] = _by_head(dims)
         order.columns["o_proj"] = _by_head(np.repeat(dims, spec.num_heads // kv_heads, axis=1))
     return order
+
+
+def movable_inputs(spec: ModelSpec, config: PruneConfig) -> tuple[str, ...]:
+    """The linears whose inputs `find_order` can move: o_proj, down_proj or both.
+
+    Raises:
+        InputError: another group than N:M; or neither of them can be moved.
+    """
+    pattern = n_of_m(config.group)
+    if pattern is None:
+        raise InputError(f"prune.permute: expected prune.group N:M such as 2:4, found {config.group}")
+    fixed = {
+        "o_proj": "v_proj" in spec.biases or spec.head_dim % pattern[1] != 0,
+        "down_proj": bool({"gate_proj", "up_proj"} & set(spec.biases)),
+    }
+    found = tuple(name for name, stays in fixed.items() if name in config.targets and not stays)
+    if not found:
+        pruned = ", ".join(name for name in fixed if name in config.targets)
+        raise InputError(
+            f"prune.permute: nothing can move of this model where {pruned or 'neither o_proj nor down_proj'} is pruned "
+            f"(biases on {', '.join(spec.biases) or 'nothing'}, heads of {spec.head_dim}, M {pattern[1]}); set it to "
+            "false"
+        )
+    return found
 
 
 def _by_head(dims: np.ndarray) -> np.ndarray:

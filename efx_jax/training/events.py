@@ -57,6 +57,8 @@ def prune_run(
     prune = dataclasses.replace(config.prune, sparsity=event.sparsity, permute=False)
     if event.last and prune.plain_last_event:
         prune = dataclasses.replace(without_recovery(prune), ema=1.0)
+    elif event.last and not state.masks:
+        prune = dataclasses.replace(prune, ema=1.0)
     if config.prune.permute and not state.masks:
         state = _permuted(config, prepared, state, attention_path)
     adapters, masks = state.train.adapters, state.masks or None

@@ -310,7 +310,7 @@ def _average_entries(spec: ModelSpec, config: Config, along: Mapping[str, int], 
     shapes, prune = linear_shapes(spec), config.prune
     names = [name for name in LINEARS if name in prune.targets]
     # An average that is kept as it is stays with the host.
-    if not events or prune.ema == 1 or keeps_scores(prune):
+    if events < 2 or prune.ema == 1 or keeps_scores(prune):
         return 0
     reach = sum(_entries(("reach", name), (shapes[name][0],), along) for name in names)
     norms = sum(input_widths(spec)[source] for source in {INPUT_OF[name] for name in names})

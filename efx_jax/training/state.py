@@ -1,5 +1,6 @@
 """What training carries from step to step."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,7 +93,9 @@ def fresh_state(
     else:
         # The first step donates them.
         adapters = jax.tree.map(jnp.copy, start)
-    prune = init_prune_state(params, adapters, config.prune, prune_key, events)
+    # Nothing is averaged of one event.
+    averaging = config.prune if events > 1 else dataclasses.replace(config.prune, ema=1.0)
+    prune = init_prune_state(params, adapters, averaging, prune_key, events)
     placed = {"train": init_train_state(adapters, tx), "prune": prune}
     placed = jax.device_put(placed, tree_shardings(mesh, placed))
     return RunState(placed["train"], params, {}, placed["prune"])

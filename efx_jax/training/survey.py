@@ -9,13 +9,14 @@ import numpy as np
 
 from efx_jax.config import Config
 from efx_jax.config_event import matrix_group, n_of_m
-from efx_jax.data.batches import bucket_length
+from efx_jax.data.batches import ATTENTION_MULTIPLE, bucket_length, up_to_multiple
 from efx_jax.data.sources import data_root
 from efx_jax.data.tasks import Data, load_data
 from efx_jax.data.tokens import text_windows
 from efx_jax.errors import InputError, MissingInputError
 from efx_jax.model.spec import ModelSpec, linear_shapes
 from efx_jax.parallel.fit import Sizes, check_mesh
+from efx_jax.pruning.permutation import movable_inputs
 from efx_jax.pruning.selection import SLAB, selection_counts
 from efx_jax.structural.slicing import settle_masks
 from efx_jax.structural.units import units_of
@@ -76,6 +77,8 @@ def check_shapes(config: Config, spec: ModelSpec) -> None:
     for name in prune.targets if prune.sparsity else ():
         shape = (spec.num_layers, *shapes[name])
         selection_counts(shape, prune.sparsity, matrix_group(name, prune), prune.bound)
+    if prune.permute and prune.sparsity:
+        movable_inputs(spec, prune)
     pattern = n_of_m(prune.group)
     sizes = Sizes(
         linears=shapes,
@@ -146,7 +149,8 @@ def plan_layout(config: Config, found: FoundSpec, device: Device, data: DataCoun
     length = config.data.max_length
     if not packing:
         longest = data.longest if isinstance(data, DataCounts) else length - 1  # the last token is never an input
-        length = bucket_length([longest], longest)
+        in_buckets = config.data.batching == "buckets"
+        length = up_to_multiple(longest, ATTENTION_MULTIPLE) if in_buckets else bucket_length([longest], longest)
     narrow = config.model.compute_dtype in ("bfloat16", "float16")
     head_dim = found.spec.head_dim
     return Layout(

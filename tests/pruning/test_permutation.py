@@ -1,5 +1,6 @@
 """Units in another order: the same function, and less that N:M has to drop."""
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -13,7 +14,7 @@ from efx_jax.errors import InputError
 from efx_jax.lora import merge
 from efx_jax.model.decoder import forward
 from efx_jax.pruning.event import prune_event
-from efx_jax.pruning.permutation import Order, find_order, group_inputs, permute
+from efx_jax.pruning.permutation import find_order, group_inputs, movable_inputs, permute
 from efx_jax.pruning.statistics import Statistics, collect_statistics
 from tests.tiny import random_model
 
@@ -139,6 +140,16 @@ def test_a_matrix_that_is_not_pruned_gives_no_order(llama: Any) -> None:
     stats = collect_statistics(llama.params, llama.batches, llama.spec, llama.adapters)
     config = PruneConfig(group="2:4", recovery="admm", targets=("down_proj",))
     assert find_order(llama.params, None, stats, llama.spec, config).columns.keys() == {"down_proj"}
-    config = PruneConfig(group="4:8", recovery="admm", targets=("o_proj",))
+
+
+def test_what_can_move_nothing_is_refused(llama: Any) -> None:
+    config = PruneConfig(group="4:8", recovery="admm", permute=True, targets=("q_proj", "o_proj"))
     # Eight inputs are more than the four dimensions of a head.
-    assert find_order(llama.params, None, stats, llama.spec, config) == Order({}, {})
+    with pytest.raises(InputError, match=r"nothing can move .* where o_proj is pruned \(.* heads of 4, M 8\); set it"):
+        movable_inputs(llama.spec, config)
+    biased = dataclasses.replace(llama.spec, biases=("q_proj", "k_proj", "v_proj"))
+    both = dataclasses.replace(config, group="2:4", targets=("o_proj", "down_proj"))
+    assert movable_inputs(llama.spec, both) == ("o_proj", "down_proj")
+    assert movable_inputs(biased, both) == ("down_proj",)
+    with pytest.raises(InputError, match="biases on q_proj, k_proj, v_proj"):
+        movable_inputs(biased, dataclasses.replace(both, targets=("o_proj",)))

@@ -277,7 +277,7 @@ def test_refining_the_mask_lowers_the_calibration_error(layer: Problem) -> None:
 def test_what_comes_back_at_a_later_event_is_what_its_score_says(
     layer: Problem, pattern: tuple[int, int] | None
 ) -> None:
-    """The last four of every eight inputs are gone; the new mask has five: three of those left, and two of those gone."""
+    """The last four of every eight inputs are gone; the new mask has five, three left and two gone."""
     before = np.tile(np.arange(8) < 4, (OUT, IN // 8))
     asked = np.tile(np.isin(np.arange(8), [0, 1, 2, 4, 6]), (OUT, IN // 8))
     target = layer.weight * before
