@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,22 @@ from efx_jax.weights.config_json import read_json
 # Of a byte-level step these say where a token lies in the text, and to a decoder nothing at all.
 _OFFSETS = ("trim_offsets",)
 _IDLE_IN_DECODERS = ("trim_offsets", "add_prefix_space", "use_regex")
+# Where SentencePiece tokenizers part: at the space before a text, at several, in ligatures, at digits.
+_PROBES = ("a", "a  a", "\ufb01", "10 2026")
+_SPACE = "▁"
+_WITHOUT_SPACE = {"add_prefix_space": False}
 
 
 def folder_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder; needs `transformers`, runs no code of the checkpoint.
 
     `AutoTokenizer` builds some classes anew from vocabulary and merges alone: SmolLM2's, declared a GPT2Tokenizer, then
-    cuts no text at digits any more. Where that has lost a step of a byte-level `tokenizer.json`, the file itself is
-    taken. A SentencePiece tokenizer (LLaMA 2) is left as transformers has it, which writes the same steps in another
-    way.
+    cuts no text at digits any more, and a LlamaTokenizer puts a space before every text, whether its file does or not.
+    Where that has lost a step of a byte-level `tokenizer.json`, or cuts some texts otherwise than that of a
+    SentencePiece tokenizer (LLaMA 2), the file itself is taken. `"legacy": false` in `tokenizer_config.json` is the
+    owner's word that no space is put after a special token, nor before a text that begins with one, which is how
+    transformers 5 builds the class: there the file has no say. Of a `tokenizer.model` without a `tokenizer.json` it is
+    looked at whether it puts a space before a text.
 
     Args:
         folder: with the tokenizer's files.
@@ -46,15 +54,17 @@ def folder_tokenizer(folder: Path) -> Any:
 def declare_tokenizer(src: Path, dst: Path) -> None:
     """Declares a copied tokenizer as one that `AutoTokenizer` reads as its `tokenizer.json` has it, if it is not.
 
-    Whoever opens an export then has the ids that it was trained on. Where transformers is not installed, or cannot load
-    the tokenizer, the copy stays as it is.
+    Whoever opens an export then has the ids that it was trained on, but for a qwen2 model: of those transformers 5
+    heeds no declaration and builds its Qwen2Tokenizer; a warning says so where that is another tokenizer. Where
+    transformers is not installed, or cannot load the tokenizer, the copy stays as it is.
 
     Args:
         src: the folder that it was copied from.
         dst: the folder of the copy.
     """
     config = dst / "tokenizer_config.json"
-    if not config.is_file():
+    has_file = (dst / "tokenizer.json").is_file()
+    if not has_file and not config.is_file():
         return
     # It advises to install torch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -62,36 +72,73 @@ def declare_tokenizer(src: Path, dst: Path) -> None:
         tokenizer, is_whole = _as_declared(src)
         if is_whole:
             return
-        special = _from_file(src, tokenizer).special_tokens_map
+        written = _from_file(src, tokenizer)
     # The tokenizers library raises nothing more special, whatever is wrong with a file.
     except Exception:
         return
-    declared = special | read_json(config) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    found = read_json(config) if config.is_file() else {}
+    way = {"tokenizer_class": "PreTrainedTokenizerFast"} if has_file else _WITHOUT_SPACE
+    declared = written.special_tokens_map | found | way
     config.write_text(json.dumps(declared, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # Without a config.json (an Orbax folder has none yet) nothing tells transformers which class to build instead.
+    if (dst / "config.json").is_file() and not _as_declared(dst)[1]:
+        warnings.warn(
+            f"{src}: AutoTokenizer of transformers builds another tokenizer than tokenizer.json has, and so it does of "
+            "the export; open that with transformers.PreTrainedTokenizerFast.from_pretrained",
+            stacklevel=2,
+        )
 
 
 def _as_declared(folder: Path) -> tuple[Any, bool]:
-    """The tokenizer that `AutoTokenizer` builds, and whether it has the steps of the folder's `tokenizer.json`."""
+    """The tokenizer that `AutoTokenizer` builds, and whether it cuts texts as the folder's files say."""
     import transformers
 
-    file = folder / "tokenizer.json"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    is_whole = type(tokenizer) is transformers.PreTrainedTokenizerFast or not file.is_file()
-    return tokenizer, is_whole or _follows(tokenizer, file)
+    return tokenizer, type(tokenizer) is transformers.PreTrainedTokenizerFast or _follows(tokenizer, folder)
 
 
-def _follows(tokenizer: Any, file: Path) -> bool:
-    """Whether a tokenizer has the steps around the model that a byte-level `tokenizer.json` asks for."""
+def _follows(tokenizer: Any, folder: Path) -> bool:
+    """Whether a tokenizer that was built from a folder's vocabulary cuts texts as the folder's files say."""
     from tokenizers import Tokenizer
 
-    written = read_json(file)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or written["model"].get("byte_fallback"):
+    backend, file = getattr(tokenizer, "backend_tokenizer", None), folder / "tokenizer.json"
+    if backend is None:
         return True
+    if not file.is_file():
+        return not _gains_space(tokenizer, folder / "tokenizer.model")
+    written = read_json(file)
+    if written["model"].get("byte_fallback"):
+        probes = _PROBES if _has_no_legacy(folder) else (*_PROBES, " a", "  a", f"{tokenizer.eos_token}a")
+        return _cuts_alike(tokenizer, _from_file(folder, tokenizer), probes)
     # Without its vocabulary a file is read at once; the library fills in what an old file leaves out.
     empty = {"type": "BPE", "vocab": {}, "merges": []}
     bare = Tokenizer.from_str(json.dumps(written | {"model": empty, "added_tokens": [], "post_processor": None}))
     return _steps(backend) == _steps(bare)
+
+
+def _has_no_legacy(folder: Path) -> bool:
+    """Whether the folder's owner has chosen the spaces of transformers 5, see `folder_tokenizer`."""
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and read_json(config).get("legacy") is False
+
+
+def _cuts_alike(tokenizer: Any, written: Any, texts: tuple[str, ...]) -> bool:
+    """Whether two tokenizers give the same ids of some texts.
+
+    Some old files find no special token in a text, which then says nothing of the spaces: such a text is left out.
+    """
+    eos = tokenizer.eos_token_id
+    both = [[encoder(text, add_special_tokens=False).input_ids for text in texts] for encoder in (tokenizer, written)]
+    return all(a == b for a, b in zip(*both, strict=True) if (eos in a) == (eos in b))
+
+
+def _gains_space(tokenizer: Any, model: Path) -> bool:
+    """Whether a tokenizer puts a space before a text where the SentencePiece model that it was built from does not."""
+    if not model.is_file() or not "".join(tokenizer.tokenize("a")).startswith(_SPACE):
+        return False
+    from sentencepiece import SentencePieceProcessor
+
+    return not SentencePieceProcessor(model_file=str(model)).encode_as_pieces("a")[0].startswith(_SPACE)
 
 
 def _steps(backend: Any) -> list[Any]:
@@ -111,6 +158,8 @@ def _from_file(folder: Path, tokenizer: Any) -> Any:
     """The tokenizer of the file; its special tokens are those of the class too, where it knows them."""
     import transformers
 
+    if not (folder / "tokenizer.json").is_file():
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **_WITHOUT_SPACE)
     written = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     vocab = written.get_vocab()
     for name, token in tokenizer.special_tokens_map.items():

@@ -20,6 +20,7 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
 DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}
 SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 LEGACY = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, SPACE]}
+SPACED = ["a", " a", "  a b", "</s>a", "a</s> b"]
 
 
 def write_folder(folder: Path, kind: str, model_type: str, declared: dict[str, Any], **steps: Any) -> Path:
@@ -73,6 +74,83 @@ def test_an_export_opens_with_the_ids_that_it_was_trained_on(tmp_path: Path) -> 
         assert same == stays
 
 
+def exported(folder: Path) -> Path:
+    """What an export takes over of a folder's tokenizer, beside its config.json."""
+    out = folder.with_name(f"{folder.name}-out")
+    out.mkdir()
+    shutil.copyfile(folder / "config.json", out / "config.json")
+    write_extras(folder, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("declared", "normalizer"),
+    [
+        ({"tokenizer_class": "LlamaTokenizer"}, SPACE),
+        ({"tokenizer_class": "LlamaTokenizer", "legacy": False}, SPACE),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, LEGACY),
+        ({"tokenizer_class": "LlamaTokenizer", "legacy": True}, LEGACY),
+    ],
+)
+def test_sentencepiece_spaces_are_those_of_the_file(
+    tmp_path: Path, declared: dict[str, Any], normalizer: dict[str, Any]
+) -> None:
+    """transformers 5 puts one before a text that does not begin with one, and behind a special token by `legacy`."""
+    folder = write_folder(tmp_path / "hf", "llama2", "llama", declared, normalizer=normalizer, pre_tokenizer=None)
+    written = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert any(theirs(text).input_ids != written.encode(text).ids for text in SPACED)
+    opened = [load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(exported(folder))]
+    for text in [*SPACED, *golden_texts()]:
+        for found in opened:
+            assert found(text).input_ids == written.encode(text).ids, repr(text)
+
+
+def test_legacy_false_leaves_the_spaces_to_transformers(tmp_path: Path) -> None:
+    declared = {"tokenizer_class": "LlamaTokenizer", "legacy": False}
+    folder = write_folder(tmp_path / "hf", "llama2", "llama", declared, normalizer=LEGACY, pre_tokenizer=None)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in SPACED:
+        assert load_tokenizer(folder)(text).input_ids == theirs(text).input_ids, repr(text)
+
+
+@pytest.mark.parametrize("has_prefix", [False, True])
+def test_a_sentencepiece_model_alone_says_whether_a_space_comes_first(tmp_path: Path, has_prefix: bool) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on a mat", "a tab ab ba abba"] * 20),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=has_prefix,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    written = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for found in (load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(exported(folder))):
+        for text in ("a", "the cat", "mat ab"):
+            assert found(text).input_ids == written.encode(text), repr(text)
+
+
+def test_what_no_declaration_mends_is_said(tmp_path: Path) -> None:
+    """transformers 5 builds a Qwen2Tokenizer of every qwen2 model, whatever class is declared."""
+    folder = write_folder(tmp_path / "hf", "gpt2", "qwen2", {"tokenizer_class": "Qwen2Tokenizer"}, pre_tokenizer=DIGITS)
+    with pytest.warns(UserWarning, match=f"{folder}: AutoTokenizer .* another tokenizer than tokenizer.json has"):
+        out = exported(folder)
+    written = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    advised = transformers.PreTrainedTokenizerFast.from_pretrained(out)
+    assert any(theirs(text).input_ids != written.encode(text).ids for text in golden_texts())
+    for text in golden_texts():
+        for found in (advised, load_tokenizer(out)):
+            assert found(text).input_ids == written.encode(text).ids, repr(text)
+
+
 def test_special_tokens_that_only_the_class_names_stay(tmp_path: Path) -> None:
     declared = {"tokenizer_class": "GPT2Tokenizer", "eos_token": None, "bos_token": None}
     folder = write_folder(tmp_path / "hf", "gpt2", "llama", declared, pre_tokenizer=DIGITS)
@@ -84,12 +162,6 @@ def test_special_tokens_that_only_the_class_names_stay(tmp_path: Path) -> None:
     [
         ("qwen2", "qwen2", {"tokenizer_class": "Qwen2Tokenizer"}, {"normalizer": {"type": "NFC"}}),
         ("llama2", "llama", {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}, {}),
-        (
-            "llama2",
-            "llama",
-            {"tokenizer_class": "LlamaTokenizer", "legacy": True},
-            {"normalizer": LEGACY, "pre_tokenizer": None},
-        ),
         ("llama3", "llama", {}, {}),
     ],
 )
