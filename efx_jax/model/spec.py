@@ -264,6 +264,15 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         )
     if config.get("pretraining_tp", 1) not in (None, 1):
         raise InputError("config.json: pretraining_tp other than 1 is not supported; set it to 1")
+    refuse_quantised(config)
+
+
+def refuse_quantised(config: Mapping[str, Any]) -> None:
+    """Refuses the `config.json` of a checkpoint whose tensors are those of a quantisation (GPTQ, AWQ, FP8, ...).
+
+    Raises:
+        InputError: it is one.
+    """
     if config.get("quantization_config"):
         raise InputError(
             "config.json: quantization_config found; quantised safetensors are not supported; use the unquantised "

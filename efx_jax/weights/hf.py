@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from efx_jax.errors import InputError
 from efx_jax.files import atomic_folder
-from efx_jax.model.spec import ModelSpec, spec_from_config
+from efx_jax.model.spec import ModelSpec, refuse_quantised, spec_from_config
 from efx_jax.parallel.hosts import meet, together
 from efx_jax.weights.assemble import assemble
 from efx_jax.weights.config_json import check_tokenizer_fits, config_to_write, copy_extras, read_json
@@ -33,8 +33,8 @@ def open_folder(path: str | os.PathLike[str]) -> TensorSource:
     """Opens a Hugging Face folder: `config.json` and `model.safetensors`, whole or in shards; reads no tensor.
 
     Raises:
-        InputError: no such folder, no safetensors in it, a missing, truncated or garbled file, a tensor that the
-            index promises and its shard lacks, or a tokenizer with more tokens than the embedding has rows.
+        InputError: no such folder, no safetensors in it, quantised ones, a missing, truncated or garbled file, a tensor
+            that the index promises and its shard lacks, or a tokenizer with more tokens than the embedding has rows.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -45,6 +45,8 @@ def open_folder(path: str | os.PathLike[str]) -> TensorSource:
             "--lora.adapter (of train.py) or --adapter (of the evaluation)"
         )
     config = read_json(folder / "config.json")
+    # Its tensors have dtypes that would be refused next, without the reason.
+    refuse_quantised(config)
     entries = {name: entry for file in folder_files(folder).values() for name, entry in file.items()}
     check_tokenizer_fits(folder, config)
     shapes = {name: entry.shape for name, entry in entries.items()}

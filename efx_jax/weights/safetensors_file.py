@@ -65,7 +65,10 @@ def parse_header(text: bytes, path: Path, integers: bool = False) -> dict[str, E
     allowed = [code for name, code in _CODES.items() if integers or name in DTYPES]
     for name, fields in header.items():
         if fields["dtype"] not in allowed:
-            raise InputError(f"{path}: tensor {name} has dtype {fields['dtype']}, expected one of {', '.join(allowed)}")
+            raise InputError(
+                f"{path}: tensor {name} has dtype {fields['dtype']}, expected one of {', '.join(allowed)}; get the "
+                "checkpoint in one of these"
+            )
     return {
         name: Entry(path, tuple(fields["shape"]), _NAMES[fields["dtype"]], 8 + len(text) + fields["data_offsets"][0])
         for name, fields in header.items()

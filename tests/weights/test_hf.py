@@ -154,6 +154,14 @@ def test_integer_tensor_is_refused_by_name(make_folder: Callable, make_tensors: 
         load_pretrained(make_folder(tensors=tensors))
 
 
+def test_a_quantised_folder_is_refused_as_one(make_folder: Callable, make_tensors: Callable) -> None:
+    tensors = make_tensors()
+    tensors["model.layers.0.self_attn.q_proj.qweight"] = np.zeros((4, 16), np.int32)
+    folder = make_folder(tensors=tensors, config={"quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(InputError, match="quantised safetensors are not supported; use the unquantised checkpoint"):
+        load_pretrained(folder)
+
+
 @pytest.mark.parametrize("largest", [39, 40])
 def test_tokenizer_may_not_be_larger_than_the_embedding(largest: int, make_folder: Callable) -> None:
     folder = make_folder()
