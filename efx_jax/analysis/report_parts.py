@@ -1,6 +1,5 @@
 """The sections of a run's report, each a pure function of what the run has left on disk."""
 
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -138,11 +137,14 @@ def loading(record: RunRecord) -> Html:
         f"params, spec = efx_jax.load_pretrained({folder!r})\n"
         f"tokenizer = efx_jax.load_tokenizer({folder!r})"
     )
-    score = f"python -m efx_jax.evaluation {shlex.quote(str(record.folder))}"
+    # A run on rows of its own has nothing that this command could go on with.
+    has_own = record.summary["data"]["test"] or text_name(record.config, record.summary)
+    score = f"python -m efx_jax.evaluation {shlex.quote(str(record.folder))}{'' if has_own else ' --tasks FILE'}"
+    told = "Score it again, or on other --tasks and --text:" if has_own else "Score it on rows of your own:"
     parts = [
         *(paragraph("With transformers:"), code(transformers)),
         *(paragraph("With efx_jax:"), code(own)),
-        *(paragraph("Score it on more rows or other tasks:"), code(score)),
+        *(paragraph(told), code(score)),
     ]
     return section("loading", "Load the export", parts)
 
@@ -201,8 +203,8 @@ def _mib(size: float | None) -> str:
 def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
-    minutes = math.floor(seconds / 60)
-    return f"{minutes} min {seconds - 60 * minutes:.0f} s" if minutes < 100 else f"{seconds / 3600:.1f} h"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 100 else f"{seconds / 3600:.1f} h"
 
 
 def _answering(record: RunRecord) -> list[str]:

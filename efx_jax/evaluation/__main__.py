@@ -29,6 +29,7 @@ from efx_jax.weights.peft import load_adapter
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _DATA_FLAGS = ("template", "context", "new_tokens", "format", "root", "max_length")
+_MODEL_FLAGS = ("compute_dtype",)
 _EVAL_FLAGS = ("window", "text_tokens")
 # What the readers of data call a setting of train.py is a flag of this command.
 _SETTING = re.compile(
@@ -102,12 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--normalize", choices=("sum", "mean"), default="sum", help="likelihood: over the tokens of an answer")
     add("--seed", type=whole_number, default=0, help="of the protocol sampled")
     add("--dtype", choices=("keep", *_DTYPES), default="keep", help="of the weights; keep: their own")
-    add("--compute-dtype", choices=_DTYPES, default="bfloat16", help="of the matmul operands; sums are float32")
+    add("--compute-dtype", choices=_DTYPES, help="of the matmul operands; sums are float32; default: bfloat16")
     add("--relative-to", default="", metavar="DIR", help="the dense model's --output: also prints Rel.%% to it")
     add("--output", default="", metavar="DIR", help="writes summary.json, results.md and predictions.jsonl there")
     parser.epilog = (
-        "A run folder's own template, context, new_tokens, format, root, max_length, window and text_tokens hold "
-        "unless given, and without --tasks and --text its tasks and its text. Without any: icd10."
+        "A run folder's own template, context, new_tokens, format, root, max_length, window, text_tokens and "
+        "compute_dtype hold unless given, and without --tasks and --text its tasks and its text. Without any: icd10."
     )
     return parser
 
@@ -171,7 +172,7 @@ def _check_output(folder: Path, dense: str) -> None:
 
 
 def _settings(arguments: argparse.Namespace, spec: ModelSpec) -> Config:
-    """The sections data and eval: flags over those of a run, which has its own, or over the defaults."""
+    """The sections model, data and eval: flags over those of a run, which has its own, or over the defaults."""
     if (arguments.max_length or 0) > spec.max_position_embeddings:
         raise InputError(
             f"--max-length: expected at most the model's context of {spec.max_position_embeddings} tokens, "
@@ -191,7 +192,8 @@ def _settings(arguments: argparse.Namespace, spec: ModelSpec) -> Config:
         base = Config(data=DataConfig(max_length=length))
     data = dataclasses.replace(base.data, **_given(arguments, _DATA_FLAGS))
     measured = dataclasses.replace(base.eval, **_given(arguments, _EVAL_FLAGS))
-    return dataclasses.replace(base, data=data, eval=measured)
+    model = dataclasses.replace(base.model, **_given(arguments, _MODEL_FLAGS))
+    return dataclasses.replace(base, model=model, data=data, eval=measured)
 
 
 def _is_run(folder: Path) -> bool:
@@ -267,9 +269,10 @@ def _measure(params: Params, work: _Work, arguments: argparse.Namespace, output:
         compared = {"to": arguments.relative_to} | relative(results, records, *work.dense)
     print(results_tables(text, results, compared))
     if output is not None:
-        data, measured = dataclasses.asdict(work.config.data), dataclasses.asdict(work.config.eval)
-        asked = vars(arguments) | {name: data[name] for name in _DATA_FLAGS}
-        asked |= {name: measured[name] for name in _EVAL_FLAGS}
+        config = work.config
+        sections = ((config.model, _MODEL_FLAGS), (config.data, _DATA_FLAGS), (config.eval, _EVAL_FLAGS))
+        settled = {name: getattr(section, name) for section, names in sections for name in names}
+        asked = vars(arguments) | settled
         write_evaluation(output, asked, text, results, compared, seconds, records)
 
 
@@ -283,7 +286,7 @@ def _measure_text(params: Params, work: _Work, arguments: argparse.Namespace) ->
         work.spec,
         work.adapters,
         batch_size=arguments.batch_size,
-        compute_dtype=arguments.compute_dtype,
+        compute_dtype=work.config.model.compute_dtype,
     )
 
 
@@ -298,7 +301,7 @@ def _measure_task(
         arguments.protocol,
         work.adapters,
         batch_size=arguments.batch_size,
-        compute_dtype=arguments.compute_dtype,
+        compute_dtype=work.config.model.compute_dtype,
         runs=arguments.runs,
         seed=arguments.seed,
         normalize=arguments.normalize,

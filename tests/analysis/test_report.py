@@ -5,6 +5,7 @@ import itertools
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,6 +135,25 @@ def test_what_was_asked_names_the_settings_that_differ(page: Page) -> None:
 
 def test_time_and_memory_stand_there_by_phase(page: Page) -> None:
     assert "load 1.5 s 4 % 300 train 30.0 s 75 % 1,234 prune 8.5 s 21 % – all 40.0 s 100 % 1,234" in page.said("table")
+
+
+def test_a_minute_has_sixty_seconds(tmp_path: Path) -> None:
+    seconds = {"load": 99.96, "train": 119.6, "prune": 5999.7}
+    said = Page(report.write_report(leave_run(tmp_path / "run", seconds=seconds)).read_text()).said("table")
+    for told in ("load 100.0 s", "train 2 min 0 s", "prune 1.7 h"):
+        assert told in said
+
+
+def test_the_command_that_scores_names_a_file_where_the_run_has_nothing_to_score_on(tmp_path: Path) -> None:
+    def command(name: str, data: DataConfig, **found: Any) -> str:
+        folder = leave_run(tmp_path / name, Config(data=data), data={"train": {"rows": 5}, "test": {}, **found})
+        said = Page(report.write_report(folder).read_text()).said()
+        return said.partition(f"python -m efx_jax.evaluation {folder}")[2].removeprefix(" ").partition(" ")[0]
+
+    assert command("own", DataConfig(train="rows.jsonl"), text="") == "--tasks"
+    assert command("text", DataConfig(train="rows.jsonl", text="wikitext"), text="wikitext") != "--tasks"
+    assert command("mix", DataConfig(train="mix.yaml"), text="laws.txt") != "--tasks"
+    assert command("task", DataConfig(train="rows.jsonl"), test={"triage": {"rows": 3}}) != "--tasks"
 
 
 def test_right_and_wrong_are_said_in_words(page: Page) -> None:

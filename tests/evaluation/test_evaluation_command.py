@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from efx_jax.config import Config, DataConfig, EvalConfig
+from efx_jax.config import Config, DataConfig, EvalConfig, ModelConfig
 from efx_jax.config_io import to_yaml
 from efx_jax.data.tasks import load_text
 from efx_jax.data.tokens import text_windows
@@ -248,6 +248,19 @@ def test_a_run_gives_its_windows_and_flags_override_them(run, text, tmp_path) ->
     assert (asked["window"], asked["text_tokens"], asked["max_length"]) == (8, 20, 48)
     assert main([str(run), "--window", "16", "--text-tokens", "32", "--output", str(tmp_path / "other")]) == 0
     assert read(tmp_path / "other")[0]["perplexity"]["windows"] == 2
+
+
+def test_a_run_gives_the_type_of_its_products_and_a_flag_overrides_it(run, text, folder, tmp_path) -> None:
+    def measured(path: str, *flags: str) -> tuple[str, float]:
+        assert main([path, "--text", text, "--window", "8", *flags, "--output", str(tmp_path / "out")]) == 0
+        summary, _ = read(tmp_path / "out")
+        return summary["arguments"]["compute_dtype"], summary["perplexity"]["value"]
+
+    (run / "config.yaml").write_text(to_yaml(Config(model=ModelConfig(compute_dtype="float32"))))
+    (narrow, low), (wide, high) = measured(folder), measured(folder, "--compute-dtype", "float32")
+    assert (narrow, wide) == ("bfloat16", "float32") and low != high
+    assert measured(str(run)) == (wide, high)
+    assert measured(str(run), "--compute-dtype", "bfloat16") == (narrow, low)
 
 
 def test_without_a_run_rows_may_be_as_long_as_the_model_reads(folder, rows, tmp_path) -> None:
