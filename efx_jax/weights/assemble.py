@@ -23,9 +23,6 @@ from efx_jax.weights.source import (
     leaves,
 )
 
-# Checks go over a part in blocks, so that what they compute stays small beside a large embedding.
-_BLOCK_BYTES = 1 << 24
-
 
 def assemble(source: TensorSource, spec: ModelSpec, dtype: str | None, mesh: Mesh | None = None) -> dict[str, Any]:
     """Reads a checkpoint into the parameter tree of `param_shapes(spec)`.
@@ -128,7 +125,7 @@ def _read_finite(source: TensorSource, name: str, part: Part) -> np.ndarray:
     """Reads one part of a tensor and refuses NaN and Inf."""
     values = source.read_part(name, part)
     row_bytes = values.nbytes // len(values)
-    for block in row_blocks(whole(values.shape), row_bytes, _BLOCK_BYTES):
+    for block in row_blocks(whole(values.shape), row_bytes):
         finite = np.isfinite(values[block])
         if not finite.all():
             index = np.argwhere(~finite)[0] + [along.start for along in block]

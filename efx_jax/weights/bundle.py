@@ -47,7 +47,6 @@ MANIFEST, MASKS, ADAPTER, MOVED, OTHERS = (
     "others",
 )
 FORMAT, VERSION = "efx-bundle", 1
-_BLOCK_BYTES = 1 << 24
 _LAYOUT = {
     "base": {"path": str, "sha256": str, "config": {}},
     "dtype": (str, type(None)),
@@ -246,7 +245,7 @@ def content_sha256(source: TensorSource, spec: ModelSpec) -> str:
     for name in (name for leaf in leaves(spec) for name in leaf.names):
         shape = source.shapes[name]
         digest.update(f"{name} {source.dtypes[name]} {list(shape)}\n".encode())
-        for block in row_blocks(whole(shape), tensor_bytes(source, name) // shape[0], _BLOCK_BYTES):
+        for block in row_blocks(whole(shape), tensor_bytes(source, name) // shape[0]):
             digest.update(np.ascontiguousarray(source.read_part(name, block)).view(np.uint8).data)
     return digest.hexdigest()
 

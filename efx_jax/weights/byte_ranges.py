@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 
 Part = tuple[slice, ...]
+# What a check, a count or a checksum has of a tensor in memory at a time: small beside a large embedding.
+_BLOCK_BYTES = 1 << 24
 
 
 def whole(shape: tuple[int, ...]) -> Part:
@@ -31,7 +33,7 @@ def part_shape(part: Part) -> tuple[int, ...]:
     return tuple(along.stop - along.start for along in part)
 
 
-def row_blocks(part: Part, row_bytes: int, max_bytes: int) -> Iterator[Part]:
+def row_blocks(part: Part, row_bytes: int, max_bytes: int = _BLOCK_BYTES) -> Iterator[Part]:
     """Cuts a part into blocks of whole rows, each of at most `max_bytes` (or one row), in their order.
 
     Args:

@@ -19,7 +19,6 @@ DTYPES: dict[str, Any] = {
 }
 
 _FLOAT16_MAX = 65504.0
-_BLOCK_BYTES = 1 << 24
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -153,7 +152,7 @@ def check_tied_head(source: TensorSource, spec: ModelSpec, parts: Iterable[Part]
     shape = source.shapes[EMBEDDING]
     row_bytes = shape[1] * DTYPES[source.dtypes[EMBEDDING]].itemsize
     for part in [whole(shape)] if parts is None else parts:
-        for block in row_blocks(part, row_bytes, _BLOCK_BYTES):
+        for block in row_blocks(part, row_bytes):
             if not np.array_equal(source.read_part(HEAD, block), source.read_part(EMBEDDING, block), equal_nan=True):
                 raise InputError(
                     f"{source.path}: config.json ties the embeddings, but {HEAD} differs from {EMBEDDING}; "

@@ -26,7 +26,6 @@ from efx_jax.weights.source import TensorSource, leaves
 FILE = "efx_sparsity.json"
 DENSE, UNSTRUCTURED = "dense", "unstructured"
 _FORMAT, _VERSION = "efx-sparsity", 1
-_BLOCK_BYTES = 1 << 24
 _GROUPS = (2, 4, 8, 16, 32)
 
 
@@ -80,7 +79,7 @@ def count_zeros(source: TensorSource, name: str, groups: Iterable[int] = ()) -> 
     shape = source.shapes[name]
     fullest = {size: 0 for size in groups if len(shape) == 2 and shape[1] % size == 0}
     entries, zeros, stored, not_finite, digest = math.prod(shape), 0, 0, 0, hashlib.sha256()
-    for block in row_blocks(whole(shape), tensor_bytes(source, name) // shape[0], _BLOCK_BYTES):
+    for block in row_blocks(whole(shape), tensor_bytes(source, name) // shape[0]):
         values = source.read_part(name, block)
         stays, bits = values != 0, bits_of(values) != 0
         zeros += stays.size - int(np.count_nonzero(stays))
@@ -90,7 +89,7 @@ def count_zeros(source: TensorSource, name: str, groups: Iterable[int] = ()) -> 
         for size, most in fullest.items():
             # Once a group is full there is nothing more to learn.
             if most < size:
-                fullest[size] = max(most, int(stays.reshape(-1, size).sum(axis=1, dtype=np.uint8).max()))
+                fullest[size] = max(most, int(np.count_nonzero(stays.reshape(-1, size), axis=1).max()))
     return Zeros(entries, zeros, stored, not_finite, digest.hexdigest(), fullest)
 
 

@@ -16,7 +16,8 @@ from efx_jax.model.spec import LINEARS, param_shapes, spec_from_config
 from efx_jax.weights.expert import write_expert
 from efx_jax.weights.hf import open_checkpoint, save_pretrained
 from efx_jax.weights.inspect import inspect
-from efx_jax.weights.sparsity import Asked, pruned_entries
+from efx_jax.weights.source import TensorSource
+from efx_jax.weights.sparsity import Asked, count_zeros, pruned_entries
 from tests.tiny import EVEN
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -95,6 +96,12 @@ def test_a_group_that_keeps_too_many_is_an_error(tmp_path: Path) -> None:
     ):
         export(tmp_path, masks | {"down_proj": group}, "2:4")
     assert not (tmp_path / "export").exists()
+
+
+def test_a_group_of_hundreds_is_counted(tmp_path: Path) -> None:
+    values = np.ones((2, 512), np.float32)
+    source = TensorSource(tmp_path, {}, {"w": values.shape}, {"w": "float32"}, lambda name, part: values[part])
+    assert count_zeros(source, "w", (256, 512)).fullest == {256: 256, 512: 512}
 
 
 def test_fewer_zeros_than_were_pruned_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
