@@ -11,7 +11,7 @@
     python convert_weights.py bundle RUN DST                what a run has made of its base, without the base
     python convert_weights.py apply BASE BUNDLE DST         the run's export from the base and a bundle, bit for bit
     python convert_weights.py inspect PATH                  shapes, dtypes, sparsity, patterns, sizes
-    python convert_weights.py verify A B                    tensor by tensor; exit code 1 if they differ
+    python convert_weights.py verify A B                    configuration and every tensor; exit code 1 if they differ
 
 A mistake in the input is one line on stderr and exit code 2.
 """

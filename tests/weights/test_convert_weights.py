@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,10 @@ import pytest
 from safetensors import safe_open
 
 from convert_weights import main
+from efx_jax.weights.byte_ranges import Part
 from efx_jax.weights.hf import load_tokenizer
+from efx_jax.weights.inspect import Difference, _difference
+from efx_jax.weights.source import TensorSource
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,6 +101,27 @@ def test_models_of_equal_tensors_and_other_configs_are_not_the_same(
     code, out, _ = _run(capsys, "verify", one, other)
     assert code == 1
     assert out.startswith("config: rope ") and out.endswith("all 30 tensors are identical\n")
+
+
+def test_tensors_are_compared_a_block_of_rows_at_a_time(tmp_path: Path) -> None:
+    a = np.ones((5_000, 1_000), np.float32)
+    b = a.copy()
+    a[0, 0], b[0, 0] = 1000, 1001
+    b[-1, 3] = 3
+    read = []
+
+    def source(values: np.ndarray) -> TensorSource:
+        def read_part(name: str, part: Part) -> np.ndarray:
+            read.append(values[part].nbytes)
+            return values[part]
+
+        return TensorSource(tmp_path, {}, {"w": values.shape}, {"w": "float32"}, read_part)
+
+    assert _difference(source(a), source(a), "w") is None
+    assert _difference(source(a), source(b), "w") == Difference(2.0, 2 / 3)
+    assert sum(read) == 4 * a.nbytes and max(read) <= 1 << 23
+    b[2_000] = np.nan
+    assert math.isnan(_difference(source(a), source(b), "w").absolute)
 
 
 def test_a_checkpoint_with_a_nan_is_itself(
