@@ -59,8 +59,8 @@ def atomic_folder(dst: str | os.PathLike[str], needs: int = 0, shared: bool = Fa
             the first makes and renames the folder, and the body may `meet`.
 
     Raises:
-        InputError: `dst` exists, the disk is full, the place is not writable, or a process does not see the folder
-            that the first has made.
+        InputError: `dst` exists, the disk is full, the place is not writable, the body cannot read a file, or a process
+            does not see the folder that the first has made.
         OtherProcessError: the body has failed in another process.
     """
     dst = Path(dst)
@@ -173,8 +173,23 @@ def _user_errors(path: Path) -> Iterator[None]:
             ) from error
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             where = error.filename or path
+            if isinstance(where, str | os.PathLike) and not _belongs_to(Path(where), path):
+                raise InputError(
+                    f"{where}: cannot be read ({error.strerror}); check the path and its permissions"
+                ) from error
             raise InputError(f"{where}: cannot be written ({error.strerror}); choose another path") from error
         raise
+
+
+def _belongs_to(place: Path, dst: Path) -> bool:
+    """Whether `place` is `dst`, a folder above it, or in it or its temporary sibling: no file that is read for it."""
+    place, dst = place.absolute(), dst.absolute()
+    within = (place, *place.parents)
+    return place in dst.parents or dst in within or any(_is_partial(above, dst) for above in within)
+
+
+def _is_partial(place: Path, dst: Path) -> bool:
+    return place.parent == dst.parent and place.name.startswith(f".{dst.name}.") and place.name.endswith(".partial")
 
 
 def _make_partial(dst: Path, needs: int) -> int:

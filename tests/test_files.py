@@ -116,6 +116,18 @@ def test_place_under_a_file_is_refused(tmp_path: Path) -> None:
         atomic_write(tmp_path / "file" / "dst", b"")
 
 
+def test_a_source_that_cannot_be_read_is_not_called_unwritable(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    with (
+        pytest.raises(InputError, match=f"^{tmp_path / 'src'}: cannot be read .*permissions$"),
+        atomic_folder(tmp_path / "dst"),
+    ):
+        (tmp_path / "src").read_bytes()
+    with pytest.raises(InputError, match=r"\.partial: cannot be written"), atomic_folder(tmp_path / "dst") as partial:
+        partial.write_bytes(b"")
+    assert os.listdir(tmp_path) == ["src"]
+
+
 def test_file_in_the_place_of_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         atomic_write(tmp_path, b"x")
