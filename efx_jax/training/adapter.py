@@ -54,8 +54,8 @@ def export_adapter(src: str | os.PathLike[str], dst: str | os.PathLike[str], dty
 
 
 def _base_path(path: str) -> str | Path:
-    """Where peft finds the base: of another run its export."""
-    return local_path(path) if Path(path).is_dir() else path
+    """Where peft finds the base from any working directory: of another run its export."""
+    return local_path(path).absolute() if Path(path).expanduser().exists() else path
 
 
 def _check_is_one_adapter(run: Run, step: int) -> None:

@@ -80,9 +80,10 @@ def test_adapter_of_a_run_is_what_it_started_from_where_it_has_learned_nothing(
 
 
 def test_adapter_of_a_run_on_a_run_names_the_export_that_peft_can_open(
-    launch: Launch, started: Path, tmp_path: Path
+    launch: Launch, started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = launch(tmp_path / "run", "--model.path", str(started), *UNPRUNED)
+    monkeypatch.chdir(started.parent)
+    run = launch(tmp_path / "run", "--model.path", started.name, *UNPRUNED)
     assert convert_weights.main(["adapter", str(run), str(tmp_path / "out")]) == 0
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(started / "export")
