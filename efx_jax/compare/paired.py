@@ -9,6 +9,7 @@ import scipy.stats
 
 from efx_jax.evaluation.scores import RESAMPLES, Interval, interval, resample_counts
 
+_SEED = 0  # of the resampling
 _HIGH = 0.975  # the upper end of a 95 % interval
 
 
@@ -22,7 +23,7 @@ class Windows:
 
 
 def perplexity_ratio(
-    found: Mapping[int, Windows], other: Mapping[int, Windows], seed: int = 0
+    found: Mapping[int, Windows], other: Mapping[int, Windows]
 ) -> tuple[float, Interval | None] | None:
     """Geometric mean over seeds of perplexity(found) / perplexity(other), with its 95 % interval.
 
@@ -34,7 +35,6 @@ def perplexity_ratio(
     Args:
         found: by seed the windows of one model.
         other: those of the other; a seed that only one of them has is left out.
-        seed: of the resampling.
 
     Returns:
         The ratio and its interval (None of a single window); None where there is nothing to pair: no seed in common,
@@ -51,8 +51,8 @@ def perplexity_ratio(
         return None
     if len(tokens) < 2:
         return value, None
-    draws = np.concatenate(list(resample_counts(np.arange(len(tokens)), RESAMPLES, seed)))
-    drawn = (draws @ apart.mean(axis=0)) / np.maximum(draws @ tokens, 1)
+    mean, blocks = apart.mean(axis=0), resample_counts(np.arange(len(tokens)), RESAMPLES, _SEED)
+    drawn = np.concatenate([(each @ mean) / np.maximum(each @ tokens, 1) for each in blocks])
     if len(shared) == 1:
         ends = np.asarray(interval(drawn))
     else:

@@ -13,7 +13,7 @@ from efx_jax.data.batches import bucket_length, pad_batch
 from efx_jax.data.tokens import Tokenized, checksum
 from efx_jax.errors import InputError
 from efx_jax.evaluation.likelihood import score_rows, target_log_probabilities
-from efx_jax.evaluation.scores import Interval, interval, resample_counts
+from efx_jax.evaluation.scores import RESAMPLES, Interval, interval, resample_counts
 from efx_jax.lora import Adapters
 from efx_jax.model.decoder import Params, head_weight, hidden_states
 from efx_jax.model.spec import ModelSpec
@@ -21,7 +21,7 @@ from efx_jax.parallel.partition import constrain
 
 Array = jax.Array
 
-_RESAMPLES = 2000
+_SEED = 0  # of the resampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +83,19 @@ def perplexity(
     return dataclasses.replace(summarise(window_nll, window_tokens), text=checksum(windows))
 
 
-def summarise(window_nll: np.ndarray, window_tokens: np.ndarray, seed: int = 0) -> Perplexity:
+def summarise(window_nll: np.ndarray, window_tokens: np.ndarray) -> Perplexity:
     """Perplexity and its interval (percentile bootstrap, 2,000 resamples of windows) from sums per window.
 
     Args:
         window_nll: nats float64 [n].
         window_tokens: predicted tokens int64 [n].
-        seed: of the resampling.
     """
-    counts = np.concatenate(list(resample_counts(np.arange(len(window_nll)), _RESAMPLES, seed)))
+    blocks = resample_counts(np.arange(len(window_nll)), RESAMPLES, _SEED)
+    nats, tokens = map(
+        np.concatenate, zip(*((each @ window_nll, each @ window_tokens) for each in blocks), strict=True)
+    )
     # A resample of windows that predict nothing has no perplexity.
-    tokens = counts @ window_tokens
-    resampled = np.exp((counts @ window_nll)[tokens > 0] / tokens[tokens > 0])
+    resampled = np.exp(nats[tokens > 0] / tokens[tokens > 0])
     nll_sum, total = float(window_nll.sum()), int(window_tokens.sum())
     ends = interval(resampled) if np.count_nonzero(window_tokens) > 1 else None
     return Perplexity(float(np.exp(nll_sum / total)), ends, nll_sum, total, window_nll, window_tokens)

@@ -1,7 +1,7 @@
 """Rel.%: what is left of a dense model's scores, over all tasks (EfficientXpert, arXiv 2511.19935)."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,10 @@ def relative(found: Results, records: Records, dense: Results, dense_records: Re
         return {"value": value, "interval": None}
     resampled, resampled_dense = {}, {}
     for seed, name in enumerate(found):
-        counts = np.concatenate(list(resample_counts(groups[name], RESAMPLES, seed)))
-        resampled[name] = _scores(name, found[name], records, counts)
-        resampled_dense[name] = _scores(name, dense[name], dense_records, counts)
+        # The same draws for both; of many rows they are too large to be kept.
+        resampled[name] = _scores(name, found[name], records, resample_counts(groups[name], RESAMPLES, seed))
+        blocks = resample_counts(groups[name], RESAMPLES, seed)
+        resampled_dense[name] = _scores(name, dense[name], dense_records, blocks)
     with np.errstate(divide="ignore", invalid="ignore"):
         values = _relative(resampled, resampled_dense)
     return {"value": value, "interval": _ends(values)}
@@ -117,7 +118,7 @@ def check_ratios(dense: Results, dense_records: Records, folder: Path) -> None:
     check_zeros(dense, folder)
     for name, result in dense.items():
         try:
-            _scores(name, result, dense_records, np.ones((1, result["rows"])))
+            _scores(name, result, dense_records, [np.ones((1, result["rows"]))])
             _groups(name, dense_records)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{folder}: predictions of {name} are garbled ({error!r}); evaluate again") from error
@@ -183,8 +184,10 @@ def _groups(task: str, records: Records) -> np.ndarray:
     return np.asarray([numbers[row] for row in range(len(numbers))], int)
 
 
-def _scores(task: str, result: Mapping[str, Any], records: Records, counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Every metric's mean over runs [R] in resamples that draw row n `counts[r, n]` times."""
+def _scores(
+    task: str, result: Mapping[str, Any], records: Records, blocks: Iterable[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Every metric's mean over runs [R] in resamples, blocks of [r,n] of which say how often each row is drawn."""
     runs, rows = result["runs"], result["rows"]
     own = {(record["run"], record["row"]): record for record in records if record["task"] == task}
     if len(own) != runs * rows:
@@ -192,11 +195,22 @@ def _scores(task: str, result: Mapping[str, Any], records: Records, counts: np.n
     ordered = [own[run, row] for run in range(runs) for row in range(rows)]
     if "classes" not in result:
         values = {name: np.asarray([record[name] for record in ordered]).reshape(runs, rows) for name in ROUGE}
-        return {name: counts @ value.mean(axis=0) / counts.sum(axis=1) for name, value in values.items()}
+        means = {name: value.mean(axis=0) for name, value in values.items()}
+        return _joined({name: each @ mean / each.sum(axis=1) for name, mean in means.items()} for each in blocks)
     numbers: dict[str | None, int] = {None: -1} | {label: number for number, label in enumerate(result["classes"])}
     reference = np.asarray([numbers[record["gold"]] for record in ordered[:rows]])
     predicted = np.asarray([numbers[record["prediction"]] for record in ordered]).reshape(runs, rows)
-    return {
-        "accuracy": np.mean([accuracy(run, reference, counts) for run in predicted], axis=0),
-        "macro_f1": np.mean([macro_f1(run, reference, len(result["classes"]), counts) for run in predicted], axis=0),
-    }
+    classes = len(result["classes"])
+    return _joined(
+        {
+            "accuracy": np.mean([accuracy(run, reference, each) for run in predicted], axis=0),
+            "macro_f1": np.mean([macro_f1(run, reference, classes, each) for run in predicted], axis=0),
+        }
+        for each in blocks
+    )
+
+
+def _joined(parts: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays of the same names, those of each name end to end."""
+    held = list(parts)
+    return {name: np.concatenate([part[name] for part in held]) for name in held[0]}

@@ -11,6 +11,7 @@ import numpy as np
 Interval = tuple[float, float]
 
 RESAMPLES = 2000
+_SEED = 0  # fixed, so that a table is reproducible
 _BLOCK = 4_000_000  # counts held at once while resampling
 
 
@@ -59,8 +60,6 @@ def bootstrap(
     reference: np.ndarray,
     classes: int,
     groups: np.ndarray,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> dict[str, Interval | None]:
     """95 % percentile intervals of accuracy and macro-F1 over resampled groups of rows (same resamples for both).
 
@@ -72,8 +71,6 @@ def bootstrap(
         reference: class numbers int [n].
         classes: number of classes.
         groups: group numbers int [n], from 0.
-        resamples: number of resamples, at least 1,000 for stable ends.
-        seed: fixed, so that a table is reproducible.
 
     Returns:
         "accuracy" and "macro_f1" -> (low, high); None of a single group, which says nothing of others.
@@ -82,19 +79,17 @@ def bootstrap(
         return {"accuracy": None, "macro_f1": None}
     runs = np.atleast_2d(predicted)
     accuracies, f1s = [], []
-    for counts in resample_counts(groups, resamples, seed):
+    for counts in resample_counts(groups, RESAMPLES, _SEED):
         accuracies.append(np.mean([accuracy(run, reference, counts) for run in runs], axis=0))
         f1s.append(np.mean([macro_f1(run, reference, classes, counts) for run in runs], axis=0))
     return {"accuracy": interval(np.concatenate(accuracies)), "macro_f1": interval(np.concatenate(f1s))}
 
 
-def bootstrap_mean(
-    values: np.ndarray, groups: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval | None:
+def bootstrap_mean(values: np.ndarray, groups: np.ndarray) -> Interval | None:
     """95 % percentile interval of the mean of values float [n] over resampled groups int [n]; None of one group."""
     if not groups.any():
         return None
-    counts = resample_counts(groups, resamples, seed)
+    counts = resample_counts(groups, RESAMPLES, _SEED)
     return interval(np.concatenate([block @ values / block.sum(axis=1) for block in counts]))
 
 

@@ -2,15 +2,17 @@
 
 import dataclasses
 import math
+import tracemalloc
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from efx_jax.compare.paired import Windows, perplexity_ratio
 from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import InputError
-from efx_jax.evaluation import likelihood
+from efx_jax.evaluation import likelihood, scores
 from efx_jax.evaluation.perplexity import perplexity, summarise
 from efx_jax.lora import init_lora
 from efx_jax.model.decoder import forward
@@ -111,6 +113,20 @@ def test_the_interval_resamples_windows() -> None:
     low, high = np.log(result.interval)
     assert (high - low) / 2 == pytest.approx(expected, rel=0.15)
     assert summarise(nll, tokens).interval == result.interval
+
+
+def test_resamples_of_many_windows_are_never_all_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    nll, tokens = generator.normal(100, 9, 1000), generator.integers(1, 60, 1000)
+    whole = summarise(nll, tokens), perplexity_ratio({0: Windows(nll, tokens)}, {0: Windows(nll[::-1], tokens)})
+    monkeypatch.setattr(scores, "_BLOCK", 20_000)
+    tracemalloc.start()
+    blocks = summarise(nll, tokens), perplexity_ratio({0: Windows(nll, tokens)}, {0: Windows(nll[::-1], tokens)})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000  # of 16 MB
+    assert blocks[0].interval == pytest.approx(whole[0].interval, rel=1e-12)
+    assert blocks[1][1] == pytest.approx(whole[1][1], rel=1e-12)
 
 
 def test_a_single_window_has_no_interval() -> None:

@@ -1,6 +1,7 @@
 """Rel.% follows its formula, and compares only what was measured alike."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from efx_jax.data.prompts import Example
 from efx_jax.errors import InputError
+from efx_jax.evaluation import scores
 from efx_jax.evaluation.relative import check_pairs, check_ratios, read_evaluation, relative
 from efx_jax.evaluation.results import summarise, summarise_texts
 from efx_jax.evaluation.rouge import ROUGE
@@ -122,6 +124,19 @@ def test_runs_may_differ_in_number() -> None:
     found, dense = joined(choice=choice(1, 0.5, runs=4)), joined(choice=choice(2, 0.9, runs=2))
     low, high = relative(*found, *dense)["interval"]
     assert low < relative(*found, *dense)["value"] < high
+
+
+def test_resamples_of_many_rows_are_never_all_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = joined(choice=choice(1, 0.5, rows=600), bills=text("bills", 1, 0.5, rows=600))
+    dense = joined(choice=choice(2, 0.9, rows=600), bills=text("bills", 2, 1.0, rows=600))
+    whole = relative(*found, *dense)
+    monkeypatch.setattr(scores, "_BLOCK", 12_000)
+    tracemalloc.start()
+    blocks = relative(*found, *dense)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000  # of 10 MB
+    assert blocks["interval"] == pytest.approx(whole["interval"], rel=1e-12)
 
 
 def test_the_interval_draws_the_same_groups_for_both_models() -> None:

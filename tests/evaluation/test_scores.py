@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from efx_jax.evaluation.scores import accuracy, bootstrap, bootstrap_mean, interval, macro_f1, resample_counts
+from efx_jax.evaluation.scores import (
+    RESAMPLES,
+    accuracy,
+    bootstrap,
+    bootstrap_mean,
+    interval,
+    macro_f1,
+    resample_counts,
+)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -39,8 +47,8 @@ def test_the_interval_of_several_runs_is_that_of_their_mean() -> None:
     generator = np.random.default_rng(1)
     reference = generator.integers(0, 3, 60)
     runs = generator.integers(0, 3, (4, 60))
-    found = bootstrap(runs, reference, 3, np.arange(60), resamples=50)
-    counts = np.concatenate(list(resample_counts(np.arange(60), 50, seed=0)))
+    found = bootstrap(runs, reference, 3, np.arange(60))
+    counts = np.concatenate(list(resample_counts(np.arange(60), RESAMPLES, seed=0)))
     means = np.mean([macro_f1(run, reference, 3, counts) for run in runs], axis=0)
     assert found["macro_f1"] == pytest.approx(interval(means))
     same, alone = (bootstrap(found, reference, 3, np.arange(60)) for found in (np.stack([runs[0]] * 4), runs[0]))
