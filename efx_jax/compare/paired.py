@@ -40,29 +40,41 @@ def perplexity_ratio(
         The ratio and its interval (None of a single window); None where there is nothing to pair: no seed in common,
         another text or other windows, or a ratio too large for a number.
     """
-    shared = [number for number in found if number in other]
-    if not shared or not _are_same([each[number] for each in (found, other) for number in shared]):
+    value = ratio_value(found, other)
+    if value is None:
         return None
-    tokens = found[shared[0]].tokens
-    apart = np.stack([found[number].nll - other[number].nll for number in shared])
-    with np.errstate(over="ignore"):
-        value = float(np.exp(apart.sum(axis=1).mean() / tokens.sum()))
-    if not np.isfinite(value):
-        return None
+    apart, tokens = _apart(found, other)
     if len(tokens) < 2:
         return value, None
     mean, blocks = apart.mean(axis=0), resample_counts(np.arange(len(tokens)), RESAMPLES, _SEED)
     drawn = np.concatenate([(each @ mean) / np.maximum(each @ tokens, 1) for each in blocks])
-    if len(shared) == 1:
+    if len(apart) == 1:
         ends = np.asarray(interval(drawn))
     else:
         of_seeds = apart.sum(axis=1) / tokens.sum()
-        student = scipy.stats.t.ppf(_HIGH, len(shared) - 1) * of_seeds.std(ddof=1) / math.sqrt(len(shared))
+        student = scipy.stats.t.ppf(_HIGH, len(apart) - 1) * of_seeds.std(ddof=1) / math.sqrt(len(apart))
         normal = scipy.stats.norm.ppf(_HIGH) * drawn.std(ddof=1)
         ends = of_seeds.mean() + math.hypot(student, normal) * np.array([-1.0, 1.0])
     with np.errstate(over="ignore"):
         low, high = map(float, np.exp(ends))
     return (value, (low, high)) if math.isfinite(high) else None
+
+
+def ratio_value(found: Mapping[int, Windows], other: Mapping[int, Windows]) -> float | None:
+    """The ratio of `perplexity_ratio` without its interval, which takes longer."""
+    shared = [number for number in found if number in other]
+    if not shared or not _are_same([each[number] for each in (found, other) for number in shared]):
+        return None
+    apart, tokens = _apart(found, other)
+    with np.errstate(over="ignore"):
+        value = float(np.exp(apart.sum(axis=1).mean() / tokens.sum()))
+    return value if math.isfinite(value) else None
+
+
+def _apart(found: Mapping[int, Windows], other: Mapping[int, Windows]) -> tuple[np.ndarray, np.ndarray]:
+    """Nats by which the windows of every shared seed differ, [seeds,n], and their tokens [n]."""
+    shared = [number for number in found if number in other]
+    return np.stack([found[number].nll - other[number].nll for number in shared]), found[shared[0]].tokens
 
 
 def _are_same(windows: Sequence[Windows]) -> bool:

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from efx_jax.compare.paired import Windows, perplexity_ratio
-from efx_jax.compare.rows import Row, spread
+from efx_jax.compare.paired import Windows, perplexity_ratio, ratio_value
+from efx_jax.compare.rows import Row
 from efx_jax.compare.settings import Comparison
 from efx_jax.config_event import n_of_m
 from efx_jax.evaluation.scores import Interval
@@ -55,14 +55,13 @@ def _reference(comparison: Comparison, row: Row, rows: Sequence[Row]) -> Row | N
 
 def _best_other(text: str, row: Row, rows: Sequence[Row]) -> Row | None:
     """The pruned row beside this one, at its sparsity, pattern and axes, with the lowest perplexity; an axis that has
-    no say in one of the two sets no rivals apart."""
-    means = {
-        number: spread(each, f"perplexity.{text}")["mean"]
-        for number, each in enumerate(rows)
-        if each is not row and row.asked > 0 and _are_rivals(each, row)
-    }
-    finite = {number: mean for number, mean in means.items() if mean is not None}
-    return rows[min(finite, key=lambda number: finite[number])] if finite else None
+    no say in one of the two sets no rivals apart. Each is seen on the seeds that it shares with this row: a grid
+    that is not finished may have but the easiest of another row."""
+    own = _windows(text, row)
+    rivals = [each for each in rows if each is not row and each.asked > 0 and _are_rivals(each, row)]
+    values = {number: ratio_value(own, _windows(text, each)) for number, each in enumerate(rivals)}
+    finite = {number: value for number, value in values.items() if value is not None}
+    return rivals[max(finite, key=lambda number: finite[number])] if finite else None
 
 
 def _are_rivals(one: Row, other: Row) -> bool:

@@ -116,6 +116,32 @@ def test_an_axis_without_a_say_in_one_of_two_rows_sets_no_rivals_apart(tmp_path:
     assert best["taught", 0.25]["other"] == best["taught", 0.5]["other"] == "wanda/during"
 
 
+def test_the_best_other_is_the_best_on_the_seeds_that_both_have(tmp_path: Path, hard: np.ndarray) -> None:
+    """Who has only the easiest seed looks best, and may have none in common."""
+    text = GRID.replace("[0, 1]", "[0, 1, 2]").replace("[0.4, 0.5]", "[0.5]")
+    (tmp_path / "grid.yaml").write_text(
+        text.replace("methods: {", "methods: {magnitude: {prune: {score: magnitude}}, ")
+    )
+    comparison = read_comparison(tmp_path / "grid.yaml")
+    held = {"magnitude": {1: 3.25, 2: 3.25}, "wanda": {0: 2.7}, "ria": {0: 2.8, 1: 3.3, 2: 3.3}}
+    records = []
+    for cell in list_cells(comparison):
+        if cell.seed in held.get(cell.method, {}):
+            found = windows(held[cell.method][cell.seed], hard)
+            perplexity = float(np.exp(found.nll.sum() / found.tokens.sum()))
+            records.append(CellRecord(cell, {"perplexity.general": perplexity}, {}, True, "", {"general": found}))
+    write_tables(comparison, records, {}, {}, tmp_path)
+    rows = {row["method"]: row["ratios"] for row in json.loads((tmp_path / "table.json").read_text())}
+    best = {method: ratios["general over the best other"] for method, ratios in rows.items()}
+    assert {method: ratio["other"] for method, ratio in best.items()} == {
+        "magnitude": "ria/during",
+        "ria": "wanda/during",
+        "wanda": "ria/during",
+    }
+    assert best["magnitude"]["value"] == pytest.approx(np.exp(-0.05))
+    assert best["ria"]["value"] == pytest.approx(np.exp(0.1))
+
+
 def test_a_table_sets_every_row_beside_dense_and_the_best_other(tmp_path: Path, hard: np.ndarray) -> None:
     (tmp_path / "grid.yaml").write_text(GRID)
     comparison = read_comparison(tmp_path / "grid.yaml")
