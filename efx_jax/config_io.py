@@ -1,6 +1,7 @@
 """Fills a `Config`: a preset, then a YAML file, then flags, each overriding the one before."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from efx_jax.config import Config
 from efx_jax.config_effects import warn_of_idle_flags
 from efx_jax.config_rules import validate
 from efx_jax.config_values import describe, nearest, parse_value, replace_values, setting_types
-from efx_jax.errors import InputError
+from efx_jax.errors import FallbackWarning, InputError
 
 PRESETS = ("paper", "official", "efx")
 # In place of a preset's name, where a file names one that is not wanted.
@@ -55,6 +56,14 @@ def resolve(argv: Sequence[str]) -> Resolved:
     output, dry_run = values.pop("output", None), values.pop("dry_run", False)
     if path is None and preset is None:
         path = config_folder() / "quickstart.yaml"
+        if "data.train" in values:
+            warnings.warn(
+                f"--data.train {values['data.train']} without --config: all that is not on the "
+                "command line (steps, rate, length, --output) is the quickstart's, made for its few short rows; for "
+                "rows of your own begin with --config configs/own_data.yaml",
+                FallbackWarning,
+                stacklevel=2,
+            )
     config = replace_values(load_config(path, preset), values)
     validate(config)
     warn_of_idle_flags(config, values)

@@ -77,8 +77,8 @@ def exit_code(work: Callable[[], int], speaker: str, farewell: str = "") -> int:
         farewell: the line after Ctrl-C, or "".
 
     Returns:
-        What `work` returns; 2 for bad input, a path that cannot be reached or a full disk, 130 after Ctrl-C, 141 where
-        the output is closed.
+        What `work` returns; 2 for bad input, a path that cannot be reached, a full disk or device, 130 after Ctrl-C,
+        141 where the output is closed.
     """
     try:
         with _short_warnings():
@@ -99,6 +99,14 @@ def exit_code(work: Callable[[], int], speaker: str, farewell: str = "") -> int:
             complaint = f"{str(where)[:200]}: {error.strerror}; check the path and its permissions"
         else:
             raise
+    except RuntimeError as error:  # jax's own kind of it; whoever mistypes a flag should not wait for jax
+        if not is_out_of_memory(error):
+            raise
+        complaint = (
+            f"out of memory on the device ({first_line(error)}); take smaller parts (train.micro_batch, "
+            "train.micro_tokens, eval.batch_size, --batch-size), train.remat block, or spread the model by mesh.fsdp; "
+            "train.py --dry-run says what a run needs, and a run goes on with these settings changed"
+        )
     except KeyboardInterrupt:
         if farewell:
             print(farewell, file=sys.stderr)
@@ -110,6 +118,11 @@ def exit_code(work: Callable[[], int], speaker: str, farewell: str = "") -> int:
 def first_line(error: BaseException) -> str:
     """What an error of somebody else's code says first, for a message of one line; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of XLA says that a device, or the host that stands for one, has no memory left."""
+    return isinstance(error, RuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED")
 
 
 def is_disk_full(error: BaseException) -> bool:

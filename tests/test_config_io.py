@@ -293,6 +293,15 @@ def test_a_flag_that_changes_nothing_is_warned_of(flags, condition):
         resolve(["--preset", "paper", *flags])
 
 
+def test_rows_of_ones_own_under_the_quickstarts_settings_are_warned_of():
+    with pytest.warns(FallbackWarning, match="mine.jsonl without --config: .* configs/own_data.yaml"):
+        resolve(["--data.train", "mine.jsonl"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolve(["--data.train", "mine.jsonl", "--preset", "efx"])
+        resolve(["--model.path", "models/mine"])
+
+
 def test_flags_that_are_read__and_idle_settings_of_a_preset_are_not_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import jax
 import pytest
 
 import train
@@ -46,6 +47,17 @@ def test_a_training_on_a_full_disk_says_so_in_one_line(finish: Finish, capsys: p
     said = capsys.readouterr().err
     assert said.endswith(": out/metrics.jsonl: the disk is full; make room, then run it again\n")
     assert said.count("\n") == 1
+
+
+def test_a_training_without_memory_says_what_would_take_less(
+    finish: Finish, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.\nBufferAssignment: ..."
+    assert finish(jax.errors.JaxRuntimeError(text)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "allocate 123 bytes.); take smaller parts (train.micro_batch" in said
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        finish(jax.errors.JaxRuntimeError("INTERNAL: no kernel"))
 
 
 def test_a_checkpoint_on_a_full_disk_is_told_as_any_other_file(

@@ -214,18 +214,23 @@ def test_what_a_killed_run_left_half_written_is_no_other_thing(tmp_path: Path) -
     refuse_other_run(Config(), tmp_path)
 
 
-def test_a_teacher_that_reads_other_rows_on_another_mesh_is_said_to(tmp_path: Path) -> None:
+def test_a_teacher_that_reads_other_rows_in_other_parts_is_said_to(tmp_path: Path) -> None:
     def begun(micro_tokens: int, row_share: float, fsdp: int) -> Config:
         teacher = DistillConfig(teacher="base", row_share=row_share)
         return Config(train=TrainConfig(micro_tokens=micro_tokens), distill=teacher, mesh=MeshConfig(data=2, fsdp=fsdp))
 
     (tmp_path / "config.yaml").write_text(to_yaml(begun(4096, 0.5, 1)))
-    with pytest.warns(UserWarning, match="mesh.data x mesh.fsdp 2, found 8: train.micro_tokens cuts batches otherwise"):
+    tokens = "micro_tokens 4096 on mesh.data x mesh.fsdp"
+    with pytest.warns(UserWarning, match=f"{tokens} 2, found .*{tokens} 8: batches are cut otherwise"):
         _warn_of_other_parts(begun(4096, 0.5, 4), tmp_path)
+    with pytest.warns(UserWarning, match=f"{tokens} 2, found train.micro_batch 16: batches are cut otherwise"):
+        _warn_of_other_parts(begun(0, 0.5, 1), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for alike in (begun(4096, 0.5, 1), begun(0, 0.5, 4), begun(4096, 1.0, 4)):
+        for alike in (begun(4096, 0.5, 1), begun(4096, 1.0, 4)):
             _warn_of_other_parts(alike, tmp_path)
+        (tmp_path / "config.yaml").write_text(to_yaml(begun(0, 0.5, 1)))
+        _warn_of_other_parts(begun(0, 0.5, 4), tmp_path)
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path, refusal: Say) -> None:

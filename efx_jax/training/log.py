@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,15 @@ def open_sinks(config: Config, output: Path) -> Iterator[list[Sink]]:
 def _tensorboard(output: Path, stack: contextlib.ExitStack) -> Sink:
     from tensorboardX import SummaryWriter
 
-    writer = SummaryWriter(str(output / "tensorboard"))
-    stack.callback(writer.close)
+    opened: list[Any] = []
 
     def write(row: Row) -> None:
+        if not opened:
+            # What a run that goes on writes again from this step on, TensorBoard shows once.
+            opened.append(SummaryWriter(str(output / "tensorboard"), purge_step=int(row["step"])))
+            stack.callback(opened[0].close)
         for name, value in row.items():
-            writer.add_scalar(name, value, int(row["step"]))
+            opened[0].add_scalar(name, value, int(row["step"]))
 
     return write
 
@@ -90,8 +94,9 @@ def _wandb(config: Config, output: Path, stack: contextlib.ExitStack) -> Sink:
     file = output / "wandb_id"
     known = file.read_text() if file.exists() else None
     run: Any = wandb.init(
-        project="efx_jax",
-        name=output.name,
+        # An argument would go before what W&B's own variables say.
+        project=os.environ.get("WANDB_PROJECT", "efx_jax"),
+        name=os.environ.get("WANDB_NAME", output.name),
         dir=str(output),
         config=dataclasses.asdict(config),
         id=known,

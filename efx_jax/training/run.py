@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,13 @@ def run(config: Config, output: Path, dry_run: bool = False, trunk: Path | None 
         return _run(config, output, mesh, trunk)
 
 
+def _devices(mesh: jax.sharding.Mesh) -> str:
+    """What the run computes on, and what it leaves idle."""
+    found, used = jax.devices(), mesh.size
+    idle = f" of {len(found)} (--mesh.data {len(found)} uses all)" if used < len(found) else ""
+    return f"device: {used}{idle} x {found[0].device_kind}"
+
+
 def _run(config: Config, output: Path, mesh: jax.sharding.Mesh, trunk: Path | None) -> dict[str, Any]:
     journal = Journal({}, {}, 0)
     with journal.phase("load"):
@@ -124,6 +132,8 @@ def _work(
     steps = total_steps(config.train, epoch_rows(config, prepared.train))
     events = prune_events(config.prune, config.train, steps)
     is_first = jax.process_index() == 0
+    if is_first:
+        print(_devices(mesh), file=sys.stderr)
     with contextlib.ExitStack() as stack:
         with together():
             sinks = stack.enter_context(log.open_sinks(config, output)) if is_first else []
@@ -190,13 +200,21 @@ def refuse_other_run(config: Config, output: Path) -> None:
 
 def _warn_of_other_parts(config: Config, output: Path) -> None:
     """Says where a run goes on that reads, of every part of a batch, some rows, and the parts are others by now."""
-    before, now = (axes_size(BATCH, mesh_sizes(each.mesh)) for each in (read_config(output / "config.yaml"), config))
-    if before != now and config.train.micro_tokens and has_teacher(config) and config.distill.row_share < 1:
+    before, now = (_parts(each) for each in (read_config(output / "config.yaml"), config))
+    if before != now and has_teacher(config) and config.distill.row_share < 1:
         warnings.warn(
-            f"{output}: began on mesh.data x mesh.fsdp {before}, found {now}: train.micro_tokens cuts batches "
-            "otherwise there, so that the teacher reads other rows from here on",
+            f"{output}: began with {before}, found {now}: batches are cut otherwise, so that the teacher reads other "
+            "rows from here on",
             stacklevel=2,
         )
+
+
+def _parts(config: Config) -> str:
+    """What decides how batches are cut into parts; of a mesh only where parts have a number of tokens."""
+    train, devices = config.train, axes_size(BATCH, mesh_sizes(config.mesh))
+    found = f"train.micro_batch {train.micro_batch or train.batch_size}"
+    by_tokens = f", train.micro_tokens {train.micro_tokens} on mesh.data x mesh.fsdp {devices}"
+    return found + (by_tokens if train.micro_tokens else "")
 
 
 def _export(config: Config, state: RunState, prepared: Prepared, folder: Path) -> None:

@@ -21,6 +21,19 @@ from efx_jax.weights.peft import adapter_settings
 
 FREE_SECTIONS = ("mesh", "profile", "log")
 """Settings that say where and how a run is computed, not what it is: they may change when it is resumed."""
+FREE_SETTINGS = (
+    "train.micro_batch",
+    "train.micro_tokens",
+    "train.remat",
+    "train.deterministic",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "prune.calibration_tokens",
+    "prune.chunk_mib",
+    "eval.batch_size",
+)
+"""Single ones that are no more than that: a run that did not fit goes on in smaller parts."""
 
 
 def with_adapter(config: Config) -> Config:
@@ -61,12 +74,13 @@ def unpruned(config: Config) -> Config:
 
 def different_settings(first: Config, second: Config) -> list[str]:
     """Names of the settings that make two runs different ones."""
-    return [
+    names = [
         f"{section.name}.{field}".rstrip(".")
         for section in dataclasses.fields(Config)
         if section.name not in FREE_SECTIONS
         for field in _differing(getattr(first, section.name), getattr(second, section.name))
     ]
+    return [name for name in names if name not in FREE_SETTINGS]
 
 
 def _differing(first: Any, second: Any) -> list[str]:

@@ -164,7 +164,20 @@ def _download_snapshot(name: HubName, folder: Path | None) -> Path:
     except Exception as error:  # of the Hub's client and of its network library, some of them no OSError
         if is_disk_full(error):
             raise
-        raise _FetchError(f"the Hub does not give it ({first_line(error)})") from error
+        raise _FetchError(f"the Hub does not give it ({hub_reason(name, error)})") from error
+
+
+def hub_reason(name: HubName, error: Exception) -> str:
+    """Why the Hub gave nothing, in one line; the first one of its own messages is a number of the request."""
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    if "GatedRepoError" in kinds:
+        return (
+            f"access to {name.repository} is restricted: accept its licence on its page there, then run "
+            "`hf auth login` or set HF_TOKEN"
+        )
+    if "RepositoryNotFoundError" in kinds:
+        return f"it knows no {name.repository}; of a private one it wants `hf auth login` or HF_TOKEN"
+    return first_line(error)
 
 
 def _run_export(folder: Path) -> Path:

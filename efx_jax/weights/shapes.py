@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from efx_jax.config_io import config_folder
-from efx_jax.errors import InputError, first_line, is_disk_full
+from efx_jax.errors import InputError, is_disk_full
 from efx_jax.hub_name import HubName
 from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.weights.config_json import read_json
-from efx_jax.weights.fetch import QUICKSTART, local_path, model_on_hub
+from efx_jax.weights.fetch import QUICKSTART, hub_reason, local_path, model_on_hub
 from efx_jax.weights.hf import open_checkpoint
 from efx_jax.weights.orbax import is_orbax_folder
 from efx_jax.weights.packed_file import is_packed_folder
@@ -112,7 +112,8 @@ def _hub_config(name: HubName, shapes: dict[str, dict[str, Any]]) -> dict[str, A
         if is_disk_full(error):
             raise
         raise InputError(
-            f"{name}: no such file or folder, and the Hub does not give its config.json ({first_line(error)}); {advice}"
+            f"{name}: no such file or folder, and the Hub does not give its config.json "
+            f"({hub_reason(name, error)}); {advice}"
         ) from error
     return read_json(Path(file))
 

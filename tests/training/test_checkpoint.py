@@ -272,6 +272,25 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(
     same_run(run, efx_run, metrics_of, files_of)
 
 
+def test_a_run_that_did_not_fit_goes_on_in_smaller_parts(
+    launch, paper_run: Path, tmp_path: Path, monkeypatch, metrics_of, capsys
+) -> None:
+    run, flags = tmp_path / "run", ("--preset", "paper")
+
+    def run_out() -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with monkeypatch.context() as patch:
+        after_row(patch, 4, run_out)
+        launch(run, *flags, code=2)
+    assert "out of memory on the device (RESOURCE_EXHAUSTED: Out of memory)" in capsys.readouterr().err
+    launch(run, *flags, "--train.learning_rate", "1e-3", code=2)
+    assert "other settings (train.learning_rate)" in capsys.readouterr().err
+    launch(run, *flags, "--train.micro_batch", "1", "--train.remat", "block", "--prune.calibration_tokens", "32")
+    found, expected = ([row["loss"] for row in metrics_of(each)] for each in (run, paper_run))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(
     launch, paper_run: Path, tmp_path: Path, monkeypatch, metrics_of, files_of
 ) -> None:

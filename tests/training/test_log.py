@@ -63,8 +63,8 @@ def test_tensorboard_gets_every_value_at_its_step(tmp_path: Path, monkeypatch: p
     written: list[Any] = []
 
     class SummaryWriter:
-        def __init__(self, folder: str) -> None:
-            written.append(folder)
+        def __init__(self, folder: str, purge_step: int) -> None:
+            written.append((folder, purge_step))
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
             written.append((name, value, step))
@@ -79,8 +79,9 @@ def test_tensorboard_gets_every_value_at_its_step(tmp_path: Path, monkeypatch: p
     log.check_sinks(config)
     with log.open_sinks(config, tmp_path) as (sink,):
         sink(ROW)
-    values = [("step", 3, 3), ("loss", 2.5, 3), ("tokens_per_second", 10.0, 3)]
-    assert written == [str(tmp_path / "tensorboard"), *values, "closed"]
+        sink({"step": 4})
+    values = [("step", 3, 3), ("loss", 2.5, 3), ("tokens_per_second", 10.0, 3), ("step", 4, 4)]
+    assert written == [(str(tmp_path / "tensorboard"), 3), *values, "closed"]
 
 
 def test_wandb_gets_the_settings_and_the_row_and_a_resumed_run_goes_on_there(
@@ -95,6 +96,8 @@ def test_wandb_gets_the_settings_and_the_row_and_a_resumed_run_goes_on_there(
             id="a1b2", log=lambda row, step: logged.append((row, step)), finish=lambda: logged.append("finished")
         )
 
+    for name in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(name, raising=False)
     fake = types.ModuleType("wandb")
     fake.init = init  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -103,8 +106,10 @@ def test_wandb_gets_the_settings_and_the_row_and_a_resumed_run_goes_on_there(
     with log.open_sinks(config, tmp_path) as (sink,):
         sink(ROW)
     assert logged == [(ROW, 3), "finished"]
-    assert started["name"] == tmp_path.name and started["dir"] == str(tmp_path)
+    assert (started["project"], started["name"]) == ("efx_jax", tmp_path.name) and started["dir"] == str(tmp_path)
     assert started["config"]["prune"]["sparsity"] == 0.5
     assert (started["id"], started["resume"]) == (None, None)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
     with log.open_sinks(config, tmp_path):
         assert (started["id"], started["resume"]) == ("a1b2", "allow")
+        assert (started["project"], started["name"]) == ("mine", tmp_path.name)

@@ -9,6 +9,7 @@ from efx_jax.errors import InputError
 from efx_jax.files import sha256_of
 from efx_jax.weights import fetch
 from efx_jax.weights.hf import load_pretrained
+from efx_jax.weights.shapes import find_spec
 
 GGUF = b"GGUF, or so it says"
 
@@ -204,6 +205,36 @@ def test_unknown_name_is_neither_a_path_nor_on_the_hub(monkeypatch: pytest.Monke
         InputError, match=r"some/model: no such file or folder, and the Hub does not give it \(offline\)"
     ):
         load_pretrained("some/model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (
+            "GatedRepoError",
+            "access to some/model is restricted: accept its licence on its page there, then run `hf",
+        ),
+        ("RepositoryNotFoundError", "it knows no some/model; of a private one it wants `hf auth login` or HF_TOKEN"),
+    ],
+)
+def test_a_model_that_the_hub_guards_says_how_to_be_let_in(
+    kind: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first line of the Hub's own message names the request and nothing else."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    found = getattr(pytest.importorskip("huggingface_hub.errors"), kind)
+    error = found.__new__(found)
+    Exception.__init__(error, "401 Client Error. (Request ID: Root=1-2)\n\nCannot access")
+
+    def refuse(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    for read in (load_pretrained, find_spec):
+        with pytest.raises(InputError, match="some/model: no such file or folder, and the Hub does not .*") as caught:
+            read("some/model")
+        assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("path", ["./some/model", "/some/model", "some/deep/model", "some/model.gguf"])
