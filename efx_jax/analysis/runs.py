@@ -102,8 +102,10 @@ def load_export(run: Run) -> dict[str, Any]:
 
 
 def load_base(run: Run) -> tuple[dict[str, Any], ModelSpec]:
-    """The model that the run started from, each tensor in its own dtype."""
-    return load_pretrained(run.config.model.path, None)
+    """The model that the run started from, in the dtype that it was trained in: what rounding to it has changed is none
+    of the run's doing."""
+    model = run.config.model
+    return load_pretrained(model.path, None if model.dtype == "keep" else model.dtype)
 
 
 def training_rows(run: Run, spec: ModelSpec, rows: int, length: int) -> Batch:

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -162,6 +163,14 @@ def test_all_that_two_runs_allow_is_written_and_the_rest_left_out_in_one_line_ea
     assert moved["event_norm"] > moved["training_norm"] > 0
     (curve, other) = (row["loss_last"] for row in written["between"]["curves"]["summary"])
     assert np.isfinite(curve) and np.isfinite(other)
+
+
+@pytest.mark.parametrize(("dtype", "loaded"), [("keep", "float32"), ("bfloat16", "bfloat16")])
+def test_the_base_is_that_of_training(dtype: Any, loaded: str, tiny_folder: Path, tmp_path: Path) -> None:
+    config = Config(model=ModelConfig(path=str(tiny_folder), dtype=dtype))
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    params, _ = load_base(open_run(tmp_path))
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {loaded}
 
 
 @pytest.mark.slow
