@@ -58,7 +58,8 @@ def read_header(path: str | Path) -> GGUFFile:
         The header; no tensor data is read.
 
     Raises:
-        InputError: not a GGUF file, another version, a truncated file, an unsupported quantisation type.
+        InputError: not a GGUF file, another version, one of several files, a truncated file, an unsupported
+            quantisation type.
     """
     if importlib.util.find_spec("gguf") is None:
         raise InputError(f"{path}: reading GGUF needs the gguf package; run: pip install gguf")
@@ -73,6 +74,7 @@ def read_header(path: str | Path) -> GGUFFile:
         for _ in range(key_count):
             key = header.string()
             metadata[key] = header.value(header.unpack("I")[0])
+        _check_is_whole(header, metadata)
         tensors = [_tensor_entry(header) for _ in range(tensor_count)]
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment <= 0:
@@ -178,6 +180,15 @@ def _check_magic(header: _Cursor) -> None:
         raise InputError(
             f"{header.path}: GGUF version {version} is not supported (or the file is big-endian); expected version 2 "
             "or 3, little-endian; convert the model again with a current llama.cpp"
+        )
+
+
+def _check_is_whole(header: _Cursor, metadata: dict[str, Any]) -> None:
+    count = metadata.get("split.count", 1)
+    if isinstance(count, int) and count > 1:
+        raise InputError(
+            f"{header.path}: is one of the {count} files of a split GGUF, expected one file; join them: "
+            "llama-gguf-split --merge FIRST_FILE JOINED.gguf"
         )
 
 

@@ -46,6 +46,16 @@ def test_unsupported_quantisation_is_refused(tmp_path: Path) -> None:
     assert "IQ2_XXS" in message and "blk.0.ffn_up.weight" in message
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_file_of_several_is_refused_as_one(tmp_path: Path, number: int) -> None:
+    """The first has the metadata and some of the tensors, the others have tensors alone."""
+    split = {"split.no": number, "split.count": 2, "split.tensors.count": 30}
+    metadata = metadata_for("llama") | split if number == 0 else split
+    tensors = {"token_embd.weight": np.zeros((4, 4), np.float32)}
+    path = write_gguf(tmp_path / f"m-0000{number + 1}-of-00002.gguf", "llama", metadata, tensors)
+    assert "is one of the 2 files of a split GGUF" in refusal(path) and "llama-gguf-split --merge" in refusal(path)
+
+
 def test_missing_and_unknown_tensors_are_refused(tmp_path: Path) -> None:
     tensors = gguf_tensors("qwen3", hf_tensors("qwen3"))
     del tensors["blk.1.attn_k_norm.weight"]
