@@ -140,7 +140,7 @@ def _model_metadata(source: TensorSource, spec: ModelSpec, dtype: str) -> dict[s
     }
     general = {
         "general.type": "model",
-        "general.name": str(source.config.get("_name_or_path") or _model_name(source.path)),
+        "general.name": _model_name(source.path),
         "general.file_type": _TYPES[dtype][1],
         "general.quantization_version": _QUANTIZATION_VERSION,
     }

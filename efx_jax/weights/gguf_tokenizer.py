@@ -78,7 +78,7 @@ def gguf_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     if kind not in ("gpt2", "llama"):
         raise InputError(f"{file.path}: tokenizer.ggml.model {kind!r} is not supported; expected gpt2 or llama")
     tokens = _per_token(file, "tokens")
-    backend = _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(file, tokens)
+    backend = _byte_level_backend(file, tokens) if kind == "gpt2" else _sentencepiece_backend(file, tokens)
     _add_tokens(backend, file, tokens, kind)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -104,7 +104,7 @@ def save_gguf_tokenizer(path: str | Path, folder: Path) -> None:
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _byte_level(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
+def _byte_level_backend(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     pre = file.metadata.get("tokenizer.ggml.pre", "default")
@@ -130,7 +130,7 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
     return backend
 
 
-def _sentencepiece(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
+def _sentencepiece_backend(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -139,11 +139,11 @@ def _sentencepiece(file: GGUFFile, tokens: list[str]) -> "Tokenizer":
     else:
         merges = _merges_from_scores(vocab, dict(zip(tokens, _per_token(file, "scores"), strict=True)))
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True))
-    scheme = "first" if file.metadata.get("tokenizer.ggml.add_space_prefix", True) else "never"
+    has_prefix = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    scheme = "first" if has_prefix else "never"
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
-    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(content=" ", left=1)] if has_prefix else steps)
     return backend
 
 

@@ -50,8 +50,9 @@ def vocabulary_metadata(source: TensorSource, spec: ModelSpec) -> dict[str, Any]
         raise InputError(
             f"{path}: llama.cpp has no {parts['model'].get('type')} tokenizer for this model; expected BPE"
         )
-    own = _sentencepiece(path, parts) if parts["model"].get("byte_fallback") else _byte_level(path, parts)
-    tokens, types = _tokens(path, parts, spec.vocab_size)
+    is_sentencepiece = bool(parts["model"].get("byte_fallback"))
+    own = _sentencepiece_metadata(path, parts) if is_sentencepiece else _byte_level_metadata(path, parts)
+    tokens, types = _tokens(path, parts, spec.vocab_size, tokenizer.unk_token if is_sentencepiece else None)
     metadata = {"tokens": tokens, "token_type": types, **own, **_special_ids(tokenizer, spec), **_flags(tokenizer)}
     if "scores" in own:
         metadata["scores"] = [own["scores"].get(token, 0.0) for token in tokens]
@@ -60,9 +61,9 @@ def vocabulary_metadata(source: TensorSource, spec: ModelSpec) -> dict[str, Any]
     return named | ({"tokenizer.chat_template": template} if template else {})
 
 
-def _byte_level(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
+def _byte_level_metadata(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
     model, steps = parts["model"], _steps(parts["pre_tokenizer"], "pretokenizers")
-    pre = _split_name(steps)
+    pre = _split_name(steps, bool(model.get("ignore_merges")))
     if pre is None:
         raise InputError(
             f"{path}: the tokenizer cuts texts in a way that has no name in llama.cpp or none known here "
@@ -77,7 +78,7 @@ def _byte_level(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": "gpt2", "pre": pre, "merges": [" ".join(pair) for pair in _merges(model)]}
 
 
-def _sentencepiece(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
+def _sentencepiece_metadata(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
     """Kind, space before a text, and the score of every token that merges make: the sooner made, the higher."""
     steps = _steps(parts["normalizer"], "normalizers") + _steps(parts["pre_tokenizer"], "pretokenizers")
     kinds = [step["type"] for step in steps]
@@ -111,8 +112,11 @@ def _steps(node: Mapping[str, Any] | None, members: str) -> list[dict[str, Any]]
     return [dict(step) for step in node[members]] if node["type"] == "Sequence" else [dict(node)]
 
 
-def _split_name(steps: Sequence[Mapping[str, Any]]) -> str | None:
-    """llama.cpp's name of how a byte-level tokenizer cuts a text before it merges."""
+def _split_name(steps: Sequence[Mapping[str, Any]], ignores_merges: bool) -> str | None:
+    """llama.cpp's name of how a byte-level tokenizer cuts a text before it merges.
+
+    Under LLaMA 3's own name llama.cpp takes a piece of text that is a token as that token, whatever the merges are.
+    """
     if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
     first, own_split = steps[:-1], steps[-1].get("use_regex", True)
@@ -123,7 +127,8 @@ def _split_name(steps: Sequence[Mapping[str, Any]]) -> str | None:
     if first[0]["type"] == "Digits" and first[0].get("individual_digits") and own_split:
         return "smollm"
     if first[0]["type"] == "Split" and first[0].get("behavior") == "Isolated" and not own_split:
-        return _SPLIT_NAMES.get(first[0]["pattern"].get("Regex", ""))
+        name = _SPLIT_NAMES.get(first[0]["pattern"].get("Regex", ""))
+        return "smaug-bpe" if name == "llama-bpe" and not ignores_merges else name
     return None
 
 
@@ -132,8 +137,8 @@ def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in pairs]
 
 
-def _tokens(path: Path, parts: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """A token and its type for every row of the embedding."""
+def _tokens(path: Path, parts: Mapping[str, Any], rows: int, unknown: str | None) -> tuple[list[str], list[int]]:
+    """A token and its type for every row of the embedding; `unknown` is the token that unknown text becomes."""
     model, added = parts["model"], {token["id"]: token for token in parts["added_tokens"]}
     by_id = {index: token for token, index in model["vocab"].items()} | {
         index: token["content"] for index, token in added.items()
@@ -144,7 +149,7 @@ def _tokens(path: Path, parts: Mapping[str, Any], rows: int) -> tuple[list[str],
     has_bytes = bool(model.get("byte_fallback"))
 
     def kind(index: int, token: str) -> int:
-        if has_bytes and token == model.get("unk_token"):
+        if token == unknown:
             return _UNKNOWN
         if index in added:
             return _CONTROL if added[index]["special"] else _USER_DEFINED

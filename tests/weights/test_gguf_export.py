@@ -179,6 +179,28 @@ def test_split_pattern_has_llama_cpp_s_name(kind: str, pre: str, make_model: Cal
     assert fields["tokenizer.ggml.pre"].contents() == pre
 
 
+def test_llama_3_without_its_exception_to_merges_has_another_name(make_model: Callable, tmp_path: Path) -> None:
+    folder, _, _ = make_model("llama", "llama3")
+    written = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    written["model"]["ignore_merges"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(written), encoding="utf-8")
+    export_gguf(folder, tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.ggml.pre"].contents() == "smaug-bpe"
+    assert not load_tokenizer(tmp_path / "model.gguf").backend_tokenizer.model.ignore_merges
+
+
+@pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "LlamaTokenizer"])
+def test_unknown_text_has_a_token_of_its_own_type(declared: str, make_model: Callable, tmp_path: Path) -> None:
+    folder, _, _ = make_model("llama", "llama2")
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": declared}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    export_gguf(folder, tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    types = dict(zip(*(fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type")), strict=True))
+    assert [types[token] for token in ("<unk>", "<s>", "</s>")] == [2, 3, 3]
+
+
 @pytest.mark.parametrize("declared", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])
 def test_tokenizer_that_cuts_at_digits_is_named_smollm(declared: str, make_model: Callable, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, pre_tokenizers
@@ -206,6 +228,8 @@ def test_tokenizer_that_cuts_at_digits_is_named_smollm(declared: str, make_model
 def test_the_file_is_named_after_the_model(path: str, name: str, make_model: Callable, tmp_path: Path) -> None:
     folder, _, _ = make_model("llama")
     (tmp_path / path).parent.mkdir(parents=True)
+    config = json.loads((folder / "config.json").read_text()) | {"_name_or_path": "/home/somebody/base"}
+    (folder / "config.json").write_text(json.dumps(config))
     folder.rename(tmp_path / path)
     export_gguf(tmp_path / path, tmp_path / "a-1.5.f16.gguf")
     export_gguf(tmp_path / "a-1.5.f16.gguf", tmp_path / "b.gguf")

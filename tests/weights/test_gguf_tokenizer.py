@@ -150,6 +150,12 @@ def test_bos_and_eos_follow_the_flags(tmp_path: Path) -> None:
     assert ids[1:-1] == plain("the cat").input_ids
 
 
+def test_a_tokenizer_that_adds_no_space_removes_none(tmp_path: Path) -> None:
+    tokenizer = gguf_tokenizer(tokenizer_file(tmp_path / "m.gguf", "llama2", add_space_prefix=False))
+    for text in ("the cat", " the cat", "  a"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama3", "qwen2"])
 def test_byte_level_text_survives_encoding(tmp_path: Path, kind: str) -> None:
     tokenizer = gguf_tokenizer(tokenizer_file(tmp_path / "m.gguf", kind))
