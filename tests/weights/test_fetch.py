@@ -1,7 +1,9 @@
+import json
 import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +59,27 @@ def _set_hub(monkeypatch: pytest.MonkeyPatch, answer: Exception | Callable[[Path
         return str(local_dir)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+
+def _set_hub_config(monkeypatch: pytest.MonkeyPatch, folder: Path, **config: Any) -> list[str | None]:
+    """A Hub that gives this `config.json`; the list gets the revisions that are asked for."""
+    hub = pytest.importorskip("huggingface_hub")
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = {"model_type": "llama", "num_attention_heads": 1, **sizes, **config}
+    (folder / "config.json").write_text(json.dumps(config))
+    asked = []
+
+    def give(name: str, file: str, revision: str | None) -> str:
+        asked.append(revision)
+        return str(folder / file)
+
+    monkeypatch.setattr(hub, "hf_hub_download", give)
+    return asked
+
+
+@pytest.fixture(autouse=True)
+def _nothing_fetched_before() -> None:
+    fetch._hub_folder.cache_clear()
 
 
 def _forbid_fetching(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +189,8 @@ def test_of_the_hub_come_licences_and_templates_but_no_code_pickles_or_copies(
     wanted = ["config.json", "model.safetensors", "chat_template.jinja", "additional_chat_templates/rag.jinja"]
     wanted += ["LICENSE.txt", "NOTICE", "USE_POLICY.md", "tokenizer.model"]
     others = ["modeling.py", "pytorch_model.bin", "original/params.json", "onnx/model.safetensors", "README.md"]
+    others += ["consolidated.safetensors", "consolidated.00-of-02.safetensors"]
+    _set_hub_config(monkeypatch, tmp_path)
     chosen: list[str] = []
     asked: list[tuple[str, str | None]] = []
 
@@ -189,21 +214,44 @@ def test_of_the_hub_come_licences_and_templates_but_no_code_pickles_or_copies(
     assert fetch.local_path("some/model") == tmp_path
     assert chosen == wanted
     assert fetch.local_path("some/model@v1.0") == tmp_path
+    assert fetch.local_path("some/model") == tmp_path
     assert asked == [("some/model", None), ("some/model", "v1.0")]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "mistral"}, "model_type 'mistral' is not supported"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised safetensors are not supported"),
+    ],
+)
+def test_of_a_hub_model_that_is_not_supported_no_weights_are_fetched(
+    config: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _set_hub(monkeypatch, AssertionError("weights were asked for"))
+    asked = _set_hub_config(monkeypatch, tmp_path, **config)
+    with pytest.raises(InputError, match=words):
+        load_pretrained("some/model@v1.0")
+    assert asked == ["v1.0"]
 
 
 # The errors of the network libraries below the Hub's client are no OSErrors.
 @pytest.mark.parametrize("error", [OSError, RuntimeError])
-def test_unknown_name_is_neither_a_path_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+def test_unknown_name_is_neither_a_path_nor_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
     huggingface_hub = pytest.importorskip("huggingface_hub")
 
     def offline(*_: object, **__: object) -> str:
         raise error("offline")
 
+    unreachable = "some/model: no such file or folder, and the Hub does not give {} \\(offline\\)"
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(InputError, match=unreachable.format("its config.json")):
+        load_pretrained("some/model")
+    _set_hub_config(monkeypatch, tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(
-        InputError, match=r"some/model: no such file or folder, and the Hub does not give it \(offline\)"
-    ):
+    with pytest.raises(InputError, match=unreachable.format("it")):
         load_pretrained("some/model")
 
 
@@ -215,6 +263,7 @@ def test_unknown_name_is_neither_a_path_nor_on_the_hub(monkeypatch: pytest.Monke
             "access to some/model is restricted: accept its licence on its page there, then run `hf",
         ),
         ("RepositoryNotFoundError", "it knows no some/model; of a private one it wants `hf auth login` or HF_TOKEN"),
+        ("RemoteEntryNotFoundError", "there is none, as of an adapter or a GGUF file alone"),
     ],
 )
 def test_a_model_that_the_hub_guards_says_how_to_be_let_in(
