@@ -23,11 +23,11 @@ def folder_tokenizer(folder: Path) -> Any:
 
     `AutoTokenizer` builds some classes anew from vocabulary and merges alone: SmolLM2's, declared a GPT2Tokenizer, then
     cuts no text at digits any more, and a LlamaTokenizer puts a space before every text, whether its file does or not.
-    Where that has lost a step of a byte-level `tokenizer.json`, or cuts some texts otherwise than that of a
-    SentencePiece tokenizer (LLaMA 2), the file itself is taken. `"legacy": false` in `tokenizer_config.json` is the
-    owner's word that no space is put after a special token, nor before a text that begins with one, which is how
-    transformers 5 builds the class: there the file has no say. Of a `tokenizer.model` without a `tokenizer.json` it is
-    looked at whether it puts a space before a text.
+    Where that has lost a step or the `ignore_merges` of a byte-level `tokenizer.json`, or cuts some texts otherwise
+    than that of a SentencePiece tokenizer (LLaMA 2), the file itself is taken. `"legacy": false` in
+    `tokenizer_config.json` is the owner's word that no space is put after a special token, nor before a text that
+    begins with one, which is how transformers 5 builds the class: there the file has no say. Of a `tokenizer.model`
+    without a `tokenizer.json` it is looked at whether it puts a space before a text.
 
     Args:
         folder: with the tokenizer's files.
@@ -113,7 +113,8 @@ def _follows(tokenizer: Any, folder: Path) -> bool:
     # Without its vocabulary a file is read at once; the library fills in what an old file leaves out.
     empty = {"type": "BPE", "vocab": {}, "merges": []}
     bare = Tokenizer.from_str(json.dumps(written | {"model": empty, "added_tokens": [], "post_processor": None}))
-    return _steps(backend) == _steps(bare)
+    takes_whole = getattr(backend.model, "ignore_merges", False) == bool(written["model"].get("ignore_merges"))
+    return takes_whole and _steps(backend) == _steps(bare)
 
 
 def _has_no_legacy(folder: Path) -> bool:

@@ -10,7 +10,7 @@ import pytest
 from efx_jax.errors import InputError
 from efx_jax.weights.gguf_tokenizer import save_gguf_tokenizer
 from efx_jax.weights.hf import load_tokenizer, write_extras
-from tests.weights.test_gguf_tokenizer import golden_texts, tokenizer_file
+from tests.weights.test_gguf_tokenizer import UNREACHED, golden_texts, tokenizer_file
 
 pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
@@ -55,6 +55,18 @@ def test_a_step_that_the_declared_class_drops_is_kept(tmp_path: Path) -> None:
     assert found.special_tokens_map == theirs.special_tokens_map
     assert found.chat_template == theirs.chat_template
     assert len(found) == len(theirs)
+
+
+def test_a_token_that_no_merges_lead_to_stays_one(tmp_path: Path) -> None:
+    folder = write_folder(
+        tmp_path / "hf", "llama3", "llama", {"tokenizer_class": "GPT2Tokenizer"}, pre_tokenizer=BYTE_LEVEL
+    )
+    written = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    kind, text = UNREACHED
+    assert kind == "llama3" and len(written.encode(text, add_special_tokens=False).ids) == 1
+    assert len(transformers.AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids) > 1
+    for found in (load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(exported(folder))):
+        assert found(text).input_ids == written.encode(text).ids
 
 
 def test_an_export_opens_with_the_ids_that_it_was_trained_on(tmp_path: Path) -> None:
