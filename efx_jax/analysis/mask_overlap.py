@@ -41,24 +41,21 @@ class Overlap:
     random_pruned: float
 
 
-def mask_overlaps(
-    model: Model, layers: Sequence[int], sparsity: float, bound: float, groups: Sequence[str] = GROUPS
-) -> Iterator[Overlap]:
-    """The overlap of the masks of every two scores, for each matrix of some layers and each comparison group.
+def mask_overlaps(model: Model, layers: Sequence[int], sparsity: float, bound: float) -> Iterator[Overlap]:
+    """The overlap of the masks of every two scores, for each matrix of some layers and each of `GROUPS`.
 
     Args:
         model: a model on a batch (`blocks.look_at`).
         layers: numbers of the layers.
         sparsity: share of zeros in [0, 1).
         bound: of the group "bounded".
-        groups: comparison groups, see `select_mask`.
 
     Raises:
-        InputError: a sparsity or group that does not fit.
+        InputError: a sparsity that does not fit.
     """
     for layer, view in walk(model, layers):
         scores = criteria_scores(view, model.spec)
-        for matrix, group in itertools.product(LINEARS, groups):
+        for matrix, group in itertools.product(LINEARS, GROUPS):
             masks = _masks({name: scores[name][matrix] for name in CRITERIA}, sparsity, group, bound)
             for first, second in PAIRS:
                 shares = overlap(masks[first], masks[second])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efx_jax.analysis.blocks import BlockView, Model, walk
+from efx_jax.analysis.where import FAR
 from efx_jax.config import GRADIENT_SCORES, PruneConfig
 from efx_jax.config_event import matrix_group, needs_gram, reads_importance, without_recovery
 from efx_jax.errors import InputError
@@ -29,7 +30,6 @@ from efx_jax.pruning.selection import drop_by_counts
 from efx_jax.pruning.statistics import INPUT_OF, Statistics, block_statistics
 
 Array = jax.Array
-_FAR = 0.1
 _GRADIENT_ROWS = 4  # sequences whose logits exist at a time
 EDGES = tuple(float(edge) for edge in np.linspace(-3, 2, 51))
 """Of `ScoreSpread`'s bins, in powers of ten."""
@@ -195,7 +195,7 @@ def _repair(view: BlockView, matrix: str, whole: Array, mask: Array, repaired: A
     kept, repaired = jnp.where(mask, whole, 0.0), jnp.where(mask, repaired, 0.0)
     output, masked, recovered = _norms(view.taps[INPUT_OF[matrix]], view.real, whole, kept - whole, repaired - whole)
     move = repaired - kept
-    moved = jnp.sum(jnp.abs(move) > _FAR * jnp.abs(kept)) / jnp.sum(mask)
+    moved = jnp.sum(jnp.abs(move) > FAR * jnp.abs(kept)) / jnp.sum(mask)
     return masked / output, recovered / output, moved, jnp.linalg.norm(move) / jnp.linalg.norm(kept)
 
 

@@ -1,4 +1,4 @@
-"""What the command can ask of runs: each study reads what it needs and returns records, their summary and its table."""
+"""What the command can ask of runs: each study reads what it needs and returns records, their summary and a drawing."""
 
 import argparse
 import dataclasses
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from efx_jax.analysis import curves, replay, shifts, space_figures, subspaces, where, where_figures
+from efx_jax.analysis import curves, pictures, replay, shifts, space_figures, subspaces, where, where_figures
 from efx_jax.analysis.blocks import look_at
 from efx_jax.analysis.held import (
     Checkpoint,
@@ -31,7 +31,7 @@ from efx_jax.analysis.runs import (
 )
 from efx_jax.errors import InputError
 from efx_jax.lora import Adapters
-from efx_jax.model.spec import LINEARS, linear_shapes, spec_from_config
+from efx_jax.model.spec import linear_shapes, spec_from_config
 from efx_jax.weights.hf import open_checkpoint
 
 Rows = list[dict[str, Any]]
@@ -39,7 +39,8 @@ Rows = list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a study found: `asked` (what was looked at), `records` (frozen dataclasses), `summary` (rows of them)."""
+    """What a study found: `asked` (what was looked at), `records` (frozen dataclasses), `summary` (rows of them), and
+    `draw`, which draws them into a folder."""
 
     asked: dict[str, Any]
     records: Sequence[Any]
@@ -241,7 +242,7 @@ def by_kind(records: Sequence[Any], fields: Iterable[str], sizes: str = "", ends
     """A row per kind of matrix and one of "all": means over layers, weighted by the field `sizes` where it is named;
     of `ends` the least and the most too."""
     rows = []
-    for kind, found in zip((*_names(records), "all"), _kinds(records), strict=True):
+    for kind, found in zip((*pictures.kinds(records), "all"), _kinds(records), strict=True):
         weights = [getattr(each, sizes) if sizes else 1 for each in found]
         row: dict[str, Any] = {"matrix": kind, "matrices": len(found)}
         for field in fields:
@@ -260,14 +261,9 @@ def spaced(count: int, wanted: int) -> list[int]:
     return [round(place * (count - 1) / (wanted - 1)) for place in range(wanted)]
 
 
-def _names(records: Sequence[Any]) -> list[str]:
-    present = {each.matrix for each in records}
-    return [name for name in LINEARS if name in present]
-
-
 def _kinds(records: Sequence[Any]) -> list[list[Any]]:
     """The records of each kind of matrix that there is, in the model's order, then all of them."""
-    return [*([each for each in records if each.matrix == name] for name in _names(records)), list(records)]
+    return [*([each for each in records if each.matrix == name] for name in pictures.kinds(records)), list(records)]
 
 
 def _by_pair(

@@ -172,16 +172,13 @@ def projection_energy(basis: Matrix, weight: npt.ArrayLike) -> float | None:
     return float(np.sum(np.square(basis.T @ matrix)) / whole) if whole > 0 else None
 
 
-def adapter_distances(
-    first: Adapters, second: Adapters, names: tuple[str, str], layers: Sequence[int] | None = None
-) -> Iterator[Distance]:
+def adapter_distances(first: Adapters, second: Adapters, names: tuple[str, str]) -> Iterator[Distance]:
     """The distance of every matrix that two runs of one model adapt, where neither adapter is nothing.
 
     Args:
         first: adapters of a run, `[L,R,I]` and `[L,O,R]`.
         second: those of another; the ranks may differ.
         names: of the runs.
-        layers: numbers of the layers; None: all.
 
     Raises:
         InputError: models of different shapes, or no matrix that both have adapted.
@@ -190,7 +187,7 @@ def adapter_distances(
     references: dict[tuple[int, int, int], Reference] = {}
     is_empty = True
     for matrix in shared:
-        for layer in range(first.lora_b[matrix].shape[0]) if layers is None else layers:
+        for layer in range(first.lora_b[matrix].shape[0]):
             one, other = (
                 adapter_basis(each.lora_a[matrix][layer], each.lora_b[matrix][layer]) for each in (first, second)
             )

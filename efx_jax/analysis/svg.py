@@ -107,10 +107,9 @@ def number(value: float, digits: int, percent: bool = False) -> str:
     return f"{value:,.{digits}f}" if digits <= _MOST_DIGITS else f"{value:.3g}".replace("e-0", "e-")
 
 
-def label(words: str, x: float, y: float, anchor: str, look: str = "") -> Html:
+def label(words: str, x: float, y: float, anchor: str) -> Html:
     """Words whose `anchor` ("start", "middle" or "end") is at x, on the base line y."""
-    place = {"x": _place(x), "y": _place(y), "text-anchor": anchor}
-    return element("text", text(words), place | ({"class": look} if look else {}))
+    return element("text", text(words), {"x": _place(x), "y": _place(y), "text-anchor": anchor})
 
 
 def stroke(look: str, x1: float, y1: float, x2: float, y2: float, told: str = "") -> Html:

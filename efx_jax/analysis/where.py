@@ -10,7 +10,7 @@ import numpy.typing as npt
 from efx_jax.errors import InputError
 from efx_jax.model.spec import LINEARS
 
-_FAR = 0.1
+FAR = 0.1
 """A kept weight has moved if it has by more than this share of what it was."""
 
 
@@ -173,7 +173,7 @@ def weight_moves(base: Mapping[str, Any], final: Mapping[str, Any], rewritten: M
                 layer=layer,
                 matrix=matrix,
                 kept=before.size,
-                moved=float((np.abs(after - before) > _FAR * np.abs(before)).mean()) if before.size else 0.0,
+                moved=float((np.abs(after - before) > FAR * np.abs(before)).mean()) if before.size else 0.0,
                 norm=float(np.linalg.norm(after - before)) / whole,
                 event_norm=None if event is None else float(np.linalg.norm(event - before)) / whole,
                 training_norm=float(np.linalg.norm(after - (before if event is None else event))) / whole,

@@ -207,7 +207,7 @@ def changed_settings(config: Config) -> list[tuple[str, str, str]]:
     default = Config()
     found = []
     for name in setting_types():
-        value, usual = _value(config, name), _value(default, name)
+        value, usual = setting_value(config, name), setting_value(default, name)
         if value != usual:
             found.append((name, _written(value), _written(usual)))
     return found
@@ -289,7 +289,8 @@ def _ends(interval: Any) -> tuple[float, float] | None:
     return float(interval[0]), float(interval[1])
 
 
-def _value(config: Config, name: str) -> Any:
+def setting_value(config: Config, name: str) -> Any:
+    """The value of a setting by its name, such as "prune.sparsity" or "seed"."""
     section, _, field = name.partition(".")
     value = getattr(config, section)
     return getattr(value, field) if field else value

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from efx_jax.analysis.wording import setting_value
 from efx_jax.compare.settings import Comparison, Settings
 from efx_jax.config import Config, DistillConfig
 from efx_jax.config_effects import idle_settings
@@ -95,8 +96,8 @@ def run_name(config: Config) -> str:
     where a run is computed.
     """
     default = Config()
-    values = {key: _value(config, key) for key in setting_types() if key.partition(".")[0] not in FREE_SECTIONS}
-    told = sorted((key, value) for key, value in values.items() if value != _value(default, key))
+    values = {key: setting_value(config, key) for key in setting_types() if key.partition(".")[0] not in FREE_SECTIONS}
+    told = sorted((key, value) for key, value in values.items() if value != setting_value(default, key))
     method = f"{config.prune.score}-{config.prune.sparsity:g}" if config.prune.sparsity else "dense"
     return f"{PurePath(config.data.train).stem}-{method}-seed{config.seed}-{short_hash(told)}"
 
@@ -110,7 +111,7 @@ def _cell(comparison: Comparison, method: str, schedule: str, varied: Settings, 
     config = _resolve(comparison, method, schedule, varied, seed)
     # Of the same seed and values of the axes; only its method is another one.
     reference = comparison.reference and run_name(_resolve(comparison, comparison.reference, "", varied, seed))
-    shown = tuple(_value(config, key) if _has_say(config, key) else None for key in varied)
+    shown = tuple(setting_value(config, key) if _has_say(config, key) else None for key in varied)
     refusal = ""
     try:
         validate(config)
@@ -126,7 +127,7 @@ def _resolve(comparison: Comparison, method: str, schedule: str, varied: Setting
     if not config.distill.teacher:
         config = dataclasses.replace(config, distill=DistillConfig())
     idle = idle_settings(config).keys() & varied.keys()
-    config = replace_values(config, {key: _value(Config(), key) for key in idle})
+    config = replace_values(config, {key: setting_value(Config(), key) for key in idle})
     # Where nothing is pruned no other setting of it has a say: all of them are the same run.
     return config if config.prune.sparsity else unpruned(config)
 
@@ -139,8 +140,3 @@ def _has_say(config: Config, key: str) -> bool:
     if section == "distill" and not config.distill.teacher:
         return key == "distill.teacher"
     return key not in idle_settings(config)
-
-
-def _value(config: Config, key: str) -> Any:
-    section, _, field = key.rpartition(".")
-    return getattr(getattr(config, section) if section else config, field)

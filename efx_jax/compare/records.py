@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from efx_jax.analysis.wording import share_gone
 from efx_jax.compare.grid import Cell
 from efx_jax.compare.paired import Windows
 from efx_jax.compare.settings import Comparison
@@ -92,23 +93,12 @@ def _take(metrics: Metrics, intervals: Intervals, key: str, found: Mapping[str, 
 def _run_metrics(cell: Cell, run: Path) -> Metrics:
     summary = _read(run)
     return {
-        "sparsity": _real_sparsity(cell.config.prune.targets, summary),
+        "sparsity": share_gone(cell.config, summary),
         "train_seconds": summary["seconds"].get("train", 0.0),
         "event_seconds": summary["seconds"].get("prune", 0.0),
         "peak_memory_mib": summary["peak_memory_mib"],
         "tokens": summary["tokens"],
     }
-
-
-def _real_sparsity(targets: Sequence[str], summary: dict[str, Any]) -> float:
-    """Share of exact zeros among all entries of the pruned matrices of the export; of units cut out, their share."""
-    if "cut" in summary:
-        removed: float = summary["cut"]["removed"]
-        return removed
-    found: dict[str, list[float]] = summary["sparsity"]
-    sizes: dict[str, int] = summary["entries"]
-    zeros = sum(sizes[name] * sum(found[name]) for name in targets)
-    return zeros / sum(sizes[name] * len(found[name]) for name in targets)
 
 
 def _relative(folder: Path, dense: Path) -> Mapping[str, Any] | str:

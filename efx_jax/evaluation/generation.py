@@ -32,7 +32,6 @@ def generate_texts(
     compute_dtype: str | None = None,
     sampling: Sampling | None = None,
     seeds: Sequence[int] = (0,),
-    stop_tokens: Sequence[int] = (),
 ) -> list[list[str]]:
     """The answers that the model writes to every prompt: one, greedy, or one drawn with every seed.
 
@@ -51,10 +50,9 @@ def generate_texts(
         sampling: how to draw tokens; None takes the most likely one.
         seeds: of the draws, one for every run, R. A row's draws depend on it, on the row's number and on its prompt
             alone, and every prompt is read once for all of them. Greedy decoding has no seeds, and R = 1.
-        stop_tokens: tokens that end an answer, beside the tokenizer's and the model's ends of sequence.
 
     Returns:
-        `[R][rows]` texts, in the examples' order, without special tokens and without the stop token.
+        `[R][rows]` texts, in the examples' order, up to an end of sequence and without special tokens.
 
     Raises:
         InputError: an empty prompt, or one that leaves no room for the answer in the context (with its row).
@@ -64,7 +62,7 @@ def generate_texts(
     if adapters is not None or masks is not None:
         params = merge(params, adapters, masks)
     ends = {token for example in examples for token in end_of(example.end, tokenizer)}
-    stops = end_tokens(tokenizer, spec) | ends | set(stop_tokens)
+    stops = end_tokens(tokenizer, spec) | ends
     keys = None if sampling is None else jnp.stack([jax.random.key(seed) for seed in seeds])
     runs = 1 if keys is None else len(keys)
     texts = [[""] * len(prompts) for _ in range(runs)]

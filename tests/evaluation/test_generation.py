@@ -80,12 +80,13 @@ def test_adapters_and_masks_write(model: Any) -> None:
     assert [texts] != generate_texts(params, spec, tokenizer, rows, NEW)
 
 
-def test_an_answer_ends_before_its_stop_token(model: Any) -> None:
+def test_an_answer_ends_before_an_end_of_sequence(model: Any) -> None:
     params, spec, tokenizer = model
     rows = examples(9, 2, 5)
     whole = [text.split() for text in generate_texts(params, spec, tokenizer, rows, NEW)[0]]
     stop = whole[0][2]
-    [texts] = generate_texts(params, spec, tokenizer, rows, NEW, stop_tokens=tokenizer.convert_tokens_to_ids([stop]))
+    ending = dataclasses.replace(spec, eos_token_ids=tuple(tokenizer.convert_tokens_to_ids([stop])))
+    [texts] = generate_texts(params, ending, tokenizer, rows, NEW)
     cut = [words[: words.index(stop)] if stop in words else words for words in whole]
     assert [text.split() for text in texts] == cut and cut != whole
 
