@@ -54,7 +54,7 @@ class DataConfig:
     """Tasks to score: names, or files of rows with `prompt` and `response`; none: those that `train` names."""
     template: str = ""
     """Prompt template with {column} fields and the response after "=>"; \\n is a line break and \\t a tab; "" takes
-    prompt/response or text."""
+    prompt/response, messages or text."""
     context: str = ""
     """Column of the template that is shortened where a row is too long; "" shortens nothing."""
     new_tokens: int = 0

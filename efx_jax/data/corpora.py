@@ -34,10 +34,10 @@ class Corpus:
     lines: bool = False
 
 
-# Of C4 it is the shard that Wanda and the authors' code calibrate on: of its 356,317 documents the beginning is more than
-# calibration or a teacher asks for (some 24 million tokens, about 150 MB). Of WikiText-2 it is the test set; of
-# MultiLegalPile the authors' 300 first documents of "en_legislation", from the files that the data set itself holds (its
-# loader, which is a script and not run, adds others behind them).
+# Of C4 it is the shard that Wanda and the authors' code calibrate on: of its 356,317 documents the beginning is more
+# than calibration or a teacher asks for (some 24 million tokens, about 150 MB). Of WikiText-2 it is the test set; of
+# MultiLegalPile the authors' 300 first documents of "en_legislation", from the files that the data set itself holds
+# (its loader, which is a script and not run, adds others behind them).
 _LEGISLATION = "hf://datasets/joelniklaus/Multi_Legal_Pile/data/en/legislation/*.jsonl.xz"
 CORPORA = {
     "c4": Corpus(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from efx_jax.config_values import nearest
+from efx_jax.data.conversations import Turn, conversation_of
 from efx_jax.data.records import has_surrogate
 from efx_jax.data.tokenizer import Tokenizer
 from efx_jax.errors import InputError, first_line
@@ -45,6 +46,7 @@ class Example:
     `end` is the token that ends the response, "" the tokenizer's end of sequence.
     `origin` says where the row came from ("train.jsonl row 17") for error messages, and `keys` are fingerprints of what
     no training row may share with a test row; neither takes part in comparisons.
+    `turns` are what a conversation has before the prompt, its user's last turn; only "chat" can say them.
     """
 
     prompt: str
@@ -55,6 +57,7 @@ class Example:
     instruction: str = ""
     keys: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     end: str = ""
+    turns: tuple[Turn, ...] = ()
 
 
 def examples_from_rows(
@@ -65,7 +68,7 @@ def examples_from_rows(
     With a template such as "Question: {question}\\nAnswer: => {answer}" the part after "=>" is the response; one space
     just before the arrow is dropped, so that the response carries the separator (here " {answer}"), which is where
     tokenizers split. A backslash and n or t, as shells pass them, are a line break or a tab. Without a template, rows
-    have columns `prompt` and `response`, or `text` (prompt "").
+    have columns `prompt` and `response`, a conversation (`conversation_of`), or `text` (prompt "").
 
     Args:
         rows: dictionaries of one data set.
@@ -74,7 +77,7 @@ def examples_from_rows(
         context: the column that may be shortened: one of the template's prompt, or "prompt" without a template; or "".
 
     Returns:
-        One example per row.
+        One example per row, and of a conversation one per answer.
 
     Raises:
         InputError: a template without arrow, an unknown or missing column, an empty response or text (with the row).
@@ -85,6 +88,10 @@ def examples_from_rows(
     for number, row in enumerate(rows, start=1):
         where = f"{source} row {number}"
         span = (0, 0)
+        turns = conversation_of(row, where) if parts is None and not _is_pair(row) else None
+        if turns is not None:
+            examples += _answers(turns, where, bool(context))
+            continue
         if parts is not None:
             prompt, span = _fill(parts[0], row, where, context)
             response, _ = _fill(parts[1], row, where, is_answer=True)
@@ -100,6 +107,21 @@ def examples_from_rows(
             raise InputError(f"{where}: the {kind} is empty; expected some text; remove or complete the row")
         examples.append(Example(prompt, response, where, span))
     return examples
+
+
+def _answers(turns: Sequence[Turn], where: str, may_be_cut: bool) -> list[Example]:
+    """Every answer of a conversation, behind the question before it and all earlier turns."""
+    return [
+        Example(
+            turns[place - 1].content,
+            f" {turns[place].content.lstrip()}",
+            where,
+            (0, len(turns[place - 1].content)) if may_be_cut else (0, 0),
+            turns=tuple(turns[: place - 1]),
+        )
+        for place, turn in enumerate(turns)
+        if turn.role == "assistant"
+    ]
 
 
 def prompt_pattern(template: str) -> str:
@@ -142,9 +164,10 @@ def apply_format(examples: Sequence[Example], style: Format, tokenizer: Tokenize
     Args:
         examples: examples with bare prompts.
         style: "plain" (no frame but the instruction above and "Answer:" below, for examples that have an instruction),
-            "alpaca" (the Alpaca instruction frame of the paper's appendix H) or "chat" (one user turn in the
-            tokenizer's chat template, up to where the assistant starts; where the template can think, as Qwen3's, or
-            always does, as DeepSeek-R1's, the thought is an empty one; its date is always 26 July 2024).
+            "alpaca" (the Alpaca instruction frame of the paper's appendix H) or "chat" (one user turn, behind the
+            earlier turns of a conversation, in the tokenizer's chat template, up to where the assistant starts; where
+            the template can think, as Qwen3's, or always does, as DeepSeek-R1's, the thought is an empty one; its date
+            is always 26 July 2024).
         tokenizer: needed for "chat".
 
     Returns:
@@ -152,7 +175,8 @@ def apply_format(examples: Sequence[Example], style: Format, tokenizer: Tokenize
         blanks are dropped. In "chat" it ends with the token that ends a turn in the template.
 
     Raises:
-        InputError: "chat" with a tokenizer that has no chat template, or one that fails or changes the text of a turn.
+        InputError: "chat" with a tokenizer that has no chat template, or one that fails or changes the text of a turn;
+            a conversation of several turns in another format.
     """
     end = _turn_end(tokenizer) if style == "chat" and tokenizer is not None and tokenizer.chat_template else ""
     return [
@@ -162,10 +186,15 @@ def apply_format(examples: Sequence[Example], style: Format, tokenizer: Tokenize
 
 
 def _framed(example: Example, style: Format, tokenizer: Tokenizer | None) -> Example:
+    if example.turns and style != "chat":
+        raise InputError(
+            f"{example.origin}: a conversation of {len(example.turns) + 2} turns cannot be written in data.format "
+            f"{style}; expected chat"
+        )
     if style == "plain" and not example.instruction:
         return example
     body = example.prompt.strip()
-    before, after = _frame(body, example.instruction, style, tokenizer)
+    before, after = _frame(body, example.instruction, style, tokenizer, example.turns)
     shift = len(before) - (len(example.prompt) - len(example.prompt.lstrip()))
     end = len(before) + len(body)
     start, stop = (min(max(place + shift, len(before)), end) for place in example.context)
@@ -175,10 +204,13 @@ def _framed(example: Example, style: Format, tokenizer: Tokenizer | None) -> Exa
         response=example.response if style == "plain" else example.response.lstrip(),
         context=(start, stop) if start < stop else (0, 0),
         instruction="",
+        turns=(),
     )
 
 
-def _frame(body: str, instruction: str, style: Format, tokenizer: Tokenizer | None) -> tuple[str, str]:
+def _frame(
+    body: str, instruction: str, style: Format, tokenizer: Tokenizer | None, turns: Sequence[Turn] = ()
+) -> tuple[str, str]:
     """What comes before and after the body of a prompt."""
     if style == "alpaca":
         if instruction:
@@ -189,7 +221,7 @@ def _frame(body: str, instruction: str, style: Format, tokenizer: Tokenizer | No
         return asked, _PLAIN_END
     if tokenizer is None or not tokenizer.chat_template:
         raise InputError("data.format chat: the tokenizer has no chat template; expected one; use plain or alpaca")
-    before, found, after = _chat_turn(asked + body, tokenizer).rpartition(asked + body)
+    before, found, after = _chat_turn(asked + body, tokenizer, earlier=turns).rpartition(asked + body)
     if not found:
         raise InputError(
             "data.format chat: the tokenizer's chat template changes the text of a turn; expected it to stay as it is; "
@@ -215,9 +247,10 @@ def _turn_end(tokenizer: Tokenizer) -> str:
     return "" if ids == [tokenizer.eos_token_id] or token not in tokenizer.get_added_vocab() else str(token)
 
 
-def _chat_turn(text: str, tokenizer: Tokenizer, answer: str = "") -> str:
-    """One user turn and the answer, or else its beginning, the same on every day."""
-    turns = [{"role": "user", "content": text}] + ([{"role": "assistant", "content": answer}] if answer else [])
+def _chat_turn(text: str, tokenizer: Tokenizer, answer: str = "", earlier: Sequence[Turn] = ()) -> str:
+    """A user's turn behind the earlier ones, and the answer or else its beginning, the same on every day."""
+    said = [*earlier, Turn("user", text), *([Turn("assistant", answer)] if answer else [])]
+    turns = [dataclasses.asdict(turn) for turn in said]
     try:
         template = tokenizer.get_chat_template()
         if _CLOCK in template:
@@ -229,8 +262,8 @@ def _chat_turn(text: str, tokenizer: Tokenizer, answer: str = "") -> str:
     except Exception as error:
         reason = first_line(error)
         raise InputError(
-            f"data.format chat: the tokenizer's chat template fails ({reason}); expected one that takes a single user "
-            "turn; use plain or alpaca"
+            f"data.format chat: the tokenizer's chat template fails ({reason}); expected one that takes "
+            f"{', '.join(turn.role for turn in said)}; use plain or alpaca"
         ) from error
     return str(framed)
 

@@ -46,7 +46,7 @@ def data_root(config: DataConfig) -> str:
 
 
 def own_examples(source: str, config: DataConfig) -> list[Example]:
-    """A user's own rows, identified by their prompt, or by their text where they have none.
+    """A user's own rows, identified by their prompt and what a conversation has before it, or else by their text.
 
     Raises:
         InputError: as `load_rows` and `examples_from_rows`, or a single word that names no file.
@@ -54,9 +54,15 @@ def own_examples(source: str, config: DataConfig) -> list[Example]:
     root = data_root(config)
     _check_word(source, root)
     examples = examples_from_rows(load_rows(source, root), source, config.template, config.context)
-    return [
-        dataclasses.replace(example, keys=(fingerprint(example.prompt or example.response),)) for example in examples
-    ]
+    answers = Counter(example.origin for example in examples)
+    return [dataclasses.replace(example, keys=_keys(example, answers[example.origin] > 1)) for example in examples]
+
+
+def _keys(example: Example, has_others: bool) -> tuple[str, ...]:
+    """What identifies a row; the answers of one conversation, which have a row in common, stay together."""
+    said = [turn.content for turn in example.turns]
+    asked = fingerprint(*said, example.prompt or example.response)
+    return (asked, example.origin) if has_others else (asked,)
 
 
 def _check_word(source: str, root: str) -> None:

@@ -1,0 +1,58 @@
+"""Rows that are conversations: every answer of the assistant, with all that was said before it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from efx_jax.errors import InputError
+
+COLUMNS = ("messages", "conversations")
+"""What such a column is called: in the format of chat models, and in ShareGPT's."""
+_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One message; `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+def conversation_of(row: Mapping[str, Any], where: str) -> list[Turn] | None:
+    """The turns of a row's conversation, None where it has no such column.
+
+    Args:
+        row: with `messages`, of `{"role", "content"}`, or `conversations`, of `{"from", "value"}`; roles are system
+            (only the first), then user (or human) and assistant (or gpt) in turn, the last one an assistant's.
+        where: file and row.
+
+    Raises:
+        InputError: another order of roles, an unknown one, or a message without text.
+    """
+    column = next((name for name in COLUMNS if isinstance(row.get(name), Sequence | Mapping)), None)
+    if column is None or isinstance(row[column], str):
+        return None
+    turns = [_turn(message, f"{where}: {column} {number}") for number, message in enumerate(row[column], start=1)]
+    roles = [turn.role for turn in turns]
+    talk = roles[1:] if roles[:1] == ["system"] else roles
+    if not talk or len(talk) % 2 or talk != ["user", "assistant"] * (len(talk) // 2):
+        raise InputError(
+            f"{where}: expected {column} of user and assistant in turn, to an assistant's answer, behind at most one "
+            f"of system; found {', '.join(roles) or 'none'}; repair or remove the row"
+        )
+    return turns
+
+
+def _turn(message: Any, where: str) -> Turn:
+    if not isinstance(message, Mapping):
+        raise InputError(f"{where}: expected a role and a content, found {type(message).__name__}; repair the row")
+    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+    if role not in _ROLES:
+        raise InputError(
+            f"{where}: expected a role among {', '.join(_ROLES)}, found {role!r}; repair or remove the row"
+        )
+    if not isinstance(content, str) or not content.strip():
+        found = "no text" if not content or isinstance(content, str) else f"a {type(content).__name__}"
+        raise InputError(f"{where}: expected text as content, found {found}; repair or remove the row")
+    return Turn(_ROLES[role], content)
