@@ -24,7 +24,9 @@ RUN_METRICS = ("sparsity", "train_seconds", "event_seconds", "peak_memory_mib", 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """What every run is measured on; the words of `python -m efx_jax.evaluation`."""
+    """What every run is measured on, as the flags of `python -m efx_jax.evaluation` say it (`protocols` is several of
+    its --protocol); its other flags keep what they have from the run. The key `texts` beside these in the file is
+    `Comparison.texts`."""
 
     tasks: tuple[str, ...] = ()
     """Names of tasks or mixes, or files of rows with `prompt` and `response`."""
