@@ -22,6 +22,7 @@ from efx_jax.training.accounting import (
 )
 from efx_jax.training.activations import Layout
 from efx_jax.training.devices import Device, find_device
+from efx_jax.training.disk import disk_bytes, disk_text
 from efx_jax.training.lowered import compile_step, simulate_devices
 from efx_jax.training.measure import rows_table
 from efx_jax.training.memory import Memory, memory
@@ -81,6 +82,7 @@ def plan_text(config: Config) -> str:
         *_arithmetic_lines(config, spec, layout),
         *_time_lines(config, spec, layout, device, steps),
         *_memory_lines(needs, device, config),
+        *_disk_lines(config, spec, layout, steps),
         *_batch_lines(config, spec, layout, device),
         *_compiled_lines(config, spec, layout, needs),
     ]
@@ -225,6 +227,12 @@ def _memory_lines(needs: Memory, device: Device, config: Config) -> list[str]:
     verdict = "fits" if needs.peak <= device.memory else "DOES NOT FIT"
     lines.append(_row("peak", needs.peak, unit) + f"  {verdict}: {device.name} has {device.memory / unit:,.0f} to use")
     return [*lines, ""]
+
+
+def _disk_lines(config: Config, spec: ModelSpec, layout: Layout, steps: int | None) -> list[str]:
+    # Where the number of steps is not known, as many checkpoints as are kept.
+    needed = disk_bytes(spec, config, layout.dtype, layout.events, 10**9 if steps is None else steps)
+    return _paragraph("disk", f"up to {sum(needed.values()) / _GIB:,.1f} GiB: {disk_text(needed)}")
 
 
 def _batch_lines(config: Config, spec: ModelSpec, layout: Layout, device: Device) -> list[str]:

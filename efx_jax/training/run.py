@@ -27,6 +27,7 @@ from efx_jax.training import log
 from efx_jax.training.claim import claimed
 from efx_jax.training.determinism import ask_for_determinism
 from efx_jax.training.devices import memory_settings
+from efx_jax.training.disk import disk_bytes, refuse_small_disk
 from efx_jax.training.feed import epoch_rows
 from efx_jax.training.journal import Journal
 from efx_jax.training.loop import init_loop, train
@@ -34,7 +35,7 @@ from efx_jax.training.measure import measure
 from efx_jax.training.plan import plan_text
 from efx_jax.training.prepare import Prepared, prepare
 from efx_jax.training.samples import tasks_shown, write_samples
-from efx_jax.training.schedule import prune_events, total_steps
+from efx_jax.training.schedule import Event, prune_events, total_steps
 from efx_jax.training.search import cut_out, cut_report
 from efx_jax.training.start import different_settings, with_adapter
 from efx_jax.training.state import RunState
@@ -104,10 +105,15 @@ def _run(config: Config, output: Path, mesh: jax.sharding.Mesh, trunk: Path | No
     journal = Journal({}, {}, 0)
     with journal.phase("load"):
         prepared = prepare(config, mesh)
+    steps = total_steps(config.train, epoch_rows(config, prepared.train))
+    events = prune_events(config.prune, config.train, steps)
     with together():
         log.check_sinks(config)
+        if jax.process_index() == 0:
+            dtype = str(prepared.params["embed_tokens"].dtype)
+            refuse_small_disk(disk_bytes(prepared.spec, config, dtype, len(events), steps), output)
     with _own_folder(config, output):
-        return _work(config, output, mesh, prepared, journal, trunk)
+        return _work(config, output, mesh, prepared, steps, events, journal, trunk)
 
 
 @contextlib.contextmanager
@@ -126,11 +132,16 @@ def _own_folder(config: Config, output: Path) -> Iterator[None]:
 
 
 def _work(
-    config: Config, output: Path, mesh: jax.sharding.Mesh, prepared: Prepared, journal: Journal, trunk: Path | None
+    config: Config,
+    output: Path,
+    mesh: jax.sharding.Mesh,
+    prepared: Prepared,
+    steps: int,
+    events: tuple[Event, ...],
+    journal: Journal,
+    trunk: Path | None,
 ) -> dict[str, Any]:
     """Trains, exports, measures; writes what `run` promises."""
-    steps = total_steps(config.train, epoch_rows(config, prepared.train))
-    events = prune_events(config.prune, config.train, steps)
     is_first = jax.process_index() == 0
     if is_first:
         print(_devices(mesh), file=sys.stderr)

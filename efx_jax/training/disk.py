@@ -1,0 +1,74 @@
+"""What a run writes, in bytes by category, counted from shapes alone, and whether its disk has room for that."""
+
+import dataclasses
+import shutil
+import warnings
+from pathlib import Path
+
+from efx_jax.config import Config, MeshConfig
+from efx_jax.config_event import goes_by_block, keeps_scores
+from efx_jax.errors import InputError
+from efx_jax.model.spec import ModelSpec, linear_shapes
+from efx_jax.training.activations import FLOAT32, Layout
+from efx_jax.training.memory import Bytes, resident_bytes
+
+_GIB = 2**30
+
+
+def disk_bytes(spec: ModelSpec, config: Config, dtype: str, events: int, steps: int) -> Bytes:
+    """The most that lies in a run's folder at one time; Orbax packs what it saves, zeros above all, to less.
+
+    Args:
+        spec: the model.
+        config: the settings.
+        dtype: of the stored weights.
+        events: prune events of the run.
+        steps: updates of the run.
+    """
+    whole = dataclasses.replace(config, mesh=MeshConfig())
+    layout = Layout(dtype, rows=1, length=1, events=events, fused_attention=False, writes=False)
+    held = resident_bytes(spec, whole, layout)
+    saved = {name: size for name, size in held.items() if name not in ("weights", "teacher")}
+    if events > 1 and config.prune.ema < 1 and keeps_scores(config.prune):
+        shapes = linear_shapes(spec)
+        entries = sum(out_dim * in_dim for out_dim, in_dim in (shapes[name] for name in config.prune.targets))
+        saved["moving average"] = FLOAT32 * spec.num_layers * entries
+    one, every = sum(saved.values()), config.train.checkpoint_every
+    # The next one is whole before an old one goes.
+    kept = min(config.train.keep + 1, 1 + events + (steps // every if every else 0))
+    blocks = saved["linears of the first base"] + saved["masks"] if events and goes_by_block(config.prune) else 0
+    return {
+        "checkpoints": kept * one,
+        "best model": 2 * one if config.eval.best else 0,
+        "blocks of an event": blocks,
+        "export": held["weights"],
+    }
+
+
+def refuse_small_disk(needed: Bytes, output: Path) -> None:
+    """Compares what a run may write with the room that its disk has, what lies in the folder already included.
+
+    Args:
+        needed: from `disk_bytes`.
+        output: the run's folder, which need not exist.
+
+    Raises:
+        InputError: not even half of it fits; where half of it does, a warning says so.
+    """
+    place = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
+    own = sum(file.stat().st_size for file in output.rglob("*") if file.is_file() and not file.is_symlink())
+    total, room = sum(needed.values()), shutil.disk_usage(place).free + own
+    if total <= room:
+        return
+    told = (
+        f"{output}: the run writes up to {total / _GIB:,.1f} GiB ({disk_text(needed)}), and its disk has room for "
+        f"{room / _GIB:,.1f}; make room, lower train.keep, or choose another --output"
+    )
+    if total > 2 * room:
+        raise InputError(told)
+    warnings.warn(told, stacklevel=2)
+
+
+def disk_text(needed: Bytes) -> str:
+    """The parts, in GiB."""
+    return ", ".join(f"{name} {size / _GIB:,.1f}" for name, size in needed.items() if size)
