@@ -8,7 +8,7 @@ import pytest
 
 from efx_jax.compare.grid import choose_cells, list_cells, run_name
 from efx_jax.compare.settings import read_comparison
-from efx_jax.config import Config, DistillConfig, PruneConfig
+from efx_jax.config import Config, DistillConfig, PruneConfig, TrainConfig
 from efx_jax.config_io import config_folder, load_config, preset_settings
 from efx_jax.config_values import replace_values
 from efx_jax.errors import InputError
@@ -205,8 +205,16 @@ def test_every_cell_of_the_shipped_comparisons_is_possible(path: Path) -> None:
     cells = list_cells(read_comparison(path))
     assert [cell.refusal for cell in cells if cell.refusal] == []
     assert {cell.reference for cell in cells} - {""} == {cell.run for cell in cells if cell.method == "dense"}
-    # Same data and tokens for all, but for what an axis says; how fast a method learns is its own.
-    assert len({dataclasses.replace(cell.config.train, learning_rate=1.0) for cell in cells}) == 1
+    # Same data and tokens for all, but for what an axis says; how fast a method learns, and by how many updates, is its
+    # own.
+    assert len({with_equal_rows(cell.config.train) for cell in cells}) == 1
+
+
+def with_equal_rows(settings: TrainConfig) -> TrainConfig:
+    """The same rows learned one by one, at one rate."""
+    if settings.steps:
+        settings = dataclasses.replace(settings, steps=settings.steps * settings.batch_size, batch_size=1)
+    return dataclasses.replace(settings, learning_rate=1.0)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -225,6 +233,7 @@ def test_the_ablations_share_their_runs_with_the_comparisons() -> None:
     assert len(runs["rank"] & runs["schedules"]) == 2
     assert len(runs["ema"] & runs["schedules"]) == 5
     assert len(runs["domains"] & runs["compare_health"]) == 6
+    assert len(runs["efx_300k"] & runs["efx_health"]) == 1
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
