@@ -9,7 +9,6 @@ import scipy.stats
 
 from efx_jax.evaluation.scores import RESAMPLES, Interval, interval, resample_counts
 
-_SEED = 0  # of the resampling
 _HIGH = 0.975  # the upper end of a 95 % interval
 
 
@@ -46,7 +45,7 @@ def perplexity_ratio(
     apart, tokens = _apart(found, other)
     if len(tokens) < 2:
         return value, None
-    mean, blocks = apart.mean(axis=0), resample_counts(np.arange(len(tokens)), RESAMPLES, _SEED)
+    mean, blocks = apart.mean(axis=0), resample_counts(np.arange(len(tokens)), RESAMPLES)
     drawn = np.concatenate([(each @ mean) / np.maximum(each @ tokens, 1) for each in blocks])
     if len(apart) == 1:
         ends = np.asarray(interval(drawn))

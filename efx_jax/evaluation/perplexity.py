@@ -21,8 +21,6 @@ from efx_jax.parallel.partition import constrain
 
 Array = jax.Array
 
-_SEED = 0  # of the resampling
-
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
@@ -90,7 +88,7 @@ def summarise(window_nll: np.ndarray, window_tokens: np.ndarray) -> Perplexity:
         window_nll: nats float64 [n].
         window_tokens: predicted tokens int64 [n].
     """
-    blocks = resample_counts(np.arange(len(window_nll)), RESAMPLES, _SEED)
+    blocks = resample_counts(np.arange(len(window_nll)), RESAMPLES)
     nats, tokens = map(
         np.concatenate, zip(*((each @ window_nll, each @ window_tokens) for each in blocks), strict=True)
     )

@@ -11,7 +11,6 @@ import numpy as np
 Interval = tuple[float, float]
 
 RESAMPLES = 2000
-_SEED = 0  # fixed, so that a table is reproducible
 _BLOCK = 4_000_000  # counts held at once while resampling
 
 
@@ -79,7 +78,7 @@ def bootstrap(
         return {"accuracy": None, "macro_f1": None}
     runs = np.atleast_2d(predicted)
     accuracies, f1s = [], []
-    for counts in resample_counts(groups, RESAMPLES, _SEED):
+    for counts in resample_counts(groups, RESAMPLES):
         accuracies.append(np.mean([accuracy(run, reference, counts) for run in runs], axis=0))
         f1s.append(np.mean([macro_f1(run, reference, classes, counts) for run in runs], axis=0))
     return {"accuracy": interval(np.concatenate(accuracies)), "macro_f1": interval(np.concatenate(f1s))}
@@ -89,17 +88,17 @@ def bootstrap_mean(values: np.ndarray, groups: np.ndarray) -> Interval | None:
     """95 % percentile interval of the mean of values float [n] over resampled groups int [n]; None of one group."""
     if not groups.any():
         return None
-    counts = resample_counts(groups, RESAMPLES, _SEED)
+    counts = resample_counts(groups, RESAMPLES)
     return interval(np.concatenate([block @ values / block.sum(axis=1) for block in counts]))
 
 
-def resample_counts(groups: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+def resample_counts(groups: np.ndarray, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
     """How often each row is drawn where whole groups are drawn with replacement, as many as there are.
 
     Args:
         groups: group numbers int [n], from 0; a number for each row resamples rows.
         resamples: number of resamples.
-        seed: of the draws.
+        seed: of the draws; a fixed one makes a table reproducible.
 
     Returns:
         Blocks int64 [r,n], all r adding up to `resamples`; equal within a group.
