@@ -32,7 +32,8 @@ from efx_jax.analysis.wording import (
 )
 from efx_jax.config import Config
 from efx_jax.data.catalogue import OFFICIAL
-from efx_jax.data.prompts import Example, apply_format
+from efx_jax.data.frames import apply_format
+from efx_jax.data.prompts import Example
 from efx_jax.data.sources import prompt_patterns
 from efx_jax.evaluation.results import markdown_table
 

@@ -6,7 +6,8 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 
-from efx_jax.data.prompts import Example, Format
+from efx_jax.data.frames import Format
+from efx_jax.data.prompts import Example
 from efx_jax.errors import InputError
 
 MOST_LABELS = 100  # more different answers than that are free text

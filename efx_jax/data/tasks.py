@@ -10,11 +10,12 @@ from typing import Any
 from efx_jax.config import DataConfig
 from efx_jax.data.catalogue import OFFICIAL
 from efx_jax.data.corpora import load_rows
+from efx_jax.data.frames import apply_format
 from efx_jax.data.icd10 import icd10_task
 from efx_jax.data.mixes import Mix, Part, find_mix, naming
 from efx_jax.data.official import Official, load_official
 from efx_jax.data.own_answers import distinct_answers, warn_of_learned
-from efx_jax.data.prompts import Example, apply_format, examples_from_rows, plain_text
+from efx_jax.data.prompts import Example, examples_from_rows, plain_text
 from efx_jax.data.sampling import sample_rows
 from efx_jax.data.shortening import shorten, shorten_training
 from efx_jax.data.sources import (

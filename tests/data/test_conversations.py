@@ -8,7 +8,8 @@ import pytest
 
 from efx_jax.config import DataConfig
 from efx_jax.data.conversations import Turn, conversation_of
-from efx_jax.data.prompts import Example, apply_format, examples_from_rows
+from efx_jax.data.frames import apply_format
+from efx_jax.data.prompts import Example, examples_from_rows
 from efx_jax.data.sources import hold_out, own_examples
 from efx_jax.data.tokens import tokenize
 from efx_jax.errors import InputError

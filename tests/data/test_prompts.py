@@ -4,7 +4,8 @@ import types
 
 import pytest
 
-from efx_jax.data.prompts import Example, apply_format, examples_from_rows, plain_text
+from efx_jax.data.frames import apply_format
+from efx_jax.data.prompts import Example, examples_from_rows, plain_text
 from efx_jax.data.records import take_text
 from efx_jax.data.tokens import tokenize
 from efx_jax.errors import InputError

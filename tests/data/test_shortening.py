@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from efx_jax.config import DataConfig
-from efx_jax.data.prompts import Example, apply_format
+from efx_jax.data.frames import apply_format
+from efx_jax.data.prompts import Example
 from efx_jax.data.shortening import shorten, shorten_training
 from efx_jax.data.tasks import load_data, load_tasks
 from efx_jax.data.tokenizer import encode_prompts
