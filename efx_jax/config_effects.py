@@ -37,6 +37,7 @@ def idle_settings(config: Config) -> dict[str, str]:
     within_rows = prune.group not in ACROSS_ROWS
     refines = prune.recovery == "admm" and prune.admm_refine > 0
     is_averaged = events_asked(prune, config.train) > 1
+    gives_fixed_shares = prune.budget == "uniform" or (prune.budget == "owl" and not is_averaged)
     reads_loss = prune.score == "foresight_loss" and reads_importance(prune)
     parts: list[tuple[bool, str, str]] = [
         (prune.schedule != "fractions", "prune.schedule fractions", "prune.fractions"),
@@ -45,7 +46,8 @@ def idle_settings(config: Config) -> dict[str, str]:
         (within_rows, "prune.group matrix, slab or bounded", "prune.row_targets"),
         (not set(prune.row_targets) & set(prune.targets), "one of them in prune.targets", "prune.row_targets"),
         (
-            refines and within_rows and prune.budget != "global",
+            # A plain last event has no recovery; where a later event keeps more, its score says what comes back.
+            refines and within_rows and not prune.plain_last_event and gives_fixed_shares,
             "prune.admm_refine 0 or a group across rows: ADMM chooses the entries of every row",
             "prune.score",
         ),

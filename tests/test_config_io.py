@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from efx_jax.config import Config
+from efx_jax.config import Config, PruneConfig
 from efx_jax.config_effects import idle_settings
 from efx_jax.config_io import PRESETS, config_folder, from_yaml, load_config, resolve, to_yaml
 from efx_jax.config_rules import validate
@@ -291,6 +291,15 @@ def test_epochs_beside_the_steps_of_a_file_are_warned_of(write):
 def test_a_flag_that_changes_nothing_is_warned_of(flags, condition):
     with pytest.warns(FallbackWarning, match=f"{flags[0].replace('-t', '_t')} has no effect without {condition}$"):
         resolve(["--preset", "paper", *flags])
+
+
+def test_a_score_that_decides_a_last_event_or_what_comes_back_is_not_idle():
+    once = PruneConfig(recovery="admm", admm_refine=5, admm_steps=9, schedule="fractions", fractions=(0.5,), ema=1.0)
+    twice = dataclasses.replace(once, fractions=(0.2, 0.5))
+    for prune in (once, twice, dataclasses.replace(once, budget="owl")):
+        assert "prune.score" in idle_settings(Config(prune=prune))
+    for change in ({"plain_last_event": True}, {"budget": "owl"}, {"budget": "global"}, {"group": "bounded"}):
+        assert "prune.score" not in idle_settings(Config(prune=dataclasses.replace(twice, **change)))
 
 
 def test_rows_of_ones_own_under_the_quickstarts_settings_are_warned_of():

@@ -157,7 +157,10 @@ def _framing(record: RunRecord) -> str:
     if style == "chat":
         turn = 'tokenizer.apply_chat_template([{"role": "user", "content": prompt}]'
         options = "add_generation_prompt=True, enable_thinking=False"
-        told = f"Prompts are user turns of the chat template, as in training: `{turn}, {options})`, where `prompt` is"
+        told = (
+            "Prompts are user turns of the chat template, as in training, behind whatever system prompt and turns came "
+            f"before: `{turn}, {options})`, where `prompt` is"
+        )
         shown = {name: "\n\n".join(filter(None, (each.instruction, each.prompt))) for name, each in bare.items()}
     else:
         told = "Prompts are written as in training, nothing before or behind"

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from efx_jax.data.records import has_surrogate
 from efx_jax.errors import InputError
 
 COLUMNS = ("messages", "conversations")
@@ -47,12 +48,19 @@ def conversation_of(row: Mapping[str, Any], where: str) -> list[Turn] | None:
 def _turn(message: Any, where: str) -> Turn:
     if not isinstance(message, Mapping):
         raise InputError(f"{where}: expected a role and a content, found {type(message).__name__}; repair the row")
-    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    if role not in _ROLES:
+    role, content = (_first(message, names) for names in (("role", "from"), ("content", "value")))
+    if not isinstance(role, str) or role not in _ROLES:
         raise InputError(
             f"{where}: expected a role among {', '.join(_ROLES)}, found {role!r}; repair or remove the row"
         )
     if not isinstance(content, str) or not content.strip():
         found = "no text" if not content or isinstance(content, str) else f"a {type(content).__name__}"
         raise InputError(f"{where}: expected text as content, found {found}; repair or remove the row")
+    if has_surrogate(content):
+        raise InputError(f"{where}: holds half of a surrogate pair; expected valid Unicode; repair it")
     return Turn(_ROLES[role], content)
+
+
+def _first(message: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """The first of some values that is there: where sets were joined, the other one's columns are empty."""
+    return next((message[name] for name in names if message.get(name) is not None), None)

@@ -76,7 +76,6 @@ def _framed(example: Example, style: Format, tokenizer: Tokenizer | None) -> Exa
         response=example.response if style == "plain" else example.response.lstrip(),
         context=(start, stop) if start < stop else (0, 0),
         instruction="",
-        turns=(),
     )
 
 

@@ -27,7 +27,8 @@ class Example:
     `end` is the token that ends the response, "" the tokenizer's end of sequence.
     `origin` says where the row came from ("train.jsonl row 17") for error messages, and `keys` are fingerprints of what
     no training row may share with a test row; neither takes part in comparisons.
-    `turns` are what a conversation has before the prompt, its user's last turn; only "chat" can say them.
+    `turns` are what a conversation has before its user's last turn, which is the prompt until "chat" puts all of them
+    there.
     """
 
     prompt: str
@@ -69,7 +70,9 @@ def examples_from_rows(
     for number, row in enumerate(rows, start=1):
         where = f"{source} row {number}"
         span = (0, 0)
-        turns = conversation_of(row, where) if parts is None and not _is_pair(row) else None
+        # Some sets hold the first question, or all turns as one text, beside the conversation.
+        has_other = parts is not None or "text" in row or row.keys() >= {"prompt", "response"}
+        turns = None if has_other else conversation_of(row, where)
         if turns is not None:
             examples += _answers(turns, where, bool(context))
             continue

@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import re
+import warnings
 from collections.abc import Sequence
 
 from efx_jax.data.prompts import Example
@@ -59,6 +60,32 @@ def shorten_training(examples: Sequence[Example], tokenizer: Tokenizer, max_leng
     for row, prompt in zip(long, bare, strict=True):
         reserve[row] = reserve[row] if len(prompt) + reserve[row] <= max_length else half
     return shorten(examples, tokenizer, max_length, reserve)
+
+
+def without_long_talks(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> list[Example]:
+    """Leaves out the answers of conversations that have no room behind all that was said before; a warning counts them.
+
+    Args:
+        examples: framed examples.
+        tokenizer: a Hugging Face tokenizer.
+        max_length: most tokens of a prompt and the first of its response.
+
+    Raises:
+        InputError: nothing else is left.
+    """
+    later = [row for row, example in enumerate(examples) if example.turns]
+    prompts = encode_prompts([examples[row].prompt for row in later], tokenizer)
+    long = {row for row, prompt in zip(later, prompts, strict=True) if len(prompt) >= max_length}
+    if not long:
+        return list(examples)
+    told = (
+        f"{len(long)} of {len(examples)} answers come so late in their conversations that data.max_length {max_length} "
+        f"ends before them; the first is in {examples[min(long)].origin}"
+    )
+    if len(long) == len(examples):
+        raise InputError(f"{told}; expected room for one; raise data.max_length")
+    warnings.warn(f"{told}; they are left out", stacklevel=2)
+    return [example for row, example in enumerate(examples) if row not in long]
 
 
 def shorten(

@@ -17,7 +17,7 @@ from efx_jax.data.official import Official, load_official
 from efx_jax.data.own_answers import distinct_answers, warn_of_learned
 from efx_jax.data.prompts import Example, examples_from_rows, plain_text
 from efx_jax.data.sampling import sample_rows
-from efx_jax.data.shortening import shorten, shorten_training
+from efx_jax.data.shortening import shorten, shorten_training, without_long_talks
 from efx_jax.data.sources import (
     data_root,
     draw_mix,
@@ -106,6 +106,7 @@ def load_data(config: DataConfig, seed: int, tokenizer: Tokenizer | None = None,
     shortened = 0
     if tokenizer is not None:
         train, shortened = shorten_training(train, tokenizer, config.max_length)
+        train = without_long_talks(train, tokenizer, config.max_length)
     tasks = tuple(_finish(task, config, tokenizer, rows) for task in bare)
     tested = {
         task.name: {"rows": len(task.test), "scored": len(scored.test), "shortened": scored.shortened}

@@ -39,7 +39,9 @@ def start_hosts(config: MeshConfig) -> None:
         elif _in_indexed_job():
             jax.distributed.initialize()
         elif (launcher := _launcher()) is not None:
-            method = "mpi4py" if launcher == "PMI_SIZE" else None
+            # Open MPI before 5 tells this much more, and jax 0.10 knows it by that alone.
+            is_known = launcher == "SLURM_STEP_NUM_TASKS" or "OMPI_MCA_orte_hnp_uri" in os.environ
+            method = None if is_known else "mpi4py"
             jax.distributed.initialize(local_device_ids=_own_gpus(), cluster_detection_method=method)
     except (RuntimeError, ValueError) as error:
         raise InputError(
@@ -65,7 +67,8 @@ def _own_gpus() -> list[int] | None:
     if "JAX_LOCAL_DEVICE_IDS" in os.environ:
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = len(visible.split(",")) if visible else len(list(Path("/dev").glob("nvidia[0-9]*")))
+    devices = Path("/dev").glob("nvidia[0-9]*") if visible is None else filter(None, visible.split(","))
+    count = len(list(devices))
     is_alone = 1 in (_count("OMPI_COMM_WORLD_LOCAL_SIZE"), _count("MPI_LOCALNRANKS"))
     is_alone |= _count("SLURM_STEP_NUM_TASKS") == _count("SLURM_STEP_NUM_NODES") > 0
     return list(range(count)) if count and (is_alone or count == 1) else None

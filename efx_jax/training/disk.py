@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from efx_jax.config import Config, MeshConfig
@@ -15,33 +16,36 @@ from efx_jax.training.memory import Bytes, resident_bytes
 _GIB = 2**30
 
 
-def disk_bytes(spec: ModelSpec, config: Config, dtype: str, events: int, steps: int) -> Bytes:
+def disk_bytes(spec: ModelSpec, config: Config, dtype: str, events: Sequence[int], steps: int) -> Bytes:
     """The most that lies in a run's folder at one time; Orbax packs what it saves, zeros above all, to less.
 
     Args:
         spec: the model.
         config: the settings.
         dtype: of the stored weights.
-        events: prune events of the run.
+        events: the steps of the run's prune events, in order.
         steps: updates of the run.
     """
     whole = dataclasses.replace(config, mesh=MeshConfig())
-    layout = Layout(dtype, rows=1, length=1, events=events, fused_attention=False, writes=False)
+    layout = Layout(dtype, rows=1, length=1, events=len(events), fused_attention=False, writes=False)
     held = resident_bytes(spec, whole, layout)
     saved = {name: size for name, size in held.items() if name not in ("weights", "teacher")}
-    if events > 1 and config.prune.ema < 1 and keeps_scores(config.prune):
+    if len(events) > 1 and config.prune.ema < 1 and keeps_scores(config.prune):
         shapes = linear_shapes(spec)
         entries = sum(out_dim * in_dim for out_dim, in_dim in (shapes[name] for name in config.prune.targets))
         saved["moving average"] = FLOAT32 * spec.num_layers * entries
-    one, every = sum(saved.values()), config.train.checkpoint_every
+    # What an event leaves is in the checkpoints from there on.
+    moved = saved["linears of the first base"] + saved["masks"]
+    every = config.train.checkpoint_every
+    after = len(events) + ((steps - events[0]) // every + 1 if every else 1) if events else 0
     # The next one is whole before an old one goes.
-    kept = min(config.train.keep + 1, 1 + events + (steps // every if every else 0))
-    blocks = saved["linears of the first base"] + saved["masks"] if events and goes_by_block(config.prune) else 0
+    most = config.train.keep + 1
+    kept, pruned = min(most, 1 + len(events) + (steps // every if every else 0)), min(most, after)
     return {
-        "checkpoints": kept * one,
-        "best model": 2 * one if config.eval.best else 0,
-        "blocks of an event": blocks,
-        "export": held["weights"],
+        "checkpoints": kept * (sum(saved.values()) - moved) + pruned * moved,
+        "best model": 2 * sum(saved.values()) if config.eval.best else 0,
+        # The blocks of an event are gone by the time of the export.
+        "export": max(held["weights"], moved if events and goes_by_block(config.prune) else 0),
     }
 
 

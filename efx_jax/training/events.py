@@ -62,7 +62,8 @@ def prune_run(
     if config.prune.permute and not state.masks:
         state = _permuted(config, prepared, state, attention_path)
     adapters, masks = state.train.adapters, state.masks or None
-    importance, stats = run_importance(config, prepared, state, event, attention_path)
+    asked = dataclasses.replace(config, prune=dataclasses.replace(config.prune, ema=prune.ema))
+    importance, stats = run_importance(asked, prepared, state, event, attention_path)
     batches = calibration(config, prepared)
     spec, dtype = prepared.spec, config.model.compute_dtype
     if goes_by_block(prune):

@@ -41,7 +41,9 @@ def interruptible() -> Iterator[threading.Event]:
         again = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         print(f"\nfinishing the step and saving; {again} again stops at once", file=sys.stderr)
 
-    previous = {number: signal.signal(number, ask) for number in _AT_ONCE}
+    previous = {number: signal.getsignal(number) for number in _AT_ONCE}
+    for number in previous:
+        signal.signal(number, ask)
     try:
         yield stop
     finally:

@@ -231,7 +231,9 @@ def _memory_lines(needs: Memory, device: Device, config: Config) -> list[str]:
 
 def _disk_lines(config: Config, spec: ModelSpec, layout: Layout, steps: int | None) -> list[str]:
     # Where the number of steps is not known, as many checkpoints as are kept.
-    needed = disk_bytes(spec, config, layout.dtype, layout.events, 10**9 if steps is None else steps)
+    steps = 10**9 if steps is None else steps
+    times = [event.step for event in prune_events(config.prune, config.train, steps)]
+    needed = disk_bytes(spec, config, layout.dtype, times, steps)
     return _paragraph("disk", f"up to {sum(needed.values()) / _GIB:,.1f} GiB: {disk_text(needed)}")
 
 

@@ -111,7 +111,8 @@ def _run(config: Config, output: Path, mesh: jax.sharding.Mesh, trunk: Path | No
         log.check_sinks(config)
         if jax.process_index() == 0:
             dtype = str(prepared.params["embed_tokens"].dtype)
-            refuse_small_disk(disk_bytes(prepared.spec, config, dtype, len(events), steps), output)
+            times = [event.step for event in events]
+            refuse_small_disk(disk_bytes(prepared.spec, config, dtype, times, steps), output)
     with _own_folder(config, output):
         return _work(config, output, mesh, prepared, steps, events, journal, trunk)
 

@@ -11,6 +11,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from efx_jax.config import Config
+from efx_jax.config_event import keeps_scores
 from efx_jax.lora import Adapters, init_lora
 from efx_jax.model.spec import ModelSpec
 from efx_jax.parallel.partition import tree_shardings
@@ -93,8 +94,10 @@ def fresh_state(
     else:
         # The first step donates them.
         adapters = jax.tree.map(jnp.copy, start)
-    # Nothing is averaged of one event.
-    averaging = config.prune if events > 1 else dataclasses.replace(config.prune, ema=1.0)
+    # Nothing is averaged of one event: no score of every weight is kept for it. (Snapshots are small.)
+    averaging = config.prune
+    if events == 1 and keeps_scores(averaging):
+        averaging = dataclasses.replace(averaging, ema=1.0)
     prune = init_prune_state(params, adapters, averaging, prune_key, events)
     placed = {"train": init_train_state(adapters, tx), "prune": prune}
     placed = jax.device_put(placed, tree_shardings(mesh, placed))

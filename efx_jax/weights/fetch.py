@@ -141,11 +141,25 @@ def _fetch_from_hub(folder: Path) -> None:
         shutil.rmtree(partial / ".cache", ignore_errors=True)
 
 
+def refuse_unsupported(path: str | os.PathLike[str]) -> None:
+    """Refuses a model that only the Hub has by its config.json: nobody need wait for gigabytes that are then refused.
+
+    Raises:
+        InputError: the model is not supported, or the Hub does not give its config.json.
+    """
+    name = None if path == QUICKSTART or Path(path).expanduser().exists() else model_on_hub(path)
+    if name is not None:
+        _check_config(name)
+
+
+@functools.cache
+def _check_config(name: HubName) -> None:
+    spec_from_config(hub_config(name, "check the path, or download it elsewhere"))
+
+
 # A branch may move while a run lasts: what it exports belongs to what it has loaded.
 @functools.cache
 def _hub_folder(name: HubName) -> Path:
-    # Nobody need wait for the gigabytes of a model that is then refused.
-    spec_from_config(hub_config(name, "check the path, or download it elsewhere"))
     try:
         return _download_snapshot(name, None)
     except _FetchError as error:

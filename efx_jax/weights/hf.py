@@ -17,7 +17,7 @@ from efx_jax.model.spec import ModelSpec, refuse_quantised, spec_from_config
 from efx_jax.parallel.hosts import meet, together
 from efx_jax.weights.assemble import assemble
 from efx_jax.weights.config_json import check_tokenizer_fits, config_to_write, copy_extras, read_json
-from efx_jax.weights.fetch import local_path
+from efx_jax.weights.fetch import local_path, refuse_unsupported
 from efx_jax.weights.packed_file import is_packed_folder, open_packed
 from efx_jax.weights.params import params_source
 from efx_jax.weights.peft_config import CONFIG_FILE
@@ -83,6 +83,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource:
     Raises:
         InputError: what the path holds is missing, damaged or unsupported.
     """
+    refuse_unsupported(path)
     place = local_path(path)
     if place.suffix == ".gguf":
         from efx_jax.weights.gguf import open_gguf

@@ -10,6 +10,7 @@ from efx_jax.config import DataConfig
 from efx_jax.data.conversations import Turn, conversation_of
 from efx_jax.data.frames import apply_format
 from efx_jax.data.prompts import Example, examples_from_rows
+from efx_jax.data.shortening import without_long_talks
 from efx_jax.data.sources import hold_out, own_examples
 from efx_jax.data.tokens import tokenize
 from efx_jax.errors import InputError
@@ -40,7 +41,7 @@ def test_every_answer_is_an_example_behind_all_that_was_said_before(tokenizer: A
     first, second = apply_format(examples_from_rows([row], "rows"), "chat", tokenizer)
     assert (first.prompt, first.response) == ("<system>short<user>cough<assistant>", "cold")
     assert second.prompt == "<system>short<user>cough<assistant>cold<user>rash<assistant>" and second.response == "none"
-    assert {first.origin, second.origin} == {"rows row 1"} and first.turns == second.turns == ()
+    assert {first.origin, second.origin} == {"rows row 1"}
     learned = tokenize([second], tokenizer, 32)[0]
     # Earlier answers are read and not learned.
     assert tokenizer.convert_ids_to_tokens(learned.tokens[learned.loss].tolist()) == ["none"]
@@ -64,11 +65,19 @@ def test_one_question_and_its_answer_need_no_chat(style: Any) -> None:
             apply_format(examples_from_rows([{"messages": more}], "rows"), style)
 
 
-def test_other_columns_go_before_a_conversation() -> None:
+def test_a_text_or_a_whole_pair_goes_before_a_conversation() -> None:
     row = {"messages": said("cough", "cold"), "prompt": "rash", "response": "none"}
     assert examples_from_rows([row], "rows") == [Example("rash", "none")]
     assert examples_from_rows([row], "rows", "{prompt}? => {response}") == [Example("rash?", " none")]
-    assert examples_from_rows([{"messages": "a text", "text": "rash"}], "rows") == [Example("", "rash")]
+    assert examples_from_rows([{"messages": row["messages"], "text": "rash"}], "rows") == [Example("", "rash")]
+    # The first question alone is none.
+    asked = {"prompt": "cough", "prompt_id": "7", "messages": row["messages"]}
+    assert examples_from_rows([asked], "rows") == [Example("cough", " cold")]
+
+
+def test_of_joined_sets_the_columns_that_are_filled_count() -> None:
+    turns = [{"role": None, "from": "human", "value": "cough"}, {"role": "assistant", "content": "cold", "value": None}]
+    assert conversation_of({"messages": turns}, "") == [Turn("user", "cough"), Turn("assistant", "cold")]
 
 
 @pytest.mark.parametrize(
@@ -82,12 +91,25 @@ def test_other_columns_go_before_a_conversation() -> None:
         ([{"role": "user", "content": " "}], "messages 1: expected text as content, found no text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "messages 1: .* found a list"),
         (["cough"], "messages 1: expected a role and a content, found str"),
+        ([{"role": ["user"], "content": "x"}], "messages 1: expected a role among"),
+        (said("half \ud800 of a pair", "cold"), "messages 1: holds half of a surrogate pair"),
     ],
 )
 def test_what_is_no_conversation_is_named_with_its_row(messages: Any, problem: str) -> None:
     with pytest.raises(InputError, match=f"^rows row 2: .*{problem}") as caught:
         examples_from_rows([{"messages": said("a", "b")}, {"messages": messages}], "rows")
     assert "\n" not in str(caught.value)
+
+
+def test_answers_that_come_too_late_are_left_out_and_counted(tokenizer: Any) -> None:
+    talk = {"messages": said("cough", "cold", "rash", "none", "cough", "short")}
+    framed = apply_format(examples_from_rows([talk], "rows"), "chat", tokenizer)
+    with pytest.warns(UserWarning, match="1 of 3 answers come so late .*max_length 9 ends before them; .* rows row 1"):
+        kept = without_long_talks(framed, tokenizer, 9)
+    assert [example.response for example in kept] == ["cold", "none"]
+    assert without_long_talks(framed, tokenizer, 13) == framed
+    with pytest.raises(InputError, match="expected room for one"):
+        without_long_talks(framed[1:], tokenizer, 4)
 
 
 def test_answers_of_one_conversation_stay_together(tmp_path: Path) -> None:

@@ -35,9 +35,13 @@ LAUNCHED: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
         SLURM | {"CUDA_VISIBLE_DEVICES": ""},
         {"local_device_ids": None, "cluster_detection_method": None},
     ),
-    "Open MPI": (
-        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1", **FOUR_GPUS},
+    "Open MPI 4": (
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_MCA_orte_hnp_uri": "0", **FOUR_GPUS},
         {"local_device_ids": [0, 1, 2, 3], "cluster_detection_method": None},
+    ),
+    "Open MPI 5": (
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", **FOUR_GPUS},
+        {"local_device_ids": None, "cluster_detection_method": "mpi4py"},
     ),
     "MPICH": (
         {"PMI_SIZE": "16", "MPI_LOCALNRANKS": "4", **FOUR_GPUS},

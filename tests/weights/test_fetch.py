@@ -10,7 +10,7 @@ import pytest
 from efx_jax.errors import InputError
 from efx_jax.files import sha256_of
 from efx_jax.weights import fetch
-from efx_jax.weights.hf import load_pretrained
+from efx_jax.weights.hf import load_pretrained, load_tokenizer
 from efx_jax.weights.shapes import find_spec
 
 GGUF = b"GGUF, or so it says"
@@ -80,6 +80,7 @@ def _set_hub_config(monkeypatch: pytest.MonkeyPatch, folder: Path, **config: Any
 @pytest.fixture(autouse=True)
 def _nothing_fetched_before() -> None:
     fetch._hub_folder.cache_clear()
+    fetch._check_config.cache_clear()
 
 
 def _forbid_fetching(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +234,9 @@ def test_of_a_hub_model_that_is_not_supported_no_weights_are_fetched(
     with pytest.raises(InputError, match=words):
         load_pretrained("some/model@v1.0")
     assert asked == ["v1.0"]
+    # A tokenizer is one whatever the model is.
+    with pytest.raises(InputError, match="the Hub does not give it"):
+        load_tokenizer("some/model@v1.0")
 
 
 # The errors of the network libraries below the Hub's client are no OSErrors.
