@@ -5,7 +5,6 @@ import dataclasses
 import re
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,21 @@ from efx_jax.data.tokens import Tokenized, text_windows
 from efx_jax.errors import InputError, OneLineParser, exit_code, positive_number, whole_number
 from efx_jax.evaluation.perplexity import Perplexity, perplexity
 from efx_jax.evaluation.protocols import AnswerRecord, check_protocol, describe_task, evaluate_task
-from efx_jax.evaluation.relative import Records, Results, check_pairs, check_ratios, read_evaluation, relative
+from efx_jax.evaluation.relative import (
+    Records,
+    Results,
+    check_pairs,
+    check_ratios,
+    read_evaluation,
+    relative,
+    warn_of_another_dtype,
+)
 from efx_jax.evaluation.report import results_tables, write_evaluation
 from efx_jax.files import refuse_unwritable
 from efx_jax.lora import Adapters
 from efx_jax.model.decoder import Params
 from efx_jax.model.spec import ModelSpec, spec_from_config
 from efx_jax.weights.bundle import Bundle, bundle_params, check_base, content_sha256, open_bundle
-from efx_jax.weights.config_json import read_json
 from efx_jax.weights.hf import load_pretrained, load_tokenizer, open_checkpoint
 from efx_jax.weights.peft import load_adapter
 
@@ -143,7 +149,7 @@ def _prepare(arguments: argparse.Namespace) -> _Work:
             task.name: describe_task(task, arguments.protocol, arguments.runs, arguments.normalize) for task in tasks
         }
         check_pairs(described, dense[0], Path(arguments.relative_to))
-        _warn_of_another_dtype(Path(arguments.relative_to), config.model.compute_dtype)
+        warn_of_another_dtype(Path(arguments.relative_to), config.model.compute_dtype)
         check_ratios(*dense, Path(arguments.relative_to))
     windows = _windows(text, config, spec, tokenizer) if text else []
     bundles = tuple(open_bundle(folder) for folder in arguments.bundle)
@@ -152,16 +158,6 @@ def _prepare(arguments: argparse.Namespace) -> _Work:
         for bundle in bundles:
             check_base(bundle, source, spec, digest)
     return _Work(spec, adapters, tokenizer, config, windows, tasks, dense, bundles)
-
-
-def _warn_of_another_dtype(dense: Path, dtype: str) -> None:
-    found = read_json(dense / "summary.json").get("arguments", {}).get("compute_dtype") or dtype
-    if found != dtype:
-        warnings.warn(
-            f"{dense}: was evaluated with --compute-dtype {found}, here it is {dtype}; roundings are a part of what is "
-            "compared",
-            stacklevel=2,
-        )
 
 
 def _outputs(arguments: argparse.Namespace) -> list[Path]:

@@ -1,6 +1,7 @@
 """Rel.%: what is left of a dense model's scores, over all tasks (EfficientXpert, arXiv 2511.19935)."""
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,22 @@ def read_evaluation(folder: Path) -> tuple[Results, Records]:
     if not tasks:
         raise InputError(f"{summary}: holds no scores of tasks; expected those of python -m efx_jax.evaluation --tasks")
     return tasks, records
+
+
+def warn_of_another_dtype(dense: Path, dtype: str) -> None:
+    """Warns where a dense evaluation, checked by `read_evaluation`, computed in another dtype than this one will.
+
+    Args:
+        dense: its folder.
+        dtype: of the matmul operands here.
+    """
+    found = json.loads(read_text(dense / "summary.json")).get("arguments", {}).get("compute_dtype") or dtype
+    if found != dtype:
+        warnings.warn(
+            f"{dense}: was evaluated with --compute-dtype {found}, here it is {dtype}; so roundings are a part of what "
+            "is compared",
+            stacklevel=2,
+        )
 
 
 def _relative(found: Mapping[str, Mapping[str, Any]], dense: Mapping[str, Mapping[str, Any]]) -> Any:

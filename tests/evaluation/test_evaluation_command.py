@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import warnings
 
 import pytest
 
@@ -13,6 +14,7 @@ from efx_jax.data.tokens import text_windows
 from efx_jax.evaluation import protocols
 from efx_jax.evaluation.__main__ import main
 from efx_jax.evaluation.perplexity import perplexity
+from efx_jax.evaluation.relative import warn_of_another_dtype
 from efx_jax.evaluation.report import write_evaluation
 from efx_jax.lora import merge
 from efx_jax.weights.hf import load_pretrained, load_tokenizer, save_pretrained
@@ -359,3 +361,15 @@ def test_a_wrong_flag_is_one_line(flags, capsys: pytest.CaptureFixture[str]) -> 
     said = capsys.readouterr().err
     assert stop.value.code == 2
     assert said.count("\n") == 1 and flags[0] in said and "_number" not in said
+
+
+def test_a_dense_evaluation_in_another_dtype_is_warned_of(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "summary.json").write_text('{"arguments": {"compute_dtype": "bfloat16"}}')
+    with pytest.warns(UserWarning, match="was evaluated with --compute-dtype bfloat16, here it is float32"):
+        warn_of_another_dtype(tmp_path, "float32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_another_dtype(tmp_path, "bfloat16")
+        # Evaluations of before do not all say it.
+        (tmp_path / "summary.json").write_text("{}")
+        warn_of_another_dtype(tmp_path, "float32")
