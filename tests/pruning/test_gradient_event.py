@@ -87,10 +87,12 @@ def test_an_event_without_its_importance_is_refused_with_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("group", ["row", "2:4"])
-def test_within_rows_the_score_of_the_loss_needs_no_gradient(llama: Any, stats: Statistics, group: str) -> None:
-    """The gradient is one factor for a whole row, so that the masks are Wanda's whatever it is."""
-    config = PruneConfig(score="foresight_loss", group=group, sparsity=0.5)
+@pytest.mark.parametrize(("group", "budget"), [("row", "uniform"), ("2:4", "uniform"), ("row", "owl")])
+def test_within_rows_the_score_of_the_loss_needs_no_gradient(
+    llama: Any, stats: Statistics, group: str, budget: Any
+) -> None:
+    """The gradient is one factor for a whole row, so that the masks are Wanda's whatever it is, and OWL's shares are."""
+    config = PruneConfig(score="foresight_loss", group=group, budget=budget, owl_multiple=1.5, sparsity=0.5)
     assert not reads_importance(config)
     loss, wanda = (
         prune_event(llama.params, llama.adapters, None, stats, None, llama.spec, each)[2]
@@ -101,7 +103,7 @@ def test_within_rows_the_score_of_the_loss_needs_no_gradient(llama: Any, stats: 
 
 def test_beyond_rows_and_events_it_needs_one() -> None:
     config = PruneConfig(score="foresight_loss", group="row")
-    for more in ({"group": "bounded"}, {"group": "slab"}, {"budget": "owl"}, {"budget": "global"}, {"ema": 0.5}):
+    for more in ({"group": "bounded"}, {"group": "slab"}, {"budget": "global"}, {"ema": 0.5}):
         assert reads_importance(dataclasses.replace(config, **more))
     # Matrices that compare within rows though the others do not.
     mixed = dataclasses.replace(config, group="matrix", row_targets=("v_proj",), targets=("v_proj",))
