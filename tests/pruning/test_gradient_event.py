@@ -91,7 +91,7 @@ def test_an_event_without_its_importance_is_refused_with_one_line(
 def test_within_rows_the_score_of_the_loss_needs_no_gradient(
     llama: Any, stats: Statistics, group: str, budget: Any
 ) -> None:
-    """The gradient is one factor for a whole row, so that the masks are Wanda's whatever it is, and OWL's shares are."""
+    """The gradient is one factor for a whole row, so that the masks are those of Wanda; OWL shares by its scores."""
     config = PruneConfig(score="foresight_loss", group=group, budget=budget, owl_multiple=1.5, sparsity=0.5)
     assert not reads_importance(config)
     loss, wanda = (
