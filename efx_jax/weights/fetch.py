@@ -42,8 +42,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
             or `owner/name@revision`), or "quickstart" (a folder of that name is "./quickstart").
 
     Raises:
-        InputError: there is nothing of that name, a run without export, no way to fetch it, or a model of the Hub that
-            is not supported.
+        InputError: there is nothing of that name, a run without export, or no way to fetch it.
     """
     if path == QUICKSTART:
         return fetch_quickstart_model()
