@@ -16,6 +16,9 @@ from efx_jax.config_values import nearest, replace_values, setting_types
 from efx_jax.errors import InputError
 from efx_jax.training.start import FREE_SECTIONS, unpruned
 
+# Sections that say nothing of a run that prunes nothing.
+_METHOD_SECTIONS = ("prune", "atp", "distill")
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -109,8 +112,7 @@ def short_hash(value: Any) -> str:
 
 def _cell(comparison: Comparison, method: str, schedule: str, varied: Settings, seed: int) -> Cell:
     config = _resolve(comparison, method, schedule, varied, seed)
-    # Of the same seed and values of the axes; only its method is another one.
-    reference = comparison.reference and run_name(_resolve(comparison, comparison.reference, "", varied, seed))
+    reference = _reference(comparison, method, schedule, varied, seed)
     shown = tuple(setting_value(config, key) if _has_say(config, key) else None for key in varied)
     refusal = ""
     try:
@@ -118,6 +120,20 @@ def _cell(comparison: Comparison, method: str, schedule: str, varied: Settings, 
     except InputError as error:
         refusal = str(error)
     return Cell(method, schedule, shown, seed, config, run_name(config), reference, refusal)
+
+
+def _reference(comparison: Comparison, method: str, schedule: str, varied: Settings, seed: int) -> str:
+    """The dense run of the cell's seed and values of the axes, "" where no cell of the grid is that run.
+
+    A method may fix the value of an axis, such as a rank of its own: the dense run has that value too.
+    """
+    if not comparison.reference:
+        return ""
+    fixed = {**comparison.methods[method], **comparison.schedules.get(schedule, {})}
+    own = {key: fixed[key] for key in varied.keys() & fixed.keys() if key.partition(".")[0] not in _METHOD_SECTIONS}
+    if any(value not in comparison.axes[key] for key, value in own.items()):
+        return ""
+    return run_name(_resolve(comparison, comparison.reference, "", {**varied, **own}, seed))
 
 
 def _resolve(comparison: Comparison, method: str, schedule: str, varied: Settings, seed: int) -> Config:
@@ -136,7 +152,7 @@ def _has_say(config: Config, key: str) -> bool:
     """Whether a setting can matter to a run, as `_resolve` leaves it."""
     section = key.partition(".")[0]
     if not config.prune.sparsity:
-        return section not in ("prune", "atp", "distill")
+        return section not in _METHOD_SECTIONS
     if section == "distill" and not config.distill.teacher:
         return key == "distill.teacher"
     return key not in idle_settings(config)

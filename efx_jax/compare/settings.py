@@ -150,6 +150,8 @@ def _read_named(tree: Mapping[str, Any], key: str, path: Path) -> dict[str, Sett
     for name, node in found.items():
         where = f"{path}: {key}: {name}"
         settings = _mapping(node, where)
+        if "seed" in settings:
+            raise InputError(f"{where}: seed: expected no seed of its own, found {settings['seed']}; set seeds for all")
         preset = settings.pop("preset", "") if key == "methods" else ""
         _refuse_unknown([_text(preset, f"{where}: preset")] if preset else [], PRESETS, f"{where}: preset")
         named[name] = (preset_settings(preset) if preset else {}) | parse_settings(settings, where)

@@ -198,7 +198,7 @@ def _missing(records: Sequence[CellRecord], failures: Mapping[str, str], figures
     """What is not in the tables, and why; the waiting ones are only counted."""
     waiting = sum(_status(record, failures) == "missing" for record in records)
     lines = [f"{waiting} of {len(records)} runs are not there, or not measured in full."] if waiting else []
-    lines += _told("failed", [(record, failures.get(record.cell.run, "")) for record in records])
+    lines += _told("failed", [(record, _failure(record, failures)) for record in records])
     lines += _told("impossible", [(record, record.cell.refusal) for record in records])
     lines += _told("no Rel. %", [(record, record.note) for record in records])
     lines += [f"no figure {name}: {reason}" for name, reason in figures.items() if reason]
@@ -217,13 +217,17 @@ def _told(what: str, reasons: Iterable[tuple[CellRecord, str]]) -> list[str]:
 def _status(record: CellRecord, failures: Mapping[str, str]) -> str:
     if record.cell.refusal:
         return "refused"
-    if record.cell.run in failures:
-        return "failed"
-    return "done" if record.is_whole else "missing"
+    if record.is_whole:  # also where another process has finished what had failed here
+        return "done"
+    return "failed" if record.cell.run in failures else "missing"
 
 
 def _reason(record: CellRecord, failures: Mapping[str, str]) -> str:
-    return record.cell.refusal or failures.get(record.cell.run, "") or record.note
+    return record.cell.refusal or _failure(record, failures) or record.note
+
+
+def _failure(record: CellRecord, failures: Mapping[str, str]) -> str:
+    return "" if record.is_whole else failures.get(record.cell.run, "")
 
 
 def _run_entry(axes: Sequence[str], record: CellRecord, failures: Mapping[str, str]) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def _find(source: str, root: str) -> pathlib.Path | Corpus | HubTable:
         raise InputError("data: the name of a data set is empty; expected a file or a Hub name; set data.train")
     candidates = [pathlib.Path(source).expanduser(), *([pathlib.Path(root).expanduser() / source] if root else [])]
     for path in candidates:
-        if path.is_dir():
+        if path.is_dir() and source not in CORPORA:
             raise InputError(f"{path}: is a folder; expected a {', '.join(_SUPPORTED)} file; name one file inside it")
         if path.is_file():
             return path

@@ -261,7 +261,7 @@ def _evaluate(arguments: argparse.Namespace, work: _Work) -> None:
 
 
 def _measure(params: Params, work: _Work, arguments: argparse.Namespace, output: Path | None) -> None:
-    """Measures one model, prints its tables, and writes them if there is a place."""
+    """Measures one model, writes the results if there is a place, and prints their tables."""
     text = _measure_text(params, work, arguments)
     results: dict[str, dict[str, Any]] = {}
     records: list[AnswerRecord] = []
@@ -276,13 +276,13 @@ def _measure(params: Params, work: _Work, arguments: argparse.Namespace, output:
     compared = None
     if work.dense is not None:
         compared = {"to": arguments.relative_to} | relative(results, records, *work.dense)
-    print(results_tables(text, results, compared))
     if output is not None:
         config = work.config
         sections = ((config.model, _MODEL_FLAGS), (config.data, _DATA_FLAGS), (config.eval, _EVAL_FLAGS))
         settled = {name: getattr(section, name) for section, names in sections for name in names}
         asked = vars(arguments) | settled
         write_evaluation(output, asked, text, results, compared, seconds, records)
+    print(results_tables(text, results, compared))
 
 
 def _measure_text(params: Params, work: _Work, arguments: argparse.Namespace) -> Perplexity | None:

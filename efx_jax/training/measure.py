@@ -149,4 +149,6 @@ def sparsity_table(sparsity: Mapping[str, list[float]], title: str = "zeros %") 
 
 
 def _perplexity_cell(text: Mapping[str, Any]) -> str:
+    if text["value"] is None:  # as JSON holds what is not finite
+        return "not finite"
     return f"{text['value']:.2f}{interval_cell(text['interval'], 2)}"

@@ -62,10 +62,10 @@ def check_validation(config: Config, data: Data) -> None:
             names += [f"{task.name}.{metric}" for metric in (_CHOICES if task.labels else ROUGE)]
     if config.eval.best and config.eval.best not in names:
         raise InputError(f"eval.best: {config.eval.best} is not measured; expected one of {', '.join(names) or 'none'}")
-    _say_flattered(config)
+    _say_flattered(config, data)
 
 
-def _say_flattered(config: Config) -> None:
+def _say_flattered(config: Config, data: Data) -> None:
     """One line for every measure that says too much of what a run exports."""
     chosen_on = config.eval.best.rpartition(".")[0]
     if chosen_on and not chosen_on.endswith(":validation"):
@@ -77,10 +77,12 @@ def _say_flattered(config: Config) -> None:
             stacklevel=3,
         )
     uses = {"prune.calibration": calibration_texts(config), "distill.text": taught_texts(config)}
+    # A task or a mix may bring the text, so that the setting is empty.
+    measured = data.report["text"]
     for setting, texts in uses.items():
-        if config.data.text in texts:
+        if data.text and measured in texts:
             warnings.warn(
-                f"data.text {config.data.text}: is {setting} too, so that the perplexity measured on it is too good; "
+                f"data.text {measured}: is {setting} too, so that the perplexity measured on it is too good; "
                 "measure on another text",
                 stacklevel=3,
             )

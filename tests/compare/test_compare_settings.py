@@ -73,6 +73,24 @@ def test_a_methods_own_setting_holds_against_an_axis_and_equal_cells_are_one(wri
     assert len({cell.run for cell in cells}) == len(cells)
 
 
+def test_the_reference_has_the_value_that_a_method_fixes_on_an_axis(write: Write) -> None:
+    cells = list_cells(read_comparison(write(SMALL + "axes: {lora.rank: [8, 32]}")))
+    dense = {cell.axes: cell.run for cell in cells if cell.method == "dense"}
+    assert {cell.axes: cell.reference for cell in cells if cell.method == "wanda"} == dense
+    assert {cell.axes: cell.reference for cell in cells if cell.method == "wide"} == {(32,): dense[32,]}
+
+
+def test_without_a_dense_run_of_the_value_that_a_method_fixes_there_is_no_reference(write: Write) -> None:
+    cells = list_cells(read_comparison(write(SMALL + "axes: {lora.rank: [8, 16]}")))
+    assert {cell.reference for cell in cells if cell.method == "wide"} == {""}
+    assert "" not in {cell.reference for cell in cells if cell.method == "wanda"}
+
+
+def test_a_method_has_no_seed_of_its_own(write: Write) -> None:
+    with pytest.raises(InputError, match="methods: wide: seed: expected no seed of its own, found 7; set seeds"):
+        read_comparison(write(SMALL.replace("{rank: 32}", "{rank: 32}, seed: 7")))
+
+
 def test_a_dense_run_is_the_same_whatever_would_be_pruned(write: Write) -> None:
     runs = set()
     for score in ("wanda", "foresight"):

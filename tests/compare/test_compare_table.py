@@ -1,6 +1,7 @@
 """What the tables tell of intervals: behind the value of one seed, beside the mean of several."""
 
 import csv
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -69,3 +70,15 @@ def test_every_seed_has_its_interval_in_the_files(read: Read, tmp_path: Path) ->
         assert entry["intervals"] == {"perplexity.general": [1200.25, 1300.0], ACCURACY: [0.5, 0.75]}
     for row in json.loads((tmp_path / "table.json").read_text()):
         assert row["metrics"][ACCURACY]["interval"] is None
+
+
+def test_what_another_process_has_finished_has_not_failed(read: Read, tmp_path: Path) -> None:
+    comparison = read("0")
+    whole = [record(cell) for cell in list_cells(comparison)]
+    failures = {cell.cell.run: "another comparison is at this work" for cell in whole}
+    text = write_tables(comparison, whole, failures, {}, tmp_path)
+    assert "failed" not in text
+    assert {row["status"] for row in csv.DictReader((tmp_path / "runs.csv").open())} == {"done"}
+    half = [dataclasses.replace(one, is_whole=False) for one in whole]
+    assert "failed: dense, seed 0: another comparison" in write_tables(comparison, half, failures, {}, tmp_path)
+    assert {row["status"] for row in csv.DictReader((tmp_path / "runs.csv").open())} == {"failed"}

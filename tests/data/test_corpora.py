@@ -9,6 +9,7 @@ import re
 
 import pytest
 
+from efx_jax.data import corpora
 from efx_jax.data.corpora import CORPORA, load_rows
 from efx_jax.errors import InputError
 
@@ -184,3 +185,13 @@ def test_of_a_corpus_of_hundreds_of_thousands_of_documents_the_beginning_is_read
     path.write_bytes(gzip.compress("\n".join([*map(json.dumps, pages), "{"]).encode()))
     assert load_rows("c4", str(tmp_path)) == pages
     refused(str(path), "line 4", "not JSON")
+
+
+def test_a_folder_does_not_hide_a_corpus_known_by_its_name(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wikitext").mkdir()
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert corpora._find("wikitext", "") is CORPORA["wikitext"]
+    refused("mine", "is a folder")

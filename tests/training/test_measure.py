@@ -34,6 +34,11 @@ def test_the_table_shows_no_interval_where_there_is_none() -> None:
     assert result_table({"base": results}).splitlines()[2:] == ["| base | 19.00 | 100.00 |"]
 
 
+def test_a_perplexity_that_json_holds_as_null_is_told_as_not_finite() -> None:
+    results = {"perplexity": {"value": None, "interval": None}}
+    assert result_table({"base": results}).splitlines()[2:] == ["| base | not finite |"]
+
+
 def test_the_sparsity_table_has_mean_and_range_over_layers() -> None:
     lines = sparsity_table({"q_proj": [0.5, 0.25], "up_proj": [0.0, 0.0]}).splitlines()
     assert lines[2:] == ["| q_proj | 37.50 | 25.00 | 50.00 |", "| up_proj | 0.00 | 0.00 | 0.00 |"]

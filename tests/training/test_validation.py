@@ -192,7 +192,7 @@ def test_a_model_chosen_by_the_rows_that_it_is_scored_on_is_warned_of(
     best: str, said: str | None, recwarn: pytest.WarningsRecorder
 ) -> None:
     tasks = tuple(Task(name, [], ("yes", "no")) for name in ("mine", "casehold", "casehold:validation"))
-    check_validation(Config(eval=EvalConfig(best=best)), Data([], tasks, ["text"], {}))
+    check_validation(Config(eval=EvalConfig(best=best)), Data([], tasks, ["text"], {"text": "own.jsonl"}))
     found = [str(warning.message) for warning in recwarn]
     assert len(found) == bool(said) and all(re.search(said or "", one) for one in found)
 
@@ -209,6 +209,7 @@ def test_a_model_chosen_by_the_rows_that_it_is_scored_on_is_warned_of(
 def test_a_text_that_is_measured_and_learned_from_is_warned_of(
     change: dict[str, Any], said: str | None, recwarn: pytest.WarningsRecorder
 ) -> None:
-    check_validation(Config(data=DataConfig(text="wikitext"), **change), Data([], (), ["text"], {}))
+    # The text comes with the task that is learned: data.text is empty.
+    check_validation(Config(data=DataConfig(text=""), **change), Data([], (), ["text"], {"text": "wikitext"}))
     found = [str(warning.message) for warning in recwarn]
     assert len(found) == bool(said) and all(f"data.text wikitext: {said}" in one for one in found)
