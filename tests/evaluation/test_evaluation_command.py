@@ -11,6 +11,7 @@ from efx_jax.config import Config, DataConfig, EvalConfig, ModelConfig
 from efx_jax.config_io import to_yaml
 from efx_jax.data.tasks import load_text
 from efx_jax.data.tokens import text_windows
+from efx_jax.evaluation import __main__ as command
 from efx_jax.evaluation import protocols
 from efx_jax.evaluation.__main__ import main
 from efx_jax.evaluation.perplexity import perplexity
@@ -105,6 +106,18 @@ def test_perplexity_of_a_text(folder, text, tmp_path, capsys: pytest.CaptureFixt
     assert (summary["perplexity"]["tokens"], summary["perplexity"]["windows"]) == (17, 3)
     assert (summary["tasks"], records) == ({}, [])
     assert f"| {summary['perplexity']['value']:.3f} [" in capsys.readouterr().out
+
+
+def test_results_are_on_disk_before_they_are_printed(
+    folder, text, tmp_path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cannot_be_told(*_: object) -> str:
+        raise UnicodeEncodeError("latin-1", "да", 0, 2, "ordinal not in range(256)")
+
+    monkeypatch.setattr(command, "results_tables", cannot_be_told)
+    with pytest.raises(UnicodeEncodeError):
+        main([folder, "--text", text, "--window", "8", "--text-tokens", "20", "--output", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "summary.json").is_file()
 
 
 def test_a_16_bit_model_is_measured_as_a_run_measures_it(folder, text, tmp_path) -> None:
