@@ -117,7 +117,7 @@ class PruneConfig:
     owl_multiple: float = 5.0
     """With budget "owl": an outlier is a score above this multiple of its layer's mean."""
     bound: float = 0.2
-    """With group "bounded": how far a row's sparsity may be from the matrix's."""
+    """With group "bounded": how far a row's sparsity may be from the matrix's, rounded outwards to whole entries."""
     row_targets: tuple[str, ...] = ()
     """Matrices that compare within rows even if `group` is "matrix", "slab" or "bounded"."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

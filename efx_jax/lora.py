@@ -138,7 +138,7 @@ def merge(params: Mapping[str, Any], adapters: Adapters | None, masks: Mapping[s
         A new parameter tree; pruned entries are exactly 0 and untouched leaves are the same arrays.
 
     Raises:
-        InputError: an adapter or a mask of a linear that the model does not have, a mask of another shape.
+        InputError: an adapter or a mask of a linear that the model does not have, or of another shape.
     """
     check_fit(params["layers"], adapters, masks)
     lora_a = {} if adapters is None else adapters.lora_a
@@ -156,7 +156,7 @@ def check_fit(weights: Mapping[str, Array], adapters: Adapters | None, masks: Ma
         masks: name -> mask `[L,O,I]`, bool or packed, or None.
 
     Raises:
-        InputError: what does not belong, or a mask of another shape.
+        InputError: what does not belong, an adapter or a mask of another shape.
     """
     linears = _linears(weights)
     named = {"adapters": {} if adapters is None else adapters.lora_a, "masks": masks or {}}
@@ -164,6 +164,18 @@ def check_fit(weights: Mapping[str, Array], adapters: Adapters | None, masks: Ma
         if not arrays.keys() <= set(linears):
             unknown = ", ".join(sorted(arrays.keys() - set(linears)))
             raise InputError(f"{kind}: expected names among {', '.join(linears)}, found {unknown}")
+    if adapters is not None:
+        if adapters.lora_a.keys() != adapters.lora_b.keys():
+            odd = ", ".join(sorted(adapters.lora_a.keys() ^ adapters.lora_b.keys()))
+            raise InputError(f"adapters: expected both A and B of every linear, found only one of {odd}")
+        for name, lora_a in adapters.lora_a.items():
+            lora_b, (num_layers, out_dim, in_dim) = adapters.lora_b[name], weights[name].shape
+            rank = lora_a.shape[-2] if lora_a.ndim > 1 else 0
+            if lora_a.shape != (num_layers, rank, in_dim) or lora_b.shape != (num_layers, out_dim, rank):
+                raise InputError(
+                    f"adapter of {name}: expected A [L,R,I] and B [L,O,R] for a weight {weights[name].shape}, "
+                    f"found A {lora_a.shape} and B {lora_b.shape}"
+                )
     for name, mask in (masks or {}).items():
         check_mask(mask, weights[name].shape[-1])
         if mask.shape[:-1] != weights[name].shape[:-1]:

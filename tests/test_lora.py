@@ -316,3 +316,15 @@ def test_merge_without_adapters_or_masks_changes_nothing() -> None:
 def test_an_unknown_mask_mode_is_refused() -> None:
     with pytest.raises(InputError, match="mask_forward must be one of exact, ste, frozen, dense, found 'Exact'"):
         linear(jnp.ones((1, 4)), jnp.ones((2, 4)), mask_forward="Exact")  # type: ignore[arg-type]
+
+
+def test_adapters_that_do_not_fit_their_linear_are_refused() -> None:
+    params = zeros()
+    fits = init_lora(jax.random.key(1), params, SPEC, rank=3, targets=("up_proj",))
+    a, b = fits.lora_a["up_proj"], fits.lora_b["up_proj"]
+    merge(params, fits, None)
+    for lora_a, lora_b in ((a[0], b[0]), (a[:1], b[:1]), (a[..., :1], b), (a, b[..., :1]), (a, b[:, :1])):
+        with pytest.raises(InputError, match=r"adapter of up_proj: expected A \[L,R,I\] and B \[L,O,R\]"):
+            merge(params, Adapters({"up_proj": lora_a}, {"up_proj": lora_b}, fits.scale), None)
+    with pytest.raises(InputError, match="found only one of up_proj"):
+        merge(params, Adapters({"up_proj": a}, {}, fits.scale), None)

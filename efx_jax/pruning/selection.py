@@ -63,8 +63,9 @@ def drop_count(sparsity: float, entries: int) -> int:
 
 
 def _decimal(value: float) -> Fraction:
-    """The number that a float is written as: 7/10 of 0.7."""
-    return Fraction(repr(float(value)))
+    """The number that a float is written as: 7/10 of 0.7, also of a float32."""
+    narrow = isinstance(value, np.generic | jax.Array)
+    return Fraction(str(np.asarray(value)[()]) if narrow else repr(float(value)))
 
 
 def drop_share(counts: np.ndarray, entries: int | np.ndarray) -> np.ndarray:
@@ -295,8 +296,8 @@ def select_mask(score: Array, sparsity: float, group: str = "row", bound: float 
         score: `[O,I]` of one matrix (for several, `jax.vmap`); NaN counts as the highest.
         sparsity: share to drop, in [0, 1); static.
         group: which entries compete: "row" (Wanda), "matrix", "slab" (all rows of 128 consecutive inputs), "bounded"
-            (the matrix, but every row's sparsity within `bound` of `sparsity`), or "N:M" (keep N of M consecutive
-            inputs; sparsity must be 1 - N/M, or 0); static.
+            (the matrix, but every row's sparsity within `bound` of `sparsity`, rounded outwards to whole entries), or
+            "N:M" (keep N of M consecutive inputs; sparsity must be 1 - N/M, or 0); static.
         bound: see "bounded".
 
     Returns:

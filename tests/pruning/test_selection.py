@@ -190,3 +190,7 @@ def test_what_cannot_be_selected_is_refused_with_one_line(
     with pytest.raises(InputError, match=complaint) as caught:
         select_mask(FAMILIES["uniform"], sparsity, group, bound)
     assert "\n" not in str(caught.value)
+
+
+def test_a_sparsity_of_any_precision_counts_as_it_is_written() -> None:
+    assert {drop_count(value, 10) for value in (0.7, np.float32(0.7), np.float64(0.7), jnp.float32(0.7))} == {7}
