@@ -322,6 +322,7 @@ def _enough(loop: Loop) -> bool:
 
 def _attention_path(config: Config, prepared: Prepared) -> Implementation:
     """cuDNN's attention only where all hosts have found it to be right, for the teacher too: they run one program."""
-    specs = {prepared.spec} | ({prepared.teacher.spec} if prepared.teacher else set())
+    # In one order on every host: a set's follows string hashes, which differ between processes.
+    specs = dict.fromkeys([prepared.spec, *([prepared.teacher.spec] if prepared.teacher else [])])
     paths = [choose_attention(spec, config.model.compute_dtype, packed=packed_pass(config)) for spec in specs]
     return "cudnn" if all(meet(all(path == "cudnn" for path in paths))) else "xla"
