@@ -14,8 +14,8 @@ from efx_jax.files import leftovers, lock
 def claimed(output: Path) -> Iterator[None]:
     """Creates a folder and keeps other processes out of it until the context exits or the process dies.
 
-    Temporary files that a killed process left are removed. On disks without locks every process is let in, and nothing
-    is removed.
+    Temporary files and folders of a killed process are removed. On disks without locks every process is let in, and
+    nothing is removed.
 
     Raises:
         InputError: another process is at work there, or the folder cannot be made.

@@ -26,7 +26,7 @@ def rows_read(share: float, rows: int, shards: int = 1) -> int:
 
 
 def positions_read(share: float, length: int) -> int:
-    """How many of a row's positions the teacher reads: their share, rounded up to whole attention blocks if it can."""
+    """How many of a row's positions the teacher reads: their share, rounded up, to whole blocks if `length` is."""
     multiple = ATTENTION_MULTIPLE if length % ATTENTION_MULTIPLE == 0 else 1
     return up_to_multiple(round_up(share * length), multiple)
 
@@ -198,7 +198,7 @@ def _divergence_and_gradient(
 
     def chunk(weight: Array, x: Array, teacher_x: Array) -> tuple[Array, Array]:
         logits = dot("td,vd->tv", x, head)
-        # The padding of the last chunk may hold anything; `by_chunks` zeroes it only in the model's own states.
+        # The last chunk's padding may hold anything: `by_chunks` zeroes it only in the model's own states.
         teacher_x = jnp.where(weight[:, None] > 0, teacher_x, 0)
         goal = dot("te,ve->tv", teacher_x, teacher_head)
         powers, total, log_total = exponentials(logits, parts)

@@ -170,7 +170,7 @@ def domain_step(
 def as_it_stands(
     params: Mapping[str, Any], adapters: Adapters | None, masks: Mapping[str, Array] | None, mask_forward: MaskForward
 ) -> tuple[dict[str, Array], Tree]:
-    """The model before an event, with adapters and masks merged in and its linears copied to new arrays.
+    """The model before an event, with adapters and masks merged in and its linears in arrays of their own.
 
     Returns:
         (linears, the parameter tree without them), matching the forward pass: "dense" ignores the masks, "frozen" does

@@ -1,4 +1,4 @@
-"""Importance of every weight from gradients on the run's own rows, which some scores read at an event."""
+"""Importance of every weight from the run's own training batches: what some scores read at an event."""
 
 import dataclasses
 import functools

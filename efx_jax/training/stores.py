@@ -99,7 +99,7 @@ def save(stores: Stores, state: RunState, waiting: bool = False) -> None:
 
 
 def save_best(stores: Stores, state: RunState) -> None:
-    """Saves a state as the best one, once the latest checkpoint is complete, and waits until it is complete itself."""
+    """Saves a state as the best one, waiting before and after, so that no later checkpoint names one never saved."""
     assert stores.best is not None
     stores.latest.wait_until_finished()
     _save(stores, stores.best, state, waiting=False)
