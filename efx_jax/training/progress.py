@@ -45,7 +45,7 @@ def progress(start: int, steps: int, stream: TextIO | None = None) -> Iterator[P
 
 
 def _width(stream: TextIO) -> int:
-    """Width of a line that no terminal wraps; some wrap after their last column, so one less than they have."""
+    """Width of a line that no terminal wraps: the last column stays free, as some wrap once it is written."""
     try:
         return min(_COLUMNS, os.get_terminal_size(stream.fileno()).columns - 1)
     except OSError:

@@ -12,7 +12,7 @@ from efx_jax.rounding import round_up
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """A prune event after update number `step`, 0: before the first; `last` is the one whose mask is exported."""
+    """A prune event after update number `step` (0: before the first); `last` is the one whose mask is exported."""
 
     step: int
     sparsity: float

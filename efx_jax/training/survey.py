@@ -102,7 +102,7 @@ def _check_ratio(spec: ModelSpec, config: Config) -> None:
 
 
 def count_data(config: Config, found: FoundSpec) -> DataCounts | RowCounts | str:
-    """Counts what training would read (only rows without a tokenizer), or says why it cannot be counted here.
+    """Counts what training would read (without a tokenizer, only rows), or says why it cannot be counted here.
 
     Raises:
         InputError: malformed data, or as `check_validation`.

@@ -11,7 +11,7 @@ from efx_jax.config import ProfileConfig
 
 @contextlib.contextmanager
 def tracing(profile: ProfileConfig, folder: Path) -> Iterator[Callable[[int], None]]:
-    """Traces `profile.steps` steps from `profile.start` on, with the events between them, until the context exits.
+    """Traces `profile.steps` steps from `profile.start` on, with the events between them; stops on exit at the latest.
 
     A run that resumes inside the window traces the rest of it.
 

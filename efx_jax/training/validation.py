@@ -1,4 +1,4 @@
-"""Evaluation during training: after which steps, and which model is the best so far."""
+"""Evaluation during training: after which steps, which model is the best so far, and for how many evaluations."""
 
 import dataclasses
 import math
