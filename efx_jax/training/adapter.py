@@ -41,7 +41,7 @@ def export_adapter(src: str | os.PathLike[str], dst: str | os.PathLike[str], dty
     lora = run.config.lora
     exported = run.folder / "export"
     spec = spec_from_config(open_checkpoint(exported if exported.is_dir() else run.config.model.path).config)
-    # peft looks there for the base; the quickstart's is a copy of this one in four bits.
+    # peft looks there for the base; the quickstart's own base is a four-bit copy of the one on the Hub.
     base = str(base_on_hub(run.config) or _base_path(run.config.model.path))
     save_adapter(dst, adapters, spec, base, dtype, lora.rslora)
     lines = [f"wrote {dst}: rank {lora.rank}, after {step} updates, for the base {base}"]

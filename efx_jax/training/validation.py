@@ -66,7 +66,7 @@ def check_validation(config: Config, data: Data) -> None:
 
 
 def _say_flattered(config: Config) -> None:
-    """Warns about every measure that will be too favourable to the exported model."""
+    """One line for every measure that says too much of what a run exports."""
     chosen_on = config.eval.best.rpartition(".")[0]
     if chosen_on and not chosen_on.endswith(":validation"):
         has_split = chosen_on in OFFICIAL and "validation" in OFFICIAL[chosen_on].splits
