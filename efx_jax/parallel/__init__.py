@@ -1,1 +1,1 @@
-"""Devices: the mesh, and how every array lies on it."""
+"""Devices: the mesh, and how every array is sharded over it."""

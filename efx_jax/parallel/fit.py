@@ -1,4 +1,4 @@
-"""Does a model fit a mesh? Every division is checked before anything is loaded, and a mesh that fits is named."""
+"""Does a model fit a mesh? Every division is checked before anything is loaded, and a mesh that fits is suggested."""
 
 import dataclasses
 import math
@@ -16,10 +16,10 @@ class Sizes:
 
     Attributes:
         linears: `[O,I]` of every linear by name.
-        heads: N and K: attention heads of queries and of keys and values; () where a head may lie on several devices.
+        heads: N and K: query heads and key/value heads; () if a head may be split over several devices.
         vocabulary: V.
         micro_batch: sequences per forward pass over all devices.
-        block: consecutive inputs that must stay together on one device: 8 of a packed mask, M of an N:M pattern.
+        block: consecutive inputs that must stay on one device: 8 for a packed mask, M for an N:M pattern.
     """
 
     linears: Mapping[str, tuple[int, int]]
@@ -30,10 +30,10 @@ class Sizes:
 
 
 def check_mesh(mesh: MeshConfig, sizes: Sizes) -> None:
-    """Refuses a mesh that does not divide the model or the batch, and names one of as many devices that does.
+    """Refuses a mesh that does not divide the model or the batch, and suggests the nearest one that does.
 
     Raises:
-        InputError: the first division that leaves a rest.
+        InputError: names the first division that leaves a remainder.
     """
     problem = next(misfits(mesh, sizes), None)
     if problem is None:
@@ -44,7 +44,7 @@ def check_mesh(mesh: MeshConfig, sizes: Sizes) -> None:
 
 
 def misfits(mesh: MeshConfig, sizes: Sizes) -> Iterator[str]:
-    """Every division that leaves a rest, as a half-sentence."""
+    """Every division that leaves a remainder, as a clause."""
     along = mesh_sizes(mesh)
     yield from _rest("train.micro_batch (or batch_size)", sizes.micro_batch, BATCH, along)
     for what, count in zip(("num_attention_heads", "num_key_value_heads"), sizes.heads, strict=False):
@@ -52,7 +52,7 @@ def misfits(mesh: MeshConfig, sizes: Sizes) -> Iterator[str]:
     yield from _rest("vocab_size", sizes.vocabulary, VOCABULARY, along)
     for name, (out_dim, in_dim) in sizes.linears.items():
         axes = linear_axes(name)
-        # Where the inputs are split, the surgeons trade them for whole rows.
+        # If the inputs are split, the surgeons exchange them for whole rows.
         yield from _rest(f"the output width of {name}:", out_dim, (*axes.rows, *axes.columns), along)
         parts = axes_size(axes.columns, along)
         if parts > 1 and in_dim % (parts * sizes.block):
@@ -66,7 +66,7 @@ def _rest(what: str, count: int, axes: tuple[str, ...], along: Mapping[str, int]
 
 
 def nearest_fit(mesh: MeshConfig, sizes: Sizes) -> MeshConfig:
-    """A mesh that fits, of as many devices as asked for or else the most below that, its `tensor` and `fsdp` near."""
+    """A mesh that fits: the most devices up to as many as requested, then the closest `tensor` and `fsdp`."""
     most = mesh_size(mesh)
     shapes = [
         (data, fsdp, tensor)

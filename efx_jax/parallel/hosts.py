@@ -1,4 +1,4 @@
-"""The processes of a run over several hosts: how they find each other, and wait for each other."""
+"""The processes of a run over several hosts: how they find and wait for each other."""
 
 import contextlib
 import os
@@ -12,34 +12,34 @@ from jax.sharding import NamedSharding, PartitionSpec
 from efx_jax.config import MeshConfig
 from efx_jax.errors import InputError, first_line
 
-# Which variable says how many processes a launcher has started: of Slurm, Open MPI, and MPICH or Intel MPI.
+# Variables that say how many processes a launcher has started: Slurm, Open MPI, and MPICH or Intel MPI.
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 class OtherProcessError(InputError):
-    """Another process of the run has failed, and says there why."""
+    """Another process of the run has failed; its own output says why."""
 
 
 def start_hosts(config: MeshConfig) -> None:
     """Joins the processes of a run over several hosts; does nothing in a run of one process.
 
-    By `mesh.coordinator` if it is given, else as found by `jax.distributed` under Slurm, MPI and Kubernetes (an indexed
-    Job). A process that is alone on its host, or was given one GPU, uses all that it sees; of several on a host each
-    uses the GPU of its local rank. Call it before anything touches a device.
+    Uses `mesh.coordinator` if it is set, else what `jax.distributed` detects under Slurm, MPI and Kubernetes (an
+    indexed Job). A process that is alone on its host, or was given one GPU, uses all that it sees; if a host runs
+    several, each uses the GPU of its local rank. Call it before anything touches a device.
 
     Raises:
-        InputError: the processes do not find each other.
+        InputError: the processes cannot find each other.
     """
     try:
         if config.coordinator:
-            # Not asked: under a launcher too jax would give this process the GPU of its local rank alone.
+            # No detection: under a launcher jax would give this process only the GPU of its local rank.
             jax.distributed.initialize(
                 config.coordinator, config.processes, config.process, cluster_detection_method="deactivate"
             )
         elif _in_indexed_job():
             jax.distributed.initialize()
         elif (launcher := _launcher()) is not None:
-            # Open MPI before 5 tells this much more, and jax 0.10 knows it by that alone.
+            # Only Open MPI before 5 sets this variable, by which alone jax 0.10 recognizes Open MPI.
             is_known = launcher == "SLURM_STEP_NUM_TASKS" or "OMPI_MCA_orte_hnp_uri" in os.environ
             method = None if is_known else "mpi4py"
             jax.distributed.initialize(local_device_ids=_own_gpus(), cluster_detection_method=method)
@@ -52,18 +52,18 @@ def start_hosts(config: MeshConfig) -> None:
 
 
 def _in_indexed_job() -> bool:
-    """Whether this is a pod of an indexed Job of Kubernetes."""
+    """Whether this is a pod of a Kubernetes indexed Job."""
     return "JOB_COMPLETION_INDEX" in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ
 
 
 def _launcher() -> str | None:
-    """The variable by which a launcher has said that this process is one of several."""
+    """The variable by which a launcher says that this process is one of several; None without one."""
     counts = {name: os.environ.get(name, "1") for name in _COUNTS}
     return next((name for name, count in counts.items() if count.isdigit() and int(count) > 1), None)
 
 
 def _own_gpus() -> list[int] | None:
-    """Numbers of the GPUs that are this process's, among those that it sees; None: left to jax, one by local rank."""
+    """Indices of this process's GPUs among those that it sees; None: left to jax, which takes one by local rank."""
     if "JAX_LOCAL_DEVICE_IDS" in os.environ:
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -75,19 +75,19 @@ def _own_gpus() -> list[int] | None:
 
 
 def _count(name: str) -> int:
-    """A launcher's number, 0 where there is none."""
+    """The number in a launcher's variable, 0 if it is not set."""
     value = os.environ.get(name, "")
     return int(value) if value.isdigit() else 0
 
 
 def meet(value: int = 0) -> list[int]:
-    """Waits until every process of the run has come here too.
+    """Waits until every process of the run has called it too.
 
     Args:
-        value: what this process tells the others, below 2^31; negative: it has failed, and meets for the last time.
+        value: what this process tells the others, below 2^31; negative: it has failed, and this is its last call.
 
     Returns:
-        What each process has told, in the order of the processes; `[value]` in a run of one.
+        What each process told, in process order; `[value]` in a run of one.
 
     Raises:
         OtherProcessError: another process has failed.
@@ -102,15 +102,15 @@ def meet(value: int = 0) -> list[int]:
 
 
 def are_alike(checksum: int) -> bool:
-    """Whether every process of the run comes here with the same unsigned 32-bit checksum, but for its lowest bit."""
+    """Whether every process of the run calls this with the same unsigned 32-bit checksum, ignoring its lowest bit."""
     return len(set(meet(checksum >> 1))) == 1
 
 
 def _gather(value: int) -> list[int]:
     """The value of every process, once all devices of this one have it.
 
-    `multihost_utils.process_allgather` returns with the first device's answer: a process that ends then leaves those of
-    its other devices halfway, and both hosts wait for ever.
+    `multihost_utils.process_allgather` returns with the first device's answer: a process that then exits leaves its
+    other devices' transfers unfinished, and both hosts wait forever.
     """
     devices = np.array(jax.devices()).reshape(jax.process_count(), jax.local_device_count())
     mesh = jax.sharding.Mesh(devices, ("process", "device"))
@@ -127,7 +127,7 @@ def _identity(told: jax.Array) -> jax.Array:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Runs the body in every process of the run; if it fails in one, no other waits for that one in vain.
+    """Runs the body in every process of the run; if it fails in one, the others stop instead of waiting for it.
 
     Raises:
         OtherProcessError: the body has failed in another process.

@@ -17,7 +17,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Axis types are Auto: sorting and top-k over a sharded axis fail under Explicit.
 
     Raises:
-        InputError: fewer devices than the mesh has places, or processes that would have none of it.
+        InputError: fewer devices than the mesh needs, or processes none of whose devices it would use.
     """
     devices = jax.devices() if devices is None else devices
     size = mesh_size(config)
@@ -40,16 +40,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def mesh_size(config: MeshConfig) -> int:
-    """Devices that the mesh uses."""
+    """Number of devices that the mesh uses."""
     return config.data * config.fsdp * config.tensor
 
 
 def mesh_sizes(config: MeshConfig) -> dict[str, int]:
-    """Devices along each axis."""
+    """Number of devices along each axis."""
     return dict(zip(AXES, (config.data, config.fsdp, config.tensor), strict=True))
 
 
 def active_mesh() -> AbstractMesh | None:
-    """The mesh of `jax.set_mesh` if it has our axes and several devices; None: nothing of ours is sharded."""
+    """The mesh of `jax.set_mesh` if it has our axes and several devices, else None: none of our arrays are sharded."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if not mesh.empty and mesh.axis_names == AXES and mesh.size > 1 else None

@@ -1,8 +1,8 @@
-"""Where every array lies on the mesh, by its name.
+"""How every array is sharded over the mesh, by its name.
 
 `fsdp` splits the output rows of every matrix, `tensor` the outputs of q, k, v, gate and up and the inputs of o and
-down, both together the vocabulary; the batch lies over `data` and `fsdp`. Adapters, masks, optimizer moments and the
-memory of the moving average lie as their matrix does.
+down, both together the vocabulary; the batch is split over `data` and `fsdp`. Adapters, masks, optimizer moments and
+the moving average's state are sharded like their matrix.
 """
 
 import math
@@ -28,14 +28,14 @@ class LinearAxes(NamedTuple):
 
 
 def linear_axes(name: str, batch: Axes = BATCH) -> LinearAxes:
-    """How linear `name` (`q_proj` ... `down_proj`) lies on the mesh."""
+    """How linear `name` (`q_proj` ... `down_proj`) is sharded over the mesh."""
     if name in ("o_proj", "down_proj"):
         return LinearAxes(rows=("fsdp",), columns=("tensor",), batch=batch)
     return LinearAxes(rows=("tensor", "fsdp"), columns=(), batch=batch)
 
 
 def axes_size(axes: Axes, sizes: Mapping[str, int]) -> int:
-    """Devices along several mesh axes together."""
+    """Number of devices along several mesh axes together."""
     return math.prod(sizes[axis] for axis in axes)
 
 
@@ -59,7 +59,7 @@ def partition(path: tuple[str, ...], ndim: int) -> PartitionSpec:
     Args:
         path: names from the root of its tree, such as ("layers", "q_proj"), ("lora_a", "q_proj") or
             ("snapshots", "lora_b/q_proj").
-        ndim: its number of axes; the ones in front of `[O,I]` and the like (L, events) are never split.
+        ndim: its number of axes; those before `[O,I]` and the like (L, events) are never split.
     """
     *groups, leaf = [part for name in path for part in name.split("/")]
     kind = groups[-1] if groups else ""
@@ -69,7 +69,7 @@ def partition(path: tuple[str, ...], ndim: int) -> PartitionSpec:
         return PartitionSpec()
     axes = linear_axes(leaf.removesuffix("_bias"))
     if leaf.endswith("_bias"):
-        # A bias is added after the rows were gathered over fsdp.
+        # A bias is added after the rows have been gathered over fsdp.
         own: tuple[Any, ...] = (None if axes.columns else "tensor",)
     elif kind == "lora_a":
         own = (None, axes.columns)
@@ -107,18 +107,18 @@ def placed_shapes(mesh: Mesh, tree: Any) -> Any:
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Keys of dictionaries and names of struct fields along a path; places in lists and tuples are left out."""
+    """Keys of dictionaries and names of struct fields along a path; indices into lists and tuples are left out."""
     keys = (getattr(entry, "key", getattr(entry, "name", None)) for entry in path)
     return tuple(key for key in keys if isinstance(key, str))
 
 
 def constrain(array: jax.Array, *axes: Any) -> jax.Array:
-    """`array` laid out by mesh axes per dimension (none given: whole everywhere); unchanged without an active mesh."""
+    """`array` sharded by mesh axes per dimension (none given: replicated); unchanged without an active mesh."""
     return array if active_mesh() is None else jax.lax.with_sharding_constraint(array, PartitionSpec(*axes))
 
 
 def constrain_tree(tree: Any) -> Any:
-    """Every array of a tree where `partition` has it; unchanged without an active mesh."""
+    """Every array of a tree constrained to its `partition`; unchanged without an active mesh."""
     if active_mesh() is None:
         return tree
     return jax.tree_util.tree_map_with_path(
@@ -127,16 +127,16 @@ def constrain_tree(tree: Any) -> Any:
 
 
 def split_rows(function: Callable[..., Any], name: str, rows: Sequence[Any], whole: Sequence[Any]) -> Any:
-    """`function(*rows, *whole)`, with the rows shared out over all devices of the active mesh.
+    """`function(*rows, *whole)`, with the rows distributed over all devices of the active mesh.
 
     Args:
-        function: maps trees of arrays `[O,...]` and whole arrays to a tree of arrays `[O,...]`, each row by itself.
-        name: the linear, or one that lies like it, whose matrices `[O,I]` the rows are.
+        function: maps trees of arrays `[O,...]` and whole arrays to a tree of arrays `[O,...]`, row by row.
+        name: the linear that the matrices `[O,I]` belong to, or one that is sharded like it.
         rows: trees of matrices `[O,I]`.
         whole: trees of arrays that every row needs whole.
 
     Returns:
-        The function's result; a result `[O,I]` lies as the matrix does, one `[O,R]` with fewer columns as B does.
+        The function's result; a result `[O,I]` is sharded like the matrix, one `[O,R]` with fewer columns like B.
     """
     mesh = active_mesh()
     if mesh is None:
@@ -146,11 +146,11 @@ def split_rows(function: Callable[..., Any], name: str, rows: Sequence[Any], who
     matrices = jax.tree.leaves(rows)
     in_dim = matrices[0].shape[1]
     parts = axes_size(("tensor", *axes.rows) if axes.columns else axes.rows, mesh.shape)
-    # Copies of the model share the rows too, where that leaves no rest.
+    # Data-parallel replicas share the rows too, if these divide evenly.
     over_data = all(leaf.shape[0] % (parts * mesh.shape["data"]) == 0 for leaf in matrices)
 
     def share(part: jax.Array) -> jax.Array:
-        """This device's part of a matrix -> whole rows, fewer of them."""
+        """This device's part of a matrix -> fewer rows, each of them whole."""
         if axes.columns:
             part = jax.lax.all_to_all(part, axes.columns, split_axis=0, concat_axis=1, tiled=True)
         if not over_data:
@@ -159,7 +159,7 @@ def split_rows(function: Callable[..., Any], name: str, rows: Sequence[Any], who
         return jax.lax.dynamic_slice_in_dim(part, jax.lax.axis_index("data") * own, own)
 
     def unite(part: jax.Array) -> jax.Array:
-        """The inverse; B's rows are whole on every device of `tensor` where the matrix's columns are split."""
+        """The inverse; if the matrix's columns are split, every device along `tensor` gets all rows of B."""
         if over_data:
             part = jax.lax.all_gather(part, "data", axis=0, tiled=True)
         if not axes.columns:
@@ -178,12 +178,12 @@ def split_rows(function: Callable[..., Any], name: str, rows: Sequence[Any], who
 
 
 def to_host(array: jax.Array) -> jax.Array:
-    """The array in the hosts' memory, split as it was: what waits there costs the devices nothing."""
+    """The array moved to the hosts' memory with its sharding unchanged, where it takes no device memory."""
     return jax.device_put(array, array.sharding.with_memory_kind("pinned_host"))
 
 
 def block_on_host(stacked: jax.Array) -> jax.ShapeDtypeStruct:
-    """Shape and place of what `to_host` makes of a float32 array `[O,I]` that lies as a block of `stacked [L,O,I]`."""
+    """Shape and sharding of `to_host` of a float32 array `[O,I]` that is sharded like a block of `stacked [L,O,I]`."""
     sharding = stacked.sharding
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
@@ -191,5 +191,5 @@ def block_on_host(stacked: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def to_device(array: jax.Array) -> jax.Array:
-    """Back from `to_host`."""
+    """The inverse of `to_host`."""
     return jax.device_put(array, array.sharding.with_memory_kind("device"))

@@ -22,13 +22,13 @@ from efx_jax.structural.units import units_of
 from efx_jax.training.distillation import positions_read, rows_read
 from efx_jax.training.step import has_teacher
 
-# Operations of a swap on every entry of its row: two moves alone, four searches, the update.
+# Operations per entry of a row for one swap: either move by itself, four searches, the update.
 _SWAP_FLOPS = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """Numbers of parameters: of the whole model, in its linears, in the pruned ones, and trained."""
+    """Numbers of parameters: in the whole model, in its linears, in the pruned linears, and trainable."""
 
     total: int
     linears: int
@@ -45,8 +45,8 @@ class Flops:
         lora: the low-rank products.
         attention: scores and mixing.
         head: logits and their gradient, as if every token carried loss.
-        recompute: what rematerialisation computes again, attention included.
-        teacher: a teacher's forward pass, and the logits of both where it teaches.
+        recompute: what rematerialisation recomputes, attention included.
+        teacher: a teacher's forward pass, and the logits of both models where it teaches.
     """
 
     linears: float
@@ -66,9 +66,9 @@ class EventFlops:
     """FLOPs of one prune event.
 
     Attributes:
-        passes: of the calibration rows through the model, and back for a score that reads gradients.
+        passes: forward passes of the calibration rows, and backward ones for a score that reads gradients.
         grams: X^T X of the inputs.
-        surgeons: what is solved on Grams in float32: SparseGPT's sweep, swaps, recovery.
+        surgeons: what is solved in float32 with Grams: SparseGPT's sweep, swaps, recovery.
     """
 
     passes: float
@@ -106,7 +106,7 @@ def flops_per_token(spec: ModelSpec, config: Config, length: int, masked: bool, 
         config: adapters, mask mode, dropout and rematerialisation.
         length: T.
         masked: whether masks are in force (before the first event none are).
-        rows: sequences of a forward pass, a whole number of which a teacher reads; 0: all of `batch_size`.
+        rows: sequences per forward pass, of which a teacher reads a whole number; 0: all of `batch_size`.
     """
     shapes = linear_shapes(spec)
     units = {name: _units(config, name, masked) for name in shapes}
@@ -115,7 +115,7 @@ def flops_per_token(spec: ModelSpec, config: Config, length: int, masked: bool, 
     attention = _attention_flops(spec, length)
     recompute = 0
     if config.train.remat == "block":
-        # Nobody reads a block's output in the backward pass, so that its last matmul is not computed again.
+        # The backward pass does not need a block's output, so its last matmul is not recomputed.
         again = sum(units[name].forward_dense * dense[name] for name in shapes if name != "down_proj")
         recompute = again + sum(units[name].forward_low_rank * low_rank[name] for name in shapes) + attention
     elif config.train.remat == "linears":
@@ -131,18 +131,18 @@ def flops_per_token(spec: ModelSpec, config: Config, length: int, masked: bool, 
 
 
 def _attention_flops(spec: ModelSpec, length: int) -> int:
-    """Scores and mixing of one token of a row of `length`, forward."""
+    """Forward FLOPs of scores and mixing for one token of a row of `length`."""
     return 2 * length * spec.num_heads * spec.head_dim * spec.num_layers
 
 
 def _forward_flops(spec: ModelSpec, length: int) -> int:
-    """One token through all blocks of a model without adapters."""
+    """Forward FLOPs of one token through all blocks of a model without adapters."""
     linears = spec.num_layers * sum(math.prod(shape) for shape in linear_shapes(spec).values())
     return 2 * linears + _attention_flops(spec, length)
 
 
 def _teacher_flops(spec: ModelSpec, config: Config, length: int, rows: int) -> float:
-    """Of one token, if the teacher is of the model's size."""
+    """Teacher FLOPs per token, assuming a teacher of the model's size."""
     if not has_teacher(config):
         return 0.0
     head = config.distill.share * 6 * spec.vocab_size * spec.hidden_size
@@ -157,7 +157,7 @@ def rows_of_teacher(config: Config, rows: int) -> int:
 
 
 def flops_per_pass(spec: ModelSpec, config: Config, masked: bool) -> float:
-    """FLOPs of one forward and backward pass that do not grow with its tokens: forming U, and dA and dB from dU."""
+    """FLOPs of one forward and backward pass that do not depend on its tokens: forming U, and dA and dB from dU."""
     if not masked or config.prune.mask_forward not in ("exact", "ste"):
         return 0.0
     shapes = linear_shapes(spec)
@@ -170,7 +170,7 @@ def flops_per_pass(spec: ModelSpec, config: Config, masked: bool) -> float:
 def flops_per_step(spec: ModelSpec, config: Config, length: int, passes: int, masked: bool) -> float:
     """FLOPs of one update of `batch_size` rows of `length` tokens in `passes` micro-batches.
 
-    Of one that reads them all: batches that `efx_jax.training.step.without_silent_tail` cuts take fewer.
+    It counts all positions; batches that `efx_jax.training.step.without_silent_tail` cuts take fewer.
     """
     tokens = config.train.batch_size * length
     per_token = flops_per_token(spec, config, length, masked, config.train.batch_size // passes).total
@@ -178,14 +178,14 @@ def flops_per_step(spec: ModelSpec, config: Config, length: int, passes: int, ma
 
 
 def calibration_length(spec: ModelSpec, config: Config) -> int:
-    """Most tokens of a calibration row."""
+    """Maximum number of tokens in a calibration row."""
     prune = config.prune
     longest = config.data.max_length if prune.calibration == ("train",) else prune.calibration_length
     return min(prune.calibration_length, longest, spec.max_position_embeddings)
 
 
 def input_widths(spec: ModelSpec) -> dict[str, int]:
-    """I of the four inputs whose statistics an event collects."""
+    """Width I of the four inputs whose statistics an event collects."""
     return {INPUT_OF[name]: in_dim for name, (_, in_dim) in linear_shapes(spec).items()}
 
 
@@ -193,7 +193,7 @@ def event_flops(spec: ModelSpec, prune: PruneConfig, rank: int, tokens: int, len
     """FLOPs of an event that calibrates on `tokens` tokens in rows of `length`; Grams as one device forms them.
 
     Not counted: gradients of training batches ("lora_gradient"), the domain pass ("dpruner"), comparisons, the adapters
-    in the passes, and what multiplies no weight by a Gram (`pbs`, the spectrum of `pbs_rounds`).
+    in the passes, and work that multiplies no weight by a Gram (`pbs`, the spectrum of `pbs_rounds`).
 
     Args:
         spec: the model.
@@ -205,13 +205,13 @@ def event_flops(spec: ModelSpec, prune: PruneConfig, rank: int, tokens: int, len
     forward = _forward_flops(spec, length)
     per_token: float = forward * (1 + prune.sequential + bool(prune.dense_path))
     if prune.score == "foresight_loss" and reads_importance(prune):
-        # Forward, every block again, the activations' gradient; logits and theirs.
+        # Forward, each block recomputed, the activations' gradients; the logits and their gradients.
         surveyed = 3 * forward + 2 * 2 * spec.vocab_size * spec.hidden_size
     else:
-        # Budgets need the whole model's statistics, which block by block takes a pass of its own.
+        # Budgets need statistics of the whole model, which an event that goes block by block collects in an extra pass.
         surveyed = forward * (prune.budget != "uniform" and goes_by_block(prune))
     per_token += surveyed * surveyed_rows(prune) / prune.calibration_rows
-    # The products of two different inputs are all formed.
+    # The Gram of two different inputs (`dense_path`) is not symmetric: all of its products are formed.
     widths = input_widths(spec).values() if needs_gram(prune) else ()
     grams = sum(2 * width**2 * (gram_share(width) + bool(prune.dense_path)) for width in widths)
     return EventFlops(
@@ -222,17 +222,17 @@ def event_flops(spec: ModelSpec, prune: PruneConfig, rank: int, tokens: int, len
 
 
 def _surgeon_flops(spec: ModelSpec, prune: PruneConfig, rank: int) -> float:
-    """Of one block."""
+    """FLOPs of the surgeons in one block."""
     shapes = [linear_shapes(spec)[name] for name in prune.targets]
     product = sum(2 * out_dim * in_dim**2 for out_dim, in_dim in shapes)
-    # Factor and inverse of the Gram of every input, which the linears that read it share.
+    # Factor and inverse of each input's Gram, shared by the linears that read that input.
     widths = input_widths(spec)
     inverses = sum(7 / 3 * widths[source] ** 3 for source in {INPUT_OF[name] for name in prune.targets})
     flops = 0.0
     if prune.dense_path:
         flops += inverses + product
     if prune.score == "sparsegpt" or prune.recovery == "obs":
-        # What a slab loses is made up for over whole rows, of which the columns to the left get zeros.
+        # A slab's loss is compensated over whole rows; the columns to its left get zeros.
         flops += inverses + product
     if prune.swaps:
         flops += product + prune.swaps * _SWAP_FLOPS * sum(map(math.prod, shapes))
@@ -240,13 +240,13 @@ def _surgeon_flops(spec: ModelSpec, prune: PruneConfig, rank: int) -> float:
         flops += inverses + (prune.admm_steps + 1) * product
     if prune.recovery == "gram_pbs":
         turns = max(0, prune.pbs_rounds - 1)
-        # A turn of A: the right side, the first residual, the steps.
+        # Each solve for A: the right-hand side, the first residual, the CG steps.
         flops += (1 + turns) * rank * product + turns * (CG_STEPS + 2) * product
     return flops
 
 
 def generator_parameters(spec: ModelSpec, config: Config) -> int:
-    """Numbers that ATP's generator learns; 0 in a run that prunes entries or nothing."""
+    """Number of parameters that ATP's generator learns; 0 in a run that prunes entries or nothing."""
     if config.prune.score != "atp" or not config.prune.sparsity:
         return 0
     return _generator_size(spec, config.atp.space)
@@ -259,16 +259,16 @@ def _generator_size(spec: ModelSpec, space: Space) -> int:
 
 
 def softened_weights(spec: ModelSpec, config: Config) -> int:
-    """Weights of the linears that ATP's soft masks multiply, and so copy."""
+    """Number of weights in the linears that ATP's soft masks multiply, and so copy."""
     shapes = linear_shapes(spec)
     names = {name for units in units_of(spec, config.atp.space).values() for name in units.scaled}
     return spec.num_layers * sum(math.prod(shapes[name]) for name in names)
 
 
 def search_flops_per_token(spec: ModelSpec, config: Config, length: int) -> float:
-    """FLOPs of one token that ATP's generator learns from, nearly all of them the model's under soft masks.
+    """FLOPs per token that ATP's generator learns from, nearly all of them the model's under soft masks.
 
-    Forward and backward pass are those of training; the gradient of a soft mask is that of the weights it multiplies.
+    Forward and backward passes are those of training; a soft mask's gradient needs that of the weights it multiplies.
     """
     return flops_per_token(spec, config, length, masked=False).total + 2 * softened_weights(spec, config)
 
@@ -282,6 +282,6 @@ def _units(config: Config, name: str, masked: bool) -> _Units:
         return _Units(dense=4, low_rank=6, forward_low_rank=2)
     exact = mode == "exact"
     if config.lora.dropout:
-        # The adapter sees other inputs than the base, so that both need products of their own.
+        # With dropout the adapter sees different inputs from the base, so each needs its own products.
         return _Units(dense=10 if exact else 8, low_rank=0 if exact else 4, forward_dense=4)
     return _Units(dense=6 if exact else 4, low_rank=0 if exact else 4)

@@ -15,15 +15,15 @@ FLOAT32 = 4
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What the bytes depend on besides the settings.
+    """What the byte counts depend on besides the settings.
 
     Attributes:
         dtype: dtype of the stored weights.
         rows: sequences per forward pass, over all devices.
         length: tokens per sequence.
         events: number of prune events; 0 means no masks.
-        fused_attention: whether attention keeps its scores on the chip (cuDNN); else it goes through query blocks.
-        writes: whether an evaluation writes answers, and scores not only given ones.
+        fused_attention: whether attention keeps its scores on the chip (cuDNN); else it works in query blocks.
+        writes: whether an evaluation generates answers rather than only scoring given ones.
     """
 
     dtype: str
@@ -48,10 +48,10 @@ def saved_activations(spec: ModelSpec, config: Config, layout: Layout, rows: int
 
 
 def block_residuals(spec: ModelSpec, config: Config, layout: Layout, rows: int) -> int:
-    """What the backward pass of one block reads of its forward pass, as traced; `rows` sequences on this device."""
+    """What one block's backward pass reads from its forward pass, as traced; `rows` sequences on this device."""
     e, c = WIDTH[layout.dtype], WIDTH[config.model.compute_dtype]
     q, kv, f = (width // config.mesh.tensor for width in _widths(spec))
-    # Where the stream is wider than the operands, each of the five linears that read it casts its own copy.
+    # If the stream and the operands differ in width, each of the five linears that read it casts its own copy.
     casts = 2 if c == e else 5
     stream = (2 * FLOAT32 + casts * c) * spec.hidden_size
     per_token = stream + c * (2 * q + 2 * kv) + (5 * FLOAT32 + c) * f + _dropped_inputs(spec, config)
@@ -59,22 +59,22 @@ def block_residuals(spec: ModelSpec, config: Config, layout: Layout, rows: int) 
 
 
 def _dropped_inputs(spec: ModelSpec, config: Config) -> int:
-    """Bytes a token that dropout adds: the input of every adapter, and which of its entries are left."""
+    """Bytes per token that dropout adds: the input of every adapter, and which of its entries are kept."""
     if not config.lora.dropout:
         return 0
     inputs = {name: in_dim for name, (_, in_dim) in linear_shapes(spec).items()}
-    # The outputs of attention and of the MLP's first half lie in parts on the devices.
+    # The outputs of attention and of the MLP's first half are split over the devices.
     parts = {"o_proj": config.mesh.tensor, "down_proj": config.mesh.tensor}
     width = sum(inputs[name] // parts.get(name, 1) for name in config.lora.targets)
     return (WIDTH[config.model.compute_dtype] + 1) * width
 
 
 def block_working_set(spec: ModelSpec, config: Config, layout: Layout, rows: int) -> int:
-    """What one block's backward pass needs beside what is saved: its residuals, and the widest gradients at once."""
+    """What one block's backward pass needs on top of what is saved: its residuals, and the largest live gradients."""
     residuals = block_residuals(spec, config, layout, rows) if config.train.remat != "none" else 0
     e, tokens = WIDTH[layout.dtype], rows * layout.length
-    # The gradients of gate, up and the inputs of down, and, where the adapter has a product of its own (always before
-    # the first event), both outputs in float32 before they are added.
+    # The gradients of gate, up and the inputs of down, and, if the adapter has a separate product (always before the
+    # first event), both outputs in float32 before they are added.
     mlp = tokens * (3 * FLOAT32 + 2 * e) * spec.intermediate_size // config.mesh.tensor
     stream = 2 * tokens * FLOAT32 * spec.hidden_size
     return residuals + stream + max(mlp, _attention_bytes(spec, config, layout, rows, buffers=4))
@@ -90,7 +90,7 @@ def block_forward_set(spec: ModelSpec, config: Config, layout: Layout, rows: int
 
 
 def _attention_bytes(spec: ModelSpec, config: Config, layout: Layout, rows: int, buffers: int) -> int:
-    """`buffers` arrays of scores of the query blocks that exist at once; of fused kernels one number per query."""
+    """`buffers` arrays of attention scores for one query block at a time; with fused kernels one number per query."""
     heads = spec.num_heads // config.mesh.tensor
     if layout.fused_attention:
         return rows * heads * layout.length * FLOAT32
@@ -98,5 +98,5 @@ def _attention_bytes(spec: ModelSpec, config: Config, layout: Layout, rows: int,
 
 
 def _widths(spec: ModelSpec) -> tuple[int, int, int]:
-    """Outputs of q, of k or v, and of gate or up."""
+    """Output widths of q, of k or v, and of gate or up."""
     return spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.intermediate_size

@@ -1,4 +1,4 @@
-"""The adapters of a run as a PEFT folder, where base + adapter is what the run has trained."""
+"""The adapters of a run as a PEFT folder, for runs whose trained model is base + adapter."""
 
 import os
 from pathlib import Path
@@ -14,18 +14,18 @@ from efx_jax.weights.peft import save_adapter
 
 
 def export_adapter(src: str | os.PathLike[str], dst: str | os.PathLike[str], dtype: str = "float32") -> str:
-    """Writes the adapters of the model that a run exports as a folder that `peft` loads on the run's base.
+    """Writes the adapters of the model that a run exports to a folder that `peft` loads on top of the run's base.
 
     Args:
         src: folder of a run.
-        dst: the folder to make.
-        dtype: "float32", "bfloat16" or "float16" of the tensors.
+        dst: the folder to create.
+        dtype: dtype of the tensors: "float32", "bfloat16" or "float16".
 
     Returns:
-        What was written and what it lacks, a line each.
+        What was written and what it lacks, one line each.
 
     Raises:
-        InputError: not a run, a run whose base has moved or that has cut units out, or `dst` exists.
+        InputError: not a run, a run whose base has changed or that has cut units out, or `dst` exists.
     """
     run = open_shipped(Path(src))
     step = run.steps[0]
@@ -41,7 +41,7 @@ def export_adapter(src: str | os.PathLike[str], dst: str | os.PathLike[str], dty
     lora = run.config.lora
     exported = run.folder / "export"
     spec = spec_from_config(open_checkpoint(exported if exported.is_dir() else run.config.model.path).config)
-    # peft looks there for the base; the quickstart's is a copy of this one in four bits.
+    # peft looks there for the base; the quickstart's own base is a four-bit copy of the one on the Hub.
     base = str(base_on_hub(run.config) or _base_path(run.config.model.path))
     save_adapter(dst, adapters, spec, base, dtype, lora.rslora)
     lines = [f"wrote {dst}: rank {lora.rank}, after {step} updates, for the base {base}"]
@@ -54,7 +54,7 @@ def export_adapter(src: str | os.PathLike[str], dst: str | os.PathLike[str], dty
 
 
 def _base_path(path: str) -> str | Path:
-    """Where peft finds the base from any working directory: of another run its export."""
+    """Where peft finds the base from any working directory; for another run's folder, its export."""
     return local_path(path).absolute() if Path(path).expanduser().exists() else path
 
 

@@ -1,4 +1,4 @@
-"""One step of ATP (arXiv 2412.14426): the generator learns which units go, the adapters learn to do without them."""
+"""One step of ATP (arXiv 2412.14426): the generator learns which units to prune, the adapters to work without them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ Array = jax.Array
 
 
 def generator_optimizer(learning_rate: float = 5e-5, clip: float = 1.0) -> optax.GradientTransformation:
-    """AdamW (0.9, 0.999) at a constant rate behind global-norm clipping."""
+    """AdamW (0.9, 0.999) at a constant rate, after global-norm clipping."""
     return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(learning_rate, weight_decay=0.01))
 
 
 def init_generator_state(generator: Generator, tx: optax.GradientTransformation) -> GeneratorState:
-    """Step 0: fresh moments for the weights; the embeddings have none."""
+    """Step 0: fresh moments for the generator's weights; its embeddings have none."""
     return GeneratorState(step=jnp.int32(0), generator=generator, opt_state=tx.init(generator.weights))
 
 
@@ -42,19 +42,19 @@ def _generator_step(
     tx: optax.GradientTransformation,
     options: StepOptions,
 ) -> tuple[GeneratorState, dict[str, Array]]:
-    """One update of the generator: the model, its adapters included, under soft masks, as it is without dropout.
+    """One update of the generator: the model and its adapters run under soft masks, without dropout.
 
     Args:
         state: the generator's state; its buffers are consumed.
         params: the base.
-        adapters: the adapters as they stand.
+        adapters: the current adapters.
         batch: rows that the adapters do not learn from, see `efx_jax.training.step`.
         key: the run's PRNG key of the noise; the step number is folded in.
         ratio: share of the weights of the seven linears to remove.
         spec: the model.
         space: which units.
         tx: the generator's optimizer.
-        options: dtype, remat and attention of the forward pass, and `micro_batches`; the dropout is not read.
+        options: dtype, remat and attention of the forward pass, and `micro_batches`; the dropout is ignored.
 
     Returns:
         The new state and float32 scalars: `loss`, its parts `nll` (nats per loss-carrying token) and `kept` (p, the
@@ -103,9 +103,9 @@ def _adapter_step(
     learning_rate: optax.Schedule,
     options: StepOptions,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One update of the adapters under masks of units, then the group lasso's proximal step on what is pruned.
+    """One update of the adapters under unit masks, then the group lasso's proximal step on what is pruned.
 
-    The forward is ATP's: the masked frozen weights and the whole adapters, y = x (mask * W)^T + scale (x A^T) B^T.
+    The forward pass is ATP's: masked frozen weights and unmasked adapters, y = x (mask * W)^T + scale (x A^T) B^T.
 
     Args:
         state: adapters and moments; its buffers are consumed.
@@ -118,7 +118,7 @@ def _adapter_step(
         space: whose kinds the masks are.
         tx: the adapters' optimizer.
         learning_rate: its schedule, for the size of the proximal step.
-        options: see `StepOptions`; its `mask_forward` is not read.
+        options: see `StepOptions`; its `mask_forward` is ignored.
 
     Returns:
         The new state and the metrics of `train_step`.

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: adapters, optimizer, masks and pruning state; the base only where an event has moved it."""
+"""Checkpoints of a run: adapters, optimizer, masks and pruning state; the base only if an event has rewritten it."""
 
 import dataclasses
 import shutil
@@ -19,14 +19,14 @@ from efx_jax.pruning.average import PruneState
 from efx_jax.training.state import RunState
 
 _Tree = dict[str, Any]
-_PARTIAL = ".orbax-checkpoint-tmp"  # how Orbax names what is not whole
+_PARTIAL = ".orbax-checkpoint-tmp"  # how Orbax marks incomplete checkpoints
 _ASIDE = ".before-event"
 
 
 def open_checkpoints(folder: Path, keep: int) -> ocp.CheckpointManager:
     """The manager of `folder`; saves are asynchronous, so close it (or use `with`) before leaving.
 
-    What a killed process has left half written or half removed goes; what it had set aside comes back, or goes too.
+    Removes what a killed process left half written or half removed; restores what it had set aside, unless replaced.
     """
     if jax.process_index() == 0:
         for partial in folder.glob(f"*{_PARTIAL}*"):
@@ -50,9 +50,9 @@ def save(
         manager: from `open_checkpoints`.
         state: what is saved; its `params` only if `base_moved`.
         base_moved: whether an event has rewritten the base.
-        waiting: whether the event of this step is still to come; the save after it takes this one's place.
+        waiting: whether the event of this step is still to come; the save after the event replaces this one.
         origin: fingerprint of what the run started from.
-        notes: JSON that comes back with the state.
+        notes: JSON that `restore` returns with the state.
     """
     step = int(state.train.step)
     aside = None
@@ -80,21 +80,21 @@ def save(
 def restore(
     manager: ocp.CheckpointManager, template: RunState, mask_shapes: _Tree, origin: str, step: int | None = None
 ) -> tuple[RunState, bool, bool, dict[str, Any]] | None:
-    """Reads a checkpoint, onto whatever mesh the template lies on.
+    """Reads a checkpoint, onto whatever mesh the template is on.
 
     Args:
         manager: from `open_checkpoints`.
-        template: the run's state at step 0, of which `train`, `units` and the snapshots may be `ShapeDtypeStruct`s: it
-            gives shapes, dtypes, shardings and the base.
+        template: the run's state at step 0, which gives shapes, dtypes, shardings and the base; `train`, `units` and
+            the snapshots may be `ShapeDtypeStruct`s.
         mask_shapes: `ShapeDtypeStruct` of every pruned linear's packed mask.
-        origin: fingerprint of what is at hand.
+        origin: fingerprint of the current inputs.
         step: of the checkpoint; None: the latest.
 
     Returns:
-        (state, base_moved, waiting, notes), see `save`; or None without a checkpoint.
+        (state, base_moved, waiting, notes), see `save`; or None if there is no checkpoint.
 
     Raises:
-        InputError: the checkpoint belongs to another base, adapter to start from, or other training data.
+        InputError: the checkpoint belongs to another base, another starting adapter, or other training data.
     """
     step = manager.latest_step() if step is None else step
     if step is None:
@@ -124,7 +124,7 @@ def restore(
 
 
 def _set_aside(manager: ocp.CheckpointManager, step: int) -> Path:
-    """Makes room for another checkpoint of this step; this one is kept under the name that is returned."""
+    """Makes room for another checkpoint of this step; moves the existing one to the returned path."""
     whole = Path(manager.directory) / str(step)
     aside = whole.with_name(f"{step}{_ASIDE}")
     if jax.process_index() == 0:
@@ -135,7 +135,7 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> Path:
 
 
 def _remove(whole: Path) -> None:
-    """Removes a checkpoint that looks whole until it is gone: it loses its name before its files."""
+    """Removes a checkpoint, renaming it first so that it never looks complete while its files are being deleted."""
     shutil.rmtree(whole.rename(whole.with_name(f"{whole.name}{_PARTIAL}")))
 
 
@@ -144,9 +144,9 @@ def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 
 def fingerprint(params: _Tree, sequences: Sequence[Tokenized], adapters: Adapters | None = None) -> str:
-    """Checksums of all weights, computed where they lie, and of the training tokens: enough to notice another file.
+    """Checksums of all weights, computed on their devices, and of the training tokens: enough to notice a changed file.
 
-    Of a run that starts from an adapter, one of that too.
+    For a run that starts from an adapter, also a checksum of that.
     """
     start = "" if adapters is None else f"-{int(weights_checksum(adapters)):08x}"
     return f"{int(weights_checksum(params)):08x}-{checksum(sequences)}{start}"
@@ -154,12 +154,12 @@ def fingerprint(params: _Tree, sequences: Sequence[Tokenized], adapters: Adapter
 
 @jax.jit
 def weights_checksum(params: _Tree | Adapters) -> jax.Array:
-    """A checksum of all arrays of a tree, uint32, computed where they lie."""
+    """A checksum of all arrays of a tree, uint32, computed on their devices."""
     total = jnp.uint32(0)
     for leaf in jax.tree.leaves(params):
         unsigned = jnp.uint32 if leaf.dtype.itemsize == 4 else jnp.uint16
         bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-        # Not an arange in the leaf's shape: to reshape what is split over a mesh gathers it whole.
+        # Not an arange reshaped to the leaf's shape: reshaping a sharded array gathers it whole.
         place = jnp.zeros(leaf.shape, jnp.uint32)
         for axis, size in enumerate(leaf.shape):
             place = place * size + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
@@ -169,7 +169,7 @@ def weights_checksum(params: _Tree | Adapters) -> jax.Array:
 
 
 def _to_tree(state: RunState, base_moved: bool) -> _Tree:
-    """Orbax stores arrays: the typed key goes as its data, and struct fields by name."""
+    """The state as Orbax stores it: arrays only, so the typed key becomes its data, and struct fields go by name."""
     prune = {"event": state.prune.event, "snapshots": state.prune.snapshots, "score": state.prune.score}
     tree = {
         "train": state.train,

@@ -12,10 +12,10 @@ from efx_jax.files import leftovers, lock
 
 @contextlib.contextmanager
 def claimed(output: Path) -> Iterator[None]:
-    """Makes a folder and keeps other processes out of it until it is left or the process dies.
+    """Creates a folder and keeps other processes out of it until the context exits or the process dies.
 
-    What a killed process was about to rename is removed. On disks without locks everybody is let in, and nothing is
-    removed.
+    Temporary files and folders of a killed process are removed. On disks without locks every process is let in, and
+    nothing is removed.
 
     Raises:
         InputError: another process is at work there, or the folder cannot be made.

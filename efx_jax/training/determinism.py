@@ -1,4 +1,4 @@
-"""Sums in a fixed order on GPUs, which XLA is asked for by its environment variable."""
+"""Sums in a fixed order on GPUs, requested from XLA by its environment variable."""
 
 import os
 import warnings
@@ -9,10 +9,10 @@ _FLAG = "--xla_gpu_deterministic_ops"
 
 
 def ask_for_determinism() -> None:
-    """Adds the flag to XLA_FLAGS, unless it stands there: what the environment says of it holds.
+    """Adds the flag to XLA_FLAGS, unless it is already set there: the environment takes precedence.
 
     Call it before anything touches a device: XLA reads the variable then. If a GPU has been touched, a warning says
-    that the flag comes too late; CPUs need none.
+    that it is too late for the flag; CPUs do not need it.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if _FLAG in flags:
@@ -26,7 +26,7 @@ def ask_for_determinism() -> None:
 
 
 def _has_started() -> bool:
-    """Whether jax has opened its devices: from then on it refuses another number of them."""
+    """Whether jax has initialized its devices: from then on it refuses to change their number."""
     before = jax.config.values["jax_num_cpu_devices"]
     try:
         jax.config.update("jax_num_cpu_devices", before + 1)

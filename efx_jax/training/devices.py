@@ -43,13 +43,13 @@ class Device:
 
 
 def memory_settings(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables by which XLA takes `USABLE_SHARE` of every GPU, and of the host's memory as much as there is.
+    """Variables that let XLA use `USABLE_SHARE` of every GPU's memory, and all of the host's.
 
-    By default it takes 0.75 and 64 GB; what waits on the host is an event's average of scores, and checkpoints on their
-    way to the disk. XLA reads them before anything touches a device. Left out is what `environment` has already.
+    The defaults are 0.75 and 64 GB; the host holds an event's average of scores, and checkpoints on their way to disk.
+    Set them before anything touches a device. Variables that `environment` already sets are left out.
     """
     settings = {"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": str(max(1, _host_memory() // 10**9))}
-    # Together with its older name it is refused.
+    # XLA refuses it together with its older name.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment:
         settings["XLA_CLIENT_MEM_FRACTION"] = str(USABLE_SHARE)
     return {name: value for name, value in settings.items() if name not in environment}
@@ -63,8 +63,8 @@ def find_device(name: str, places: int) -> Device:
     """The device that a plan is for.
 
     Args:
-        name: a known name, a number of GiB per device, or "" for the device at hand.
-        places: devices of the mesh, which on a CPU share the host's memory.
+        name: a known name, a number of GiB per device, or "" for the local device.
+        places: number of devices in the mesh, which on a CPU share the host's memory.
 
     Raises:
         InputError: an unknown name.

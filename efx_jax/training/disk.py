@@ -17,7 +17,7 @@ _GIB = 2**30
 
 
 def disk_bytes(spec: ModelSpec, config: Config, dtype: str, events: Sequence[int], steps: int) -> Bytes:
-    """The most that lies in a run's folder at one time; Orbax packs what it saves, zeros above all, to less.
+    """The most that a run's folder holds at any time; Orbax compresses what it saves, zeros above all, to less.
 
     Args:
         spec: the model.
@@ -34,11 +34,11 @@ def disk_bytes(spec: ModelSpec, config: Config, dtype: str, events: Sequence[int
         shapes = linear_shapes(spec)
         entries = sum(out_dim * in_dim for out_dim, in_dim in (shapes[name] for name in config.prune.targets))
         saved["moving average"] = FLOAT32 * spec.num_layers * entries
-    # What an event leaves is in the checkpoints from there on.
+    # Checkpoints hold what an event produces only from that event on.
     moved = saved["linears of the first base"] + saved["masks"]
     every = config.train.checkpoint_every
     after = len(events) + ((steps - events[0]) // every + 1 if every else 1) if events else 0
-    # The next one is whole before an old one goes.
+    # The next checkpoint is complete before an old one is removed.
     most = config.train.keep + 1
     kept, pruned = min(most, 1 + len(events) + (steps // every if every else 0)), min(most, after)
     return {
@@ -50,14 +50,14 @@ def disk_bytes(spec: ModelSpec, config: Config, dtype: str, events: Sequence[int
 
 
 def refuse_small_disk(needed: Bytes, output: Path) -> None:
-    """Compares what a run may write with the room that its disk has, what lies in the folder already included.
+    """Compares what a run may write with its disk's free space, counting what the folder already holds as free.
 
     Args:
         needed: from `disk_bytes`.
         output: the run's folder, which need not exist.
 
     Raises:
-        InputError: not even half of it fits; where half of it does, a warning says so.
+        InputError: not even half of it fits; if at least half does, it only warns.
     """
     place = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
     own = sum(file.stat().st_size for file in output.rglob("*") if file.is_file() and not file.is_symlink())

@@ -21,24 +21,24 @@ Array = jax.Array
 
 
 def rows_read(share: float, rows: int, shards: int = 1) -> int:
-    """How many of so many rows the teacher reads: their share, rounded up, and up again to as many on every shard."""
+    """How many of `rows` rows the teacher reads: their share, rounded up, and again to a multiple of `shards`."""
     return up_to_multiple(round_up(share * rows), shards)
 
 
 def positions_read(share: float, length: int) -> int:
-    """How many of a row's positions the teacher reads: their share, rounded up, to what attention kernels want."""
+    """How many of a row's positions the teacher reads: their share, rounded up, to whole blocks if `length` is."""
     multiple = ATTENTION_MULTIPLE if length % ATTENTION_MULTIPLE == 0 else 1
     return up_to_multiple(round_up(share * length), multiple)
 
 
 def taught_rows(batch: Mapping[str, Array], key: Array, share: float, micro_batches: int) -> Array:
-    """Which rows the teacher teaches: those without labels, which nobody else does, before others; drawn among equals.
+    """Which rows the teacher teaches: rows without labels, which nothing else trains, come first; otherwise random.
 
     Args:
         batch: `lengths` `[B]` and `weights` `[B,T]` of the labels.
         key: PRNG key of the draw.
         share: of the rows of every micro-batch, rounded up.
-        micro_batches: number of micro-batches, which the rows take turns in.
+        micro_batches: number of micro-batches, to which the rows are dealt in turn.
 
     Returns:
         bool `[B]`.
@@ -49,7 +49,7 @@ def taught_rows(batch: Mapping[str, Array], key: Array, share: float, micro_batc
 
 
 def take_rows(order: Array, share: float, arrays: Any) -> Any:
-    """The rows that come first in an order, as many for every device of a mesh; they may come from another device.
+    """The first rows of an order, equally many per device of a mesh; they may come from other devices.
 
     Args:
         order: float `[B]` of the rows of a micro-batch, highest first.
@@ -57,14 +57,14 @@ def take_rows(order: Array, share: float, arrays: Any) -> Any:
         arrays: any tree of arrays `[B,...]`.
 
     Returns:
-        A like tree of arrays `[K,...]`.
+        A tree of the same structure, of arrays `[K,...]`.
     """
     rows, mesh = order.shape[0], active_mesh()
     batch = () if mesh is None else batch_axes(rows, mesh.shape)
     shards = 1 if mesh is None else axes_size(batch, mesh.shape)
     chosen = _ranks(order) == jnp.arange(rows_read(share, rows, shards))[:, None]
 
-    # A sum of one row and of zeros: what XLA makes of a gather over a split axis gave wrong rows under jax 0.10.
+    # Each row as a sum of itself and zeros: XLA's gather over a sharded axis gave wrong rows under jax 0.10.
     def take(array: Array) -> Array:
         found = jnp.where(chosen.reshape(*chosen.shape, *(1,) * (array.ndim - 1)), array, 0)
         return constrain(jnp.sum(found, axis=1, dtype=array.dtype), batch or None)
@@ -80,12 +80,12 @@ def take_rows(order: Array, share: float, arrays: Any) -> Any:
 
 
 def exchanges(positions: int, shards: int) -> int:
-    """In how many parts `take_rows` hands states over: whole are those of one part on every device, of all rows."""
+    """In how many parts `take_rows` exchanges states: each device then holds all rows' states of one part at a time."""
     return math.gcd(positions, shards)
 
 
 def _ranks(order: Array) -> Array:
-    """Places int `[...,B]` in the order `[...,B]`, highest first, of equal ones the lower index; no sort."""
+    """Ranks int `[...,B]` of the entries of `order` `[...,B]`, highest first, ties by lower index; without a sort."""
     index = jnp.arange(order.shape[-1])
     mine, other = order[..., :, None], order[..., None, :]
     before = (other > mine) | ((other == mine) & (index < index[:, None]))
@@ -97,14 +97,14 @@ def taught_weights(
 ) -> Array:
     """Weights of the positions that the teacher teaches: real tokens without a label, a share of them drawn by the key.
 
-    Of every row the same share, rounded up to whole tokens: half of a whole row fills chunks of the divergence, where
-    a few more tokens would take another. Divided by the number of labels, as the labels' loss is, the sum of the
+    Every row gives the same share, rounded up to whole tokens: half of a full row fills chunks of the divergence, where
+    a few more tokens would need another chunk. Divided by the number of labels, as the labels' loss is, the sum of the
     weighted divergences is `weight` times their mean.
 
     Args:
         batch: `tokens` `[B,T]`, `lengths` `[B]`, and `weights` `[B,T]` of the labels.
         key: PRNG key of the draw.
-        weight: of the teacher beside the labels.
+        weight: of the teacher relative to the labels.
         share: of the positions, in (0, 1].
         rows: bool `[B]`, see `taught_rows`.
         prefix_share: of the positions of a row, from the first on, that the teacher reads; see `positions_read`.
@@ -116,7 +116,7 @@ def taught_weights(
     read = rows[:, None] * (jnp.arange(length) < positions_read(prefix_share, length))
     free = real_tokens(batch["tokens"], batch["lengths"]) * (batch["weights"] == 0) * read
     if share < 1:
-        # The tolerance is for what float32 adds to products such as 0.07 * 100.
+        # The tolerance covers float32 rounding in products such as 0.07 * 100.
         counts = jnp.ceil(share * (1 - 1e-6) * jnp.sum(free, axis=1, keepdims=True))
         drawn = jnp.where(free > 0, jax.random.uniform(key, free.shape), 1.0)
         free = free * (jnp.argsort(jnp.argsort(drawn, axis=1), axis=1) < counts)
@@ -135,15 +135,15 @@ def divergence(
     """Summed Kullback-Leibler divergence of the model's next-token distributions from the teacher's, in nats.
 
     sum_t weight_t sum_v p_tv (log p_tv - log q_tv), p the teacher's (Hinton et al., arXiv 1503.02531, temperature 1).
-    Its gradient by a logit of the model is q - p. Neither head gets one.
+    Its gradient with respect to a logit of the model is q - p. Neither head gets a gradient.
 
     Args:
-        hidden: final-normed hidden states `[B,T,D]`, alone differentiable.
+        hidden: final-normed hidden states `[B,T,D]`, the only differentiable argument.
         head: output embedding `[V,D]`.
         teacher_hidden: `[B,T,E]`.
         teacher_head: `[V,E]`.
         weights: float `[B,T]`; positions of weight 0 are skipped.
-        compute_dtype: dtype of the matmul operands; None takes each head's.
+        compute_dtype: dtype of the matmul operands; None: that of each head.
     """
     dtypes = [each.dtype if compute_dtype is None else jnp.dtype(compute_dtype) for each in (head, teacher_head)]
     return _divergence(
@@ -192,13 +192,13 @@ _divergence.defvjp(_divergence_fwd, _divergence_bwd)
 def _divergence_and_gradient(
     batch: Axes | None, hidden: Array, head: Array, teacher_hidden: Array, teacher_head: Array, weights: Array
 ) -> tuple[Array, Array]:
-    """The sum and its gradient by the hidden states `[B,T,D]`; on a mesh the heads are this device's parts."""
+    """The sum and its gradient with respect to the hidden states `[B,T,D]`; on a mesh the heads are local shards."""
     parts: tuple[str, ...] = () if batch is None else ("tensor",)
     head, teacher_head = local_vocabulary(head, parts), local_vocabulary(teacher_head, parts)
 
     def chunk(weight: Array, x: Array, teacher_x: Array) -> tuple[Array, Array]:
         logits = dot("td,vd->tv", x, head)
-        # What fills up the last chunk may be anything, as the model's own states are there.
+        # The last chunk's padding may hold anything: `by_chunks` zeroes it only in the model's own states.
         teacher_x = jnp.where(weight[:, None] > 0, teacher_x, 0)
         goal = dot("te,ve->tv", teacher_x, teacher_head)
         powers, total, log_total = exponentials(logits, parts)

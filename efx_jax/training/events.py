@@ -1,4 +1,4 @@
-"""A prune event inside a run: calibrate, prune, tell the optimizer what has moved; taken up where it was cut off."""
+"""A prune event inside a run: calibrate, prune, reset the optimizer if needed; resumes where it was interrupted."""
 
 import dataclasses
 import shutil
@@ -29,7 +29,7 @@ from efx_jax.training.prepare import Prepared, calibration
 from efx_jax.training.schedule import Event
 from efx_jax.training.state import RunState, restart_adam
 
-# The first block of a saved part, the one behind its last, and its folder.
+# The first block of a saved part, the one after its last, and its folder.
 _Part = tuple[int, int, Path]
 
 
@@ -43,17 +43,17 @@ def prune_run(
 ) -> RunState:
     """The state after an event on the run's calibration rows; the last event may be a plain one.
 
-    Before the first event units may change places, see `efx_jax.pruning.permutation`.
+    Before the first event units may be permuted, see `efx_jax.pruning.permutation`.
 
     Args:
         config: the settings.
         prepared: model and data.
-        state: the state before the event; its `params` are still those of the base where no event has moved them.
+        state: the state before the event; its `params` are still the base's unless an event has changed them.
         event: which event.
         attention_path: see `efx_jax.model.attention.choose_attention`.
-        folder: where a long event leaves the blocks that it has finished.
+        folder: where a long event saves its finished blocks.
     """
-    # Units change places once, and not in the event itself.
+    # Units are permuted once, before the event rather than in it.
     prune = dataclasses.replace(config.prune, sparsity=event.sparsity, permute=False)
     if event.last and prune.plain_last_event:
         prune = dataclasses.replace(without_recovery(prune), ema=1.0)
@@ -93,12 +93,12 @@ def prune_run(
     if refits_base(prune) or prune.pbs_rounds:
         opt_state = restart_adam(opt_state)
     train = dataclasses.replace(state.train, adapters=new_adapters, opt_state=opt_state)
-    # Waited for here, so that the time of an event is not counted as that of whatever comes next.
+    # Block here, so that the event's time is not charged to whatever comes next.
     return jax.block_until_ready(RunState(train=train, params=params, masks=new_masks, prune=prune_state))
 
 
 def _permuted(config: Config, prepared: Prepared, state: RunState, attention_path: Implementation) -> RunState:
-    """The state with its units in an order that suits N:M. (Adam starts again after the event: it has no order.)"""
+    """The state with its units in an order that suits N:M; Adam's moments are not permuted: it restarts afterwards."""
     rows = calibration(config, prepared, surveyed_rows(config.prune))
     stats = collect_statistics(
         state.params,
@@ -123,7 +123,7 @@ def _resumable(
     folder: Path,
     save_seconds: float = 60.0,
 ) -> Result:
-    """The event block by block; what `save_seconds` have brought is saved, and taken up by the next attempt."""
+    """The event block by block; finished blocks are saved about every `save_seconds` for the next attempt to reuse."""
     parts = _parts(folder)
     blocks = prune_blocks(plan, params, batches, dtype, attention_path, _load(parts, plan))
     saved, saved_at = parts[-1][1] if parts else 0, time.monotonic()
@@ -138,7 +138,7 @@ def _resumable(
 
 
 def _save(folder: Path, first: int, stop: int, result: Result) -> None:
-    """Writes the blocks from `first` to before `stop`."""
+    """Writes the blocks from `first` up to, but not including, `stop`."""
     layers, snapshots = jax.tree.map(lambda leaf: leaf[first:stop], (result.layers, result.snapshots))
     score = {name: blocks[first:stop] for name, blocks in result.score.items()}
     with ocp.StandardCheckpointer() as checkpointer:
@@ -146,7 +146,7 @@ def _save(folder: Path, first: int, stop: int, result: Result) -> None:
 
 
 def _parts(folder: Path) -> list[_Part]:
-    """The saved blocks without a gap; Orbax's half-written folders have other names."""
+    """The saved parts up to the first gap; Orbax's half-written folders have other names."""
     parts: list[_Part] = []
     for path in sorted(folder.glob("blocks-?????-?????")):
         first, stop = map(int, path.name.split("-")[1:])
@@ -167,14 +167,14 @@ def _load(parts: list[_Part], plan: EventPlan) -> Iterator[Block]:
 
 
 def forget_blocks(folder: Path, manager: ocp.CheckpointManager) -> None:
-    """Removes the finished blocks of an event whose outcome `manager` saves, as soon as that is whole."""
+    """Removes the finished blocks of an event once `manager` has finished saving its outcome."""
     if folder.exists() and jax.process_index() == 0:
         manager.wait_until_finished()
         shutil.rmtree(folder)
 
 
 def _template(plan: EventPlan, count: int) -> Result:
-    """Shapes, dtypes and places of `count` finished blocks."""
+    """Shapes, dtypes and shardings of `count` finished blocks."""
 
     def some(leaf: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)

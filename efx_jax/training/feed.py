@@ -1,4 +1,4 @@
-"""Batches as the run's settings ask for them, laid onto the mesh; every host lays out its own rows alone."""
+"""Batches according to the run's settings, sharded over the mesh; every host places only its own rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,14 +17,14 @@ from efx_jax.parallel.partition import BATCH, axes_size, batch_axes
 
 
 def epoch_rows(config: Config, train: Sequence[Tokenized]) -> int:
-    """Rows that one epoch has."""
+    """Number of rows in one epoch."""
     if config.data.batching == "packing":
         return packed_rows(train, config.seed, config.data.max_length)
     return len(train)
 
 
 def host_batch(config: Config, train: Sequence[Tokenized], number: int, rows: slice = ALL_ROWS) -> Batch:
-    """Some rows of batch `number` as arrays of the host, see `efx_jax.data.batches.make_batch`."""
+    """Some rows of batch `number` as host arrays, see `efx_jax.data.batches.make_batch`."""
     size, length = config.train.batch_size, config.data.max_length
     if config.data.batching == "packing":
         # Short rows of an odd length are left at that length: rounding them up would be most of the padding.
@@ -55,9 +55,9 @@ def mesh_batch(config: Config, train: Sequence[Tokenized], number: int, mesh: Me
 
 
 def distant_batch(number: int, rows: int, size: int) -> int:
-    """The number of a batch without the rows of batch `number`: half an epoch ahead, or behind, in the same epoch.
+    """The number of a batch that shares no rows with batch `number`: half an epoch ahead or behind, in the same epoch.
 
-    (Where an epoch ends within one of the two, they may share rows.)
+    (If an epoch ends within one of the two, they may share rows.)
 
     Args:
         number: of a batch.
@@ -70,7 +70,7 @@ def distant_batch(number: int, rows: int, size: int) -> int:
 
 
 def packed_pass(config: Config) -> tuple[int, int] | None:
-    """(B, T) of one device's forward pass where rows are packed, else None."""
+    """(B, T) of one device's forward pass if rows are packed, else None."""
     if config.data.batching != "packing":
         return None
     length, sizes = config.data.max_length, mesh_sizes(config.mesh)

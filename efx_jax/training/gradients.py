@@ -1,4 +1,4 @@
-"""Gradients that criteria read: of the adapters over some batches, and of all linears along D-Pruner's domain pass."""
+"""Gradients that scores read: of the adapters over some batches, and of all linears during D-Pruner's domain pass."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -33,7 +33,7 @@ def mean_adapter_gradient(
     spec: ModelSpec,
     options_of: OptionsOf,
 ) -> Tree:
-    """Gradient by the adapters of the mean loss over all loss-carrying tokens of some batches, under the masks.
+    """Adapter gradient of the mean loss over all loss-carrying tokens of some batches, under the masks.
 
     Args:
         params: the base.
@@ -82,13 +82,13 @@ def domain_importance(
     general_weight: float = 0.1,
     loss_scale: float = 2.0**16,
 ) -> dict[str, Array]:
-    """D-Pruner's importance: the terms of `three_term_importance` summed along a pass of plain SGD.
+    """D-Pruner's importance: the terms of `three_term_importance` summed over a pass of plain SGD.
 
-    The weights move in the dtype that they have: in bfloat16 most moves are below half a unit in the last place and are
+    The weights are updated in their own dtype: in bfloat16 most updates are below half a unit in the last place and are
     rounded away.
 
     Args:
-        weights: the linears to move, name -> `[L,O,I]`; consumed.
+        weights: the linears to update, name -> `[L,O,I]`; consumed.
         rest: the parameter tree without them.
         general: general importance, name -> float32 `[L,O,I]`; None: no regulariser.
         batches: training batches; all their real tokens carry loss here.
@@ -97,7 +97,7 @@ def domain_importance(
         options_of: how a batch is computed.
         names: linears whose importance is wanted.
         general_weight: lambda.
-        loss_scale: what the loss is multiplied by for regulariser and importance; the moves are not scaled.
+        loss_scale: what the loss is multiplied by for regulariser and importance; the updates are not scaled.
 
     Returns:
         name -> float32 `[L,O,I]`.
@@ -130,7 +130,7 @@ def domain_step(
     general_weight: Array | float,
     loss_scale: Array | float,
 ) -> tuple[dict[str, Array], dict[str, Array], Array]:
-    """One step of D-Pruner's domain pass: regularise, add to the importance, clip, move.
+    """One step of D-Pruner's domain pass: regularise, add to the importance, clip, update.
 
     Args:
         weights: the linears, name -> `[L,O,I]`; consumed.
@@ -170,11 +170,11 @@ def domain_step(
 def as_it_stands(
     params: Mapping[str, Any], adapters: Adapters | None, masks: Mapping[str, Array] | None, mask_forward: MaskForward
 ) -> tuple[dict[str, Array], Tree]:
-    """The model before an event without adapters and masks, its linears in arrays of their own.
+    """The model before an event, with adapters and masks merged in and its linears in arrays of their own.
 
     Returns:
-        (linears, the parameter tree without them), as the model computes: "dense" without the masks, "frozen" with
-        adapters that they do not reach.
+        (linears, the parameter tree without them), matching the forward pass: "dense" ignores the masks, "frozen" does
+        not apply them to the adapters.
     """
     if mask_forward == "frozen":
         params, masks = merge(params, None, masks), None
@@ -186,9 +186,9 @@ def as_it_stands(
 
 
 def importance_bytes(config: Config, entries: Mapping[str, int], width: int) -> int:
-    """What computing and holding the importance takes on a device, activations left out.
+    """Bytes that computing and holding the importance takes on a device, without activations.
 
-    For D-Pruner also the general importance, the moved weights, their gradient and its sum.
+    For D-Pruner it includes the general importance, the updated weights, their gradient and its sum.
 
     Args:
         config: score, targets and the weight of the general importance.

@@ -30,10 +30,10 @@ from efx_jax.training.state import RunState
 from efx_jax.training.step import Batch, StepOptions, step_options
 
 Array = jax.Array
-# Of D-Pruner's domain pass (arXiv 2405.06275 and its scripts).
+# D-Pruner's domain pass (arXiv 2405.06275 and its scripts).
 _DOMAIN_EPOCHS = 5.0
 _DOMAIN_WARMUP = 0.1
-# The stream of drawn tokens, apart from those that the loop splits off the seed.
+# Key of the stream of drawn tokens, separate from those that the loop splits off the seed.
 _DRAWN = 0xF15E
 
 
@@ -42,8 +42,8 @@ def run_importance(
 ) -> tuple[dict[str, Array] | None, Statistics | None]:
     """The importance that the run's score reads at an event, see `prune_event`, and statistics that come with it.
 
-    `foresight_loss` takes calibration rows, `survey_share` of them. The batches of the other scores are those that
-    training would take next, a pure function of the seed and the event's step.
+    `foresight_loss` uses a `survey_share` of the calibration rows. The other scores use the batches that training would
+    use next, a pure function of the seed and the event's step.
 
     Returns:
         The importance, None for scores that read none; and the statistics of the whole model, without Grams, on the
@@ -73,9 +73,9 @@ def run_importance(
 def _run_output_gradients(
     config: Config, prepared: Prepared, state: RunState, event: Event, attention_path: Implementation
 ) -> tuple[dict[str, Array], Statistics]:
-    """Energies `[L,O]` of the gradients by the linears' outputs, on the model as it computes before the event.
+    """Energies `[L,O]` of the gradients with respect to the linears' outputs, in the model before the event.
 
-    Beside them the statistics of the rows.
+    Also the statistics of the rows.
     """
     drawn = config.prune.gradient_labels == "model"
     return output_gradient_energy(
@@ -108,7 +108,7 @@ def _run_domain_pass(
     options_of: OptionsOf,
     attention_path: Implementation,
 ) -> dict[str, Array]:
-    """D-Pruner on the model as it stands, calibration standing for general text."""
+    """D-Pruner on the current model, with the calibration rows as general text."""
     prune, spec = config.prune, prepared.spec
     weights, rest = as_it_stands(state.params, state.train.adapters, state.masks or None, prune.mask_forward)
     general = None

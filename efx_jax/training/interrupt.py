@@ -1,4 +1,4 @@
-"""Ctrl-C, or SIGTERM of a scheduler: the step at hand is finished and saved, and all hosts stop after the same one."""
+"""Ctrl-C, or a scheduler's SIGTERM: the current step is finished and saved, and all hosts stop after the same one."""
 
 import contextlib
 import signal
@@ -27,7 +27,7 @@ def say_interrupted(done: int, steps: int, is_saved: bool, output: Path) -> None
 def interruptible() -> Iterator[threading.Event]:
     """SIGINT and SIGTERM ask the loop to finish its step and save; a second one stops at once.
 
-    Enter it after `start_hosts`: jax.distributed puts a handler of its own on SIGTERM, which only takes notice.
+    Enter it after `start_hosts`: jax.distributed installs its own SIGTERM handler, which only records the signal.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -52,5 +52,5 @@ def interruptible() -> Iterator[threading.Event]:
 
 
 def asked(stop: threading.Event) -> bool:
-    """Whether anybody has asked the run to stop; all hosts agree on it."""
+    """Whether any host was asked to stop the run; all hosts get the same answer."""
     return any(meet(stop.is_set()))

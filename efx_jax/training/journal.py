@@ -1,4 +1,4 @@
-"""What a run has found so far; saved with every checkpoint."""
+"""What a run has measured so far; saved with every checkpoint."""
 
 import contextlib
 import dataclasses
@@ -17,7 +17,7 @@ from efx_jax.training.validation import Best
 class Journal:
     """Measurements by model, seconds by phase, real tokens trained on, and the best model so far (`eval.best`).
 
-    `memory`: the most that a session had taken up to the end of each phase, in MiB. `sparsity`: of the masks in force.
+    `memory`: a session's peak memory up to the end of each phase, in MiB. `sparsity`: that of the masks in force.
     """
 
     results: dict[str, dict[str, Any]]
@@ -29,7 +29,7 @@ class Journal:
 
     @contextlib.contextmanager
     def phase(self, name: str, show: Callable[[str], object] | None = None) -> Iterator[None]:
-        """Adds the time of a block to the phase's seconds; `show`, of a bar, tells its name meanwhile."""
+        """Adds the time of a block to the phase's seconds; `show`, from a progress bar, displays its name meanwhile."""
         start = time.perf_counter()
         if show:
             show(name)
@@ -42,13 +42,13 @@ class Journal:
             self.memory[name] = max(self.memory.get(name, 0.0), peak_memory_mib())
 
     def announced(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """A phase without a bar, which would be silent for minutes: one line on stderr names it."""
+        """A phase without a bar, announced by a line on stderr, as it would otherwise be silent for minutes."""
         if jax.process_index() == 0:
             print(f"{name} ...", file=sys.stderr)
         return self.phase(name)
 
     def take_up(self, notes: dict[str, Any]) -> None:
-        """Goes on from what an earlier session has saved; its seconds add up."""
+        """Resumes from what an earlier session saved; seconds and tokens continue from there."""
         self.results.update(notes["results"])
         self.tokens = notes["tokens"]
         self.best = Best(**notes["best"]) if notes["best"] else None
@@ -59,7 +59,7 @@ class Journal:
 
 
 def peak_memory_mib() -> float:
-    """The device's peak where it reports one, else the process's largest resident set."""
+    """The device's peak memory if it reports one, else the process's largest resident set."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 2**20

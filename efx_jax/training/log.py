@@ -1,4 +1,4 @@
-"""Where metrics go: a line of JSON per logged step, always; TensorBoard and W&B on request."""
+"""Where metrics go: always a line of JSON per logged step; TensorBoard and W&B on request."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ Sink = Callable[[Row], None]
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drops the lines after `step`, which a resumed run writes again, and a half-written last line."""
+    """Drops the lines after `step`, which a resumed run will write again, and a half-written last line."""
     if not path.exists():
         return
     kept = []
@@ -33,14 +33,14 @@ def cut_metrics(path: Path, step: int) -> None:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Writes one line of metrics.jsonl or evaluations.jsonl; what is not finite becomes null."""
+    """Appends one line to metrics.jsonl or evaluations.jsonl; values that are not finite become null."""
     finite = {name: value if abs(value) < float("inf") else None for name, value in row.items()}
     with path.open("a") as stream:
         stream.write(json.dumps(finite) + "\n")
 
 
 def check_sinks(config: Config) -> None:
-    """Refuses a destination whose package is not installed, before the run has a folder.
+    """Refuses a destination whose package is not installed, before the run's folder is created.
 
     Raises:
         InputError: the package is missing.
@@ -58,9 +58,9 @@ def check_sinks(config: Config) -> None:
 
 @contextlib.contextmanager
 def open_sinks(config: Config, output: Path) -> Iterator[list[Sink]]:
-    """The extra destinations that the settings ask for; they write into the run's folder, which exists.
+    """The extra destinations that the settings enable; they write into the run's folder, which must exist.
 
-    They get the names of metrics.jsonl and evaluations.jsonl. On leaving, all that they hold back is written.
+    They use the metric names of metrics.jsonl and evaluations.jsonl. On exit, anything still buffered is written.
     """
     with contextlib.ExitStack() as stack:
         sinks: list[Sink] = []
@@ -78,7 +78,7 @@ def _tensorboard(output: Path, stack: contextlib.ExitStack) -> Sink:
 
     def write(row: Row) -> None:
         if not opened:
-            # What a run that goes on writes again from this step on, TensorBoard shows once.
+            # TensorBoard then shows only once what a resumed run writes again from this step on.
             opened.append(SummaryWriter(str(output / "tensorboard"), purge_step=int(row["step"])))
             stack.callback(opened[0].close)
         for name, value in row.items():
@@ -90,11 +90,11 @@ def _tensorboard(output: Path, stack: contextlib.ExitStack) -> Sink:
 def _wandb(config: Config, output: Path, stack: contextlib.ExitStack) -> Sink:
     import wandb
 
-    # A resumed run goes on in the run that it was; of the steps that it repeats W&B keeps the first values.
+    # A resumed run continues its W&B run; for repeated steps W&B keeps the first values.
     file = output / "wandb_id"
     known = file.read_text() if file.exists() else None
     run: Any = wandb.init(
-        # An argument would go before what W&B's own variables say.
+        # Read here because an argument would override W&B's own variables.
         project=os.environ.get("WANDB_PROJECT", "efx_jax"),
         name=os.environ.get("WANDB_NAME", output.name),
         dir=str(output),

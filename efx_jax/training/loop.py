@@ -40,8 +40,8 @@ Array = jax.Array
 class Loop:
     """What every step of a run reads and none changes.
 
-    `search` is None unless the run prunes whole units. `template` has shapes, dtypes and places of the state at step 0
-    in place of its arrays, but for the base and the key.
+    `search` is None unless the run prunes whole units. `template` is the state at step 0 with shapes, dtypes and
+    shardings in place of its arrays, except for the base and the key.
     """
 
     config: Config
@@ -73,16 +73,16 @@ def init_loop(
     journal: Journal,
     sinks: list[log.Sink],
 ) -> Loop:
-    """What the steps of a run read.
+    """Builds what the steps of a run read.
 
     Args:
         config: the settings.
         prepared: model and data.
-        mesh: where the arrays lie.
-        steps: updates of the run.
-        events: its prune events, in order.
-        output: its folder, for checkpoints, logs and what a long event has finished.
-        journal: what it has found so far; grows.
+        mesh: the devices that hold the arrays.
+        steps: number of updates of the run.
+        events: the run's prune events, in order.
+        output: the run's folder, for checkpoints, logs and the finished blocks of a long event.
+        journal: the run's results so far; updated in place.
         sinks: where the metrics of a step go besides `metrics.jsonl`.
     """
     *_, dropout_key = _keys(config)
@@ -121,10 +121,10 @@ def train(loop: Loop, trunk: Path | None) -> RunState | None:
 
     Args:
         loop: from `init_loop`.
-        trunk: folder of a run whose learning may be taken over, see `efx_jax.training.start`, or None.
+        trunk: folder of a run whose training may be reused, see `efx_jax.training.start`, or None.
 
     Returns:
-        The last state, or the best one where `eval.best` has chosen another; None if the user interrupted the run.
+        The last state, or the best one if `eval.best` has chosen another; None if the user interrupted the run.
 
     Raises:
         InputError: an update that diverges, calibration that is not finite, a checkpoint of another run.
@@ -156,7 +156,7 @@ def train(loop: Loop, trunk: Path | None) -> RunState | None:
 
 
 def _keys(config: Config) -> list[Array]:
-    """The keys of the adapters, of the pruning and of dropout."""
+    """The PRNG keys for the adapters, for pruning and for dropout."""
     return list(jax.random.split(jax.random.key(config.seed), 3))
 
 
@@ -172,7 +172,7 @@ def _at_step_0(
 def _template(
     config: Config, prepared: Prepared, mesh: Mesh, steps: int, tx: optax.GradientTransformation, search: Search | None
 ) -> RunState:
-    """`_at_step_0` without its arrays, which a run that goes on from a checkpoint never makes."""
+    """`_at_step_0` without its arrays, which a run that resumes from a checkpoint never creates."""
     shapes = jax.eval_shape(lambda: _at_step_0(config, prepared, mesh, steps, tx, search))
     placed = placed_shapes(mesh, {"train": shapes.train, "prune": shapes.prune})
     prune = dataclasses.replace(placed["prune"], key=_keys(config)[1])
@@ -180,7 +180,7 @@ def _template(
 
 
 def _begin(loop: Loop, stores: Stores, trunk: Path | None) -> tuple[RunState, bool]:
-    """The state that the run goes on from, and whether an event is due before any update."""
+    """The state to start or resume from, and whether an event is due before any update."""
     config, prepared, mesh, steps, journal = loop.config, loop.prepared, loop.mesh, loop.steps, loop.journal
     found = restore_latest(stores)
     is_new = found is None
@@ -195,7 +195,7 @@ def _begin(loop: Loop, stores: Stores, trunk: Path | None) -> tuple[RunState, bo
     if found is not None:
         state, _, waiting, notes = found
         journal.take_up(notes)
-    # A trunk may have been measured on what its files held then.
+    # The trunk's base may have been measured on data files that have changed since.
     if found is None or notes.get("measured") != stores.measured:
         with journal.announced("evaluate base"):
             journal.results.update(measure_start(config, prepared))
@@ -204,7 +204,7 @@ def _begin(loop: Loop, stores: Stores, trunk: Path | None) -> tuple[RunState, bo
         tidy(loop.output, start, steps, waiting)
     forget_later_best(stores, start)
     if stores.best and journal.best and journal.best.step == start:
-        # A run may have been killed between the two.
+        # The run may have been killed between the two saves.
         save_best(stores, state)
     return state, waiting or (is_new and start in loop.events)
 
@@ -212,7 +212,7 @@ def _begin(loop: Loop, stores: Stores, trunk: Path | None) -> tuple[RunState, bo
 def _settle(
     loop: Loop, stores: Stores, shown: Progress, stop: threading.Event, state: RunState, had_event: bool
 ) -> bool:
-    """What follows an update and its event: evaluation and checkpoints; whether it was the last one."""
+    """Evaluates and saves checkpoints after an update and its event; returns whether that update was the last."""
     step, every = int(state.train.step), loop.config.train.checkpoint_every
     is_best = step in loop.validations and _validate(loop, shown, state)
     is_over = _is_over(loop, state, stop)
@@ -226,23 +226,23 @@ def _settle(
 
 
 def _is_over(loop: Loop, state: RunState, stop: threading.Event) -> bool:
-    """Whether no update follows: all are done, no better model is to be expected, or the user has asked to stop."""
-    # Asked first: hosts meet there.
+    """Whether no update follows: all are done, `eval.patience` has run out, or the user has asked to stop."""
+    # `asked` comes first, on every host: it synchronizes them.
     return asked(stop) or int(state.train.step) >= loop.steps or _enough(loop)
 
 
 def _update(loop: Loop, shown: Progress, state: RunState, batch: Batch) -> tuple[RunState, Batch]:
-    """One training step, its line in metrics.jsonl and its place on the progress bar; and the next batch."""
+    """One training step, its line in metrics.jsonl and on the progress bar; returns the new state and next batch."""
     number, began = int(state.train.step), time.perf_counter()
     with loop.journal.phase("train"):
         new, metrics = search_step(loop.search, state, batch) if loop.search else _step(loop, state, batch)
-        # Laid out while the devices compute.
+        # The next batch is placed while the devices compute.
         following = mesh_batch(loop.config, loop.prepared.train, number + 1, loop.mesh)
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     seconds = time.perf_counter() - began
     refuse_diverged(number + 1, values)
     loop.journal.tokens += int(values["tokens"])
-    # ATP's search makes its masks anew in every step, and tells their sparsity.
+    # ATP's search draws new masks in every step and reports their sparsity.
     values = {"sparsity": loop.journal.sparsity} | values
     row = metrics_row(number + 1, values, loop.journal.tokens, float(loop.learning_rate(number)), seconds)
     is_logged = (number + 1) % loop.config.train.log_every == 0
@@ -255,7 +255,7 @@ def _update(loop: Loop, shown: Progress, state: RunState, batch: Batch) -> tuple
 
 
 def _step(loop: Loop, state: RunState, batch: Batch) -> tuple[RunState, dict[str, Array]]:
-    """One update of the adapters under masks of entries."""
+    """One update of the adapters under elementwise masks, if there are any yet."""
     batch, options = without_silent_tail(batch, loop.options_of(batch))
     train, metrics = loop.step(
         state.train,
@@ -272,11 +272,11 @@ def _step(loop: Loop, state: RunState, batch: Batch) -> tuple[RunState, dict[str
 
 
 def _event(loop: Loop, stores: Stores, shown: Progress, state: RunState) -> RunState:
-    """The dense adapter, once it has learned, measured where this is the only event, then the event of this step.
+    """Runs the event of this step; if it is the only one and follows training, measures the dense adapter first.
 
-    (Adapters that have learned beside ATP's search are not dense ones: they have met other masks in every step.)
+    (Adapters trained during ATP's search are not dense ones: they have seen different masks in every step.)
     """
-    # An event may take longer than all training before it.
+    # Saved first: an event may take longer than all the training before it.
     save(stores, state, waiting=True)
     event, journal = loop.events[int(state.train.step)], loop.journal
     if event.last and event.step and not state.masks and not loop.search:
@@ -294,10 +294,10 @@ def _event(loop: Loop, stores: Stores, shown: Progress, state: RunState) -> RunS
 
 
 def _validate(loop: Loop, shown: Progress, state: RunState) -> bool:
-    """Measures the model as it stands, writes the line of evaluations.jsonl; whether it is the best to ship so far."""
+    """Measures the current model and logs it in evaluations.jsonl; returns whether it is the best to export so far."""
     evaluation, step = loop.config.eval, int(state.train.step)
     params, masks = masked_base(loop.search, state) if loop.search else (state.params, state.masks)
-    # Answers are kept of the models that the table shows.
+    # Sample answers are kept only for the models that the summary table shows.
     config = dataclasses.replace(loop.config, eval=dataclasses.replace(evaluation, samples=0))
     with loop.journal.phase("evaluate", shown.phase):
         found = measure(config, loop.prepared, params, state.train.adapters, masks or None, evaluation.tasks)
@@ -306,7 +306,7 @@ def _validate(loop: Loop, shown: Progress, state: RunState) -> bool:
         log.append_row(loop.output / "evaluations.jsonl", {"step": step, **values})
         for sink in loop.sinks:
             sink({"step": step, **values})
-    # Before its last event the model is not what the run is to ship.
+    # Before its last event the model is not yet one that the run could export.
     if not evaluation.best or step < max(loop.events, default=0):
         return False
     journal = loop.journal

@@ -1,4 +1,4 @@
-"""The training step compiled for shapes alone: what XLA says that it needs, without a weight in memory."""
+"""The training step compiled from shapes alone: what XLA says it needs, without any weights in memory."""
 
 import contextlib
 import dataclasses
@@ -30,8 +30,8 @@ class Compiled:
     Attributes:
         platform: what it was compiled for.
         arguments: bytes of weights, masks, adapters, optimizer state and batch.
-        temporaries: bytes of everything in between, at the widest place.
-        seconds: what tracing and compiling took.
+        temporaries: bytes of everything in between, at the peak.
+        seconds: time taken to trace and compile.
     """
 
     platform: str
@@ -41,7 +41,7 @@ class Compiled:
 
 
 def compile_step(spec: ModelSpec, config: Config, layout: Layout) -> Compiled:
-    """Compiles the step of a run for the backend at hand; a CPU simulates as many devices as the mesh needs.
+    """Compiles the step of a run for the available backend; a CPU simulates as many devices as the mesh needs.
 
     Args:
         spec: the model.
@@ -69,15 +69,15 @@ def compile_step(spec: ModelSpec, config: Config, layout: Layout) -> Compiled:
 
 
 def simulate_devices(count: int) -> None:
-    """Makes the CPU show `count` devices, if nothing has touched a device yet; for plans only, not for runs."""
+    """Makes the CPU appear as `count` devices, if nothing has touched a device yet; for plans only, not for runs."""
     if count > 1:
-        # Too late once a backend is up: then `make_mesh` tells what there is and what would have helped.
+        # Too late once a backend is up: `make_mesh` then reports what is available and what would have helped.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
 
 
 def _devices(count: int) -> list[jax.Device]:
-    """The devices at hand, or the simulated ones of the CPU where those are too few."""
+    """The available devices, or the CPU's simulated ones if those are too few."""
     devices = jax.devices()
     if len(devices) >= count:
         return devices
@@ -88,7 +88,7 @@ def _devices(count: int) -> list[jax.Device]:
 
 
 def step_arguments(spec: ModelSpec, config: Config, layout: Layout, mesh: Mesh) -> tuple[Any, ...]:
-    """The arguments of `train_step`: shapes, dtypes and places in place of arrays."""
+    """The arguments of `train_step`, with shapes, dtypes and shardings in place of arrays."""
     tx = optimizer(config.train, max(1, config.train.steps))
     lora = config.lora
 
@@ -102,7 +102,7 @@ def step_arguments(spec: ModelSpec, config: Config, layout: Layout, mesh: Mesh) 
         is_leaf=lambda node: isinstance(node, tuple),
     )
     placed = placed_shapes(mesh, params)
-    # A mesh that is larger than this machine is simulated on its CPU, whatever else is at hand.
+    # A mesh that is larger than this machine is simulated on its CPU, whatever other devices it has.
     attention_path: Implementation = "xla"
     if mesh.devices.flat[0].platform != "cpu":
         attention_path = choose_attention(spec, config.model.compute_dtype, packed=packed_pass(config))

@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity and task scores, the table of a run, and where the zeros are."""
+"""How good a model is: perplexity and task scores, the table of a run, and where the zeros are."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,21 +31,21 @@ def measure(
 ) -> dict[str, Any]:
     """Perplexity of the held-out text and the scores of the tasks, with 95 % intervals, and some of the answers.
 
-    {} where there is neither text nor task.
+    {} if there is neither text nor task.
 
     Args:
         config: the settings.
         prepared: text and tasks.
         params: parameter tree.
         adapters: LoRA adapters, or None.
-        masks: what is kept, or None: measured is the function that is exported.
-        names: of the tasks; none means all.
+        masks: what is kept, or None; either way the function measured is the one that would be exported.
+        names: the tasks to measure; none means all.
     """
     results: dict[str, Any] = {}
     dtype = config.model.compute_dtype
     if prepared.windows:
-        # Windows are longer than task rows; a fourth as many of them make a batch of about the same size. Of a number
-        # that the devices do not divide every one of them would compute all.
+        # Windows are longer than task rows; a quarter as many make a batch of about the same size. If the devices did
+        # not divide it, each of them would compute the whole batch.
         batch = up_to_multiple(config.eval.batch_size // 4, axes_size(BATCH, mesh_sizes(config.mesh)))
         found = perplexity(
             params, prepared.windows, prepared.spec, adapters, masks, batch_size=batch, compute_dtype=dtype
@@ -74,7 +74,7 @@ def measure(
 
 
 def measure_start(config: Config, prepared: Prepared) -> dict[str, dict[str, Any]]:
-    """What a run starts with, by name: the base and, where there is one, the base with the adapter to start from."""
+    """Measures what a run starts with, by name: the base and, if there is one, the base with its starting adapter."""
     results = {"base": measure(config, prepared, prepared.params)}
     if prepared.adapters is not None:
         results["base with adapter"] = measure(config, prepared, prepared.params, prepared.adapters)
@@ -103,7 +103,7 @@ def _zeros(stacked: Array) -> Array:
 
 
 def result_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A Markdown table with a row per measured model; numbers as value [95 % interval], scores of tasks in percent."""
+    """A Markdown table with a row per measured model: numbers as value [95 % interval], task scores in percent."""
     tasks = {name: task for found in results.values() for name, task in found.get("tasks", {}).items()}
     columns = [(name, metric) for name, task in tasks.items() for metric in TITLES if metric in task]
     titles = [TITLES[metric] if len(tasks) == 1 else f"{name} {TITLES[metric]}" for name, metric in columns]
@@ -119,10 +119,10 @@ def result_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def rows_table(report: Mapping[str, Any]) -> str:
-    """A Markdown table of the rows that every task has to learn from and to be scored on, from `Data.report`.
+    """A Markdown table of the rows that each task trains on and is scored on, from `Data.report`.
 
-    `shared` training rows are test rows too, and left out; `repeated` ones come again because a label has too few. Of
-    the test rows so many are `scored`, of which those that were too long are `shortened`. A line below counts the
+    `shared` training rows are also test rows, and are left out; `repeated` ones are reused because a label has too few.
+    `scored` counts the test rows that are used, `shortened` those of them that were too long. A line below counts the
     training rows that were shortened.
     """
     columns, counted = ("asked", "found", "shared", "drawn", "repeated"), ("rows", "scored", "shortened")
@@ -140,7 +140,7 @@ def rows_table(report: Mapping[str, Any]) -> str:
 
 
 def sparsity_table(sparsity: Mapping[str, list[float]], title: str = "zeros %") -> str:
-    """A Markdown table: the whole share of zeros of every kind of matrix, and its range over the layers."""
+    """A Markdown table: the overall share of zeros in every kind of matrix, and its range over the layers."""
     rows = []
     for name, layers in sparsity.items():
         shares = (sum(layers) / len(layers), min(layers), max(layers))

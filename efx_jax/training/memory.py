@@ -1,6 +1,6 @@
 """What training holds on one device, in bytes by category, counted from shapes alone.
 
-An upper estimate: every array that the program's text names is counted, though a compiler fuses some of them away.
+An upper estimate: every array that the source code names is counted, though the compiler fuses some of them away.
 `e` is the width of a stored weight and of the residual stream, `c` that of a matmul operand, in bytes.
 """
 
@@ -41,8 +41,8 @@ _MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device: what stays, and what a step, the gradients of a score and then its event, and an evaluation
-    on the way need on top."""
+    """Bytes on one device: what stays, and what a step, the gradients of a score, the event after them, and an
+    evaluation during training each need on top."""
 
     resident: Bytes
     step: Bytes
@@ -58,7 +58,7 @@ class Memory:
 
 
 def memory(spec: ModelSpec, config: Config, layout: Layout) -> Memory:
-    """The bytes of one device of the mesh.
+    """The bytes on one device of the mesh.
 
     Args:
         spec: the model.
@@ -71,7 +71,7 @@ def memory(spec: ModelSpec, config: Config, layout: Layout) -> Memory:
 
 
 def resident_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
-    """What lies on the device from the first step to the last."""
+    """What stays on the device from the first step to the last."""
     along = mesh_sizes(config.mesh)
     adapters = FLOAT32 * _adapter_parameters(spec, config, along)
     return {
@@ -80,7 +80,7 @@ def resident_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
         "adapters": adapters,
         "optimizer": 2 * adapters,
         "generator": 3 * FLOAT32 * generator_parameters(spec, config),
-        # The run keeps it where an event moves the base: what the teacher "base" reads, and what a restart begins with.
+        # Kept if an event rewrites the base: the teacher "base" reads it, and a restart begins with it.
         "linears of the first base": WIDTH[layout.dtype] * sum(_linear_entries(spec, along).values())
         if layout.events and moves_base(config.prune)
         else 0,
@@ -90,9 +90,9 @@ def resident_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
 
 
 def step_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
-    """What one training step needs on top of `resident_bytes`, at its widest place."""
+    """What one training step needs on top of `resident_bytes`, at its peak."""
     along = mesh_sizes(config.mesh)
-    gradients = 2 * FLOAT32 * _adapter_parameters(spec, config, along)  # the sum, and one micro-batch's
+    gradients = 2 * FLOAT32 * _adapter_parameters(spec, config, along)  # the sum and one micro-batch's
     return {
         "gradients": gradients,
         **_pass_bytes(spec, config, layout, masked=layout.events > 0, logits=4 if has_teacher(config) else 2),
@@ -102,7 +102,7 @@ def step_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
 
 
 def _pass_bytes(spec: ModelSpec, config: Config, layout: Layout, masked: bool, logits: int) -> Bytes:
-    """A forward and a backward pass, without the gradients that it is for."""
+    """A forward and a backward pass, without the gradients that they compute."""
     along = mesh_sizes(config.mesh)
     e, c = WIDTH[layout.dtype], WIDTH[config.model.compute_dtype]
     rows = -(-layout.rows // axes_size(BATCH, along))
@@ -116,16 +116,16 @@ def _pass_bytes(spec: ModelSpec, config: Config, layout: Layout, masked: bool, l
 
 
 def _loss_bytes(spec: ModelSpec, config: Config, layout: Layout, rows: int, logits: int) -> int:
-    """Some arrays of logits at a time, the states in front of the head, and their gradient."""
+    """`logits` arrays of a chunk's logits at a time, the hidden states before the head, and their gradient."""
     e, c = WIDTH[layout.dtype], WIDTH[config.model.compute_dtype]
     states = rows * layout.length * spec.hidden_size * (e + 2 * c)
     return logits * CHUNK_TOKENS * -(-spec.vocab_size // config.mesh.tensor) * FLOAT32 + states
 
 
 def _teacher_bytes(spec: ModelSpec, config: Config, layout: Layout, along: Mapping[str, int]) -> int:
-    """A block's pass over what the teacher reads; its states, and the model's and their gradient at the same rows.
+    """A block's pass over what the teacher reads; its states, and the model's states and gradient at the same rows.
 
-    Where rows come from other devices, also a part of all rows' states and of their gradient, see `take_rows`.
+    If rows come from other devices, also a part of all rows' states and of their gradient, see `take_rows`.
     """
     shards = axes_size(BATCH, along)
     rows = -(-rows_of_teacher(config, layout.rows) // shards)
@@ -140,7 +140,7 @@ def score_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
     """What the gradients that a score reads need on top of `resident_bytes`, before the event itself."""
     if not reads_importance(config.prune):
         return {}
-    # The other scores read batches of the training.
+    # The other scores read training batches.
     reads = _calibrating(spec, config, layout) if config.prune.score == "foresight_loss" else layout
     entries = _linear_entries(spec, mesh_sizes(config.mesh))
     return {
@@ -166,7 +166,7 @@ def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
     calibrating = _calibrating(spec, config, layout)
     rows = -(-calibrating.rows // shards)
     grams = needs_gram(prune) or prune.score == "dpruner"
-    # D-Pruner's pass for its general importance goes by block as well.
+    # D-Pruner's pass for its general importance goes block by block as well.
     by_block = goes_by_block(prune) or prune.score == "dpruner"
     kept = prune.calibration_rows * length * spec.hidden_size * e // shards if by_block else 0
     paths = 2 if prune.dense_path else 1
@@ -182,15 +182,15 @@ def event_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
         "importance": importance_bytes(config, entries, e),
         "recovery": _recovery_bytes(spec, config, along),
         "new masks": mask_bytes(spec, config, along),
-        # That of the first event takes the place of `linears of the first base`.
+        # The first event's new base is already counted as `linears of the first base`.
         "new base": e * linears if moves_base(prune) and layout.events > 1 else 0,
-        # Beside the base as it was and as it will be.
+        # In addition to the base before and after the event.
         "units in another order": e * sum(entries[name] for name in _PERMUTED) if prune.permute else 0,
     }
 
 
 def _matrix_buffers(spec: ModelSpec, config: Config, along: Mapping[str, int], e: int, c: int, masked: bool) -> int:
-    """U of the largest matrix, whole over fsdp, and with exact masks its gradient in float32."""
+    """U of the largest matrix, gathered over fsdp, and with exact masks its gradient in float32."""
     largest = max(math.prod(shape) for shape in linear_shapes(spec).values()) // along["tensor"]
     mode = config.prune.mask_forward if masked else "dense"
     if mode == "exact":
@@ -209,16 +209,16 @@ def _weight_copies(spec: ModelSpec, along: Mapping[str, int], e: int, c: int) ->
 
 
 def _recovery_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> int:
-    """The largest intermediate arrays of a surgeon, or of what chooses the mask on a Gram."""
+    """The largest intermediate arrays of a surgeon, or of mask selection with a Gram."""
     prune, shapes = config.prune, linear_shapes(spec)
     sweep = _sweep_bytes(spec, config, along) if prune.score == "sparsegpt" or prune.recovery == "obs" else 0
     largest = max(_shard(name, shapes[name], along) for name in prune.targets)
-    # U, what is lost times the Gram, either move alone, two rows of the Gram for every row; the pairs of all groups.
+    # U, the loss times the Gram, either move by itself, two rows of the Gram per row; the pairs of all groups.
     pattern = n_of_m(prune.group)
     swaps = largest * (8 + (4 * pattern[1] if pattern else 0)) * FLOAT32 if prune.swaps else 0
     chosen = max(sweep, swaps)
     if prune.recovery == "gram_pbs":
-        # With A, what is lost, its product with the Gram and the residual.
+        # If A is refitted, also the loss, its product with the Gram and the residual.
         return max(chosen, prune.chunk_mib * _MIB + (5 * largest * FLOAT32 if prune.pbs_rounds else 0))
     if prune.recovery == "pbs":
         return max(chosen, 2 * FLOAT32 * config.lora.rank * max(input_widths(spec).values()))
@@ -228,15 +228,15 @@ def _recovery_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -
     def admm(source: str) -> int:
         names = [name for name in prune.targets if INPUT_OF[name] == source]
         entries = sum(_shard(name, shapes[name], along) for name in names)
-        # Target, its product with the Gram, X, Y, Z and the mask; and of the input's width the Gram, what it is
-        # factored from, its factor and the inverse.
+        # Target, its product with the Gram, X, Y, Z and the mask; and, of the input's width squared, the Gram, the
+        # matrix to factor, its factor and the inverse.
         return entries * (5 * FLOAT32 + 1) + 4 * FLOAT32 * input_widths(spec)[source] ** 2 * bool(names)
 
     return max(chosen, *(admm(source) for source in INPUTS))
 
 
 def _gram_bytes(spec: ModelSpec, paths: int) -> int:
-    """A block's sums and those of a batch, and what the widest is put together from."""
+    """A block's sums and those of a batch, and the parts that the widest is assembled from."""
     widths = input_widths(spec).values()
     return FLOAT32 * (paths * 2 * sum(width**2 for width in widths) + max(widths) ** 2)
 
@@ -250,15 +250,15 @@ def _sweep_bytes(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> i
 
 
 def _search_bytes(spec: ModelSpec, config: Config, e: int) -> int:
-    """While ATP searches: softly masked weights and their gradient, and the generator's gradient, sum and part."""
+    """During ATP's search: softly masked weights and their gradient, and the generator's gradient, sum and part."""
     parameters = generator_parameters(spec, config)
     return 2 * e * softened_weights(spec, config) + 2 * FLOAT32 * parameters if parameters else 0
 
 
 def evaluation_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
-    """What answers take that a model with adapters writes: its linears merged, beside those that training goes on with.
+    """What generating answers with adapters takes: merged linears, in addition to those that training keeps.
 
-    Of the base and of the export, which have none, there is but one; scores of given answers merge a block at a time.
+    The base and the export need no such copy, as they have no adapters; scoring given answers merges block by block.
     """
     meets_adapters = config.eval.every or config.eval.every_epochs or config.lora.adapter or layout.events == 1
     if not (layout.writes and meets_adapters):
@@ -287,7 +287,7 @@ def _weights(spec: ModelSpec, along: Mapping[str, int]) -> int:
 
 
 def _teacher_weights(spec: ModelSpec, config: Config, along: Mapping[str, int]) -> int:
-    """Weights of a teacher of the model's size; the base is there anyway."""
+    """Weights of a teacher of the model's size; 0 for the teacher "base", which is in memory anyway."""
     return _weights(spec, along) if has_teacher(config) and config.distill.teacher != "base" else 0
 
 
@@ -306,10 +306,10 @@ def _adapter_parameters(spec: ModelSpec, config: Config, along: Mapping[str, int
 
 
 def _average_entries(spec: ModelSpec, config: Config, along: Mapping[str, int], events: int) -> int:
-    """Numbers that the moving average keeps; see `efx_jax.pruning.average.PruneState`."""
+    """How many numbers the moving average keeps; see `efx_jax.pruning.average.PruneState`."""
     shapes, prune = linear_shapes(spec), config.prune
     names = [name for name in LINEARS if name in prune.targets]
-    # An average that is kept as it is stays with the host.
+    # An average that is stored as scores stays in host memory.
     if events < 2 or prune.ema == 1 or keeps_scores(prune):
         return 0
     reach = sum(_entries(("reach", name), (shapes[name][0],), along) for name in names)
@@ -318,13 +318,13 @@ def _average_entries(spec: ModelSpec, config: Config, along: Mapping[str, int], 
 
 
 def _shard(name: str, shape: tuple[int, int], along: Mapping[str, int]) -> int:
-    """Entries of one device's part of a matrix that lies as linear `name` does."""
+    """Entries of one device's part of a matrix sharded like linear `name`."""
     axes = linear_axes(name)
     return -(-shape[0] // axes_size(axes.rows, along)) * -(-shape[1] // axes_size(axes.columns, along))
 
 
 def _entries(path: tuple[str, ...], shape: tuple[int, ...], along: Mapping[str, int]) -> int:
-    """Entries of one device's part of the array at `path`, by the same rule that places it."""
+    """Entries of one device's part of the array at `path`, by the rule that shards it."""
     parts = partition(path, len(shape))
     axes = [() if part is None else (part,) if isinstance(part, str) else tuple(part) for part in parts]
     axes += [()] * (len(shape) - len(axes))

@@ -1,11 +1,11 @@
-"""What an update has measured: refused where it is not finite, else a line of metrics.jsonl."""
+"""The metrics of an update: refused if they are not finite, else written as a line of metrics.jsonl."""
 
 import math
 from collections.abc import Mapping
 
 from efx_jax.errors import InputError
 
-# Metric of a step, what it is, and the setting to lower where it is not finite.
+# Metric of a step, what it is, and the setting to lower if it is not finite.
 _FINITE = (
     ("loss", "loss", "train.learning_rate"),
     ("grad_norm", "norm of the gradient", "train.learning_rate"),
@@ -17,10 +17,10 @@ _FINITE = (
 
 
 def refuse_diverged(number: int, values: Mapping[str, float]) -> None:
-    """Refuses what update `number` has made before any of it is saved: the last good checkpoint stays.
+    """Refuses the result of update `number` before any of it is saved, so that the last good checkpoint stays.
 
     Raises:
-        InputError: a loss before the update, its gradient or what it has led to is not finite.
+        InputError: a loss before the update, its gradient or the updated weights are not finite.
     """
     for name, found, setting in _FINITE:
         if not math.isfinite(values.get(name, 0.0)):
@@ -41,12 +41,12 @@ def metrics_row(
             `sparsity`, the share of zeros that it computed with.
         tokens: real tokens of all updates so far.
         learning_rate: of this update.
-        seconds: that it took.
+        seconds: time that it took.
     """
     row = {
         "step": number,
         "tokens": tokens,
-        # A batch of nothing but text has no label, and a loss of 0 that says nothing.
+        # A batch of distillation text only has no labels, and so a meaningless loss of 0.
         **({name: values[name] for name in ("loss", "entropy")} if values["labels"] else {}),
         "learning_rate": learning_rate,
         "grad_norm": values["grad_norm"],

@@ -1,4 +1,4 @@
-"""What a run would do and need, without a weight and without doing it: the report of `--dry-run`."""
+"""What a run would do and need, without loading weights or running it: the report of `--dry-run`."""
 
 import dataclasses
 import textwrap
@@ -31,7 +31,7 @@ from efx_jax.training.survey import DataCounts, RowCounts, check_shapes, count_d
 from efx_jax.weights.shapes import FoundSpec, find_spec
 
 _REACHED = 0.45
-"""Share of a device's peak that a good run reaches, recomputation included."""
+"""Share of a device's peak that an efficient run reaches, recomputation included."""
 
 _GIB, _MIB = 2**30, 2**20
 _INDENT = 14
@@ -47,9 +47,9 @@ class _Phase(NamedTuple):
 
 
 def plan_text(config: Config) -> str:
-    """The report of `--dry-run`: sizes, data, steps, events, FLOPs, and the bytes of one device against what it has.
+    """The report of `--dry-run`: sizes, data, steps, events, FLOPs, and the bytes that one device needs and has.
 
-    Reads the model's description and, where tokenizer and rows lie on this disk, the data; no weights. Call it before
+    Reads the model's config and, if tokenizer and rows are on this disk, the data; no weights. Call it before
     anything touches a device, so that a CPU can simulate the mesh.
 
     Args:
@@ -96,7 +96,7 @@ def _model_lines(config: Config, found: FoundSpec) -> list[str]:
 
 
 def _epoch(config: Config, data: DataCounts | RowCounts | str) -> int:
-    """Rows of an epoch; 0: not known."""
+    """Rows of an epoch; 0 if not known."""
     if isinstance(data, DataCounts):
         return data.epoch_rows
     return data.rows if isinstance(data, RowCounts) and config.data.batching != "packing" else 0
@@ -149,7 +149,7 @@ def _event_lines(config: Config, steps: int | None) -> list[str]:
 
 
 def _event_arithmetic_lines(config: Config, spec: ModelSpec) -> list[str]:
-    """FLOPs of one event; ATP's has none."""
+    """FLOPs of one event; nothing for ATP's."""
     prune = config.prune
     if not prune.sparsity or prune.score == "atp":
         return []
@@ -162,7 +162,7 @@ def _event_arithmetic_lines(config: Config, spec: ModelSpec) -> list[str]:
 
 
 def _arithmetic_lines(config: Config, spec: ModelSpec, layout: Layout) -> list[str]:
-    """FLOPs of a token and of a step, before and under the masks."""
+    """FLOPs of a token and of a step, before masks and under them."""
     texts = [
         f"{_number(_token_flops(spec, config, layout, phase) / 1e9)} GFLOP a token and "
         f"{_number(_step_flops(spec, config, layout, phase) / 1e12)} TFLOP a step {phase.name}"
@@ -230,7 +230,7 @@ def _memory_lines(needs: Memory, device: Device, config: Config) -> list[str]:
 
 
 def _disk_lines(config: Config, spec: ModelSpec, layout: Layout, steps: int | None) -> list[str]:
-    # Where the number of steps is not known, as many checkpoints as are kept.
+    # If the number of steps is not known, assume as many checkpoints as are kept.
     steps = 10**9 if steps is None else steps
     times = [event.step for event in prune_events(config.prune, config.train, steps)]
     needed = disk_bytes(spec, config, layout.dtype, times, steps)
@@ -249,7 +249,7 @@ def _batch_lines(config: Config, spec: ModelSpec, layout: Layout, device: Device
 def largest_rows(fits: Callable[[int], bool], unit: int, most: int) -> int:
     """The largest multiple of `unit` up to `most` for which `fits` holds, by bisection; 0 if none does.
 
-    `fits` must not hold again above where it fails.
+    Where `fits` fails, it must fail for all larger values too.
     """
     low, high = 0, most // unit + 1
     while high - low > 1:
@@ -259,7 +259,7 @@ def largest_rows(fits: Callable[[int], bool], unit: int, most: int) -> int:
 
 
 def _compiled_lines(config: Config, spec: ModelSpec, layout: Layout, needs: Memory) -> list[str]:
-    """XLA's own figures for the backend at hand, beside ours for the named device."""
+    """XLA's own figures for the available backend, next to ours for the named device."""
     try:
         compiled = compile_step(spec, config, layout)
     except InputError as error:
@@ -286,7 +286,7 @@ def _number(value: float) -> str:
 
 
 def _paragraph(title: str, text: str) -> list[str]:
-    """`title` and `text`, wrapped to 80 columns behind a hanging indent."""
+    """`title` and `text`, wrapped to 80 columns with a hanging indent."""
     width = max(_INDENT, len(title) + 2)
     return textwrap.wrap(
         text, width=80, initial_indent=title.ljust(width), subsequent_indent=" " * _INDENT, break_on_hyphens=False

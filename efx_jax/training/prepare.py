@@ -1,4 +1,4 @@
-"""From settings to everything that training consumes: model, tokens, calibration. Bad input stops here, early."""
+"""From settings to all inputs of training: model, tokens, calibration. Bad input is rejected here, early."""
 
 import dataclasses
 import itertools
@@ -30,16 +30,16 @@ from efx_jax.weights.hf import load_pretrained, load_tokenizer, open_checkpoint
 from efx_jax.weights.peft import load_adapter
 
 _CHOICE = 8
-"""So many times the calibration rows are cut from a text, as far as it goes, and drawn from."""
+"""A calibration text supplies up to this many times the calibration rows to draw from, if it is long enough."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prepared:
     """Inputs of a run.
 
-    `train` is what batches are drawn from, `windows` the perplexity text, `pools` the sequences that calibration draws
-    from, by source, `adapters` those of `lora.adapter` that training starts from, or None, `teacher` whom the pruned
-    model learns from besides, or None.
+    `train`: what batches are drawn from; `windows`: the perplexity text; `pools`: the sequences that calibration draws
+    from, by source; `adapters`: those of `lora.adapter` to start training from, or None; `teacher`: what the pruned
+    model also learns from, or None.
     """
 
     params: dict[str, Any]
@@ -89,7 +89,7 @@ def prepare(config: Config, mesh: Mesh) -> Prepared:
 
 
 def calibration(config: Config, prepared: Prepared, rows: int | None = None) -> list[Batch]:
-    """The calibration batches: the same at every event, so that scores of different events compare.
+    """The calibration batches: the same at every event, so that scores of different events are comparable.
 
     Args:
         config: the settings.
@@ -113,8 +113,8 @@ def calibration(config: Config, prepared: Prepared, rows: int | None = None) -> 
 def _calibration_pools(
     config: Config, train: list[Tokenized], tokenizer: Any, texts: Texts
 ) -> tuple[list[Tokenized], ...]:
-    """The sequences of every source, the training rows, which also stand in for a text that is not there, once."""
-    # The last token of a sequence is never an input. More than the rows asked for, so that each seed draws others.
+    """The sequences of every source; the training rows, which also replace a missing text, are included only once."""
+    # The last token of a sequence is never an input. More rows than requested, so that seeds draw different ones.
     window = config.prune.calibration_length + 1
     limit = _CHOICE * config.prune.calibration_rows * window
     pools: list[list[Tokenized]] = []
@@ -128,14 +128,14 @@ def _calibration_pools(
 
 
 def tasks_checksum(tasks: Sequence[Task], start: int = 0) -> int:
-    """A checksum, going on from another one, of the rows that models are scored on."""
-    # Where a row came from may differ: every host has its own copy of the files.
+    """A checksum, continued from `start`, of the rows that models are scored on."""
+    # Excludes where a row came from, which may differ: every host has its own copy of the files.
     asked = [(task.name, task.labels, [(row.prompt, row.response) for row in task.test]) for task in tasks]
     return zlib.crc32(repr(asked).encode(), start)
 
 
 def _refuse_different_hosts(sequences: Iterable[Tokenized], tasks: Sequence[Task]) -> None:
-    """Every host reads for itself, and lays out its own rows of batches that all draw alike."""
+    """Every host reads its own files and places its own rows of batches, which all hosts must draw identically."""
     if jax.process_count() == 1:
         return
     if not are_alike(tasks_checksum(tasks, int(checksum(sequences), 16))):
@@ -146,7 +146,7 @@ def _refuse_different_hosts(sequences: Iterable[Tokenized], tasks: Sequence[Task
 
 
 def _say_untaught(config: Config) -> None:
-    """One line where a teacher or its text is asked for and has no say (without pruning neither is expected to)."""
+    """Warns if a teacher or its text is set but unused (except without pruning, where neither is expected to be)."""
     distill = config.distill
     if has_teacher(config) or config.prune.sparsity == 0:
         return
@@ -172,7 +172,7 @@ def _check_teacher(config: Config, spec: ModelSpec, tokenizer: Any) -> None:
             f"distill.teacher {path}: has a context of {other.max_position_embeddings:,} tokens, expected at least "
             f"data.max_length {config.data.max_length:,}; lower that, or take another teacher"
         )
-    # It is laid out as the model is, but that its heads need not be whole: no cache of theirs is kept.
+    # It is sharded like the model, except that heads may be split: it keeps no key/value cache.
     sizes = Sizes(linears=linear_shapes(other), heads=(), vocabulary=other.vocab_size, micro_batch=0, block=1)
     problem = next(misfits(config.mesh, sizes), None)
     if problem is not None:

@@ -1,4 +1,4 @@
-"""What a person sees of a run at work: a bar of at most 80 columns in a terminal, plain lines everywhere else."""
+"""What a user sees of a run in progress: a bar of at most 80 columns in a terminal, plain lines everywhere else."""
 
 import contextlib
 import dataclasses
@@ -12,13 +12,13 @@ import jax
 from tqdm import tqdm
 
 _COLUMNS = 80
-# Neither a percentage nor seconds a step: the counts and the tokens per second say the same, and 80 columns are few.
+# No percentage or seconds per step: the counts and the tokens per second say the same, and 80 columns are few.
 _FORMAT = "{desc} {n_fmt}/{total_fmt}|{bar}| {elapsed}<{remaining}{postfix}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Progress:
-    """`phase(name)` tells what the run is at; `step(row, is_logged)` that a step is done, with its metrics."""
+    """`phase(name)` shows what the run is doing; `step(row, is_logged)` that a step is done, with its metrics."""
 
     phase: Callable[[str], None]
     step: Callable[[Mapping[str, float], bool], None]
@@ -26,9 +26,9 @@ class Progress:
 
 @contextlib.contextmanager
 def progress(start: int, steps: int, stream: TextIO | None = None) -> Iterator[Progress]:
-    """Shows the steps after `start` on a stream, stderr by default; of several processes the first does.
+    """Shows the steps after `start` on a stream, stderr by default; only in the first of several processes.
 
-    A terminal gets one line that changes. Any other stream, or a terminal that knows no carriage return (TERM=dumb),
+    A terminal gets one line that is updated. Any other stream, or a terminal without carriage returns (TERM=dumb),
     gets a line for every logged step and every phase, without carriage returns and escape codes.
     """
     stream = sys.stderr if stream is None else stream
@@ -45,7 +45,7 @@ def progress(start: int, steps: int, stream: TextIO | None = None) -> Iterator[P
 
 
 def _width(stream: TextIO) -> int:
-    """Columns of a line that no terminal breaks, which may do so after its last column."""
+    """Width of a line that no terminal wraps: the last column stays free, as some wrap once it is written."""
     try:
         return min(_COLUMNS, os.get_terminal_size(stream.fileno()).columns - 1)
     except OSError:
@@ -55,7 +55,7 @@ def _width(stream: TextIO) -> int:
 def _on_bar(bar: tqdm, stream: TextIO) -> Progress:
     def phase(name: str) -> None:
         if name != "train":
-            # The speed of the last step says nothing of what goes on now.
+            # The speed of the last step says nothing about the current phase.
             bar.set_postfix_str("", refresh=False)
         bar.ncols = _width(stream)
         bar.set_description_str(name)
@@ -91,5 +91,5 @@ def _metrics(row: Mapping[str, float]) -> str:
 
 
 def _short(count: float) -> str:
-    """A count, or thousands of it where there are many."""
+    """A count, in thousands if it is large."""
     return f"{count:.0f}" if count < 1e4 else f"{count / 1e3:.0f}k"

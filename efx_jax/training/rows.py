@@ -1,4 +1,4 @@
-"""The sequences that a run trains on: its own rows, and text without labels that only the teacher makes use of."""
+"""The sequences that a run trains on: its own rows, and text without labels that only the teacher uses."""
 
 import itertools
 import warnings
@@ -17,12 +17,12 @@ Texts = Mapping[str, list[str]]
 
 
 def taught_texts(config: Config) -> list[str]:
-    """Names of the texts that training reads beside its rows: none without a teacher to teach them."""
+    """Names of the texts that training reads besides its rows: none without a teacher to teach them."""
     return [config.distill.text] if config.distill.text and has_teacher(config) else []
 
 
 def calibration_texts(config: Config) -> list[str]:
-    """Names of the texts that calibration draws from, beside the training rows."""
+    """Names of the texts that calibration draws from, besides the training rows."""
     if config.prune.sparsity == 0 or config.prune.score == "atp":
         return []
     return [source for source in config.prune.calibration if source != "train"]
@@ -32,7 +32,7 @@ def read_texts(names: Iterable[str], config: Config) -> dict[str, list[str]]:
     """Documents by name, each text read once; C4 is left out with a warning where it cannot be read.
 
     Raises:
-        InputError: another text that cannot be read.
+        InputError: any other text cannot be read.
     """
     texts: dict[str, list[str]] = {}
     for name in dict.fromkeys(names):
@@ -52,15 +52,15 @@ def own_rows(config: Config, data: Data, tokenizer: Any) -> list[Tokenized]:
 
 
 def training_rows(config: Config, own: list[Tokenized], tokenizer: Any, texts: Texts) -> list[Tokenized]:
-    """The run's own rows, then as much of `distill.text` as makes `distill.text_share` of all tokens.
+    """The run's own rows, then enough of `distill.text` to make up `distill.text_share` of all tokens.
 
-    Batches are drawn from all of them alike. A text that is too short for its share comes again.
+    Batches are drawn from all of them alike. A text that is too short for its share is repeated.
 
     Args:
         config: the settings.
         own: the run's own rows.
         tokenizer: a Hugging Face tokenizer.
-        texts: what `read_texts` has found.
+        texts: from `read_texts`.
     """
     distill = config.distill
     if not set(taught_texts(config)) & texts.keys():

@@ -57,21 +57,21 @@ def run(config: Config, output: Path, dry_run: bool = False, trunk: Path | None 
         output: the run's folder: `config.yaml`, `metrics.jsonl`, `checkpoints/`, `export/`, `summary.json`,
             `samples.jsonl`, `report.html`. Several hosts need it on a disk that they share.
         dry_run: print the plan and write nothing.
-        trunk: folder of a finished run of the same settings that prunes nothing; what it has learned before this run's
-            first event need not be learned again.
+        trunk: folder of a finished run with the same settings that prunes nothing; this run reuses its training up to
+            the first event.
 
     Returns:
         The summary, also written as `summary.json`; {} for a dry run or an interrupted one.
 
     Raises:
-        InputError: bad input, before anything is written; or another run's folder.
+        InputError: bad input, before anything is written; or the folder belongs to another run.
     """
     os.environ.update(memory_settings(os.environ))
     if config.train.deterministic:
         ask_for_determinism()
     config = with_adapter(config)
     if dry_run:
-        # Before anything touches a device: a plan may simulate more of them than there are.
+        # Before anything touches a device: a plan may simulate more devices than there are.
         refuse_other_run(config, output)
         print(plan_text(config))
         return {}
@@ -95,7 +95,7 @@ def run(config: Config, output: Path, dry_run: bool = False, trunk: Path | None 
 
 
 def _devices(mesh: jax.sharding.Mesh) -> str:
-    """What the run computes on, and what it leaves idle."""
+    """The devices that the run uses, and how many it leaves idle."""
     found, used = jax.devices(), mesh.size
     idle = f" of {len(found)} (--mesh.data {len(found)} uses all)" if used < len(found) else ""
     return f"device: {used}{idle} x {found[0].device_kind}"
@@ -157,7 +157,7 @@ def _work(
         _export(config, state, prepared, output / "export")
     step = int(state.train.step)
     cut = None if state.units is None else cut_report(state, prepared.spec, config.atp.space)
-    # The export is loaded in their place: a device that holds one model need not hold two.
+    # Freed before the export is loaded: a device that holds one model may not hold two.
     for leaf in jax.tree.leaves((state, prepared.params, prepared.teacher)):
         leaf.delete()
     with journal.announced("evaluate export"):
@@ -175,11 +175,11 @@ def _work(
 
 
 def _describe(output: Path, replace: bool) -> None:
-    """Writes the card of the export and the report, from what a run has left; none is lost for want of them.
+    """Writes the export's model card and the report from a run's files; a failure is only a warning.
 
     Args:
         output: the run's folder.
-        replace: whether files of an earlier attempt are replaced, or only missing ones written.
+        replace: whether to replace files of an earlier attempt, or write only missing ones.
     """
     for path, write in ((output / "export" / card.NAME, card.card_text), (output / report.NAME, report.report_page)):
         if not path.parent.is_dir() or (path.exists() and not replace):
@@ -211,7 +211,7 @@ def refuse_other_run(config: Config, output: Path) -> None:
 
 
 def _warn_of_other_parts(config: Config, output: Path) -> None:
-    """Says where a run goes on that reads, of every part of a batch, some rows, and the parts are others by now."""
+    """Warns if a run resumes with different micro-batches while its teacher reads only some rows of each."""
     before, now = (_parts(each) for each in (read_config(output / "config.yaml"), config))
     if before != now and has_teacher(config) and config.distill.row_share < 1:
         warnings.warn(
@@ -222,7 +222,7 @@ def _warn_of_other_parts(config: Config, output: Path) -> None:
 
 
 def _parts(config: Config) -> str:
-    """What decides how batches are cut into parts; of a mesh only where parts have a number of tokens."""
+    """The settings that split batches into micro-batches; the mesh counts only if `train.micro_tokens` is set."""
     train, devices = config.train, axes_size(BATCH, mesh_sizes(config.mesh))
     found = f"train.micro_batch {train.micro_batch or train.batch_size}"
     by_tokens = f", train.micro_tokens {train.micro_tokens} on mesh.data x mesh.fsdp {devices}"
@@ -230,11 +230,11 @@ def _parts(config: Config) -> str:
 
 
 def _export(config: Config, state: RunState, prepared: Prepared, folder: Path) -> None:
-    """Merges and writes the Hugging Face folder; one left by an earlier attempt is complete, and stays."""
+    """Merges and writes the Hugging Face folder; one left by an earlier attempt is complete and is kept."""
     if all(meet(folder.exists())):
         return
     if jax.process_index() == 0:
-        # A comparison's, of an export that is gone.
+        # Written by a comparison, for an export that is gone.
         shutil.rmtree(folder.parent / "evaluations", ignore_errors=True)
     finish = functools.partial(declare_stops, stops=_answer_ends(prepared))
     if state.units is not None:

@@ -1,4 +1,4 @@
-"""Answers that a person can read: a few rows of every task, as every measured model of a run has answered them."""
+"""Answers for a person to read: a few rows of every task, as answered by every measured model of a run."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,9 @@ _NEW_TOKENS = 48
 
 
 def tasks_shown(config: Config, prepared: Prepared) -> tuple[Task, ...]:
-    """The tasks whose answers are kept: those that are scored; without any the held-out rows, as free text.
+    """The tasks whose answers are kept: those that are scored or, if there are none, the held-out rows as free text.
 
-    Of these at most `eval.samples` rows, whose prompts leave room for an answer: nothing of them is scored.
+    Of the held-out rows, at most `eval.samples` whose prompts leave room for an answer; none of them are scored.
     """
     rows, limit = prepared.data.held_out, config.data.max_length
     if prepared.data.tasks or not config.eval.samples or not rows:
@@ -47,7 +47,7 @@ def written_answers(
     adapters: Adapters | None,
     masks: Mapping[str, jax.Array] | None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """What the model writes, greedily, behind the held-out prompts of a run without tasks; {} of any other run.
+    """What the model generates, greedily, after the held-out prompts of a run without tasks; {} for any other run.
 
     Args:
         config: the settings.
@@ -78,7 +78,7 @@ def written_answers(
 
 
 def rows_shown(tasks: Sequence[Task], count: int) -> dict[str, int]:
-    """How many of the first rows of every task are kept, `count` in all: spread evenly, where a task has them."""
+    """How many of the first rows of every task are kept, `count` in all: spread evenly as far as tasks have rows."""
     shown = {task.name: 0 for task in tasks}
     left = count
     while left:
@@ -92,7 +92,7 @@ def rows_shown(tasks: Sequence[Task], count: int) -> dict[str, int]:
 
 
 def kept_answers(records: Sequence[AnswerRecord], rows: int) -> list[dict[str, Any]]:
-    """The answers to the first `rows` rows of a task, of the first run, without what all models have in common.
+    """The first run's answers to the first `rows` rows of a task, without what all models have in common.
 
     Args:
         records: what `evaluate_task` returns.
@@ -100,7 +100,7 @@ def kept_answers(records: Sequence[AnswerRecord], rows: int) -> list[dict[str, A
 
     Returns:
         A dictionary per row: `answer`; with labels `prediction` (None: unreadable), under the protocol "likelihood"
-        also `margin`, the nats by which the label is likelier than the next; of free text `rougeL`.
+        also `margin`, the nats by which the likeliest label beats the next; for free text `rougeL`.
     """
     return [_kept(record) for record in records if record["run"] == 0 and record["row"] < rows]
 
@@ -109,7 +109,7 @@ def write_samples(path: Path, tasks: Sequence[Task], results: Mapping[str, Mappi
     """Writes samples.jsonl: a line per row with task, row, origin, prompt, gold and `answers` of every model.
 
     Args:
-        path: the file; without any answer it is not made.
+        path: the file; not created if there are no answers.
         tasks: the rows.
         results: by model, what `measure` returns.
 

@@ -1,4 +1,4 @@
-"""When things happen: the learning rate over the steps, and the prune events among them."""
+"""When things happen: the learning rate at every step, and the steps of the prune events."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from efx_jax.rounding import round_up
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """A prune event after update number `step`, at 0 before the first; `last` is the one whose mask ships."""
+    """A prune event after update number `step` (0: before the first); `last` is the one whose mask is exported."""
 
     step: int
     sparsity: float
@@ -20,7 +20,7 @@ class Event:
 
 
 def total_steps(config: TrainConfig, rows: int) -> int:
-    """Number of updates: `steps`, or `epochs` passes over the rows; 0 where both are 0."""
+    """Number of updates: `steps`, or `epochs` passes over the rows; 0 if both are 0."""
     if config.steps or not config.epochs:
         return config.steps
     return max(1, round_up(config.epochs * rows / config.batch_size))
@@ -29,13 +29,13 @@ def total_steps(config: TrainConfig, rows: int) -> int:
 def prune_events(prune: PruneConfig, train: TrainConfig, steps: int) -> tuple[Event, ...]:
     """The events of a run, in order; none at sparsity 0.
 
-    "epochs": one after every epoch, the last at the end, be it in the middle of one; with `train.steps` these shares of
-    the steps.
+    "epochs": one after every epoch, the last at the end, even mid-epoch; with `train.steps` at the same shares of the
+    steps.
     "fractions": at these shares of the steps, 0 being before the first update. "cubic": `events` of them across the
     ramp, the sparsity following s (1 - (1 - t)^3) (Zhu & Gupta, arXiv 1710.01878).
 
     Raises:
-        InputError: all events fall on one step, and it would be a plain one.
+        InputError: all events fall on one step, which would be a plain event.
     """
     if prune.sparsity == 0:
         return ()
@@ -48,7 +48,7 @@ def prune_events(prune: PruneConfig, train: TrainConfig, steps: int) -> tuple[Ev
         start, end = prune.ramp
         progress = [(index + 1) / prune.events for index in range(prune.events)]
         planned = [(start + (end - start) * t, prune.sparsity * (1 - (1 - t) ** 3)) for t in progress]
-    # Two events on the same step would prune twice without training between: the later one stands for both.
+    # Two events on the same step would prune twice with no training in between: the later one stands for both.
     by_step = {_event_step(fraction, steps): sparsity for fraction, sparsity in planned}
     last = max(by_step)
     if len(by_step) == 1 and prune.plain_last_event and prune.recovery != "none":
@@ -60,7 +60,7 @@ def prune_events(prune: PruneConfig, train: TrainConfig, steps: int) -> tuple[Ev
 
 
 def _event_step(fraction: float, steps: int) -> int:
-    """The update after which an event falls; only the share 0 itself comes before the first."""
+    """The update after which an event falls; only a fraction of exactly 0 comes before the first."""
     return min(steps, max(1, round(fraction * steps))) if fraction else 0
 
 
@@ -75,12 +75,12 @@ def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
     }[config.schedule]
     if not warmup:
         return decay
-    # The first update already learns: the warm-up starts one step above zero.
+    # The warm-up starts one step above zero, so that the first update already learns.
     rise = optax.linear_schedule(config.learning_rate / warmup, config.learning_rate, max(1, warmup - 1))
     return optax.join_schedules([rise, decay], [warmup])
 
 
 def optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW (0.9, 0.999) behind global-norm clipping."""
+    """AdamW (0.9, 0.999) after global-norm clipping."""
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(clip, optax.adamw(learning_rate(config, steps), weight_decay=config.weight_decay))

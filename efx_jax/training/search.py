@@ -1,4 +1,4 @@
-"""ATP in the course of a run: it searches for units until its event, goes on without them, and cuts them out."""
+"""ATP during a run: searches for units to prune until its event, trains on without them, and cuts them out."""
 
 import dataclasses
 import functools
@@ -39,16 +39,16 @@ class Search:
         spec: the model.
         space: which units.
         ratio: share of the weights of the seven linears to remove.
-        end: number of updates with which the generator learns too.
-        steps: of the run.
+        end: number of updates in which the generator learns too.
+        steps: number of updates of the run.
         generator_tx: the generator's optimizer.
         adapter_tx: the adapters' optimizer.
         learning_rate: its schedule.
-        first_key: draws the new generator.
-        noise_key: draws the noise that it learns under.
-        mask_key: draws the noise of the masks that the adapters learn under.
-        dropout_key: the run's key of dropout.
-        other_batch: number of an update -> what the generator learns from.
+        first_key: PRNG key that initializes the generator.
+        noise_key: PRNG key of the noise that it learns under.
+        mask_key: PRNG key of the noise in the masks that the adapters learn under.
+        dropout_key: the run's PRNG key of dropout.
+        other_batch: number of an update -> the batch that the generator learns from.
         options_of: how a batch is computed.
     """
 
@@ -79,17 +79,17 @@ def plan_search(
     dropout_key: Array,
     options_of: Callable[[Batch], StepOptions],
 ) -> Search | None:
-    """The search of a run, or None where it prunes entries or nothing.
+    """The search of a run, or None if it prunes entries or nothing.
 
-    Its batches are those of the run, in another order: `feed.distant_batch`. (ATP learns its masks on rows of its own;
-    here every method of a comparison has the same rows.)
+    Its batches are those of the run, in another order: `feed.distant_batch`. (The original ATP learns its masks on
+    separate rows; here every method of a comparison has the same rows.)
 
     Args:
         config: the settings.
         prepared: model and rows.
         mesh: the devices.
         steps: updates of the run.
-        events: of ATP the end of the search alone.
+        events: for ATP a single one, the end of the search.
         tx: the adapters' optimizer.
         rate: its learning rate.
         dropout_key: the run's key of dropout.
@@ -102,7 +102,7 @@ def plan_search(
     def other_batch(number: int) -> Batch:
         return mesh_batch(config, prepared.train, distant_batch(number, rows, config.train.batch_size), mesh)
 
-    # Apart from the keys that the loop splits off the same seed.
+    # Separate from the keys that the loop splits off the same seed.
     search_key = jax.random.fold_in(jax.random.key(config.seed), 3)
     first_key, noise_key, mask_key = jax.random.split(search_key, 3)
     (event,) = events
@@ -134,19 +134,19 @@ def fresh_units(search: Search, mesh: Mesh) -> UnitState:
 
 
 def search_step(search: Search, state: RunState, batch: Batch) -> tuple[RunState, dict[str, Array]]:
-    """One update of ATP: of the generator while it searches, then of the adapters.
+    """One update of ATP: of the generator during the search, then of the adapters.
 
-    While it searches, the adapters learn under masks drawn anew from the generator as it then is; afterwards under
-    those that it has ended with. The group lasso goes on to the end of the run.
+    During the search, the adapters learn under masks drawn anew from the current generator; afterwards under the
+    final ones. The group lasso continues to the end of the run.
 
     Args:
-        search: the run's.
+        search: the run's search.
         state: the state; buffers of its `train` and of the generator are consumed.
         batch: what the adapters learn from.
 
     Returns:
         The new state and float32 scalars: those of `training.step`, `sparsity` (share of the weights of the seven
-        linears that this step's masks leave out), and while it searches `generator_loss`, `generator_kept` (p of the
+        linears that this step's masks leave out), and during the search `generator_loss`, `generator_kept` (p of the
         draw that it has learned from), `generator_grad_norm` and `generator_norm`.
     """
     assert state.units is not None
@@ -174,7 +174,7 @@ def search_step(search: Search, state: RunState, batch: Batch) -> tuple[RunState
 
 
 def _learn_units(search: Search, state: RunState, units: UnitState, number: int) -> tuple[UnitState, dict[str, Array]]:
-    """One update of the generator, from a batch that the adapters do not learn from now."""
+    """One update of the generator, from a batch that the adapters do not learn from in this step."""
     batch = search.other_batch(number)
     generator, metrics = generator_step(
         units.generator,
@@ -193,7 +193,7 @@ def _learn_units(search: Search, state: RunState, units: UnitState, number: int)
 
 
 def end_search(search: Search, state: RunState, mesh: Mesh) -> RunState:
-    """The state with the masks that stay, see `structural.slicing.settle_masks`."""
+    """The state with the final masks, see `structural.slicing.settle_masks`."""
     assert state.units is not None
     logits = jax.device_get(_unit_logits(state.units.generator.generator))
     masks: Any = settle_masks(logits, search.spec, search.space, search.ratio)
@@ -202,7 +202,7 @@ def end_search(search: Search, state: RunState, mesh: Mesh) -> RunState:
 
 
 def masked_base(search: Search, state: RunState) -> tuple[Params, dict[str, Array]]:
-    """The parameters and the masks of weights `[L,O,ceil(I/8)]` of the model as it stands, before it is cut."""
+    """The parameters and the weight masks `[L,O,ceil(I/8)]` of the current model, before units are cut out."""
     assert state.units is not None
     masks = state.units.masks
     params = without_pruned_biases(state.params, masks, search.spec, search.space)
@@ -217,12 +217,12 @@ def cut_out(state: RunState, spec: ModelSpec, space: Space) -> tuple[Params, Mod
 
 
 def cut_report(state: RunState, spec: ModelSpec, space: Space) -> dict[str, Any]:
-    """What `summary.json` says of the smaller model.
+    """What `summary.json` says about the smaller model.
 
     Returns:
-        `space`; `parameters` of the whole model `before`, as many as the masks `kept`, and as the export has
-        (`written`, the rest being zeros that fill up); `removed`, the share of the weights of the seven linears that
-        is gone or zero; and `units`, kind -> how many every layer keeps.
+        `space`; `parameters`: how many the whole model had `before`, how many the masks `kept`, and how many the export
+        has (`written`, the difference being zeros as padding); `removed`, the share of the weights of the seven linears
+        that is gone or zero; and `units`, kind -> how many every layer keeps.
     """
     assert state.units is not None
     masks = jax.device_get(state.units.masks)
@@ -237,7 +237,7 @@ def cut_report(state: RunState, spec: ModelSpec, space: Space) -> dict[str, Any]
 
 @jax.jit
 def _draw_masks(generator: Generator, key: Array, number: Array | int) -> dict[str, Array]:
-    """The masks of the units in update `number`."""
+    """The unit masks of update `number`."""
     return constrain_tree(draw_hard(generator, jax.random.fold_in(key, number)))
 
 

@@ -1,4 +1,4 @@
-"""Where a run starts: with what another has learned, or by writing again what it wrote after its checkpoint."""
+"""Where a run starts: from another run's training, or from its checkpoint, rewriting whatever came after that."""
 
 import dataclasses
 import shutil
@@ -20,7 +20,7 @@ from efx_jax.training.state import RunState
 from efx_jax.weights.peft import adapter_settings
 
 FREE_SECTIONS = ("mesh", "profile", "log")
-"""Settings that say where and how a run is computed, not what it is: they may change when it is resumed."""
+"""Sections that say where and how a run is computed, not what it computes: they may change when it is resumed."""
 FREE_SETTINGS = (
     "train.micro_batch",
     "train.micro_tokens",
@@ -33,15 +33,15 @@ FREE_SETTINGS = (
     "prune.chunk_mib",
     "eval.batch_size",
 )
-"""Single ones that are no more than that: a run that did not fit goes on in smaller parts."""
+"""Single settings of the same kind: a run that did not fit into memory can resume in smaller parts."""
 
 
 def with_adapter(config: Config) -> Config:
-    """The settings with the rank, alpha, rslora and targets of the adapter that the run starts from, if it does.
+    """The settings with the rank, alpha, rslora and targets of the adapter that the run starts from, if any.
 
     Raises:
-        InputError: no adapter there, one of these is set to something else than the adapter's and than its default, or
-            the settings exclude what the adapter brings.
+        InputError: there is no adapter there, one of these settings is neither the adapter's nor its default, or the
+            other settings are incompatible with the adapter's.
     """
     if not config.lora.adapter:
         return config
@@ -68,12 +68,12 @@ def _text(value: Any) -> str:
 
 
 def unpruned(config: Config) -> Config:
-    """The same training without pruning, where no setting of a method has a say."""
+    """The same training without pruning, with all settings that matter only to pruning at their defaults."""
     return dataclasses.replace(config, prune=PruneConfig(sparsity=0.0), atp=AtpConfig(), distill=DistillConfig())
 
 
 def different_settings(first: Config, second: Config) -> list[str]:
-    """Names of the settings that make two runs different ones."""
+    """Names of the differing settings that make the two configs different runs."""
     names = [
         f"{section.name}.{field}".rstrip(".")
         for section in dataclasses.fields(Config)
@@ -99,27 +99,27 @@ def take_over(
     origin: str,
     output: Path,
 ) -> tuple[RunState, bool, bool, dict[str, Any]] | None:
-    """The state and the notes after the updates that another run has done for this one, and its logs so far.
+    """Takes over the state and notes after the updates that another run shares with this one; copies its logs so far.
 
     Until its first event a run is plain LoRA.
 
     Args:
-        trunk: folder of a finished run of the same settings that prunes nothing, or None. Its latest checkpoint up to
-            the first event is taken.
+        trunk: folder of a finished run with the same settings that prunes nothing, or None. Its latest checkpoint up
+            to the first event is used.
         config: the settings of the run that starts.
-        fresh: the state with which it would begin.
-        template_of: the same of a run of other settings, or shapes and places in its stead, see `checkpoint.restore`.
+        fresh: the state in which it would otherwise begin.
+        template_of: gives that state, or its shapes and shardings, for other settings; see `checkpoint.restore`.
         first_event: step of the run's first event.
-        origin: fingerprint of the base and the data at hand.
+        origin: fingerprint of the current base and data.
         output: the run's folder.
 
     Returns:
-        What `checkpoint.restore` returns; or None: there is nothing to take over. ATP searches from the first update
-        on, the best model of before the event (`eval.best`) would not be one of this run, and a run that prunes nothing
-        has no text that a teacher teaches among its rows.
+        What `checkpoint.restore` returns; or None if there is nothing to take over: ATP searches from the first update
+        on, the best model before the event (`eval.best`) would not belong to this run, and a run that prunes nothing
+        has no distillation text among its rows.
 
     Raises:
-        InputError: the trunk is another training.
+        InputError: the trunk's training settings differ, or it prunes.
     """
     if trunk is None or config.prune.score == "atp" or config.eval.best or taught_texts(config):
         return None
@@ -134,7 +134,7 @@ def take_over(
     if found is None:
         return None
     if jax.process_index() == 0:
-        # A model is evaluated after the event of its step.
+        # Evaluation comes after the event of its step.
         for name, last in (("metrics.jsonl", step), ("evaluations.jsonl", step - 1 if step == first_event else step)):
             if (trunk / name).exists():
                 atomic_write(output / name, (trunk / name).read_text())
@@ -144,13 +144,13 @@ def take_over(
 
 
 def tidy(output: Path, start: int, steps: int, waiting: bool) -> None:
-    """Removes what a run that goes on from step `start` writes again."""
+    """Removes what a run that resumes at step `start` will write again."""
     log.cut_metrics(output / "metrics.jsonl", start)
-    # A model is evaluated after the event of its step.
+    # Evaluation comes after the event of its step.
     log.cut_metrics(output / "evaluations.jsonl", start - 1 if waiting else start)
     if start < steps:
-        # Whatever was exported before belongs to another training.
+        # Whatever was exported before belongs to a different training.
         shutil.rmtree(output / "export", ignore_errors=True)
     if not waiting:
-        # Of an event whose own checkpoint was never whole: training up to it again need not give the same model.
+        # Blocks of an event whose checkpoint was never completed: retraining up to it may give a different model.
         shutil.rmtree(output / "event", ignore_errors=True)

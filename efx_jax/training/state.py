@@ -23,7 +23,7 @@ Array = jax.Array
 
 @struct.dataclass
 class TrainState:
-    """Adapters and their optimizer state after `step` updates; the base model and the masks are not in here."""
+    """Adapters and their optimizer state after `step` updates, without the base model and the masks."""
 
     step: Array
     adapters: Adapters
@@ -41,7 +41,7 @@ class GeneratorState:
 
 @struct.dataclass
 class UnitState:
-    """ATP's choice of units: what makes it, and `masks`, kind -> bool `[L,n]`, all True until it is made."""
+    """ATP's choice of units: the generator that makes it, and `masks`, kind -> bool `[L,n]`, all True until then."""
 
     generator: GeneratorState
     masks: dict[str, Array]
@@ -49,9 +49,9 @@ class UnitState:
 
 @struct.dataclass
 class RunState:
-    """Everything that a checkpoint holds: `masks` is {} before the first event, `params` changes if events move it.
+    """Everything that a checkpoint holds: `masks` is {} before the first event; `params` changes if events rewrite it.
 
-    `units` is None unless the run prunes whole units (ATP), whose masks are in there alone.
+    `units` is None unless the run prunes whole units (ATP); their masks are kept only there.
     """
 
     train: TrainState
@@ -76,17 +76,17 @@ def fresh_state(
     events: int,
     start: Adapters | None = None,
 ) -> RunState:
-    """A run at step 0, laid out on the mesh: new adapters or those to start from, no masks.
+    """A run at step 0, sharded over the mesh: new adapters or those to start from, no masks.
 
     Args:
-        config: gives the adapters' and the pruning's settings.
+        config: settings of the adapters and of pruning.
         params: the base.
         spec: the model.
         mesh: the devices.
         tx: the optimizer.
-        keys: two, of which one draws A, the other the adapters of later events.
+        keys: two PRNG keys: one draws A, the other the adapters of later events.
         events: number of prune events, at least 1.
-        start: adapters that training goes on from; None draws new ones.
+        start: adapters to continue training from; None draws new ones.
     """
     lora, (adapter_key, prune_key) = config.lora, keys
     if start is None:
@@ -94,7 +94,7 @@ def fresh_state(
     else:
         # The first step donates them.
         adapters = jax.tree.map(jnp.copy, start)
-    # Nothing is averaged of one event: no score of every weight is kept for it. (Snapshots are small.)
+    # With one event nothing is averaged, so no score of every weight is kept. (Snapshots are small.)
     averaging = config.prune
     if events == 1 and keeps_scores(averaging):
         averaging = dataclasses.replace(averaging, ema=1.0)
@@ -110,13 +110,13 @@ def trainable(adapters: Adapters) -> dict[str, dict[str, Array]]:
 
 
 def restart_adam(opt_state: optax.OptState) -> optax.OptState:
-    """Adam as before its first update; the learning rate's schedule goes on.
+    """Adam as before its first update; the learning-rate schedule continues.
 
-    An event that sets B to zero, or finds A and B anew, leaves moments of weights that are gone (the authors' code, and
-    with it the preset `official`, keeps them through its merges). All adapters start again, those of linears that are
-    not pruned too: Adam has one count. The step count goes with them: zero moments under a
-    large count are not corrected for their bias, and the n-th update after the event is (1 - 0.9^n) /
-    sqrt(1 - 0.999^n) times too large, up to 6 times.
+    After an event that sets B to zero or recomputes A and B, the moments belong to weights that are gone (the authors'
+    code, and with it the preset `official`, keeps them through its merges). They restart for all adapters, even those
+    of linears that are not pruned: Adam has a single count. That count restarts too: zero moments under a large count
+    are not bias-corrected, and the n-th update after the event is (1 - 0.9^n) / sqrt(1 - 0.999^n) times too large, up
+    to 6 times.
     """
 
     def is_adam(node: object) -> bool:

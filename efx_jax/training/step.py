@@ -48,12 +48,12 @@ class Teacher:
 
 
 def has_teacher(config: Config) -> bool:
-    """Whether a teacher has a say: it has none in a dense run, and none where every token is a label."""
+    """Whether a teacher takes part: not in a dense run, nor where every token is a label."""
     return bool(config.distill.teacher) and config.prune.sparsity > 0 and config.data.loss_on == "response"
 
 
 def step_options(config: Config, rows: int, attention_path: Implementation) -> StepOptions:
-    """The static part of a run's step, in forward passes of `rows` sequences."""
+    """The static part of a run's step, with `rows` sequences per forward pass."""
     return StepOptions(
         mask_forward=config.prune.mask_forward,
         compute_dtype=config.model.compute_dtype,
@@ -69,14 +69,14 @@ def step_options(config: Config, rows: int, attention_path: Implementation) -> S
 
 
 def without_silent_tail(batch: Batch, options: StepOptions) -> tuple[Batch, StepOptions]:
-    """Rows cut behind the positions that a teacher reads, where no label follows, and the options that fit them.
+    """The batch cut after the positions that a teacher reads, if no label follows them, and options to match.
 
-    What is cut moves nothing, as no earlier position sees it: of a batch of nothing but text to teach, half of the step
-    where the teacher reads the first halves of rows. `lengths` still count it, so that tokens are those of the data.
+    The cut changes no result, as no earlier position attends to it; with a batch of distillation text only and a
+    teacher that reads half of each row, it saves half of the step. `lengths` still count all tokens of the data.
 
     Args:
         batch: as `train_step` takes it.
-        options: of its step; `teacher_prefix_share` says what a teacher reads.
+        options: those of its step; `teacher_prefix_share` says what a teacher reads.
     """
     read = positions_read(options.teacher_prefix_share, batch["tokens"].shape[1])
     if read == batch["tokens"].shape[1] or _has_labels_from(batch["weights"], read):
@@ -109,7 +109,7 @@ def summed_loss(
         key: PRNG key of dropout, into which every row's number is folded.
 
     Returns:
-        nll, with a teacher plus the weighted divergence; and the sums `nll`, `entropy` and, with a teacher,
+        nll, plus the weighted divergence if there is a teacher; and the sums `nll`, `entropy` and, with a teacher,
         `divergence` (weighted).
     """
     adapters = dataclasses.replace(adapters, lora_a=arrays["lora_a"], lora_b=arrays["lora_b"])
@@ -120,11 +120,11 @@ def summed_loss(
     if teacher is None:
         return nll, sums
     if options.teacher_prefix_share < 1:
-        # Behind it no position has a weight, and no earlier one sees those.
+        # No position after the prefix has a weight, and none within it attends to them.
         read = positions_read(options.teacher_prefix_share, hidden.shape[1])
         hidden, batch = jax.tree.map(lambda rows: rows[:, :read] if rows.ndim > 1 else rows, (hidden, dict(batch)))
     if options.teacher_row_share < 1:
-        # No more rows than are taken have a weight either, see `taught_rows`: all others are 0.
+        # Rows with a weight are no more than those taken, see `taught_rows`; all others are 0.
         most = jnp.sum(batch["taught"], axis=1)
         hidden, batch = take_rows(most, options.teacher_row_share, (hidden, dict(batch)))
     plain = dataclasses.replace(options, dropout_rate=0.0, remat="none")
@@ -143,7 +143,7 @@ def model_loss(
     spec: ModelSpec,
     options: StepOptions,
 ) -> tuple[Array, Array]:
-    """Summed nll and entropy of one micro-batch, differentiable in the base too."""
+    """Summed nll and entropy of one micro-batch, differentiable in the base weights too."""
     hidden = _hidden(params, adapters, masks, batch, key, spec, options, frozen=False)
     return cross_entropy(hidden, head_weight(params), batch["targets"], batch["weights"], options.compute_dtype)
 
@@ -182,16 +182,16 @@ def _hidden(
 def accumulate_gradient(
     loss: Callable[[Any, Batch], tuple[Array, Any]], arrays: Any, batch: Batch, micro_batches: int
 ) -> tuple[Any, Array, Any]:
-    """The gradient of a summed loss, in as many passes as the memory asks for.
+    """The gradient of a summed loss, accumulated over `micro_batches` passes to save memory.
 
     Args:
         loss: (arrays, micro-batch) -> (loss, other sums over its tokens, any tree).
-        arrays: what the gradient is by.
+        arrays: what the gradient is taken with respect to.
         batch: arrays `[B,...]`.
         micro_batches: number of passes; must divide B.
 
     Returns:
-        (gradient like `arrays` in float32, loss, the other sums), over the whole batch.
+        (gradient shaped like `arrays` in float32, loss, the other sums), over the whole batch.
     """
     micro = jax.tree.map(lambda x: _micro_batches(x, micro_batches), dict(batch))
 
@@ -218,24 +218,24 @@ def _step(
     """One update of the adapters.
 
     Losses and gradients are summed over the micro-batches in float32 and divided once by the number of tokens that
-    carry loss, so that accumulation equals one large batch, but for which rows a teacher reads: a share of each part.
+    carry loss, so accumulation equals one large batch, except that a teacher reads a share of each micro-batch's rows.
 
     Args:
         state: the state; its buffers are consumed.
         params: the frozen base.
         masks: masks in force, or None.
-        batch: `tokens`, `targets` int and `weights` float `[B,T]`, `lengths` int `[B]`; of packed rows also
+        batch: `tokens`, `targets` int and `weights` float `[B,T]`, `lengths` int `[B]`; for packed rows also
             `positions` and `segments` int `[B,T]`.
         key: the run's PRNG key; the step number is folded in.
         spec: the model.
         tx: the optimizer.
         options: see `StepOptions`; `micro_batches` must divide B.
-        teacher: whom to learn from where there are no labels, or None.
+        teacher: what to learn from where there are no labels, or None.
 
     Returns:
         The new state and float32 scalars: `loss` and `entropy` (nats per loss-carrying token), `labels` (the number of
-        those), `grad_norm` before clipping, `adapter_norm` after the update, `tokens` (real ones), with a teacher
-        `divergence` from it (nats per token that it taught).
+        those), `grad_norm` before clipping, `adapter_norm` after the update, `tokens` (without padding), and with a
+        teacher the `divergence` from it (nats per token that it taught).
     """
     arrays = trainable(state.adapters)
     dropout_key, row_key, token_key = jax.random.split(jax.random.fold_in(key, state.step), 3)
@@ -258,7 +258,7 @@ def _step(
         "entropy": sums["entropy"] / count,
         "labels": jnp.sum(batch["weights"]),
         "grad_norm": optax.tree.norm(grads),
-        # Its square bounds the entries of B A: they overflow no earlier.
+        # Its square bounds the entries of B A, so it overflows no later than they do.
         "adapter_norm": optax.tree.norm(arrays),
         "tokens": jnp.sum(batch["lengths"]).astype(jnp.float32),
     }
@@ -269,15 +269,15 @@ def _step(
 
 
 def _micro_batches(rows: Array, count: int) -> Array:
-    """`[B,...]` -> `[count,B/count,...]`, taking turns: every device then has its part of each micro-batch at hand."""
+    """`[B,...]` -> `[count,B/count,...]`, rows dealt in turn: each device then already holds its part of each."""
     return jnp.swapaxes(rows.reshape(-1, count, *rows.shape[1:]), 0, 1)
 
 
 def jit_step(out_shardings: Any = None) -> Any:
-    """`_step` compiled, its state consumed and, on a mesh, its results pinned.
+    """`_step` compiled, with its state donated and, on a mesh, the shardings of its results fixed.
 
     Args:
-        out_shardings: shardings of the new state and of the metrics (a prefix of that tree); None: one device.
+        out_shardings: shardings of the new state and of the metrics (a tree prefix); None: one device.
     """
     return jax.jit(
         _step, static_argnames=("spec", "tx", "options"), donate_argnames="state", out_shardings=out_shardings

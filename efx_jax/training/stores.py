@@ -1,4 +1,4 @@
-"""The checkpoints of one run: the latest ones, which it goes on from, and the best one, which it ends with."""
+"""The checkpoints of one run: the latest ones, which it resumes from, and the best one, which it ends with."""
 
 import contextlib
 import dataclasses
@@ -26,9 +26,9 @@ from efx_jax.training.state import RunState
 class Stores:
     """Where the states of a run are kept, and what reading and writing them takes.
 
-    `best` is None where `eval.best` names no metric. `template` is that of the state, `masks` the shapes and places of
+    `best` is None if `eval.best` names no metric. `template` is that of the state, `masks` the shapes and shardings of
     packed masks, `origin` the fingerprint of what the run starts from, `measured` that of what it is measured on,
-    `sources` that of all it reads besides. The journal is saved along.
+    `sources` that of everything else it reads. The journal is saved with each state.
     """
 
     latest: ocp.CheckpointManager
@@ -46,7 +46,7 @@ class Stores:
 def open_stores(
     config: Config, prepared: Prepared, template: RunState, journal: Journal, mesh: jax.sharding.Mesh, output: Path
 ) -> Iterator[Stores]:
-    """Opens `checkpoints/` of a run's folder, and `best/` where a metric chooses the best model."""
+    """Opens `checkpoints/` in a run's folder, and `best/` if a metric chooses the best model."""
     measured = _measured(prepared)
     with contextlib.ExitStack() as stack:
         latest = stack.enter_context(checkpoint.open_checkpoints(output / "checkpoints", config.train.keep))
@@ -65,12 +65,12 @@ def open_stores(
 
 
 def _measured(prepared: Prepared) -> str:
-    """Fingerprint of the windows of text and the test rows."""
+    """Fingerprint of the perplexity windows and the test rows."""
     return f"{tasks_checksum(prepared.data.tasks, int(checksum(prepared.windows), 16)):08x}"
 
 
 def _sources(prepared: Prepared, measured: str) -> str:
-    """Fingerprint of calibration rows, of what is measured and, where it is not the base, of the teacher."""
+    """Fingerprint of the calibration rows, of what is measured and, unless it is the base, of the teacher."""
     found, teacher = f"{checksum(itertools.chain(*prepared.pools))}-{measured}", prepared.teacher
     if teacher is None or teacher.params is prepared.params:
         return found
@@ -81,7 +81,7 @@ def restore_latest(stores: Stores) -> tuple[RunState, bool, bool, dict[str, Any]
     """See `efx_jax.training.checkpoint.restore`.
 
     Raises:
-        InputError: as there; or the run calibrates or is measured on other rows, or learns from another teacher.
+        InputError: as there; or the checkpoint's run had other calibration or evaluation rows, or another teacher.
     """
     found = checkpoint.restore(stores.latest, stores.template, stores.masks, stores.origin)
     if found is not None and found[3]["sources"] != stores.sources:
@@ -94,12 +94,12 @@ def restore_latest(stores: Stores) -> tuple[RunState, bool, bool, dict[str, Any]
 
 
 def save(stores: Stores, state: RunState, waiting: bool = False) -> None:
-    """Saves a state among the latest ones; `waiting`: the event of its step is still to come."""
+    """Saves a state as the latest one; `waiting`: the event of its step is still to come."""
     _save(stores, stores.latest, state, waiting)
 
 
 def save_best(stores: Stores, state: RunState) -> None:
-    """Saves a state as the best one. Each is whole before the next: no checkpoint names a best one that never was."""
+    """Saves a state as the best one, waiting before and after, so that no later checkpoint names one never saved."""
     assert stores.best is not None
     stores.latest.wait_until_finished()
     _save(stores, stores.best, state, waiting=False)
@@ -107,7 +107,7 @@ def save_best(stores: Stores, state: RunState) -> None:
 
 
 def forget_later_best(stores: Stores, start: int) -> None:
-    """Removes best states of after step `start`, from which the run goes on: orbax would save no earlier one beside."""
+    """Removes best states later than `start`, the step resumed from: Orbax would refuse to save an earlier step."""
     if stores.best is not None:
         for step in stores.best.all_steps():
             if step > start:
@@ -122,10 +122,10 @@ def _save(stores: Stores, manager: ocp.CheckpointManager, state: RunState, waiti
 
 
 def best_state(stores: Stores, last: RunState) -> RunState:
-    """The state that a run ends with: its last one, or the best one where a metric has chosen another.
+    """The state that a run ends with: its last one, or the best one if a metric has chosen another.
 
     Raises:
-        InputError: somebody has removed the best one.
+        InputError: the checkpoint of the best one is missing.
     """
     best = stores.journal.best
     if stores.best is None or best is None or best.step == int(last.train.step):

@@ -1,4 +1,4 @@
-"""What is left to read when a run is over: summary.json and the printed tables."""
+"""What there is to read when a run is over: summary.json and the printed tables."""
 
 import contextlib
 import dataclasses
@@ -40,17 +40,17 @@ def write_summary(
     seed: int,
     cut: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes `summary.json`; of several processes the first does, and all call.
+    """Writes `summary.json` from the first process; all processes must call it.
 
     Args:
         output: the run's folder.
         exported: parameter tree read back from the export.
         prepared: the base model, and the counts of the rows.
-        journal: what the run has found.
-        steps: updates that the exported model has seen.
+        journal: what the run has measured.
+        steps: number of updates behind the exported model.
         events: the prune events.
         seed: the run's seed.
-        cut: of a model that lost units, see `search.cut_report`.
+        cut: for a model that lost units, see `search.cut_report`.
 
     Returns:
         What was written.
@@ -68,7 +68,7 @@ def write_summary(
         "steps": steps,
         "best": None if journal.best is None else dataclasses.asdict(journal.best),
         "tokens": journal.tokens,
-        # Rows of text have no label: nobody but a teacher makes use of them.
+        # Rows of distillation text have no labels: only a teacher makes use of them.
         "taught": {
             "teacher": prepared.teacher is not None,
             "text_rows": sum(not row.loss.any() for row in prepared.train),
@@ -88,7 +88,7 @@ def write_summary(
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no infinity: such a number becomes null."""
+    """Replaces numbers that are not finite by None, as JSON cannot represent them."""
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -97,8 +97,8 @@ def _finite(value: Any) -> Any:
 
 
 def print_summary(summary: Mapping[str, Any], output: Path) -> None:
-    """The results, best constant answers, the rows of a mix, what was cut out, the sparsity of every kind of matrix,
-    and the time."""
+    """Prints the results, best constant answers, the rows of a mix, what was cut out, the sparsity of every kind of
+    matrix, and the time."""
     print(result_table(summary["results"]))
     tasks = {name: task for found in summary["results"].values() for name, task in found.get("tasks", {}).items()}
     for name, task in tasks.items():

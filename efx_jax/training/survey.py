@@ -1,4 +1,4 @@
-"""What a run would find and how it would lay it out, without a weight: its data, its widest forward pass, misfits."""
+"""What a run would find and compute, without loading weights: its data, its widest forward pass, misfits."""
 
 import dataclasses
 import math
@@ -33,8 +33,8 @@ from efx_jax.weights.shapes import FoundSpec
 
 @dataclasses.dataclass(frozen=True)
 class DataCounts:
-    """What the data holds: training sequences and their inputs, rows of an epoch, the longest one, test sizes, whether
-    answers to test rows are written, and the rows of every task."""
+    """What the data holds: training sequences and their input tokens, rows of an epoch, the longest sequence, test
+    sizes, whether answers to test rows are generated, and the rows of every task."""
 
     sequences: int
     tokens: int
@@ -48,7 +48,7 @@ class DataCounts:
 
 @dataclasses.dataclass(frozen=True)
 class RowCounts:
-    """What is known of the data without a tokenizer: training rows, test rows, whether answers are written, and the
+    """What is known of the data without a tokenizer: training rows, test rows, whether answers are generated, and the
     rows of every task."""
 
     rows: int
@@ -61,7 +61,7 @@ def check_shapes(config: Config, spec: ModelSpec) -> None:
     """Refuses settings that do not fit the model: row length, adapter, sparsity and group of every matrix, mesh.
 
     Raises:
-        InputError: the first that does not fit.
+        InputError: names the first that does not fit.
     """
     prune = config.prune
     if config.data.max_length > spec.max_position_embeddings:
@@ -91,7 +91,7 @@ def check_shapes(config: Config, spec: ModelSpec) -> None:
 
 
 def _check_ratio(spec: ModelSpec, config: Config) -> None:
-    """Refuses a share of weights that no choice of units leaves."""
+    """Refuses a sparsity that no choice of units can reach."""
     logits: Any = {
         kind: np.zeros((spec.num_layers, units.count)) for kind, units in units_of(spec, config.atp.space).items()
     }
@@ -102,7 +102,7 @@ def _check_ratio(spec: ModelSpec, config: Config) -> None:
 
 
 def count_data(config: Config, found: FoundSpec) -> DataCounts | RowCounts | str:
-    """Counts what training would read, without a tokenizer its rows alone, or says why it cannot be counted here.
+    """Counts what training would read (without a tokenizer, only rows), or says why it cannot be counted here.
 
     Raises:
         InputError: malformed data, or as `check_validation`.
@@ -120,7 +120,7 @@ def count_data(config: Config, found: FoundSpec) -> DataCounts | RowCounts | str
         window, limit = config.eval.window, config.eval.text_tokens
         windows = text_windows(data.text, tokenizer, window, limit) if data.text else []
     except MissingInputError as error:
-        # A run may be planned where its data is not.
+        # A run may be planned on a machine without its data.
         return f"not counted: {error}"
     check_validation(config, data)
     lengths = [len(example.tokens) - 1 for example in train]
@@ -137,14 +137,14 @@ def count_data(config: Config, found: FoundSpec) -> DataCounts | RowCounts | str
 
 
 def _writes(config: Config, data: Data) -> bool:
-    """Whether a model under evaluation writes answers: to tasks of free text, by protocol, or to held-out prompts."""
+    """Whether evaluation generates answers: to free-text tasks, because of the protocol, or to held-out prompts."""
     if data.tasks:
         return config.eval.protocol != "likelihood" or any(task.new_tokens for task in data.tasks)
     return config.eval.samples > 0 and bool(data.held_out)
 
 
 def plan_layout(config: Config, found: FoundSpec, device: Device, data: DataCounts | RowCounts | str) -> Layout:
-    """The widest forward pass of the run: its longest rows, in the micro-batches that the settings ask for."""
+    """The widest forward pass of the run: its longest rows, in the micro-batches of the settings."""
     packing = config.data.batching == "packing"
     length = config.data.max_length
     if not packing:
@@ -157,9 +157,9 @@ def plan_layout(config: Config, found: FoundSpec, device: Device, data: DataCoun
         dtype=found.dtype if config.model.dtype == "keep" else config.model.dtype,
         rows=rows_per_pass(config, length),
         length=length,
-        # An event's place does not matter here, only how many there are.
+        # The number of events matters here, not their steps.
         events=len(prune_events(config.prune, config.train, 10**6)),
-        # For a fixed order of sums cuDNN's backward pass writes down the scores as well.
+        # With a fixed order of sums, cuDNN's backward pass materializes the scores.
         fused_attention=device.gpu
         and narrow
         and not (packing or config.train.deterministic)

@@ -1,4 +1,4 @@
-"""The trace of some steps that `profile` asks for, in a form that TensorBoard, XProf and Perfetto open."""
+"""A trace of the steps that `profile` selects, in a format that TensorBoard, XProf and Perfetto open."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,13 +11,13 @@ from efx_jax.config import ProfileConfig
 
 @contextlib.contextmanager
 def tracing(profile: ProfileConfig, folder: Path) -> Iterator[Callable[[int], None]]:
-    """Traces `profile.steps` steps from `profile.start` on, with the events between them; at most until it is left.
+    """Traces `profile.steps` steps from `profile.start` on, with the events between them; stops on exit at the latest.
 
-    A run that is taken up inside the window traces the rest of it.
+    A run that resumes inside the window traces the rest of it.
 
     Args:
         profile: the window.
-        folder: where the trace is written. Of several hosts the first alone writes: all run the same program.
+        folder: where the trace is written. Only the first host writes: all run the same program.
 
     Yields:
         What to call before every step, with the number of steps done.

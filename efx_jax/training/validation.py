@@ -1,4 +1,4 @@
-"""Evaluation during training: after which steps, what is the best so far, and when waiting for better ends."""
+"""Evaluation during training: after which steps, which model is the best so far, and for how many evaluations."""
 
 import dataclasses
 import math
@@ -20,13 +20,13 @@ _CHOICES = ("accuracy", "macro_f1")
 @dataclasses.dataclass(frozen=True)
 class Best:
     """The step with the best `value` of `metric` (lower is better for perplexity), after `tokens` real tokens; `stale`
-    evaluations came since."""
+    evaluations have followed it."""
 
     metric: str
     step: int
     value: float
     stale: int
-    tokens: int = 0  # of before they were kept
+    tokens: int = 0  # 0 in journals saved before this was recorded
 
 
 def validation_steps(evaluation: EvalConfig, train: TrainConfig, rows: int, steps: int) -> frozenset[int]:
@@ -35,8 +35,8 @@ def validation_steps(evaluation: EvalConfig, train: TrainConfig, rows: int, step
     Args:
         evaluation: `every` steps or `every_epochs` passes; with `best` the last step counts as well.
         train: gives the rows of an update.
-        rows: of an epoch.
-        steps: of the run.
+        rows: rows of an epoch.
+        steps: updates of the run.
     """
     every = evaluation.every or evaluation.every_epochs * rows / train.batch_size
     if not every:
@@ -47,7 +47,7 @@ def validation_steps(evaluation: EvalConfig, train: TrainConfig, rows: int, step
 
 
 def check_validation(config: Config, data: Data) -> None:
-    """Refuses names that the data does not have, before anything is computed.
+    """Refuses names that do not exist in the data, before anything is computed.
 
     Raises:
         InputError: an unknown task in `eval.tasks`, or a metric in `eval.best` that will not be measured.
@@ -97,7 +97,7 @@ def metric_values(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def update_best(best: Best | None, metric: str, step: int, value: float, tokens: int) -> Best:
-    """The best after one more evaluation; of equal values the earlier one stays."""
+    """The best after one more evaluation; of equal values the earlier one is kept."""
     sign = -1 if metric == "perplexity" else 1
     if best is None or math.isnan(best.value) or sign * value > sign * best.value:
         return Best(metric, step, value, 0, tokens)
