@@ -1,4 +1,4 @@
-"""Importance of every weight from the run's own training batches: what some scores read at an event."""
+"""What some scores read at an event: the importance of weights (training batches) or outputs (calibration rows)."""
 
 import dataclasses
 import functools
