@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def _attempt(name: str, work: Callable[[], object], missing: list[str]) -> None:
-    """Runs one analysis; if its input is missing, records that and lets the others go ahead."""
+    """Runs one analysis; if it cannot be done, records why and lets the others go ahead."""
     try:
         work()
     except InputError as error:

@@ -146,7 +146,7 @@ def held_out_sources(config: DataConfig) -> tuple[tuple[str, ...], str]:
 
 
 def load_text(source: str, config: DataConfig) -> list[str]:
-    """Documents for perplexity or calibration: the `text` of each row, or its prompt and response joined.
+    """Documents for perplexity or calibration: each row's `text`, or its prompt and response (by the template) joined.
 
     Args:
         source: a file, a Hub name, "icd10" (its held-out text), or a corpus known by name ("c4", "wikitext",
