@@ -22,7 +22,7 @@ ANALYSES = (*ablations.NAMES, *OF_SEVERAL, *OF_ONE)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns its exit code: 2 for bad input, told in one line on stderr, 130 after Ctrl-C."""
+    """Runs the command and returns its exit code: 2 for bad input, reported in one line on stderr, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     return exit_code(lambda: _run(arguments, argv), "error", "interrupted; of the analysis at hand nothing is written")
 
@@ -63,7 +63,7 @@ def _run(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def _attempt(name: str, work: Callable[[], object], missing: list[str]) -> None:
-    """What one analysis lacks need not keep the others from being done."""
+    """Runs one analysis; if it cannot be done, records why and lets the others go ahead."""
     try:
         work()
     except InputError as error:
@@ -78,7 +78,7 @@ def _study(
     folder: Path,
     summary: dict[str, Any],
 ) -> None:
-    """Makes a study of a run or of several, writes what it found, prints its table, and adds it to the summary."""
+    """Runs a study of one or several runs, writes its findings, prints its table, and adds it to the summary."""
     found = study(subject, arguments)
     table = study_table(name, found.summary)
     write_study(folder, name, found.asked, found.summary, found.records, table)
@@ -128,10 +128,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuses masks that no matrix can have, and figures that cannot be drawn, before any long work."""
+    """Refuses masks that no matrix can have, and figures that cannot be drawn, before any long computation."""
     require_matplotlib()
     for group in ("bounded", arguments.group):
-        # A width that every pattern divides: whether it divides the model's is known when that is read.
+        # A width that every pattern divides; whether a pattern divides the model's widths is checked once it is read.
         selection_counts((1, 2520), arguments.sparsity, group, arguments.bound)
 
 

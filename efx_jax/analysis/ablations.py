@@ -1,4 +1,4 @@
-"""The two ablations of scores, which look at a dense run's checkpoints one after the other."""
+"""The two ablations of scores, which go through a dense run's checkpoints one by one."""
 
 import argparse
 import dataclasses
@@ -21,10 +21,10 @@ NAMES = ("score_error", "mask_overlap")
 
 
 def ablate(run: Run, names: Sequence[str], arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Some ablations of one run: a table on stdout, FOLDER/NAME.json, NAME_records.csv, NAME.md and figures.
+    """Runs some ablations of one run: a table on stdout, FOLDER/NAME.json, NAME_records.csv, NAME.md and figures.
 
     Returns:
-        By name the summary of every step.
+        By ablation name, the summary of every step.
 
     Raises:
         InputError: a run without a dense checkpoint.

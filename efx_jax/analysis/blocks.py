@@ -1,4 +1,4 @@
-"""A model looked at block by block on one batch: every block's effective weights and activations, in float32."""
+"""A model examined block by block on one batch: every block's effective weights and activations, in float32."""
 
 import functools
 from collections.abc import Collection, Iterator, Mapping
@@ -23,7 +23,7 @@ Array = jax.Array
 
 @struct.dataclass
 class Model:
-    """A model and the batch that it is looked at with.
+    """A model and the batch that it is examined on.
 
     `layers` holds the stacked base weights and adapters, `tokens` int `[B,T]`, `real` float32 `[B,T]` (1 where a token
     is real), `rope` cos and sin `[B,T,1,H/2]`.
@@ -43,7 +43,7 @@ class BlockView:
     """One block on the batch, float32.
 
     `weights`: U `[O,I]` of the seven linears, norms and biases. `x` and `mid` `[B,T,D]`: the residual stream before
-    attention and before the MLP. `taps`: as `efx_jax.model.decoder.block` gives them. `stats`: sums over real tokens.
+    attention and before the MLP. `taps`: as returned by `efx_jax.model.decoder.block`. `stats`: sums over real tokens.
     `real` and `rope`: as in `Model`.
     """
 
@@ -94,17 +94,17 @@ def entering(model: Model) -> Array:
 
 
 def effective_layer(model: Model, index: int) -> dict[str, Array]:
-    """The weights of block `index` as they act: U `[O,I]` of the linears, norms and biases, float32."""
+    """The effective weights of block `index`: U `[O,I]` of the linears, norms and biases, float32."""
     return _effective(model.layers, index, model.scale)
 
 
 def mean_nll(model: Model, x: Array, first: int) -> float:
-    """Mean negative log-likelihood of the next token, nats, of a residual stream that enters block `first`.
+    """Mean negative log-likelihood of the next token, in nats, for a residual stream that enters block `first`.
 
     Args:
         model: the model.
-        x: float32 `[b,T,D]`, of the first b rows of the batch.
-        first: number of the block; L for what leaves the last one.
+        x: float32 `[b,T,D]`, for the first b rows of the batch.
+        first: number of the block; L if x is the output of the last one.
     """
     rows = x.shape[0]
     rope = tuple(table[:rows] for table in model.rope)
@@ -116,7 +116,7 @@ def mean_nll(model: Model, x: Array, first: int) -> float:
 
 @functools.partial(jax.jit, static_argnames="spec")
 def run_block(weights: Mapping[str, Array], x: Array, rope: tuple[Array, Array], spec: ModelSpec) -> Array:
-    """The residual stream `[b,T,D]` behind one block of effective weights."""
+    """The residual stream `[b,T,D]` after one block with effective weights."""
     return _forward(weights, x, rope, spec)[0]
 
 

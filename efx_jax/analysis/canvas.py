@@ -1,4 +1,4 @@
-"""Where figures are drawn: a canvas that nothing else knows of, its axes, and the files that it becomes."""
+"""Where figures are drawn: a canvas without global state, its axes, and the files that it is saved as."""
 
 import csv
 import io
@@ -22,11 +22,11 @@ TEXT = 11
 SMALL = 10
 _DPI = 200
 _DECADE = 10.0
-_LINE = 84  # letters of a title
+_LINE = 84  # maximum characters per line of a title
 
 
 def require_matplotlib() -> None:
-    """Refuses to draw where it cannot be done; a long measurement asks before it begins.
+    """Refuses if figures cannot be drawn; long measurements check this before they begin.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -38,7 +38,7 @@ def require_matplotlib() -> None:
 
 
 def new_canvas(height: float, title: str, x_label: str, y_label: str) -> tuple["Canvas", "Axes"]:
-    """A canvas of WIDTH pixels and of a height in inches, which no window system and no other figure knows of.
+    """A canvas of WIDTH pixels and a height in inches, independent of any window system and of other figures.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -55,7 +55,7 @@ def new_canvas(height: float, title: str, x_label: str, y_label: str) -> tuple["
 def new_panels(
     height: float, title: str, x_label: str, y_label: str, count: int, columns: int
 ) -> tuple["Canvas", list["Axes"]]:
-    """A canvas as `new_canvas` makes it, of `count` axes in rows of `columns`, which share their labels and scales.
+    """A canvas as in `new_canvas`, with `count` axes in rows of `columns`, which share their labels and scales.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -68,10 +68,10 @@ def new_panels(
         axes = canvas.add_subplot(rows, columns, number + 1, sharex=first, sharey=first)
         first = first or axes
         _plain(axes)
-        # Only the lowest of a column and the first of a row say what the marks are worth.
+        # Only the lowest of a column and the first of a row label the ticks.
         is_lowest = number + columns >= count
         axes.tick_params(labelbottom=is_lowest, labelleft=number % columns == 0)
-        # A label of the whole canvas would lie below the axes' own room, where a legend is.
+        # A label for the whole canvas would be below the axes' area, where the legend is.
         axes.set_xlabel(x_label if is_lowest else "", fontsize=TEXT)
         panels.append(axes)
     canvas.suptitle(_wrapped(title), fontsize=TEXT + 1)
@@ -80,7 +80,7 @@ def new_panels(
 
 
 def _wrapped(title: str) -> str:
-    """A title whose lines are not wider than the canvas: the names of runs are the user's."""
+    """A title wrapped to the width of the canvas, since users choose the names of runs."""
     return "\n".join(textwrap.fill(line, _LINE) for line in title.splitlines())
 
 
@@ -100,7 +100,7 @@ def _plain(axes: "Axes") -> None:
 
 
 def legend_name(label: str) -> str:
-    """A name that a legend shows: matplotlib hides those that begin with an underscore."""
+    """A name that a legend shows: matplotlib hides names that begin with an underscore."""
     return f" {label}" if label.startswith("_") else label
 
 
@@ -108,19 +108,19 @@ def save(path: Path, canvas: "Canvas", header: Sequence[str], rows: Iterable[Seq
     """Writes PATH.png and, with the numbers, PATH.csv.
 
     Raises:
-        InputError: the disk is full or the place is not writable.
+        InputError: the disk is full or the folder is not writable.
     """
     from matplotlib.text import Text
 
     for artist in canvas.findobj():
         if isinstance(artist, Text):
-            artist.set_parse_math(False)  # a run's name may hold dollars
+            artist.set_parse_math(False)  # a run's name may contain dollar signs
     image, numbers = io.BytesIO(), io.StringIO()
     canvas.savefig(image, format="png")
     writer = csv.writer(numbers, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(rows)
-    # A name may hold dots.
+    # A name may contain dots.
     atomic_write(path.with_name(f"{path.name}.png"), image.getvalue())
     atomic_write(path.with_name(f"{path.name}.csv"), numbers.getvalue())
 
@@ -132,13 +132,13 @@ def is_wide(numbers: Iterable[float]) -> bool:
 
 
 def make_logarithmic(axis: "Axis", set_scale: Callable[[str], None]) -> None:
-    """A logarithmic axis whose marks are plain numbers."""
+    """Makes an axis logarithmic, with plain numbers as tick labels."""
     set_scale("log")
     mark_decades(axis)
 
 
 def mark_decades(axis: "Axis") -> None:
-    """Marks 1, 2, 5, 10, ... as plain numbers."""
+    """Puts ticks at 1, 2, 5, 10, ..., labelled as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -147,8 +147,8 @@ def mark_decades(axis: "Axis") -> None:
 
 
 def name_places(axes: "Axes", names: Sequence[str]) -> None:
-    """Writes names below x = 0, 1, ..., slanted where they would touch."""
-    # So many letters fit side by side, every name having as much room as the longest.
+    """Writes names below x = 0, 1, ..., slanted if they would touch."""
+    # 96 characters fit side by side if every name gets as much room as the longest.
     is_tight = len(names) * (max(map(len, names)) + 1) > 96
     slanted: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if is_tight else {}
     axes.set_xticks(range(len(names)), names, fontsize=SMALL, **slanted)

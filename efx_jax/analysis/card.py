@@ -1,6 +1,6 @@
-"""The model card of an export: README.md with the metadata that a page on the Hub reads, in Markdown.
+"""The model card of an export: README.md in Markdown, with the metadata that the Hub reads.
 
-It says nothing that differs between two runs of the same settings: no seconds, no folder, no date.
+It contains nothing that differs between two runs with the same settings: no seconds, no folder, no date.
 """
 
 import math
@@ -69,7 +69,7 @@ def card_text(record: RunRecord) -> str:
 
 
 def card_metadata(record: RunRecord) -> dict[str, Any]:
-    """What the Hub reads; a key that is not known is left out, and the licence is a placeholder."""
+    """What the Hub reads; keys without a known value are left out, and the licence is a placeholder."""
     config, summary = record.config, record.summary
     base = base_on_hub(config)
     names = _learned_tasks(config, summary)
@@ -81,7 +81,7 @@ def card_metadata(record: RunRecord) -> dict[str, Any]:
         "pipeline_tag": "text-generation",
         "license": "other",
         "license_name": _TO_FILL_IN,
-        # What these tasks and the codes are written in.
+        # The language of these tasks and of the ICD-10 codes.
         **({"language": ["en"]} if names and all(name in {*OFFICIAL, "icd10"} for name in names) else {}),
         "tags": ["efx_jax", "lora", *sparse, _plain(domain(config))],
         **({"datasets": datasets} if datasets else {}),
@@ -145,9 +145,9 @@ def _loading(record: RunRecord) -> str:
 
 
 def _framing(record: RunRecord) -> str:
-    """How a prompt has to be written, in the words that training put around it."""
+    """How a prompt must be written, with the text that training put around it."""
     style, found = record.config.data.format, record.summary["data"]
-    # Summaries of before do not say it.
+    # Older summaries do not contain it.
     patterns = found["prompts"] if "prompts" in found else prompt_patterns(record.config.data)
     if not patterns:
         return "It has learned from text alone: there is no form that a prompt has to have."
@@ -172,7 +172,7 @@ def _framing(record: RunRecord) -> str:
 
 
 def _fenced(code: str) -> str:
-    """A block of code behind a fence that its own text does not close."""
+    """A fenced code block whose fence does not occur in its text."""
     longest = max((len(run) for run in re.findall("`+", code)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{code}\n{fence}"
@@ -205,13 +205,13 @@ def _learned_tasks(config: Config, summary: Mapping[str, Any]) -> list[str]:
 def _datasets_on_hub(config: Config, names: list[str]) -> list[str]:
     tables = [split.hub for name in names if name in OFFICIAL for split in OFFICIAL[name].splits.values()]
     own = data_on_hub(config)
-    # Files of JSON lines are read by way of a table that is called "json".
+    # JSON-lines files are read through a table named "json".
     found = [table.name for table in tables if table is not None and "/" in table.name]
     return list(dict.fromkeys([*found, *([own.repository] if own else [])]))
 
 
 def _model_index(record: RunRecord) -> list[dict[str, Any]]:
-    """The exported model's results, as the Hub's model-index has them; shares, not percentages."""
+    """The exported model's results in the Hub's model-index format; shares, not percentages."""
     results = record.summary["results"]
     model = expert(results) if results else ""
     by_task: dict[str, list[dict[str, Any]]] = {}
@@ -230,7 +230,7 @@ def _model_index(record: RunRecord) -> list[dict[str, Any]]:
 
 
 def _measured_on(task: str, record: RunRecord) -> dict[str, str]:
-    """What a task's scores are of, or perplexity where `task` is "": the text, or rows that the run has held out."""
+    """The data that a task's scores refer to; for perplexity (`task` is "") the text, or rows that the run held out."""
     text = text_name(record.config, record.summary)
     if task:
         kind, name = task, task
@@ -242,5 +242,5 @@ def _measured_on(task: str, record: RunRecord) -> dict[str, str]:
 
 
 def _plain(name: str) -> str:
-    """A name in one line, with nothing that Markdown or HTML would act upon."""
+    """A name on one line, without characters that Markdown or HTML would interpret."""
     return " ".join("".join(sign for sign in name if sign not in "<>[]`*\\|").split()) or "model"

@@ -1,9 +1,10 @@
-"""The scores that are compared, of one block, and what turns their squares into predictions.
+"""The compared scores of one block, and the constants that turn their squares into predictions.
 
-`wanda` knows the matrix's own output alone; `foresight` the weights that the output meets, as if nothing stood between;
-`foresight_gated` what lets it through, averaged over the tokens apart from the input; `foresight_joint`, for gate and
-up, the two multiplied token by token before they are summed: U_oi^2 * ||down_o||^2 * sum_t factor_to^2 x_ti^2. For a
-single entry of up that is what its removal costs, exactly; for one of gate it is so to first order.
+`wanda` considers only the matrix's own output; `foresight` also the weights that the output meets, as if nothing were
+in between; `foresight_gated` also the factor that lets it through, averaged over tokens separately from the input;
+`foresight_joint`, for gate and up, multiplies factor and input token by token before summing:
+U_oi^2 * ||down_o||^2 * sum_t factor_to^2 x_ti^2. For a single entry of up that is exactly what its removal costs; for
+one of gate it is so to first order.
 """
 
 import functools
@@ -26,7 +27,7 @@ CRITERIA: tuple[str, ...] = (*_PRUNING, JOINT)
 
 @functools.partial(jax.jit, static_argnames="spec")
 def criteria_scores(view: BlockView, spec: ModelSpec) -> dict[str, dict[str, Array]]:
-    """score -> matrix -> `[O,I]`, float32, by the functions that a prune event calls; the joint one is only here."""
+    """score -> matrix -> `[O,I]`, float32, from the functions that a prune event calls; only the joint one is new."""
     layer = Layer(weights=view.weights, lora_a={}, lora_b={}, masks={})
     scores = {
         name: block_scores(layer, view.weights, view.stats, {}, spec, PruneConfig(score=name))[0] for name in _PRUNING
@@ -50,12 +51,12 @@ def _joint_scores(view: BlockView) -> dict[str, Array]:
 
 @functools.partial(jax.jit, static_argnames="spec")
 def prediction_units(view: BlockView, spec: ModelSpec) -> dict[str, dict[str, Array]]:
-    """score -> matrix -> the constant c for which c * score^2 is a squared change of what the score speaks of.
+    """score -> matrix -> the constant c for which c * score^2 is a squared change of the score's target quantity.
 
-    Wanda speaks of the matrix's own output, the others of `efx_jax.analysis.targets`. A mask does not notice c: scores
-    take root mean squares over the G heads that share a key or value where their costs add up, and no account of the
-    softmax's scale or the gain of the norm behind o. For q and k `foresight` knows the partner's weights alone: its
-    inputs are taken as white, at their measured mean square.
+    For Wanda that is the matrix's own output, for the others see `efx_jax.analysis.targets`. Masks do not depend on c:
+    scores take a root mean square over the G heads that share a key or value, where the costs add up, and ignore the
+    softmax's scale and the gain of the norm after o. For q and k `foresight` uses only the partner's weights: the
+    partner's inputs are taken as white, at their measured mean square.
 
     Args:
         view: the block.

@@ -1,4 +1,4 @@
-"""What a run's metrics.jsonl says along training."""
+"""The course of training, from a run's metrics.jsonl."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ QUANTITIES = {
     "sparsity": "zeros in the pruned matrices, %",
 }
 _SMOOTH = 40
-"""About so many windows of the moving mean fit into a run."""
+"""About how many windows of the moving mean fit into a run."""
 
 
 Values = tuple[float | None, ...]
@@ -23,8 +23,8 @@ Values = tuple[float | None, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """The logged steps of a run, ascending, and at each what the run has told of it; `loss` and `entropy` in nats,
-    None where a batch had no labels, `sparsity` a share."""
+    """The logged steps of a run, ascending, and the quantities logged at each; `loss` and `entropy` in nats (None if a
+    batch had no labels), `sparsity` as a share."""
 
     name: str
     steps: tuple[int, ...]
@@ -34,10 +34,10 @@ class Curve:
 
 
 def read_curve(folder: Path, name: str) -> Curve:
-    """Reads FOLDER/metrics.jsonl; lines that are not whole or name no step are left out.
+    """Reads FOLDER/metrics.jsonl; lines that are incomplete or have no step are left out.
 
     Raises:
-        InputError: no such file, or nothing of `QUANTITIES` in it.
+        InputError: the file does not exist, or has none of `QUANTITIES`.
     """
     path = folder / "metrics.jsonl"
     if not path.is_file():
@@ -63,14 +63,14 @@ def _number(value: object) -> float | None:
 
 
 def told(curve: Curve, quantity: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The steps at which a run has told a quantity of `QUANTITIES`, and its values there."""
+    """The steps at which a run has logged a quantity of `QUANTITIES`, and its values there."""
     pairs = zip(curve.steps, getattr(curve, quantity), strict=True)
     found = {step: value for step, value in pairs if value is not None}
     return tuple(found), tuple(found.values())
 
 
 def window_of(curves: Sequence[Curve]) -> int:
-    """Logged steps of the moving mean that makes curves of several runs readable: a fortieth of the longest."""
+    """Logged steps per window of the moving mean that makes several runs' curves readable: 1/40 of the longest run."""
     return max(1, max(len(curve.steps) for curve in curves) // _SMOOTH)
 
 

@@ -20,14 +20,14 @@ _ACTIVATIONS = ("foresight_gated", JOINT)
 
 
 def draw_score_errors(folder: Path, errors: Mapping[int, Sequence[ScoreError]]) -> None:
-    """Predicted over actual along training and of every layer, and how well the scores rank single entries.
+    """Predicted over actual along training and for every layer, and how well the scores rank single entries.
 
     Args:
         folder: where score_error_SCORE, score_error_SCORE_layers and score_rank_STEP go, as .png and .csv.
         errors: step -> what was measured.
 
     Raises:
-        InputError: matplotlib is not installed, or the place is not writable.
+        InputError: matplotlib is not installed, or the folder is not writable.
     """
     rows = {step: score_error.summarise(found) for step, found in errors.items()}
     for score in CRITERIA:
@@ -61,7 +61,7 @@ def draw_overlaps(folder: Path, overlaps: Mapping[int, Sequence[Overlap]]) -> No
         overlaps: step -> what was measured.
 
     Raises:
-        InputError: matplotlib is not installed, or the place is not writable.
+        InputError: matplotlib is not installed, or the folder is not writable.
     """
     rows = {step: mask_overlap.summarise(found) for step, found in overlaps.items()}
     last = rows[max(rows)]

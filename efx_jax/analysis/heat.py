@@ -47,7 +47,7 @@ def scale_legend(ends: tuple[float, float], name: str) -> Html:
 
 
 def colour_range(rows: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """What the lightest and the darkest colour stand for: 0 and 1 where all shares are alike, else twentieths."""
+    """What the lightest and darkest colours stand for: 0 and 1 if all shares are equal, else multiples of 1/20."""
     shares = [share for row in rows for share in row]
     low, high = min(shares), max(shares)
     if high - low < 0.005:
@@ -58,7 +58,8 @@ def colour_range(rows: Sequence[Sequence[float]]) -> tuple[float, float]:
 def shade(share: float) -> tuple[str, str]:
     """The colour of a share in [0, 1] and that of the number on it, black or white, whichever is easier to read.
 
-    Equal steps are steps of equal lightness of one hue, in OKLCH (Björn Ottosson, "A perceptual color space", 2020).
+    Equal steps of the share are equal steps in lightness of one hue, in OKLCH (Björn Ottosson, "A perceptual color
+    space", 2020).
     """
     lightness = 0.97 - 0.62 * min(1.0, max(0.0, share))
     chroma = 0.02 + 0.11 * math.sin(math.pi * min(1.0, max(0.0, share)) * 0.75)
@@ -85,7 +86,7 @@ def _range_text(ends: tuple[float, float]) -> str:
 
 
 def _linear_rgb(lightness: float, a: float, b: float) -> tuple[float, float, float]:
-    """Linear sRGB of a colour in OKLab."""
+    """Linear sRGB values of an OKLab colour."""
     long = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3
     medium = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3
     short = (lightness - 0.0894841775 * a - 1.2914855480 * b) ** 3

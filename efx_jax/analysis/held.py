@@ -1,4 +1,4 @@
-"""What the checkpoints of a run hold: adapters, masks, a base that events have moved."""
+"""What the checkpoints of a run hold: adapters, masks, and a base that events have changed."""
 
 import dataclasses
 import logging
@@ -20,7 +20,7 @@ from efx_jax.weights.peft import load_adapter
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What kind of checkpoint a step has: after how many events, under masks or not, with a base of its own or not."""
+    """The kind of checkpoint at a step: how many events came before it, whether it has masks, and its own base."""
 
     step: int
     events: int
@@ -29,7 +29,7 @@ class Checkpoint:
 
 
 def refuse_cut_units(run: Run) -> None:
-    """Refuses what entries' masks are looked for in.
+    """Refuses a run that cannot have masks of single entries.
 
     Raises:
         InputError: the run cuts out whole units.
@@ -39,10 +39,10 @@ def refuse_cut_units(run: Run) -> None:
 
 
 def refuse_permuted(*runs: Run) -> None:
-    """Refuses what is compared line by line with the base, or with another run.
+    """Refuses runs that cannot be compared row by row with the base or with another run.
 
     Raises:
-        InputError: a run whose events have brought its units into another order.
+        InputError: a run whose events have reordered its units.
     """
     for run in runs:
         if run.config.prune.permute and run.config.prune.sparsity:
@@ -53,10 +53,10 @@ def refuse_permuted(*runs: Run) -> None:
 
 
 def dense_steps(run: Run) -> tuple[int, ...]:
-    """The steps of the checkpoints that no prune event has come before, ascending.
+    """The steps of the checkpoints before any prune event, ascending.
 
     Raises:
-        InputError: every checkpoint holds masks or a base that an event has moved, or the run cuts out whole units.
+        InputError: every checkpoint holds masks or a base that an event has changed, or the run cuts out whole units.
     """
     refuse_cut_units(run)
     dense = tuple(step for step in held_steps(run) if not _pruned(run, step))
@@ -69,10 +69,10 @@ def dense_steps(run: Run) -> tuple[int, ...]:
 
 
 def choose_steps(run: Run, asked: tuple[int, ...]) -> tuple[int, ...]:
-    """The steps to look at: those asked for, else 0 (the base as it was) and every dense checkpoint.
+    """The steps to look at: the requested ones, else 0 (the original base) and every dense checkpoint.
 
     Raises:
-        InputError: a step without a checkpoint, or of a pruned one.
+        InputError: a step without a checkpoint, or with a pruned one.
     """
     dense = dense_steps(run)
     missing = [step for step in asked if step != 0 and step not in dense]
@@ -118,7 +118,7 @@ def run_adapters(run: Run, step: int) -> Adapters | None:
 
 
 def held_adapters(run: Run, step: int) -> Adapters:
-    """The adapters of a checkpoint as NumPy arrays, of step 0 too.
+    """The adapters of a checkpoint as NumPy arrays, including step 0.
 
     Raises:
         InputError: the checkpoint cannot be read.
@@ -131,7 +131,7 @@ def held_adapters(run: Run, step: int) -> Adapters:
 
 
 def run_masks(run: Run, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """The masks of a checkpoint, packed, uint8 `[L,O,ceil(I/8)]` (see `efx_jax.masks`); {} where there are none.
+    """The masks of a checkpoint, packed, uint8 `[L,O,ceil(I/8)]` (see `efx_jax.masks`); {} if there are none.
 
     Raises:
         InputError: the checkpoint cannot be read.
@@ -142,7 +142,7 @@ def run_masks(run: Run, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 
 
 def run_linears(run: Run, checkpoint: Checkpoint, names: Iterable[str] = LINEARS) -> dict[str, np.ndarray]:
-    """The base linears `[L,O,I]` that the events have rewritten, in their own dtype; {} where they stand as they were.
+    """The base linears `[L,O,I]` that the events have rewritten, in their own dtype; {} if they are unchanged.
 
     Raises:
         InputError: the checkpoint cannot be read.
@@ -153,7 +153,7 @@ def run_linears(run: Run, checkpoint: Checkpoint, names: Iterable[str] = LINEARS
 
 
 def before_event(run: Run, params: Mapping[str, Any], spec: ModelSpec) -> tuple[int, Adapters]:
-    """The latest step that no event has come before, and its adapters; at step 0 those that training begins with.
+    """The latest step before any event, and its adapters; at step 0 those that training begins with.
 
     Raises:
         InputError: a checkpoint cannot be read.
@@ -163,7 +163,7 @@ def before_event(run: Run, params: Mapping[str, Any], spec: ModelSpec) -> tuple[
     if adapters is None and run.config.lora.adapter:
         return step, load_adapter(run.config.lora.adapter, spec)
     if adapters is None:
-        # As the run drew them: the first of three keys (efx_jax.training.loop).
+        # Drawn as in the run: from the first of three keys (efx_jax.training.loop).
         key = jax.random.split(jax.random.key(run.config.seed), 3)[0]
         lora = run.config.lora
         adapters = init_lora(key, params, spec, lora.rank, lora.alpha, lora.targets, lora.rslora)
@@ -175,7 +175,7 @@ def _pruned(run: Run, step: int) -> bool:
 
 
 def _restore_arrays(run: Run, step: int, wanted: Any) -> Any:
-    """Some of a checkpoint's arrays, as NumPy's; `wanted` is their tree, with None in the place of each."""
+    """Some of a checkpoint's arrays as NumPy arrays; `wanted` is their tree, with None in place of each array."""
     item = jax.tree.map(lambda _: np.zeros(0, np.float32), wanted, is_leaf=lambda leaf: leaf is None)
     arguments = ocp.args.PyTreeRestore(
         item=item,
@@ -197,7 +197,7 @@ def _restore(run: Run, step: int, item: str, handler: Any, arguments: Any) -> An
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax warns of parts that a reader leaves alone on purpose."""
+    """Silences Orbax's warnings about parts of a checkpoint that are deliberately not read."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.ERROR)

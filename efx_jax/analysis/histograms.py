@@ -1,4 +1,4 @@
-"""Distributions, several in a panel and several panels in a figure, as PATH.png and PATH.csv."""
+"""Distributions, several per panel and several panels per figure, as PATH.png and PATH.csv."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ _ROW = 1.75  # inches
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """How much of `label` falls between each two neighbouring edges, as `Histogram.y_label` says."""
+    """How much of `label` falls between each pair of neighbouring edges, in the unit of `Histogram.y_label`."""
 
     label: str
     y: tuple[float, ...]
@@ -25,7 +25,7 @@ class Shares:
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """A value of x that the distributions are to be read against: a vertical line."""
+    """A reference value of x for the distributions: a vertical line."""
 
     label: str
     x: float
@@ -42,7 +42,7 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Histogram:
-    """Panels over the same `edges`, ascending; the same label has the same look in all."""
+    """Panels over the same `edges`, ascending; a label has the same style in all panels."""
 
     title: str
     x_label: str
@@ -59,8 +59,8 @@ def draw_histograms(path: Path, figure: Histogram) -> None:
         figure: what to draw.
 
     Raises:
-        InputError: matplotlib is not installed, the disk is full or the place is not writable.
-        ValueError: nothing to draw, a number that is not finite, or other than one between each two edges.
+        InputError: matplotlib is not installed, the disk is full or the folder is not writable.
+        ValueError: nothing to draw, a number that is not finite, or not exactly one number per pair of edges.
     """
     _check(figure)
     names = list(dict.fromkeys(shares.label for panel in figure.panels for shares in panel.series))

@@ -1,4 +1,4 @@
-"""Pieces of an HTML page. Text becomes `Html` in `text` and nowhere else, so that nothing goes in unescaped."""
+"""Pieces of an HTML page. Text becomes `Html` only in `text`, so that nothing goes in unescaped."""
 
 import html
 import re
@@ -6,24 +6,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NewType
 
 Html = NewType("Html", str)
-"""Markup that is whole and escaped."""
+"""Markup that is complete and escaped."""
 
 _VOID = ("meta", "circle", "line", "path", "polyline", "rect")
-# Control characters, those that turn the direction of what follows, halves of surrogate pairs and what is no character.
+# Control characters, including those for text direction, halves of surrogate pairs and noncharacters.
 _FORBIDDEN = re.compile(
     "[^\t\n -~\u00a0-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]"
 )
-_TITLE = 70  # what browsers and lists of results show
+_TITLE = 70  # characters that browsers and search results show
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def text(words: str) -> Html:
-    """Plain text as markup; what HTML cannot hold becomes a replacement character."""
+    """Plain text as markup; characters that HTML cannot contain become replacement characters."""
     return Html(html.escape(_FORBIDDEN.sub("\ufffd", words.replace("\r\n", "\n").replace("\r", "\n"))))
 
 
 def join(parts: Iterable[Html], between: str = "") -> Html:
-    """Markup one after the other, with plain text between."""
+    """Pieces of markup joined, with plain text between them."""
     return Html(text(between).join(parts))
 
 
@@ -32,7 +32,7 @@ def element(tag: str, content: Html | str = "", attributes: Mapping[str, str | f
 
     Args:
         tag: its name.
-        content: what is in it, as `text` or this function has made it.
+        content: its content, as made by `text` or this function.
         attributes: name -> plain text or number.
     """
     written = "".join(f' {name}="{text(_plain(value))}"' for name, value in (attributes or {}).items())
@@ -42,7 +42,7 @@ def element(tag: str, content: Html | str = "", attributes: Mapping[str, str | f
 
 
 def paragraph(words: str, look: str = "") -> Html:
-    """A paragraph of plain text, with a class or without."""
+    """A paragraph of plain text, optionally with a class."""
     return element("p", text(words), {"class": look} if look else {})
 
 
@@ -52,24 +52,24 @@ def code(lines: str) -> Html:
 
 
 def section(name: str, title: str, parts: Iterable[Html]) -> Html:
-    """A part of the page below a heading, to which `#name` leads."""
+    """A part of the page with a heading, linked as `#name`."""
     heading = element("h2", text(title), {"id": f"{name}-title"})
     return element("section", join([heading, *parts], "\n"), {"id": name, "aria-labelledby": f"{name}-title"})
 
 
 def fold(title: Html, parts: Iterable[Html]) -> Html:
-    """Something that is closed until a reader opens it."""
+    """Content that stays collapsed until a reader opens it."""
     return element("details", join([element("summary", title), *parts], "\n"))
 
 
 def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[Html]], numbers: bool = True) -> Html:
-    """A table that scrolls by itself where it is too wide for the page.
+    """A table that scrolls by itself if it is too wide for the page.
 
     Args:
         caption: what it shows.
         header: names of the columns.
-        rows: cells; the first one of a row names it.
-        numbers: whether the other cells are numbers, which stand to the right.
+        rows: cells; the first cell of a row names it.
+        numbers: whether the other cells are numbers, which are right-aligned.
     """
     top = join(element("th", text(name), {"scope": "col"}) for name in header)
     lines = [
@@ -87,7 +87,7 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[Html]], n
 
 
 def page(title: str, style: str, parts: Iterable[Html]) -> Html:
-    """A whole document that loads nothing, whatever is in it: its policy forbids scripts, frames and requests."""
+    """A whole document that loads nothing, whatever it contains: its policy forbids scripts, frames and requests."""
     head = [
         element("meta", attributes={"charset": "utf-8"}),
         element("meta", attributes={"name": "viewport", "content": "width=device-width, initial-scale=1"}),

@@ -1,4 +1,4 @@
-"""How much of their masks two scores share: appendix C of the paper asks it of ForeSight with and without SwiGLU."""
+"""How much the masks of two scores overlap, as appendix C of the paper asks for ForeSight with and without SwiGLU."""
 
 import dataclasses
 import functools
@@ -23,9 +23,9 @@ PAIRS = tuple(itertools.combinations(CRITERIA, 2))
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """Two masks of one matrix of so many entries, which keep equally many of them.
+    """Two masks of one matrix with `entries` entries, which keep equally many of them.
 
-    `kept` and `pruned`: the share of what one keeps (prunes) that the other keeps (prunes) too, None where that is
+    `kept` and `pruned`: the share of what one keeps (prunes) that the other keeps (prunes) too, None if that is
     nothing. `random_kept` and `random_pruned`: what two masks drawn at random would share on average.
     """
 
@@ -42,16 +42,16 @@ class Overlap:
 
 
 def mask_overlaps(model: Model, layers: Sequence[int], sparsity: float, bound: float) -> Iterator[Overlap]:
-    """The overlap of the masks of every two scores, for each matrix of some layers and each of `GROUPS`.
+    """The overlap of the masks of each pair of scores, for each matrix of some layers and each of `GROUPS`.
 
     Args:
         model: a model on a batch (`blocks.look_at`).
         layers: numbers of the layers.
         sparsity: share of zeros in [0, 1).
-        bound: of the group "bounded".
+        bound: the bound of the group "bounded".
 
     Raises:
-        InputError: a sparsity that does not fit.
+        InputError: a sparsity that does not fit the matrices.
     """
     for layer, view in walk(model, layers):
         scores = criteria_scores(view, model.spec)
@@ -63,10 +63,10 @@ def mask_overlaps(model: Model, layers: Sequence[int], sparsity: float, bound: f
 
 
 def overlap(first: Array, second: Array) -> tuple[float | None, float | None, float, float]:
-    """Shares in common of two masks `[O,I]`, True = kept: kept, pruned, and both as of two random masks.
+    """Shares in common of two masks `[O,I]`, True = kept: kept, pruned, and the same two for random masks.
 
-    A share is of the first mask's entries; of an entry that the first keeps, a random mask of the second's size keeps
-    its own density. (Exact groups keep equally many, and then the shares are those of either mask.)
+    Shares are of the first mask's entries; a random mask of the second's size keeps a fraction of them equal to its own
+    density. (Exact groups keep equally many entries, so the shares are then the same for either mask.)
     """
     both, neither, kept_first, kept_second = (int(count) for count in np.asarray(_counts(first, second)))
     size = first.size
@@ -80,7 +80,7 @@ def overlap(first: Array, second: Array) -> tuple[float | None, float | None, fl
 
 
 def summarise(overlaps: Sequence[Overlap]) -> list[dict[str, Any]]:
-    """A row per group, pair and matrix kind, as JSON can hold them: means over layers; "all": over all entries."""
+    """A JSON-serialisable row per group, pair and matrix kind: means over layers; "all": over all entries."""
     rows = []
     for group, (first, second), matrix in itertools.product(GROUPS, PAIRS, (*LINEARS, "all")):
         found = [
@@ -107,5 +107,5 @@ def _masks(scores: Mapping[str, Array], sparsity: float, group: str, bound: floa
 
 @jax.jit
 def _counts(first: Array, second: Array) -> Array:
-    """Entries that both keep, that both prune, that the first keeps, that the second keeps; int32 `[4]`."""
+    """Counts of entries that both keep, that both prune, that the first keeps, that the second keeps; int32 `[4]`."""
     return jnp.stack([jnp.sum(each, dtype=jnp.int32) for each in (first & second, ~(first | second), first, second)])

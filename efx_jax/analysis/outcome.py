@@ -1,4 +1,4 @@
-"""What a finished run has made of its base, as a bundle keeps it."""
+"""What a finished run has made of its base, in the form that a bundle stores."""
 
 import dataclasses
 from pathlib import Path
@@ -14,10 +14,10 @@ from efx_jax.weights.sparsity import Asked, pattern_of
 
 
 def run_outcome(folder: Path) -> Outcome:
-    """What a finished run has exported, from its checkpoint of that step.
+    """What a finished run has exported, from its checkpoint at that step.
 
     Raises:
-        InputError: no run, not finished, cut into whole units (ATP), or its checkpoint is gone or damaged.
+        InputError: not a run, not finished, whole units cut out (ATP), or the checkpoint is missing or damaged.
     """
     run = open_run(folder)
     config = run.config

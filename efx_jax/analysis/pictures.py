@@ -1,4 +1,4 @@
-"""Figures of records that have a layer and a matrix: by kind, along the layers, and as a heat map of both."""
+"""Figures of records that have a layer and a matrix: by matrix kind, by layer, and as a heat map of both."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def layers(records: Iterable[Any]) -> list[int]:
 
 
 def layer_map(records: Sequence[Any], value: Value, title: str, value_label: str) -> HeatMap:
-    """A row per kind of matrix, a column per layer; of several records of one place the mean."""
+    """A row per kind of matrix, a column per layer; several records of one place are averaged."""
     rows, columns = kinds(records), layers(records)
     return HeatMap(
         title=title,
@@ -41,7 +41,7 @@ def layer_map(records: Sequence[Any], value: Value, title: str, value_label: str
 
 
 def kind_series(records: Sequence[Any], value: Value, label: str, ends: bool = False) -> Series:
-    """The mean over layers of each kind of matrix, with the least and the most layer as the ends where asked for."""
+    """The mean over layers of each kind of matrix; with `ends`, the error bars show the lowest and highest layer."""
     by_kind = {kind: _present(value(each) for each in records if each.matrix == kind) for kind in kinds(records)}
     found = [(kind, values) for kind, values in by_kind.items() if values]
     return Series(
@@ -64,7 +64,7 @@ def layer_series(records: Sequence[Any], value: Value, label: str) -> Series:
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of what there is."""
+    """The mean of the values that are not None."""
     found = _present(values)
     return sum(found) / len(found) if found else None
 

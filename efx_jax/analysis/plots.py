@@ -28,17 +28,17 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 _HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "oooo")
 _FEW = 8
-"""So many different values of x each have their own mark on the axis, and a longer line about as many marks."""
+"""Up to this many distinct values of x each get their own tick; a longer line gets about this many markers."""
 
 Place = float | str
-"""Where a value stands: a number, or the name of a group."""
+"""The position of a value on the x axis: a number, or the name of a group."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
     """Values under one name; `low` and `high` are the ends of their error bars, in the unit of y, or None.
 
-    In `draw_points` a place may come again with another value.
+    In `draw_points` a place may occur again with another value.
     """
 
     label: str
@@ -50,7 +50,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """A value that has no place on the x axis, such as the dense model's: a horizontal line, and a band around it."""
+    """A value without a place on the x axis, such as the dense model's: a horizontal line, and a band around it."""
 
     label: str
     y: float
@@ -62,7 +62,7 @@ class Level:
 class Figure:
     """Series and levels over one pair of axes; the labels name what is drawn and its unit.
 
-    `places` is the order of places that are no numbers; without it they stand as they come. An axis of x whose numbers
+    `places` is the order of places that are not numbers; without it they appear as encountered. An x axis whose numbers
     span more than a decade is logarithmic, unless `is_linear`.
     """
 
@@ -77,7 +77,7 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class HeatMap:
-    """`values[row][column]`, each a coloured field; None where there is none."""
+    """`values[row][column]`, each drawn as a coloured cell; None for an empty cell."""
 
     title: str
     x_label: str
@@ -89,26 +89,26 @@ class HeatMap:
 
 
 def draw_lines(path: Path, figure: Figure) -> None:
-    """A line with marks per series; places that are no numbers stand side by side.
+    """A line with markers per series; places that are not numbers are put side by side.
 
     Args:
         path: without a suffix.
         figure: what to draw.
 
     Raises:
-        InputError: matplotlib is not installed, the disk is full or the place is not writable.
-        ValueError: nothing to draw, lengths that differ, a number that is not finite.
+        InputError: matplotlib is not installed, the disk is full or the folder is not writable.
+        ValueError: nothing to draw, lengths that differ, or a number that is not finite.
     """
     _draw(path, figure, _draw_lines)
 
 
 def draw_bars(path: Path, figure: Figure) -> None:
-    """A group of bars per place, one bar in it per series; arguments and errors as in `draw_lines`."""
+    """A group of bars per place, with one bar per series; arguments and errors as in `draw_lines`."""
     _draw(path, figure, _draw_bars)
 
 
 def draw_points(path: Path, figure: Figure) -> None:
-    """Single values side by side at each place, and a stroke at their median; arguments and errors as in `draw_lines`.
+    """Single values side by side at each place, and a line at their median; arguments and errors as in `draw_lines`.
 
     Meant for many seeds of the same thing.
     """
@@ -116,15 +116,15 @@ def draw_points(path: Path, figure: Figure) -> None:
 
 
 def draw_heat_map(path: Path, heat: HeatMap) -> None:
-    """A field per row and column, with its value in it where there is room; colours are logarithmic over a decade.
+    """A cell per row and column, showing its value if there is room; colours are logarithmic beyond a decade.
 
     Args:
         path: without a suffix.
         heat: what to draw.
 
     Raises:
-        InputError: matplotlib is not installed, the disk is full or the place is not writable.
-        ValueError: no value, one that is not finite, or other than one per row and column.
+        InputError: matplotlib is not installed, the disk is full or the folder is not writable.
+        ValueError: no value, one that is not finite, or not exactly one per row and column.
     """
     if len(heat.values) != len(heat.rows) or any(len(row) != len(heat.columns) for row in heat.values):
         raise ValueError(f"{heat.title}: expected {len(heat.rows)} rows of {len(heat.columns)} values")
@@ -165,7 +165,7 @@ def _draw(path: Path, figure: Figure, draw: Callable[["Axes", Figure], None]) ->
         axes.axhline(level.y, color="0.35", linestyle=style, linewidth=1.5, label=legend_name(level.label))
         if level.low is not None and level.high is not None:
             axes.axhspan(level.low, level.high, color="0.35", alpha=0.12, linewidth=0)
-    # The ends of an error bar may lie below 0 where no value does.
+    # The ends of an error bar may be below 0 even if no value is.
     if is_wide(row[2] for row in _rows(figure)):
         make_logarithmic(axes.yaxis, axes.set_yscale)
     axes.grid(axis="y", color="0.88", linewidth=0.8)
@@ -180,7 +180,7 @@ def _draw_lines(axes: "Axes", figure: Figure) -> None:
     is_named = len(numbers) < len(places)
     for number, series in enumerate(figure.series):
         x = [places.index(place) if is_named else place for place in series.x]
-        # A long curve shows its marks here and there, at other places than the others.
+        # A long curve shows only some of its markers, at different places than the other curves.
         every = max(1, len(x) // _FEW)
         style = _line_style(number) | {"markevery": (number % every, every)}
         axes.errorbar(x, series.y, yerr=_errors(series), label=legend_name(series.label), **style)
@@ -242,7 +242,7 @@ def _check(figure: Figure) -> None:
 
 
 def _rows(figure: Figure) -> Iterator[tuple[str, Place | None, float, float | None, float | None]]:
-    """All that is drawn: label, x, y, low, high; a level has no x."""
+    """Everything that is drawn: label, x, y, low, high; a level has no x."""
     for series in figure.series:
         for place, (x, y) in enumerate(zip(series.x, series.y, strict=True)):
             if series.low is None or series.high is None:
@@ -258,14 +258,14 @@ def _place_text(place: Place) -> str:
 
 
 def places_of(figure: Figure) -> list[Place]:
-    """The places that any series has, those of `figure.places` first and in their order."""
+    """The places that any series has: first those of `figure.places`, in that order."""
     found = dict.fromkeys(place for series in figure.series for place in series.x)
     ordered = [place for place in figure.places if place in found]
     return [*ordered, *(place for place in found if place not in ordered)]
 
 
 def _errors(series: Series) -> list[list[float]] | None:
-    """Lengths of the error bars, below and above; an interval of resamples need not hold its value."""
+    """Lengths of the error bars, below and above; a bootstrap interval need not contain its value."""
     if series.low is None or series.high is None:
         return None
     below = [max(0.0, y - low) for y, low in zip(series.y, series.low, strict=True)]
@@ -277,7 +277,7 @@ def _median(series: Series, place: Place) -> float:
 
 
 def _spread_out(x: Sequence[float], width: float) -> list[float]:
-    """Each value of equal x a bit further to the right, in the order given, within `width` around it."""
+    """Spreads equal values of x from left to right, in the given order, within `width` around them."""
     counts = {value: x.count(value) for value in x}
     seen = dict.fromkeys(counts, 0)
     moved = []

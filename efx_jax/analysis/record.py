@@ -1,4 +1,4 @@
-"""What a finished run has left on disk, without its weights: settings, summary, metrics, evaluations and samples."""
+"""What a finished run has left on disk, except its weights: settings, summary, metrics, evaluations and samples."""
 
 import dataclasses
 import json
@@ -27,12 +27,12 @@ _SUMMARY = (
 )
 
 HELD_OUT = "held-out rows"
-"""The task of samples.jsonl that is none: prompts of held-out rows, in a run that scores no task."""
+"""The task name in samples.jsonl that is not a task: prompts of held-out rows, in a run that scores no task."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """A run's files, read: `metrics`, `evaluations` and `samples` are lists of lines, empty where there is no file."""
+    """The contents of a run's files: `metrics`, `evaluations` and `samples` are lists of lines, empty if no file."""
 
     folder: Path
     config: Config
@@ -46,7 +46,7 @@ def read_record(folder: Path) -> RunRecord:
     """Reads a finished run.
 
     Raises:
-        InputError: no run, one that is not finished, or a file that is damaged.
+        InputError: not a run, one that is not finished, or a damaged file.
     """
     settings, summary = folder / "config.yaml", folder / "summary.json"
     if not settings.is_file():
@@ -66,13 +66,13 @@ def read_record(folder: Path) -> RunRecord:
 def _lines(path: Path, names: Sequence[str]) -> list[Row]:
     if not path.is_file():
         return []
-    # Not splitlines: a prompt may hold other line breaks, which JSON leaves as they are.
+    # Not splitlines: a prompt may contain other line breaks, which JSON does not escape.
     lines = read_text(path).split("\n")
     return [_parsed(line, f"{path}:{number}", names) for number, line in enumerate(lines, start=1) if line]
 
 
 def _parsed(text: str, where: str, names: Sequence[str]) -> Row:
-    """An object that has these names; what is no finite number in it is None, as `log.append_row` writes it."""
+    """An object that has these names; numbers that are not finite are None, as `log.append_row` writes them."""
     try:
         found = json.loads(text, parse_constant=lambda _: None)
     except ValueError as error:

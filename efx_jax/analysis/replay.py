@@ -1,8 +1,8 @@
-"""A run's prune event done once more, on a model before it: its scores around the threshold, and what recovery repairs.
+"""A run's prune event replayed on the model before it: its scores around the threshold, and what recovery repairs.
 
-A run keeps what an event leaves, not what it saw. Its criterion, group, sparsity and recovery are all settings, so the
-same functions on the same model, with rows of the same data, do again what the event did; of several events the
-first is done again, on the model before it, with its recovery and the sparsity of the run, without earlier masks.
+A run keeps the result of an event, not its inputs. Its criterion, group, sparsity and recovery are all settings, so the
+same functions on the same model, with rows of the same data, repeat what the event did. If there are several events,
+the first is replayed, on the model before it, with its recovery and the run's full sparsity, without earlier masks.
 """
 
 import dataclasses
@@ -30,18 +30,18 @@ from efx_jax.pruning.selection import drop_by_counts
 from efx_jax.pruning.statistics import INPUT_OF, Statistics, block_statistics
 
 Array = jax.Array
-_GRADIENT_ROWS = 4  # sequences whose logits exist at a time
+_GRADIENT_ROWS = 4  # sequences whose logits are in memory at once
 EDGES = tuple(float(edge) for edge in np.linspace(-3, 2, 51))
-"""Of `ScoreSpread`'s bins, in powers of ten."""
+"""Edges of `ScoreSpread`'s bins, as powers of ten."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Repair:
     """One matrix after the event, on rows that the event has not seen.
 
-    `error_masked`, `error_recovered`: norm of the change of its output, over that of the output, when the mask is all
-    that happens, and with the recovery. `moved`: share of the kept entries that the recovery moves by more than a tenth
-    of what they were. `move_norm`: norm of their move over theirs.
+    `error_masked`, `error_recovered`: norm of the change of its output, relative to that of the output, with the mask
+    alone and with the recovery. `moved`: share of the kept entries that the recovery changes by more than a tenth of
+    their value. `move_norm`: norm of the change of the kept entries, relative to their norm.
     """
 
     layer: int
@@ -56,10 +56,10 @@ class Repair:
 class ScoreSpread:
     """The scores of one matrix, counted in the bins of `EDGES`: log10 of score over threshold.
 
-    `threshold`: the score that the share of the entries which the event prunes lies below, over the whole matrix; bins
-    at the ends hold what lies beyond, scores of 0 too. `kept`, `pruned`: entries by what the group decides, `[50]`.
+    `threshold`: the score below which lie as many entries of the whole matrix as the event prunes; the end bins include
+    everything beyond them, also scores of 0. `kept`, `pruned`: counts of entries, as the group decides, `[50]`.
     `across`: share of all entries that a comparison over the whole matrix would decide the other way: some are pruned
-    above the threshold, as many kept below it.
+    above the threshold, and as many kept below it.
     """
 
     layer: int
@@ -71,7 +71,7 @@ class ScoreSpread:
 
 
 def event_settings(config: PruneConfig) -> PruneConfig:
-    """The settings of one event by itself, at the run's full sparsity.
+    """The settings of a single event at the run's full sparsity.
 
     Raises:
         InputError: a dense run, or a criterion that cannot be replayed on a few rows.
@@ -94,18 +94,18 @@ def replay_recovery(
     layers: Sequence[int],
     config: PruneConfig,
 ) -> Iterator[Repair]:
-    """Prunes some layers by the run's event, calibrated on `seen`, and measures their outputs on `unseen`.
+    """Prunes some layers as the run's event does, calibrated on `seen`, and measures their outputs on `unseen`.
 
     Args:
         params: parameter tree before the event.
-        adapters: adapters before the event; `pbs` and `gram_pbs` move them.
+        adapters: adapters before the event; `pbs` and `gram_pbs` change them.
         seen: this model on calibration rows (`blocks.look_at`).
-        unseen: the same on other rows.
+        unseen: this model on other rows.
         layers: numbers of the layers.
         config: the run's settings.
 
     Raises:
-        InputError: as `event_settings`, or whatever the event itself refuses.
+        InputError: as in `event_settings`, or any error of the event itself.
     """
     config = event_settings(config)
     plan = _plan(params, adapters, seen, config)
@@ -142,12 +142,12 @@ def score_spreads(
         config: the run's settings.
 
     Raises:
-        InputError: as `event_settings`; SparseGPT, which scores columns one after the other as it moves them.
+        InputError: as in `event_settings`; SparseGPT, which scores columns one by one while it updates them.
     """
     config = event_settings(config)
     if config.score == "sparsegpt":
         raise InputError("prune.score sparsegpt: has no scores of a matrix as it stands, it moves the weights between")
-    # The recovery has no part in the scores, and some need adapters.
+    # The recovery does not affect the scores, and some recoveries need adapters.
     plan = _plan(params, adapters, model, without_recovery(config))
     for layer, view in walk(model, layers):
         before, _ = block_before(plan, layer)
@@ -186,7 +186,7 @@ def _plan(params: Mapping[str, Any], adapters: Adapters | None, model: Model, co
 
 @jax.jit
 def _norms(x: Array, real: Array, *weights: Array) -> list[Array]:
-    """Norm over real tokens of the output of each weight `[O,I]` on x `[B,T,I]`."""
+    """Norm, over real tokens, of the output of each weight `[O,I]` on x `[B,T,I]`."""
     x = x * real[..., None]
     return [jnp.linalg.norm(jnp.einsum("bti,oi->bto", x, weight, precision="highest")) for weight in weights]
 
@@ -202,12 +202,12 @@ def _repair(view: BlockView, matrix: str, whole: Array, mask: Array, repaired: A
 def _spread(layer: int, matrix: str, score: np.ndarray, dropped: np.ndarray) -> ScoreSpread:
     count = int(dropped.sum())
     threshold = float(np.partition(score, count, axis=None)[count])
-    # Of a threshold of 0 everything else is infinitely far above it.
+    # If the threshold is 0, every other score is infinitely far above it.
     with np.errstate(divide="ignore"):
         ratios = np.log10(score / threshold) if threshold else np.where(score > 0, np.inf, -np.inf)
     places = np.clip(ratios, EDGES[0], np.nextafter(EDGES[-1], 0))
     kept, pruned = (np.histogram(places[chosen], EDGES)[0] for chosen in (~dropped, dropped))
-    # Either way as many are pruned, and of those at the threshold either may be: whatever is more has its counterpart.
+    # Both ways prune equally many, and ties at the threshold may go either way: the larger count has its counterpart.
     other_way = 2 * max(np.sum(dropped & (score > threshold)), np.sum(~dropped & (score < threshold)))
     across = float(other_way / score.size)
     return ScoreSpread(layer, matrix, threshold, tuple(map(int, kept)), tuple(map(int, pruned)), across)

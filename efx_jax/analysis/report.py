@@ -28,7 +28,7 @@ _CONTENTS = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns its exit code: 2 for bad input, told in one line on stderr."""
+    """Runs the command and returns its exit code: 2 for bad input, reported in one line on stderr."""
     parser = OneLineParser(prog="python -m efx_jax.analysis.report", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that train.py has finished")
     arguments = parser.parse_args(argv)
@@ -42,13 +42,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def write_report(folder: Path) -> Path:
-    """Writes report.html into the folder of a finished run, from what it has left on disk; needs no model.
+    """Writes report.html into the folder of a finished run, from the files it has left there; needs no model.
 
     Returns:
         The file.
 
     Raises:
-        InputError: no finished run, a damaged file, or a place that is not writable.
+        InputError: not a finished run, a damaged file, or a folder that is not writable.
     """
     path = folder / NAME
     atomic_write(path, report_page(read_record(folder)))

@@ -19,7 +19,7 @@ _SMOOTH_FROM, _TABLE_ROWS = 40, 20
 
 
 def curves(record: RunRecord) -> Html:
-    """Metrics and evaluations by step, with the events, and their numbers in a table."""
+    """Metrics and evaluations by step, with the prune events, and the numbers in a table."""
     rows = record.metrics
     if not rows:
         told = "Nothing was trained: the model was pruned as it is." if not record.summary["steps"] else "No metrics."
@@ -72,7 +72,7 @@ def _curve(rows: Sequence[Row], name: str, title: str, events: tuple[int, ...]) 
     known = [value for _, value in points]
     lines = [Line(name, steps, values, is_stepped=name == "sparsity")]
     if name in _JITTERY and len(rows) >= _SMOOTH_FROM:
-        # As many before a step as after it, and itself.
+        # An odd number: as many steps before a step as after it, and the step itself.
         width = max(3, len(rows) // 20) | 1
         smooth, meant = _running_mean(values, width), f"mean of {width} logged steps"
         lines = [Line(name, steps, values, is_thin=True), Line(f"{name}, {meant}", steps, smooth)]
@@ -95,7 +95,7 @@ def _evaluation(rows: Sequence[Row], name: str, at: int, events: tuple[int, ...]
 
 
 def _told(title: str, points: Sequence[tuple[int, float]]) -> str:
-    """A curve in words: its first and its last point."""
+    """A curve in words: its first and last points."""
     (first, start), (last, end) = points[0], points[-1]
     return f"{title}: {start:.4g} at step {first:,}, {end:.4g} at step {last:,}."
 
@@ -105,7 +105,7 @@ def _figure(title: str, drawing: Html) -> Html:
 
 
 def _numbers(rows: Sequence[Row]) -> Html:
-    """Evenly spaced lines of metrics.jsonl, for those who would rather read numbers."""
+    """Evenly spaced lines of metrics.jsonl, for readers who prefer numbers."""
     count = min(_TABLE_ROWS, len(rows))
     places = sorted({round(at * (len(rows) - 1) / max(1, count - 1)) for at in range(count)})
     names = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "step"]
@@ -124,7 +124,7 @@ def _events_text(events: Sequence[int]) -> str:
 
 
 def _running_mean(values: Sequence[Any], width: int) -> list[float | None]:
-    """The mean of so many values, an odd number, around each, as far as there are any."""
+    """The mean of the `width` values (an odd number) around each value, or of those that exist."""
     means: list[float | None] = []
     for at in range(len(values)):
         around = [v for v in values[max(0, at - width // 2) : at + width // 2 + 1] if v is not None]

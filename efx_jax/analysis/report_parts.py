@@ -30,7 +30,7 @@ Answer = Mapping[str, Any]
 
 
 def asked(record: RunRecord) -> Html:
-    """What the run was told to do."""
+    """The settings that the run was given."""
     config, summary = record.config, record.summary
     facts = [
         ("base model", f"{base_name(config)} ({config.model.path})"),
@@ -69,7 +69,7 @@ def results(record: RunRecord) -> Html:
 
 
 def headline(record: RunRecord) -> Html:
-    """What became of the main figures, from the dense model to the expert, in one line."""
+    """How the main metrics changed from the dense model to the expert, in one line."""
     found = record.summary["results"]
     before, after = dense(found), expert(found)
     told = []
@@ -102,7 +102,7 @@ def resources(record: RunRecord) -> Html:
 
 
 def samples(record: RunRecord) -> Html:
-    """Answers of the dense and of the exported model beside the gold answer."""
+    """Answers of the dense and of the exported model next to the gold answer."""
     title = "Sample answers"
     models = _answering(record)
     shown = [sample for sample in record.samples if any(model in sample["answers"] for model in models)]
@@ -137,7 +137,7 @@ def loading(record: RunRecord) -> Html:
         f"params, spec = efx_jax.load_pretrained({folder!r})\n"
         f"tokenizer = efx_jax.load_tokenizer({folder!r})"
     )
-    # A run on rows of its own has nothing that this command could go on with.
+    # Without test rows or text, there is nothing that the evaluation command could measure by default.
     has_own = record.summary["data"]["test"] or text_name(record.config, record.summary)
     score = f"python -m efx_jax.evaluation {shlex.quote(str(record.folder))}{'' if has_own else ' --tasks FILE'}"
     told = "Score it again, or on other --tasks and --text:" if has_own else "Score it on rows of your own:"
@@ -150,7 +150,7 @@ def loading(record: RunRecord) -> Html:
 
 
 def origin(record: RunRecord) -> Html:
-    """The command and the versions that made it."""
+    """The command and the versions that produced the run."""
     summary = record.summary
     again = f"python train.py --config {shlex.quote(str(record.folder / 'config.yaml'))} --output NEW"
     parts = [
@@ -162,7 +162,7 @@ def origin(record: RunRecord) -> Html:
 
 
 def limits(record: RunRecord) -> Html:
-    """What it does not do."""
+    """What the exported model does not do."""
     told = (element("li", text(limit)) for limit in known_limits(record.config, record.summary))
     return section("limits", "Limits", [element("ul", join(told, "\n"))])
 
@@ -173,7 +173,7 @@ def _facts(facts: Sequence[tuple[str, str]]) -> Html:
 
 
 def _result_table(task: str, caption: str, rows: Sequence[Measured], models: Sequence[str]) -> Html:
-    """A row per model, a column per metric, and the best constant answer where there is one."""
+    """A row per model, a column per metric, and the best constant answer if there is one."""
     lines = [
         [text(model), *(_value(row, model) for row in rows)]
         for model in models
@@ -208,7 +208,7 @@ def _duration(seconds: float) -> str:
 
 
 def _answering(record: RunRecord) -> list[str]:
-    """The dense model and the exported one, of those whose answers were kept."""
+    """The dense and the exported model, among those whose answers were saved."""
     names = {name: None for sample in record.samples for name in sample["answers"]}
     return list(dict.fromkeys([dense(names), expert(names)])) if names else []
 
@@ -238,7 +238,7 @@ def _answer(who: str, words: str, verdict: str) -> Html:
 
 
 def _verdict(answer: Answer, gold: str) -> str:
-    """Right or wrong in words and signs, never by colour; how clear the choice was; how close a text is."""
+    """Right or wrong in words and symbols, never by colour alone; how clear the choice was; how close a text is."""
     if "prediction" in answer:
         read = answer["prediction"]
         told = "? unreadable" if read is None else "✓ right" if read == gold else "✗ wrong"

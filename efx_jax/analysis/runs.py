@@ -1,4 +1,4 @@
-"""Reading a run: its settings, the steps of its checkpoints, its base, its export, and rows that it was trained on."""
+"""Reading a run: its settings, the steps of its checkpoints, its base, its export, and its training rows."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -14,12 +14,12 @@ from efx_jax.errors import InputError
 from efx_jax.model.spec import ModelSpec
 from efx_jax.weights.hf import load_pretrained, load_tokenizer
 
-_MULTIPLE = 32  # what calibration_batches rounds lengths up to
+_MULTIPLE = 32  # calibration_batches rounds lengths up to a multiple of this
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A folder that `train.py` has written: its settings, and the steps of which it holds a checkpoint, ascending.
+    """A folder that `train.py` has written: its settings, and the steps for which it has a checkpoint, ascending.
 
     `kind` is the folder of those checkpoints: "checkpoints", or "best" for that of `eval.best`.
     """
@@ -36,7 +36,7 @@ class Run:
 
 
 def open_run(folder: Path) -> Run:
-    """Reads what a run is; no array yet.
+    """Reads a run's settings and checkpoint steps, but no arrays yet.
 
     Raises:
         InputError: not a run, or settings that this version does not know.
@@ -62,10 +62,10 @@ def held_steps(run: Run) -> tuple[int, ...]:
 
 
 def choose_step(run: Run, asked: tuple[int, ...]) -> int:
-    """The step to look at where only one is: the last of those asked for, else the run's last checkpoint.
+    """The step to look at if only one is needed: the last requested one, else the run's last checkpoint.
 
     Raises:
-        InputError: no checkpoint, or none of that step.
+        InputError: no checkpoint, or none at that step.
     """
     held = held_steps(run)
     step = max(asked, default=held[-1])
@@ -77,10 +77,10 @@ def choose_step(run: Run, asked: tuple[int, ...]) -> int:
 
 
 def open_shipped(folder: Path) -> Run:
-    """The run with the one checkpoint whose model it exports: its best, where `eval.best` has found one, or its last.
+    """The run with only the checkpoint whose model it exports: its best, if `eval.best` has found one, or its last.
 
     Raises:
-        InputError: as `open_run`.
+        InputError: as in `open_run`.
     """
     run = open_run(folder)
     best = _steps(folder / "best") if run.config.eval.best else ()
@@ -90,10 +90,10 @@ def open_shipped(folder: Path) -> Run:
 
 
 def load_export(run: Run) -> dict[str, Any]:
-    """The stacked weights of what the run exported, name -> `[L,...]`, each in its own dtype.
+    """The stacked weights of the run's export, name -> `[L,...]`, each in its own dtype.
 
     Raises:
-        InputError: the run has not come to its end.
+        InputError: the run is not finished.
     """
     folder = run.folder / "export"
     if not (folder / "config.json").is_file():
@@ -102,8 +102,8 @@ def load_export(run: Run) -> dict[str, Any]:
 
 
 def load_base(run: Run) -> tuple[dict[str, Any], ModelSpec]:
-    """The model that the run started from, in the dtype that it was trained in: what rounding to it has changed is none
-    of the run's doing."""
+    """The model that the run started from, in the dtype that it was trained in, since changes from rounding to that
+    dtype are not the run's doing."""
     model = run.config.model
     return load_pretrained(model.path, None if model.dtype == "keep" else model.dtype)
 
@@ -114,8 +114,8 @@ def training_rows(run: Run, spec: ModelSpec, rows: int, length: int) -> Batch:
     Args:
         run: the run.
         spec: the model.
-        rows: sequences drawn by the run's seed, all where there are fewer.
-        length: most tokens of each.
+        rows: number of sequences, drawn with the run's seed; all if there are fewer.
+        length: maximum tokens of each.
 
     Returns:
         `tokens` int32 [B,T] and `lengths` int32 [B].
@@ -135,7 +135,7 @@ def training_rows(run: Run, spec: ModelSpec, rows: int, length: int) -> Batch:
 
 
 def split_rows(batch: Batch) -> tuple[Batch, Batch]:
-    """Two batches of every other row, which are about equally long.
+    """Two batches, each of every other row, with similar lengths.
 
     Raises:
         InputError: a single row.
@@ -146,17 +146,17 @@ def split_rows(batch: Batch) -> tuple[Batch, Batch]:
 
 
 def first_and_last(steps: Iterable[int]) -> list[int]:
-    """The two ends of some steps, or the only one."""
+    """The first and last of some steps, or the only one."""
     found = sorted(steps)
     return sorted({found[0], found[-1]})
 
 
 def _steps(folder: Path) -> tuple[int, ...]:
-    # A checkpoint that is not whole has a name with a suffix.
+    # An incomplete checkpoint has a name with a suffix.
     names = [entry.name for entry in folder.glob("*") if (entry / "state").is_dir()]
     return tuple(sorted(int(name) for name in names if name.isdigit()))
 
 
 def listed(steps: tuple[int, ...]) -> str:
-    """Steps as they stand in a message."""
+    """Steps as text for a message."""
     return ", ".join(map(str, steps))

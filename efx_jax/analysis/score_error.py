@@ -1,8 +1,8 @@
-"""What a score says that pruning a matrix costs (the paper's eq. 2), against what it costs, one matrix at a time.
+"""The cost of pruning a matrix as a score predicts it (the paper's eq. 2), against the actual cost, matrix by matrix.
 
-Predicted is the sum of squared scores over the entries that go, in the unit of `criteria.prediction_units`: eq. 2 for
-each entry, and no cross terms between them. Actual is the squared change of the same quantity, by the model's own
-arithmetic (`targets`): of Wanda the matrix's own output, of the others what that output leads to.
+Predicted is the sum of squared scores over the removed entries, in the unit of `criteria.prediction_units`: eq. 2 for
+each entry, without cross terms between them. Actual is the squared change of the same quantity, by the model's own
+arithmetic (`targets`): for Wanda the matrix's own output, for the others what that output leads to.
 """
 
 import dataclasses
@@ -35,12 +35,12 @@ class Pruning:
 
 @dataclasses.dataclass(frozen=True)
 class ScoreError:
-    """One matrix of one layer pruned by one score, all others whole.
+    """One matrix of one layer pruned by one score, with all others dense.
 
     `predicted` and `actual`: squared change of the score's own quantity. `target`: that of what the matrix leads to,
     under the same mask, also for Wanda. `entry_ratio`: median over single entries of predicted over actual.
     `entry_rank`: over the same entries, Spearman's correlation of the squared score with the squared change of the
-    target. `nll`: by how much the mean nll grows, nats a token, or None where it was not measured.
+    target. `nll`: the increase of the mean nll in nats per token, or None if it was not measured.
     """
 
     layer: int
@@ -55,7 +55,7 @@ class ScoreError:
 
     @property
     def ratio(self) -> float | None:
-        """Predicted over actual, None where nothing changed."""
+        """Predicted over actual; None if nothing changed."""
         return self.predicted / self.actual if self.actual > 0 else None
 
 
@@ -74,8 +74,8 @@ def score_errors(
         layers: numbers of the layers.
         pruning: sparsity and group.
         entries: single entries of each matrix that are removed one by one, drawn uniformly; 0: none.
-        loss_rows: rows of the batch over which the loss is measured; 0: not at all.
-        seed: draws the entries, the same ones whatever the model's weights.
+        loss_rows: rows of the batch over which the loss is measured; 0: it is not measured.
+        seed: seed for the entries, which do not depend on the model's weights.
 
     Raises:
         InputError: a sparsity or group that does not fit.
@@ -108,7 +108,7 @@ def score_errors(
 
 
 def spearman(first: npt.ArrayLike, second: npt.ArrayLike) -> float | None:
-    """Spearman's rank correlation, equal values sharing their mean rank; None where one side does not vary."""
+    """Spearman's rank correlation, with tied values sharing their mean rank; None if one side does not vary."""
     one, other = (_ranks(np.asarray(values, np.float64)) for values in (first, second))
     if any(len(rank) < 2 or np.ptp(rank) == 0 for rank in (one, other)):
         return None
@@ -116,11 +116,11 @@ def spearman(first: npt.ArrayLike, second: npt.ArrayLike) -> float | None:
 
 
 def summarise(errors: Sequence[ScoreError]) -> list[dict[str, Any]]:
-    """A row per matrix kind and score, over its layers, as JSON can hold it.
+    """A JSON-serialisable row per matrix kind and score, over its layers.
 
-    `ratio` is the geometric mean of predicted over actual, with its smallest and largest layer; `entry_ratio` that of
-    the layers' medians; `entry_rank` their mean; `layer_rank` Spearman's correlation of predicted and actual over the
-    layers; `nll` the mean growth of the mean nll.
+    `ratio` is the geometric mean of predicted over actual, with its smallest and largest layer; `entry_ratio` the
+    geometric mean of the layers' medians; `entry_rank` the layers' mean; `layer_rank` Spearman's correlation of
+    predicted and actual over the layers; `nll` the mean increase of the mean nll.
     """
     rows = []
     for matrix in LINEARS:
@@ -148,7 +148,7 @@ def summarise(errors: Sequence[ScoreError]) -> list[dict[str, Any]]:
 def _prune_one(
     view: BlockView, score: Array, matrix: str, pruning: Pruning, spec: ModelSpec
 ) -> tuple[Array, Array, Array, Array]:
-    """The pruned weight `[O,I]`, the squared scores that go, and the squared changes of own output and target."""
+    """The pruned weight `[O,I]`, the removed squared scores, and the squared changes of own output and target."""
     mask = select_mask(score, pruning.sparsity, pruning.group, pruning.bound)
     weight = view.weights[matrix]
     with jax.default_matmul_precision("highest"):
@@ -167,7 +167,7 @@ def _loss_without(
     rows: int,
     known: Sequence[tuple[Array, float]],
 ) -> float:
-    """Mean nll of the first rows when one matrix of this block is replaced, by one that is `known` if it can be."""
+    """Mean nll of the first rows with one matrix of this block replaced; reused if the matrix is among the `known`."""
     for other, loss in known:
         if bool(jnp.array_equal(other, kept)):
             return loss
@@ -177,7 +177,7 @@ def _loss_without(
 
 
 def _draw_entries(rng: np.random.Generator, shape: tuple[int, ...], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of different entries."""
+    """Rows and columns of distinct entries."""
     size = shape[0] * shape[1]
     rows, columns = np.unravel_index(rng.choice(size, min(count, size), replace=False), shape)
     return rows, columns
@@ -185,7 +185,7 @@ def _draw_entries(rng: np.random.Generator, shape: tuple[int, ...], count: int) 
 
 @functools.partial(jax.jit, static_argnames=("matrix", "spec"))
 def _entry_costs(view: BlockView, rows: Array, columns: Array, matrix: str, spec: ModelSpec) -> dict[str, Array]:
-    """Squared change of the matrix's own output and of its target when one entry goes, float32 `[n]` each."""
+    """Squared change of the matrix's own output and of its target when one entry is removed, float32 `[n]` each."""
     with jax.default_matmul_precision("highest"):
         target = entry_changes(view, matrix, rows, columns, spec)
     own = jnp.square(view.weights[matrix][rows, columns]) * jnp.square(view.stats.input_norm(matrix))[columns]

@@ -1,4 +1,4 @@
-"""Pairs of runs by what changes between them: the task within a domain, or the domain (the paper's figure 3d)."""
+"""Pairs of runs, by what differs between them: the task within a domain, or the domain (the paper's figure 3d)."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ DOMAINS = {
     "health": ("pubmedqa", "mednli", "hqs", "evidence_inference"),
     "legal": ("casehold", "casehold_lexglue", "contract_nli", "billsum"),
 }
-"""The paper's tasks by its two domains, and the stand-ins for them."""
+"""Domain -> the paper's tasks in it and their stand-ins."""
 
 _OTHER_SEED = ", other seed"
 SHIFTS = tuple(what + seed for seed in ("", _OTHER_SEED) for what in ("same data", "other task", "other domain"))
@@ -22,7 +22,7 @@ def run_domain(run: Run) -> str:
     """The domain of a run's training rows: that of its task, or of all tasks of its mix.
 
     Raises:
-        InputError: the rows are no task that is known, or tasks of several domains.
+        InputError: the rows are not of a known task, or are of tasks from several domains.
     """
     source = run.config.data.train
     if source == "icd10":
@@ -39,10 +39,10 @@ def run_domain(run: Run) -> str:
 
 
 def run_domains(runs: Sequence[Run], named: Sequence[str]) -> tuple[str, ...]:
-    """The domain of every run: as `named`, else by its data.
+    """The domain of every run: as `named`, else from its data.
 
     Raises:
-        InputError: other than one name per run, or data of no known domain.
+        InputError: not exactly one name per run, or data without a known domain.
     """
     if named and len(named) != len(runs):
         raise InputError(f"--domains: expected one for each of {len(runs)} runs, found {len(named)}")
@@ -52,16 +52,16 @@ def run_domains(runs: Sequence[Run], named: Sequence[str]) -> tuple[str, ...]:
 def shift_of(first: tuple[str, str, int], second: tuple[str, str, int]) -> str:
     """What changes between two runs, each a (domain, data, seed): one of `SHIFTS`.
 
-    Runs of the same data differ in their seed or their settings: what these alone do to a distance. Of two mixes or
-    tasks of one domain, one may hold rows of the other. Runs of one seed begin with the same A, which brings their
-    adapters together whatever they learn: they are told apart from others.
+    Runs on the same data differ only in seed or settings and show what these alone do to a distance. Of two mixes or
+    tasks in one domain, one may contain rows of the other. Runs with the same seed start from the same A, which brings
+    their adapters closer whatever they learn, so they are kept separate from pairs with different seeds.
     """
     what = "other domain" if first[0] != second[0] else "same data" if first[1] == second[1] else "other task"
     return what if first[2] == second[2] else what + _OTHER_SEED
 
 
 def pairs_of(runs: Sequence[Run]) -> list[tuple[int, int]]:
-    """The places of every two runs.
+    """The positions of each pair of runs.
 
     Raises:
         InputError: a single run.

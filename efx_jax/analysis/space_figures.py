@@ -18,15 +18,15 @@ _SHARE = "Grassmann distance / that of random subspaces"
 
 
 def draw_shifts(folder: Path, distances: Sequence[Distance], shift: Mapping[tuple[str, str], str]) -> None:
-    """How far the adapters of two runs are apart, by what changes between the runs.
+    """How far apart the adapters of two runs are, by what changes between the runs.
 
     Args:
         folder: where subspaces, subspaces_kinds and subspaces_layers go, as .png and .csv.
-        distances: of every pair of runs.
-        shift: names of two runs -> what changes between them, of `shifts.SHIFTS`.
+        distances: the distances of every pair of runs.
+        shift: names of two runs -> what changes between them, one of `shifts.SHIFTS`.
 
     Raises:
-        InputError: matplotlib is not installed, or the place is not writable.
+        InputError: matplotlib is not installed, or the folder is not writable.
     """
     groups = {
         name: [each for each in distances if shift[each.first, each.second] == name]
@@ -80,15 +80,15 @@ def _shift_histogram(groups: Mapping[str, Sequence[Distance]]) -> Histogram:
 
 
 def draw_relations(folder: Path, name: str, relations: Sequence[BaseRelation]) -> None:
-    """How far a run's adapters are from the leading subspaces of the base, and what energy each holds of the other.
+    """How far a run's adapters are from the base's leading subspaces, and how much energy of the other each contains.
 
     Args:
         folder: where adapter_base_distance, _distance_layers, _energy and _energy_layers go, as .png and .csv.
-        name: of the run.
-        relations: of its matrices.
+        name: the run's name.
+        relations: the relations of its matrices.
 
     Raises:
-        InputError: matplotlib is not installed, or the place is not writable.
+        InputError: matplotlib is not installed, or the folder is not writable.
     """
     draw_bars(
         folder / "adapter_base_distance",
@@ -146,15 +146,15 @@ def draw_relations(folder: Path, name: str, relations: Sequence[BaseRelation]) -
 
 
 def draw_curves(folder: Path, curves: Sequence[Curve], window: int) -> None:
-    """Loss, entropy and, of pruned runs, sparsity against the step, a line per run.
+    """Loss, entropy and, for pruned runs, sparsity against the step, a line per run.
 
     Args:
         folder: where curves_loss, curves_entropy and curves_sparsity go, as .png and .csv.
-        curves: of the runs.
-        window: logged steps of the moving mean; sparsity is drawn as it is.
+        curves: the runs' curves.
+        window: logged steps of the moving mean; sparsity is drawn unsmoothed.
 
     Raises:
-        InputError: matplotlib is not installed, or the place is not writable.
+        InputError: matplotlib is not installed, or the folder is not writable.
     """
     smoothing = f" (mean of the last {window} logged steps)" if window > 1 else ""
     for quantity, label in QUANTITIES.items():

@@ -1,4 +1,4 @@
-"""What the command can ask of runs: each study reads what it needs and returns records, their summary and a drawing."""
+"""The studies that the command can run: each reads what it needs and returns records, their summary and a drawing."""
 
 import argparse
 import dataclasses
@@ -49,7 +49,7 @@ class Found:
 
 
 def adapter_base(run: Run, arguments: argparse.Namespace) -> Found:
-    """The adapter subspaces of a run beside the weights that it began with (the paper's figures 5 to 8)."""
+    """The adapter subspaces of a run against the weights that it began with (the paper's figures 5 to 8)."""
     refuse_permuted(run)
     step = choose_step(run, tuple(arguments.steps))
     adapters = _adapters(run, step)
@@ -82,7 +82,7 @@ def sparsity(run: Run, _: argparse.Namespace) -> Found:
 
 
 def mask_events(run: Run, _: argparse.Namespace) -> Found:
-    """What the masks of one event share with those of the next, as far as the checkpoints tell."""
+    """What the masks of one event share with those of the next, as far as the checkpoints show."""
     refuse_cut_units(run)
     found: dict[int, Checkpoint] = {}
     for step in held_steps(run):
@@ -139,7 +139,7 @@ def scores(run: Run, arguments: argparse.Namespace) -> Found:
 
 
 def recovery(run: Run, arguments: argparse.Namespace) -> Found:
-    """What the run's event does to the output of every matrix, without and with its recovery, on rows held out."""
+    """What the run's event does to the output of every matrix, without and with its recovery, on held-out rows."""
     refuse_permuted(run)
     prune = replay.event_settings(run.config.prune)
     if prune.recovery == "none":
@@ -163,7 +163,7 @@ def recovery(run: Run, arguments: argparse.Namespace) -> Found:
 
 
 def subspace_shifts(runs: Sequence[Run], arguments: argparse.Namespace) -> Found:
-    """The distances of the adapter subspaces of every two runs, by what changes between them (figure 3d)."""
+    """The distances between the adapter subspaces of each pair of runs, by what changes between them (figure 3d)."""
     refuse_permuted(*runs)
     pairs, kinds = shifts.pairs_of(runs), _shifts(runs, arguments)
     adapters = [_adapters(run, choose_step(run, tuple(arguments.steps))) for run in runs]
@@ -178,7 +178,7 @@ def subspace_shifts(runs: Sequence[Run], arguments: argparse.Namespace) -> Found
 
 
 def mask_runs(runs: Sequence[Run], arguments: argparse.Namespace) -> Found:
-    """What the last masks of every two runs share."""
+    """What the last masks of each pair of runs share."""
     refuse_permuted(*runs)
     pairs, kinds = shifts.pairs_of(runs), _shifts(runs, arguments)
     checkpoints = [read_checkpoint(run, choose_step(run, tuple(arguments.steps))) for run in runs]
@@ -199,7 +199,7 @@ def mask_runs(runs: Sequence[Run], arguments: argparse.Namespace) -> Found:
 
 
 def training_curves(runs: Sequence[Run], _: argparse.Namespace) -> Found:
-    """Loss, entropy and sparsity along training (the paper's figures 4a and 4b)."""
+    """Loss, entropy and sparsity over training (the paper's figures 4a and 4b)."""
     records = [curves.read_curve(run.folder, run.name) for run in runs]
     window = curves.window_of(records)
     summary: Rows = [
@@ -231,7 +231,7 @@ OF_SEVERAL: Mapping[str, Callable[[Sequence[Run], argparse.Namespace], Found]] =
 }
 
 _CHANGES = ("kept", "pruned", "random_kept", "random_pruned", "beyond_chance")
-_TAIL = 10  # logged steps whose mean stands for an end of a curve
+_TAIL = 10  # logged steps averaged at each end of a curve
 _ENDS: Mapping[str, Callable[[Sequence[float]], float | None]] = {
     "first": lambda values: _mean(values[:_TAIL]),
     "last": lambda values: _mean(values[-_TAIL:]),
@@ -239,8 +239,8 @@ _ENDS: Mapping[str, Callable[[Sequence[float]], float | None]] = {
 
 
 def by_kind(records: Sequence[Any], fields: Iterable[str], sizes: str = "", ends: Iterable[str] = ()) -> Rows:
-    """A row per kind of matrix and one of "all": means over layers, weighted by the field `sizes` where it is named;
-    of `ends` the least and the most too."""
+    """A row per kind of matrix and one for "all": means over layers, weighted by the field `sizes` if given; for the
+    fields in `ends` also the minimum and maximum."""
     rows = []
     for kind, found in zip((*pictures.kinds(records), "all"), _kinds(records), strict=True):
         weights = [getattr(each, sizes) if sizes else 1 for each in found]
@@ -255,21 +255,21 @@ def by_kind(records: Sequence[Any], fields: Iterable[str], sizes: str = "", ends
 
 
 def spaced(count: int, wanted: int) -> list[int]:
-    """`wanted` of `count` layers, evenly spaced, the first and the last among them; all of them for 0."""
+    """`wanted` of `count` layers, evenly spaced, including the first and last (for 1, the middle one); 0: all."""
     if wanted in (0, 1) or wanted >= count:
         return list(range(count)) if wanted != 1 else [count // 2]
     return [round(place * (count - 1) / (wanted - 1)) for place in range(wanted)]
 
 
 def _kinds(records: Sequence[Any]) -> list[list[Any]]:
-    """The records of each kind of matrix that there is, in the model's order, then all of them."""
+    """The records of each kind of matrix present, in the model's order, then all records."""
     return [*([each for each in records if each.matrix == name] for name in pictures.kinds(records)), list(records)]
 
 
 def _by_pair(
     records: Sequence[Any], summarise: Callable[[list[Any]], Rows], kinds: Mapping[tuple[str, str], str] | None = None
 ) -> Rows:
-    """The summary of every pair of names; with `kinds` what sets each apart, and last the summary of each of these."""
+    """The summary of every pair of names; with `kinds`, also each pair's shift, and at the end a summary per shift."""
     rows: Rows = []
     for first, second in dict.fromkeys((each.first, each.second) for each in records):
         pair = [each for each in records if (each.first, each.second) == (first, second)]
@@ -282,7 +282,7 @@ def _by_pair(
 
 
 def _shifts(runs: Sequence[Run], arguments: argparse.Namespace) -> dict[tuple[str, str], str]:
-    """What changes between every two runs, by their names."""
+    """What changes between each pair of runs, by their names."""
     known = [
         (domain, run.config.data.train, run.config.seed)
         for run, domain in zip(runs, shifts.run_domains(runs, arguments.domains), strict=True)
@@ -301,7 +301,7 @@ def _adapters(run: Run, step: int) -> Adapters:
 
 
 def _widths(run: Run) -> dict[str, int]:
-    """I of every linear, without reading a weight."""
+    """I of every linear, without reading any weights."""
     shapes = linear_shapes(spec_from_config(open_checkpoint(run.config.model.path).config))
     return {name: shape[1] for name, shape in shapes.items()}
 

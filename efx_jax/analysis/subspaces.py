@@ -1,7 +1,7 @@
-"""Subspaces of the output space of a linear: which one an adapter reaches, how far apart two are, what one holds.
+"""Subspaces of a linear's output space: the one an adapter reaches, how far apart two are, how much energy one holds.
 
 All arithmetic is float64 NumPy. A subspace is an orthonormal basis `[O,R]`, the top-R left singular vectors of a matrix
-`[O,I]`: of an adapter those of B A, whose column space is all that it can add to the output, of a base weight its R
+`[O,I]`: for an adapter those of B A, whose column space is all that it can add to the output, for a base weight its R
 leading output directions. The paper's equations 8 and 9 are `principal_angles` and `grassmann_distance`.
 """
 
@@ -22,7 +22,7 @@ _DRAWS = 48
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What two random subspaces of these dimensions are apart: mean and standard deviation of the distance."""
+    """How far apart two random subspaces of these dimensions are: mean and standard deviation of the distance."""
 
     mean: float
     std: float
@@ -54,12 +54,12 @@ class Distance:
 
 @dataclasses.dataclass(frozen=True)
 class BaseRelation:
-    """The adapter of one matrix beside the base weight that it is added to; both subspaces have `rank` dimensions.
+    """The adapter of one matrix against the base weight that it is added to; both subspaces have `rank` dimensions.
 
     `distance`, `most`, `random`, `random_std` as in `Distance`. The energies are shares of a squared Frobenius norm:
     `adapter_energy` of B A within the base's leading subspace, `base_energy` of W within the adapter's subspace,
-    `leading_energy` of W within its own leading one, the most that so many dimensions hold; a random subspace holds
-    `random_energy` = rank / O of any matrix on average.
+    `leading_energy` of W within its own leading subspace, the most that `rank` dimensions can hold; a random subspace
+    holds `random_energy` = rank / O of any matrix on average.
     """
 
     layer: int
@@ -81,19 +81,19 @@ class BaseRelation:
 
 
 def adapter_basis(lora_a: npt.ArrayLike, lora_b: npt.ArrayLike) -> Matrix:
-    """Left singular vectors of B A, from the largest singular value down, without forming B A.
+    """Left singular vectors of B A, in descending order of singular value, without forming B A.
 
     Args:
         lora_a: A `[R,I]`.
         lora_b: B `[O,R]`.
 
     Returns:
-        Orthonormal columns `[O,r]`; r is the numerical rank of B A, 0 where it is nothing.
+        Orthonormal columns `[O,r]`; r is the numerical rank of B A, 0 if B A is zero.
     """
     outputs, core = np.linalg.qr(np.asarray(lora_b, np.float64))
     small = core @ _inner(lora_a)
     vectors, values, _ = np.linalg.svd(small)
-    # Adapters are float32: what their last digits make up is no direction.
+    # Adapters are float32: directions at the level of rounding error do not count.
     rank = int(np.sum(values > len(values) * np.finfo(np.float32).eps * values[0]))
     return outputs @ vectors[:, :rank]
 
@@ -101,15 +101,15 @@ def adapter_basis(lora_a: npt.ArrayLike, lora_b: npt.ArrayLike) -> Matrix:
 def leading_basis(weight: npt.ArrayLike, rank: int) -> Matrix:
     """The top left singular vectors of W `[O,I]`: orthonormal columns `[O,r]`, r at most `rank` and W's own rank.
 
-    From the eigenvectors of the smaller of W W^T and W^T W. That squares the singular values, which costs the smallest
-    of them their digits and leaves the leading ones theirs.
+    From the eigenvectors of the smaller of W W^T and W^T W. That squares the singular values, so the smallest ones lose
+    precision and the leading ones keep it.
     """
     matrix = np.asarray(weight, np.float64)
     out_dim, in_dim = matrix.shape
     gram = matrix @ matrix.T if out_dim <= in_dim else matrix.T @ matrix
     squares, vectors = np.linalg.eigh(gram)
     values = np.sqrt(np.maximum(squares[::-1], 0.0))
-    # What is no more than the root of the Gram's rounding cannot be told from 0 here.
+    # Values up to the square root of the Gram matrix's rounding error cannot be distinguished from 0 here.
     known = int(np.sum(values > np.sqrt(len(values) * np.finfo(np.float64).eps) * values[0])) if values[0] > 0 else 0
     top = vectors[:, ::-1][:, : min(rank, known)]
     return top if out_dim <= in_dim else np.linalg.qr(matrix @ top)[0]
@@ -118,8 +118,8 @@ def leading_basis(weight: npt.ArrayLike, rank: int) -> Matrix:
 def principal_angles(first: Matrix, second: Matrix) -> npt.NDArray[np.float64]:
     """The principal angles between two subspaces of one space, radians in [0, pi/2], ascending (the paper's eq. 8).
 
-    The cosines are the singular values of Q_a^T Q_b. Near 0 an angle's cosine holds half of its digits, so there it is
-    taken from its sine, a singular value of Q_b - Q_a Q_a^T Q_b (Bjorck and Golub, 1973, doi 10.2307/2005662).
+    The cosines are the singular values of Q_a^T Q_b. Near 0 the cosine gives an angle to only half its digits, so there
+    the sine is used, a singular value of Q_b - Q_a Q_a^T Q_b (Bjorck and Golub, 1973, doi 10.2307/2005662).
 
     Args:
         first: orthonormal columns `[O,R1]`.
@@ -146,9 +146,9 @@ def principal_angles(first: Matrix, second: Matrix) -> npt.NDArray[np.float64]:
 
 
 def grassmann_distance(first: Matrix, second: Matrix) -> float:
-    """The root of the sum of the squared principal angles (the paper's eq. 9); arguments as in `principal_angles`.
+    """The square root of the sum of squared principal angles (the paper's eq. 9); arguments as in `principal_angles`.
 
-    It is 0 where one subspace lies within the other, and sqrt(R) pi/2 where all R directions are orthogonal.
+    It is 0 if one subspace lies within the other, and sqrt(R) pi/2 if all R directions are orthogonal.
     """
     return float(np.linalg.norm(principal_angles(first, second)))
 
@@ -156,7 +156,7 @@ def grassmann_distance(first: Matrix, second: Matrix) -> float:
 def random_reference(width: int, first: int, second: int, draws: int = _DRAWS) -> Reference:
     """The distance of random subspaces of `first` and `second` dimensions in a space of `width`, by simulation.
 
-    One may stay fixed, as the other is uniform: its basis is that of a matrix of normal draws, always the same ones.
+    One may stay fixed because the other is uniform: its basis is that of a matrix of normal draws with a fixed seed.
     """
     rng = np.random.default_rng(0)
     fixed = np.eye(width)[:, :first]
@@ -166,19 +166,19 @@ def random_reference(width: int, first: int, second: int, draws: int = _DRAWS) -
 
 
 def projection_energy(basis: Matrix, weight: npt.ArrayLike) -> float | None:
-    """||Q^T W||_F^2 / ||W||_F^2 of a basis `[O,R]` and a matrix `[O,I]`, in [0, 1]; None of a matrix of zeros."""
+    """||Q^T W||_F^2 / ||W||_F^2 for a basis `[O,R]` and a matrix `[O,I]`, in [0, 1]; None for a matrix of zeros."""
     matrix = np.asarray(weight, np.float64)
     whole = np.sum(np.square(matrix))
     return float(np.sum(np.square(basis.T @ matrix)) / whole) if whole > 0 else None
 
 
 def adapter_distances(first: Adapters, second: Adapters, names: tuple[str, str]) -> Iterator[Distance]:
-    """The distance of every matrix that two runs of one model adapt, where neither adapter is nothing.
+    """The distance for every matrix that two runs of one model adapt, unless one of the adapters is zero.
 
     Args:
         first: adapters of a run, `[L,R,I]` and `[L,O,R]`.
         second: those of another; the ranks may differ.
-        names: of the runs.
+        names: the runs' names.
 
     Raises:
         InputError: models of different shapes, or no matrix that both have adapted.
@@ -212,7 +212,7 @@ def adapter_distances(first: Adapters, second: Adapters, names: tuple[str, str])
 def base_relations(
     weights: Mapping[str, Any], adapters: Adapters, layers: Sequence[int] | None = None
 ) -> Iterator[BaseRelation]:
-    """Adapter and base of every adapted matrix, where the adapter is not nothing.
+    """The relation of adapter and base for every adapted matrix whose adapter is not zero.
 
     Args:
         weights: name -> W `[L,O,I]`.
@@ -249,7 +249,7 @@ def base_relations(
 
 
 def _is_whole(width: int, *ranks: int) -> bool:
-    """Whether a subspace is all of the space, so that every other one lies within it: there is nothing to compare."""
+    """Whether a subspace is the whole space, so that it contains every other and there is nothing to compare."""
     return max(ranks) >= width
 
 

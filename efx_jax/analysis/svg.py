@@ -1,7 +1,7 @@
-"""Charts of lines over training steps as inline SVG: pure functions, no library.
+"""Line charts over training steps as inline SVG: pure functions, no library.
 
-A chart is 360 units wide, about a phone's width, so that its letters are never much smaller than they are drawn.
-Colours come from the page's style sheet; lines differ by their dashes too.
+A chart is 360 units wide, about a phone's width, so that its text is never scaled down much.
+Colours come from the page's style sheet; lines also differ in their dashes.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _Axis = Callable[[float], float]
 class Line:
     """Values by step; None is a gap.
 
-    `is_thin` is for what jitters behind a smoother line. `is_stepped`: a value holds since the step before.
+    `is_thin` is for noisy values behind a smoother line. `is_stepped`: a value applies from the step before to its own.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """Lines over training steps, with the steps of events. `bounds`: the values that the axis must reach."""
+    """Lines over training steps, with the steps of events. `bounds`: values that the y axis must include."""
 
     title: str
     description: str
@@ -46,7 +46,7 @@ class Chart:
 
 
 def line_chart(chart: Chart, name: str) -> Html:
-    """A chart; `name` is unique on the page. Of more than 400 points means of neighbours are drawn."""
+    """A chart; `name` is unique on the page. Lines of more than 400 points are drawn as means of neighbours."""
     lines = [thinned(line) for line in chart.lines]
     steps = [step for line in lines for step in line.steps]
     values = [value for line in lines for value in line.values if value is not None]
@@ -73,7 +73,7 @@ def line_chart(chart: Chart, name: str) -> Html:
     parts.append(label("step", (_LEFT + WIDTH - _RIGHT) / 2, _HEIGHT - 3, "middle"))
     for event in chart.events:
         parts.append(stroke("event", x(event), _TOP, x(event), _HEIGHT - _BOTTOM, f"prune event after step {event:,}"))
-        # A small triangle, so that events are not told by their dashes alone.
+        # A small triangle, so that events can be recognised by more than their dashes.
         parts.append(element("path", attributes={"class": "flag", "d": f"M{x(event) - 4:.1f} {_TOP - 7}h8l-4 7z"}))
     for index, line in enumerate(sorted(lines, key=lambda line: not line.is_thin)):
         parts += _drawn(line, index - sum(line.is_thin for line in lines), x, y, digits, chart.percent)
@@ -81,7 +81,7 @@ def line_chart(chart: Chart, name: str) -> Html:
 
 
 def bar(share: float) -> Html:
-    """A bar for a cell of a table whose number stands beside it."""
+    """A bar for a table cell, shown next to its number."""
     filled = element("rect", attributes={"class": "bar", "width": 100 * share, "height": 8})
     box: dict[str, str | float] = {"class": "track", "width": 100, "height": 8}
     shape = {"class": "bars", "viewBox": "0 0 100 8", "preserveAspectRatio": "none", "aria-hidden": "true"}
@@ -101,19 +101,19 @@ def nice_ticks(low: float, high: float) -> list[float]:
 
 
 def number(value: float, digits: int, percent: bool = False) -> str:
-    """A number for a label: in percent, with its digits, or with three significant ones where more than 4 are asked."""
+    """A number for a label: in percent, with `digits` decimals, or with three significant digits if that is above 4."""
     if percent:
         return f"{100 * value:.{digits}f} %"
     return f"{value:,.{digits}f}" if digits <= _MOST_DIGITS else f"{value:.3g}".replace("e-0", "e-")
 
 
 def label(words: str, x: float, y: float, anchor: str) -> Html:
-    """Words whose `anchor` ("start", "middle" or "end") is at x, on the base line y."""
+    """Words whose `anchor` ("start", "middle" or "end") is at x, on the baseline y."""
     return element("text", text(words), {"x": _place(x), "y": _place(y), "text-anchor": anchor})
 
 
 def stroke(look: str, x1: float, y1: float, x2: float, y2: float, told: str = "") -> Html:
-    """A straight line of a class, which tells `told` under the pointer."""
+    """A straight line with a class, which shows `told` as a tooltip."""
     ends: dict[str, str | float] = {"x1": _place(x1), "y1": _place(y1), "x2": _place(x2), "y2": _place(y2)}
     return element("line", element("title", text(told)) if told else "", {"class": look} | ends)
 
@@ -133,7 +133,7 @@ def figure(height: float, name: str, title: str, description: str, parts: Sequen
 
 
 def thinned(line: Line) -> Line:
-    """The line itself, or means of equally many neighbours where it has more than 400 points."""
+    """The line itself, or if it has more than 400 points, means of groups of neighbours of equal size."""
     count = len(line.steps)
     if count <= _MOST_POINTS:
         return line
@@ -148,7 +148,7 @@ def thinned(line: Line) -> Line:
 
 
 def _drawn(line: Line, index: int, x: _Axis, y: _Axis, digits: int, percent: bool) -> list[Html]:
-    """The line, in pieces where values are missing, and a mark on each point if they are few."""
+    """The line, in pieces where values are missing, and a marker on each point if there are few."""
     look = "thin" if line.is_thin else f"line line{index % 4}"
     pieces: list[list[str]] = [[]]
     marks = []
@@ -175,7 +175,7 @@ def _reach(values: Sequence[float], bounds: tuple[float, float] | None) -> tuple
 
 
 def _digits(ticks: Sequence[float], percent: bool) -> int:
-    """As many decimals as tell neighbouring ticks apart, and show them as they are."""
+    """The number of decimals that shows the ticks exactly, so that neighbouring ones differ."""
     step = (ticks[1] - ticks[0]) * (100 if percent else 1)
     shown = (digits for digits in range(_MOST_DIGITS + 1) if abs(step * 10**digits - round(step * 10**digits)) < 1e-6)
     return next(shown, _MOST_DIGITS + 1)
@@ -186,7 +186,7 @@ def _step_ticks(first: float, last: float) -> list[float]:
 
 
 def _side(step: float, first: float, last: float) -> str:
-    """The label of a step at the right edge ends there: half of it would be cut off."""
+    """The anchor of a step's label: near the right edge it ends at the step, or half of it would be cut off."""
     return "end" if step > last - 0.08 * (last - first) else "middle"
 
 

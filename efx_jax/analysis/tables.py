@@ -1,4 +1,4 @@
-"""The tables that the command prints, and what it writes beside the figures."""
+"""The tables that the command prints, and what it writes next to the figures."""
 
 import csv
 import dataclasses
@@ -91,7 +91,7 @@ _STUDIES: Mapping[str, Mapping[str, str]] = {
         "training_norm": "by adapters %",
     },
 }
-"""Analysis -> key of its summary -> what stands above it; a title in percent is of a share."""
+"""Analysis -> key of its summary -> column heading; keys with a heading in percent are shares."""
 
 
 def study_table(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -110,19 +110,19 @@ def write_study(
     records: Sequence[Any],
     table: str,
 ) -> None:
-    """Writes FOLDER/NAME.json (what was asked, the summary, every record), NAME_records.csv (their plain numbers) and
-    NAME.md.
+    """Writes FOLDER/NAME.json (what was looked at, the summary, every record), NAME_records.csv (their plain numbers)
+    and NAME.md.
 
     Args:
-        folder: made if need be.
-        name: of the study.
+        folder: output folder; created if needed.
+        name: the study's name.
         asked: what was looked at.
-        summary: rows that JSON can hold.
+        summary: JSON-serialisable rows.
         records: frozen dataclasses of one kind.
         table: Markdown.
 
     Raises:
-        InputError: the disk is full or the place is not writable.
+        InputError: the disk is full or the folder is not writable.
     """
     found = [dataclasses.asdict(record) for record in records]
     whole = {"asked": asked, "summary": summary, "records": found}
@@ -132,7 +132,7 @@ def write_study(
 
 
 def write_records(folder: Path, name: str, records: Sequence[Mapping[str, Any]]) -> None:
-    """Writes FOLDER/NAME_records.csv: of records of one kind, at least one, whatever is a plain value."""
+    """Writes FOLDER/NAME_records.csv: the plain values of one or more records of one kind."""
     numbers = io.StringIO()
     plain = [key for key, value in records[0].items() if not isinstance(value, tuple)]
     writer = csv.DictWriter(numbers, plain, extrasaction="ignore", lineterminator="\n")

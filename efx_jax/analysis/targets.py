@@ -1,8 +1,8 @@
-"""What a change of one matrix does to the quantity that its score speaks of, by the model's own arithmetic.
+"""What a change of one matrix does to the target quantity of its score, by the model's own arithmetic.
 
-The targets: of gate and up the MLP's output, of v the attention's output behind o_proj, of q and k the attention logits
-of all real pairs (query, earlier key), of o the outputs of gate and up (the mean of the two squared changes, the RMS
-norm between included), of down its own output.
+The targets: for gate and up the MLP's output; for v the attention's output after o_proj; for q and k the attention
+logits of all real pairs (query, earlier key); for o the outputs of gate and up (the mean of the two squared changes,
+with the RMS norm in between included); for down its own output.
 """
 
 import jax
@@ -18,7 +18,7 @@ Array = jax.Array
 
 
 def output_change(view: BlockView, name: str, removed: Array) -> Array:
-    """The change `[B,T,O]` of a matrix's own output when `removed [O,I]` is taken from its weight."""
+    """The change `[B,T,O]` of a matrix's own output when `removed [O,I]` is subtracted from its weight."""
     return -_linear(view.taps[INPUT_OF[name]], removed)
 
 
@@ -29,12 +29,12 @@ def own_change(view: BlockView, delta: Array) -> Array:
 
 
 def target_change(view: BlockView, name: str, delta: Array, spec: ModelSpec) -> Array:
-    """Squared change of the target of matrix `name`, summed over real tokens (q, k: pairs), when its output moves.
+    """Squared change of the target of matrix `name`, summed over real tokens (q, k: pairs), when its output changes.
 
     Args:
         view: the block.
         name: the matrix.
-        delta: `[B,T,O]`, by how much its output moves.
+        delta: `[B,T,O]`, the change of its output.
         spec: the model.
     """
     weights, taps = view.weights, view.taps
@@ -57,9 +57,9 @@ def target_change(view: BlockView, name: str, delta: Array, spec: ModelSpec) -> 
 
 
 def entry_changes(view: BlockView, name: str, rows: Array, columns: Array, spec: ModelSpec) -> Array:
-    """Squared change `[n]` of the target when a single entry goes, for each of n entries (`rows`, `columns` int `[n]`).
+    """Squared change `[n]` of the target on removing a single entry, for each of n (`rows`, `columns` int `[n]`).
 
-    The same as `target_change` of a change in one output unit, without forming the units that stay as they are.
+    Equal to `target_change` for a change in one output unit, without computing the units that do not change.
     """
     inputs = view.taps[INPUT_OF[name]]
 
@@ -72,7 +72,7 @@ def entry_changes(view: BlockView, name: str, rows: Array, columns: Array, spec:
 
 
 def _unit_change(view: BlockView, name: str, unit: Array, delta: Array, spec: ModelSpec) -> Array:
-    """`target_change` of a change `delta [B,T]` of one output unit."""
+    """`target_change` for a change `delta [B,T]` of one output unit."""
     if name in ("gate_proj", "up_proj"):
         gate, up = (view.taps[tap][..., unit] for tap in ("gate", "up"))
         hidden = _hidden_change(gate, up, name, delta)
@@ -85,7 +85,7 @@ def _unit_change(view: BlockView, name: str, unit: Array, delta: Array, spec: Mo
 
 
 def _unit_of_o(view: BlockView, unit: Array, delta: Array, spec: ModelSpec) -> Array:
-    """One unit of the stream moves: its norm rescales all others, so gate moves by a * gate + b * its column `unit`."""
+    """One unit of the stream changes; its norm rescales all others, so gate changes by a * gate + b * column `unit`."""
     weights, mid = view.weights, view.mid
     mean_square = jnp.mean(jnp.square(mid), axis=-1) + spec.rms_norm_eps
     growth = (2 * mid[..., unit] + delta) * delta / (mid.shape[-1] * mean_square)
@@ -99,7 +99,7 @@ def _unit_of_o(view: BlockView, unit: Array, delta: Array, spec: ModelSpec) -> A
 
 
 def _unit_of_head(view: BlockView, name: str, unit: Array, delta: Array, spec: ModelSpec) -> Array:
-    """One unit of q, k or v moves: only the heads that it meets are formed."""
+    """One unit of q, k or v changes: only the heads that it affects are computed."""
     k_heads, width = spec.num_kv_heads, spec.head_dim
     group = spec.num_heads // k_heads
     q, k = _rotated(view)
@@ -118,14 +118,14 @@ def _unit_of_head(view: BlockView, name: str, unit: Array, delta: Array, spec: M
 
 
 def _hidden_change(gate: Array, up: Array, name: str, delta: Array) -> Array:
-    """The change of silu(gate) * up when one of the two moves by delta; all of one shape."""
+    """The change of silu(gate) * up when one of the two changes by delta; all have the same shape."""
     if name == "up_proj":
         return jax.nn.silu(gate) * delta
     return (jax.nn.silu(gate + delta) - jax.nn.silu(gate)) * up
 
 
 def _normed_change(view: BlockView, name: str, raw: Array, delta: Array, spec: ModelSpec) -> Array:
-    """The change `[B,T,heads,H]` of q or k behind its norm, if it has one, when it moves by delta before it."""
+    """The change `[B,T,heads,H]` of q or k after its norm, if it has one, when it changes by delta before the norm."""
     if not spec.qk_norm:
         return delta
     gain = view.weights["q_norm" if name == "q_proj" else "k_norm"]
@@ -143,7 +143,7 @@ def _rotate(heads: Array, view: BlockView) -> Array:
 def _logit_change(view: BlockView, q: Array, k: Array) -> Array:
     """Sum of (q . k / sqrt(H))^2 over all real pairs; the logits are bilinear, so one side may be a change.
 
-    A row of the batch at a time: all logits would be the largest array of the model.
+    One row of the batch at a time: all logits would be the largest array of the model.
     """
     group = q.shape[2] // k.shape[2]
     length = q.shape[1]

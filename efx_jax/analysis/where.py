@@ -11,15 +11,15 @@ from efx_jax.errors import InputError
 from efx_jax.model.spec import LINEARS
 
 FAR = 0.1
-"""A kept weight has moved if it has by more than this share of what it was."""
+"""A kept weight counts as moved if it has changed by more than this share of its original value."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MatrixSparsity:
-    """The zeros of one matrix of so many entries.
+    """The zeros of one matrix with `entries` entries.
 
     `sparsity`: share of zeros. `row_least`, `row_most`: that of its fullest and emptiest output row. `empty_rows`,
-    `empty_columns`: rows and input columns without any other entry.
+    `empty_columns`: output rows and input columns that are all zeros.
     """
 
     layer: int
@@ -36,8 +36,8 @@ class MatrixSparsity:
 class MaskChange:
     """Two masks of one matrix, `first` and `second`; `first_kept` is the share of all entries that the first keeps.
 
-    `kept`, `pruned`: the share of what the first keeps (prunes) that the second keeps (prunes) too, None where that is
-    nothing. `random_kept`, `random_pruned`: what a random second mask of its size would share on average.
+    `kept`, `pruned`: the share of what the first keeps (prunes) that the second keeps (prunes) too, None if that is
+    nothing. `random_kept`, `random_pruned`: what a random mask of the second's size would share on average.
     """
 
     first: str
@@ -53,9 +53,9 @@ class MaskChange:
 
     @property
     def beyond_chance(self) -> float | None:
-        """0 where the kept entries agree as random masks do, 1 where those of one mask lie within the other's.
+        """0 if the kept entries agree only as much as random masks do, 1 if one mask's lie within the other's.
 
-        With equally many kept this is Cohen's kappa; None where a mask keeps nothing or all.
+        If both keep equally many this is Cohen's kappa; None if a mask keeps nothing or everything.
         """
         kept = None if self.kept is None else self.kept * self.first_kept
         least, most = sorted((self.first_kept, self.random_kept))
@@ -68,9 +68,10 @@ class MaskChange:
 class Move:
     """How far the kept entries of one matrix are from the base's.
 
-    `kept`: their number. `moved`: the share of them that is off by more than a tenth of what it was. `norm`: norm of
-    the move over that of the kept entries in the base; `event_norm` likewise of what events wrote into the base, None
-    where none did, and `training_norm` of what the adapters have added since (they need not add up: they may cancel).
+    `kept`: their number. `moved`: the share of them that changed by more than a tenth of their value. `norm`: norm of
+    the change over that of the kept entries in the base; `event_norm` likewise for what events wrote into the base
+    (None if nothing), and `training_norm` for what the adapters have added since (the two may cancel, so need not add
+    up).
     """
 
     layer: int
@@ -110,12 +111,12 @@ def mask_changes(
 
     Args:
         first: name -> packed mask, uint8 `[L,O,ceil(I/8)]` (see `efx_jax.masks`).
-        second: the same.
+        second: likewise.
         widths: I of every matrix.
-        names: of the two.
+        names: the names of the two.
 
     Raises:
-        InputError: masks of different shapes, or of no matrix in common.
+        InputError: masks of different shapes, or no matrix in common.
     """
     shared = [name for name in LINEARS if name in first and name in second]
     if not shared:
@@ -152,10 +153,10 @@ def weight_moves(base: Mapping[str, Any], final: Mapping[str, Any], rewritten: M
     Args:
         base: name -> W `[L,O,I]` before the run.
         final: the exported weights; an entry is kept where it is not 0.
-        rewritten: the base linears that the run's events have left, {} where they left them alone.
+        rewritten: the base linears as rewritten by the run's events; {} if they are unchanged.
 
     Raises:
-        InputError: an export of other shapes, which has lost whole units.
+        InputError: an export with other shapes, which has lost whole units.
     """
     for matrix in (name for name in LINEARS if name in final):
         if final[matrix].shape != base[matrix].shape:
@@ -181,7 +182,7 @@ def weight_moves(base: Mapping[str, Any], final: Mapping[str, Any], rewritten: M
 
 
 def weighted_mean(values: Sequence[float | None], sizes: Sequence[int]) -> float | None:
-    """The mean of what there is, each value weighing as much as its matrix has entries."""
+    """The mean of the values that are not None, each weighted by the number of entries of its matrix."""
     found = [(value, size) for value, size in zip(values, sizes, strict=True) if value is not None]
     total = sum(size for _, size in found)
     return sum(value * size for value, size in found) / total if total else None

@@ -23,11 +23,11 @@ def draw_sparsity(folder: Path, name: str, records: Sequence[MatrixSparsity]) ->
 
     Args:
         folder: where sparsity, sparsity_rows and sparsity_kinds go, as .png and .csv.
-        name: of the run.
-        records: of its matrices.
+        name: the run's name.
+        records: the records of its matrices.
 
     Raises:
-        InputError: matplotlib is not installed, or the place is not writable.
+        InputError: matplotlib is not installed, or the folder is not writable.
     """
     draw_heat_map(folder / "sparsity", sparsity_map(name, records))
     draw_heat_map(
@@ -55,15 +55,15 @@ def draw_sparsity(folder: Path, name: str, records: Sequence[MatrixSparsity]) ->
 
 
 def draw_mask_events(folder: Path, name: str, changes: Sequence[MaskChange]) -> None:
-    """What each event's masks keep and prune as those of the event before did.
+    """What each event's masks keep and prune in common with those of the previous event.
 
     Args:
         folder: where mask_events_kept, mask_events_pruned and mask_events_layers go, as .png and .csv.
-        name: of the run.
-        changes: of each two events in turn.
+        name: the run's name.
+        changes: the changes between consecutive events.
 
     Raises:
-        InputError: matplotlib is not installed, or the place is not writable.
+        InputError: matplotlib is not installed, or the folder is not writable.
     """
     pairs = dict.fromkeys((each.first, each.second) for each in changes)
     groups = {
@@ -94,15 +94,15 @@ def draw_mask_events(folder: Path, name: str, changes: Sequence[MaskChange]) -> 
 
 
 def draw_mask_runs(folder: Path, changes: Sequence[MaskChange], shift: Mapping[tuple[str, str], str]) -> None:
-    """What the masks of every two runs share, by what changes between the runs.
+    """What the masks of each pair of runs share, by what changes between the runs.
 
     Args:
         folder: where mask_runs, mask_runs_layers and mask_runs_pairs go, as .png and .csv.
-        changes: of every pair of runs.
-        shift: names of two runs -> what changes between them, of `shifts.SHIFTS`.
+        changes: the mask changes of every pair of runs.
+        shift: names of two runs -> what changes between them, one of `shifts.SHIFTS`.
 
     Raises:
-        InputError: matplotlib is not installed, or the place is not writable.
+        InputError: matplotlib is not installed, or the folder is not writable.
     """
     groups = {
         name: [each for each in changes if shift[each.first, each.second] == name]
@@ -133,15 +133,15 @@ def draw_mask_runs(folder: Path, changes: Sequence[MaskChange], shift: Mapping[t
 
 
 def draw_scores(folder: Path, title: str, spreads: Sequence[ScoreSpread]) -> None:
-    """The scores of each kind of matrix around the threshold, kept and pruned ones apart.
+    """The scores of each kind of matrix around the threshold, with kept and pruned entries separate.
 
     Args:
         folder: where scores and scores_across go, as .png and .csv.
         title: what the scores are.
-        spreads: of the matrices.
+        spreads: the score distributions of the matrices.
 
     Raises:
-        InputError: matplotlib is not installed, or the place is not writable.
+        InputError: matplotlib is not installed, or the folder is not writable.
     """
     panels = []
     for kind in kinds(spreads):
@@ -173,15 +173,15 @@ def draw_scores(folder: Path, title: str, spreads: Sequence[ScoreSpread]) -> Non
 
 
 def draw_repairs(folder: Path, title: str, repairs: Sequence[Repair]) -> None:
-    """The error of every matrix's output under the mask, without and with the recovery, and what that moves.
+    """The error of every matrix's output under the mask, without and with the recovery, and what the recovery moves.
 
     Args:
         folder: where recovery, recovery_layers and recovery_moved go, as .png and .csv.
         title: which event.
-        repairs: of the matrices.
+        repairs: the repairs of the matrices.
 
     Raises:
-        InputError: matplotlib is not installed, or the place is not writable.
+        InputError: matplotlib is not installed, or the folder is not writable.
     """
     states = (("mask alone", "error_masked"), ("mask and recovery", "error_recovered"))
     draw_bars(
@@ -218,11 +218,11 @@ def draw_moves(folder: Path, name: str, moves: Sequence[Move]) -> None:
 
     Args:
         folder: where moved and moved_norm go, as .png and .csv.
-        name: of the run.
-        moves: of its matrices.
+        name: the run's name.
+        moves: the moves of its matrices.
 
     Raises:
-        InputError: matplotlib is not installed, or the place is not writable.
+        InputError: matplotlib is not installed, or the folder is not writable.
     """
     draw_heat_map(
         folder / "moved",
@@ -254,7 +254,7 @@ def _percent_of(field: str) -> Value:
 
 
 def _random_levels(groups: Mapping[str, Sequence[MaskChange]], side: str) -> tuple[Level, ...]:
-    """What random masks would share: one level where that is the same of all, one for each group elsewhere."""
+    """What random masks would share: one level if that is the same for all groups, otherwise one per group."""
     shares = {
         label: 100 * sum(getattr(each, f"random_{side}") for each in found) / len(found)
         for label, found in groups.items()

@@ -1,4 +1,4 @@
-"""What a run is, in words: shared by its report and by its model card. Plain text, without the paths of a machine."""
+"""A run described in words, for its report and its model card. Plain text, without local paths."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -58,9 +58,9 @@ Value = tuple[float | None, tuple[float, float] | None, float | None]
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A metric of every model: (value, interval, deviation over runs), each None where it is missing.
+    """A metric of every model: (value, interval, deviation over runs), each None if it is missing.
 
-    `in_percent`: the values are shares. `constant`: what the best constant answer has.
+    `in_percent`: the values are shares. `constant`: the score of the best constant answer.
     """
 
     task: str
@@ -79,17 +79,17 @@ def base_name(config: Config) -> str:
 
 
 def base_on_hub(config: Config) -> HubName | None:
-    """The base's name on the Hub, where it has been given by that name; a path of a machine is nobody's business."""
+    """The base's name on the Hub, if it was given by that name; local paths are kept private."""
     return QUICKSTART_ON_HUB if config.model.path == QUICKSTART else name_on_hub(config.model.path)
 
 
 def data_on_hub(config: Config) -> HubName | None:
-    """The data set of the training rows, without its configuration and split; None of a file, a task or a mix."""
+    """The data set of the training rows, without its configuration and split; None for a file, a task or a mix."""
     return name_on_hub(config.data.train.partition(":")[0])
 
 
 def name_on_hub(text: str) -> HubName | None:
-    """A name with an owner that is not a path: of nothing that lies here, and without the suffix of a file."""
+    """A Hub name with an owner, unless it is a path: one that exists locally, or that has a file suffix."""
     name = hub_name(text)
     if name is None or not name.has_owner or text.endswith(_FILE_SUFFIXES) or Path(text).exists():
         return None
@@ -122,12 +122,12 @@ def pattern(config: Config) -> str:
 
 
 def is_trained(summary: Mapping[str, Any]) -> bool:
-    """Whether the run has made any update."""
+    """Whether the run has made any updates."""
     return bool(summary["steps"])
 
 
 def method(config: Config, summary: Mapping[str, Any]) -> str:
-    """How the weights were chosen and made up for, as a sentence."""
+    """How the pruned weights were chosen and compensated for, as a sentence."""
     prune, lora = config.prune, config.lora
     adapters = f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}" if is_trained(summary) else "no training"
     if not prune.sparsity:
@@ -153,7 +153,7 @@ def method(config: Config, summary: Mapping[str, Any]) -> str:
 
 
 def _taught(config: Config, summary: Mapping[str, Any]) -> str:
-    """Who has taught the pruned model besides, and on which text, as a clause; summaries of before do not say it."""
+    """The teacher of the pruned model, if any, and on which text, as a clause; older summaries do not record it."""
     found = summary.get("taught", {"teacher": bool(config.distill.teacher), "text_rows": 1})
     text = f" and on text of {PurePath(config.distill.text).name}" if config.distill.text and found["text_rows"] else ""
     return f"; taught by {_teacher(config)} where rows have no labels{text}" if found["teacher"] else ""
@@ -164,8 +164,8 @@ def _teacher(config: Config) -> str:
 
 
 def text_name(config: Config, summary: Mapping[str, Any]) -> str:
-    """The short name of the text that perplexity was measured on, "" where rows were held out for it."""
-    # Summaries of before do not say what a mix or a task has brought along.
+    """The short name of the text that perplexity was measured on; "" if rows were held out for it."""
+    # Older summaries do not record the text that came with a mix or a task.
     return PurePath(summary["data"].get("text", config.data.text)).name
 
 
@@ -176,7 +176,7 @@ def known_limits(config: Config, summary: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def learned(config: Config, summary: Mapping[str, Any]) -> str:
-    """What the model has learned from, with the number of rows."""
+    """What the model was trained on, with the number of rows."""
     rows = summary["data"]["train"]
     counts = {name: found.get("drawn") for name, found in rows.get("tasks", {}).items()}
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count is not None)
@@ -184,7 +184,7 @@ def learned(config: Config, summary: Mapping[str, Any]) -> str:
 
 
 def trained(summary: Mapping[str, Any]) -> str:
-    """How long the model was trained: the exported one, which need not be the last."""
+    """How long the exported model, which need not be the last one, was trained."""
     best = summary.get("best") or {}
     tokens = best.get("tokens") or summary["tokens"]
     return f"{summary['steps']:,} updates, {tokens:,} tokens, seed {summary['seed']}"
@@ -234,7 +234,7 @@ def measured(results: Mapping[str, Mapping[str, Any]]) -> list[Measured]:
 
 
 def value_text(row: Measured, model: str) -> tuple[str, str]:
-    """A metric of a model for a table, "" where it was not measured: the value with its deviation, and the interval."""
+    """A metric of a model for a table: the value with its deviation, and the interval; "" if it was not measured."""
     if model not in row.values:
         return "", ""
     value, ends, deviation = row.values[model]
@@ -248,7 +248,7 @@ def value_text(row: Measured, model: str) -> tuple[str, str]:
 
 
 def scored_rows(config: Config, summary: Mapping[str, Any]) -> list[str]:
-    """What the models were scored on, a clause per task and one for the text."""
+    """What the models were scored on: a clause per task and one for the text."""
     results = summary["results"]
     last = list(results.values())[-1] if results else {}
     told = [
@@ -263,13 +263,13 @@ def scored_rows(config: Config, summary: Mapping[str, Any]) -> list[str]:
 
 
 def expert(results: Mapping[str, Any]) -> str:
-    """The name under which the exported model's results stand."""
+    """The name under which the exported model's results are stored."""
     return next((name for name in ("sparse expert", "dense expert") if name in results), list(results)[-1])
 
 
 def dense(results: Mapping[str, Any]) -> str:
-    """The dense model to compare with: the dense adapter before the event, where it was measured, or the one that the
-    run began with; else the base."""
+    """The dense model to compare with: the dense adapter before the event, if it was measured, or the one that the run
+    began with; else the base."""
     found = next((name for name in results if name.startswith("dense LoRA")), "base with adapter")
     return found if found in results else "base"
 

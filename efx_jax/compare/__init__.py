@@ -1,1 +1,1 @@
-"""A grid of runs, trained and evaluated alike, in one table: `python -m efx_jax.compare --config FILE`."""
+"""A grid of runs, trained and evaluated identically, in one table: `python -m efx_jax.compare --config FILE`."""

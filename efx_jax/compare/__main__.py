@@ -17,7 +17,7 @@ from efx_jax.files import refuse_unwritable
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns its exit code: 1 if a run has failed, 2 for bad input, 130 after Ctrl-C."""
+    """Runs the command and returns its exit code: 1 if a run has failed, 2 for bad input, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     return exit_code(lambda: _run(arguments), "error", "interrupted; the same command goes on from there")
 
@@ -27,7 +27,7 @@ def _run(arguments: argparse.Namespace) -> int:
     cells = list_cells(comparison)
     chosen = choose_cells(cells, arguments.only)
     output = Path(arguments.output)
-    # Of all cells: they stand in one table, whichever are chosen now.
+    # All cells are checked, not just the chosen ones, since they share one table.
     uneven = uneven_training(cells)
     if uneven:
         print(f"warning: {comparison.name}: {uneven}", file=sys.stderr)
@@ -39,7 +39,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _work(comparison: Comparison, cells: Sequence[Cell], chosen: Sequence[Cell], output: Path) -> int:
-    """Finishes the chosen cells one by one; tables and figures, of all cells, are written after each."""
+    """Finishes the chosen cells one by one; tables and figures of all cells are rewritten after each."""
     runs, folder = output / "runs", output / comparison.name
     failures: dict[str, str] = {}
     records = {cell: read_record(comparison, cell, runs) for cell in cells}
@@ -53,7 +53,7 @@ def _work(comparison: Comparison, cells: Sequence[Cell], chosen: Sequence[Cell],
             print(f"{cell.title}: failed: {reason}", file=sys.stderr)
         elif records[cell].is_whole:
             continue
-        # An interval of Rel.% takes a while: only what may have changed is read again, also by another process.
+        # Intervals of Rel.% take a while, so only what may have changed is reread, including by another process.
         for each in cells:
             if cell.run in (each.run, each.reference) or not records[each].is_whole or records[each].note:
                 records[each] = read_record(comparison, each, runs)

@@ -1,4 +1,4 @@
-"""The figures that a comparison asks for, from the rows of its table."""
+"""The figures that a comparison requests, from the rows of its table."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,20 +24,20 @@ from efx_jax.compare.table import Column, metric_column
 from efx_jax.errors import InputError
 
 _Parts = Mapping[str, Any]
-"""What tells rows apart: method, schedule and the values of the axes, None where a row has none."""
+"""What distinguishes rows: method, schedule and the values of the axes; None where a row has no value."""
 _Point = tuple[Place, float, tuple[float, float] | None]
 
 
 def draw_figures(comparison: Comparison, records: Sequence[CellRecord], folder: Path) -> dict[str, str]:
-    """Draws every figure as far as its runs are there, NAME.png and NAME.csv.
+    """Draws every figure from the runs available so far, as NAME.png and NAME.csv.
 
     Args:
-        comparison: names them.
-        records: of all cells.
-        folder: where to; made if need be.
+        comparison: defines the figures.
+        records: the records of all cells.
+        folder: output folder; created if needed.
 
     Returns:
-        By name why a figure is not drawn, in one line, or "".
+        By figure name, why it is not drawn, in one line, or "".
     """
     reasons = {}
     for name, drawing in comparison.figures.items():
@@ -57,7 +57,7 @@ def _draw(path: Path, kind: str, figure: Figure) -> None:
 
 
 def _heat_map(figure: Figure) -> HeatMap:
-    """A row per series, a column per place; levels, which have no place, are told in the title."""
+    """A row per series, a column per place; levels, which have no place, are given in the title."""
     places = places_of(figure)
     values = [dict(zip(series.x, series.y, strict=True)) for series in figure.series]
     levels = [f"{level.label} {level.y:,.4g}" for level in figure.levels]
@@ -73,15 +73,15 @@ def _heat_map(figure: Figure) -> HeatMap:
 
 
 def build_figure(comparison: Comparison, drawing: Drawing, records: Sequence[CellRecord]) -> Figure:
-    """What is to be drawn: a series per method and schedule, and further axes that vary.
+    """What is to be drawn: a series per method, schedule and value of any other axis that varies.
 
-    Of several seeds the means with their standard deviations; where no row has several, values with their intervals, as
-    far as they have one: bars of one figure mean one thing. All seeds in a figure of points. A method that prunes
-    nothing has no schedule and no value of axes below `prune`, one without a teacher none of those below `distill`:
-    where that leaves it without a place on the x axis it is a level.
+    If any row has several seeds, means with standard deviations; otherwise values with their intervals, if they have
+    one, so that error bars mean the same throughout a figure. A figure of points shows all seeds. A method that does
+    not prune has no schedule and no value on axes in the section `prune`, and one without a teacher has none on axes in
+    `distill`; if that leaves it without a place on the x axis, it is drawn as a level.
 
     Raises:
-        InputError: no run with this metric is there yet.
+        InputError: no run with this metric is available yet.
     """
     column = metric_column(drawing.y)
     rows = [(row, _parts(comparison, row)) for row in sorted(group_rows(records), key=_order_of(comparison))]
@@ -113,13 +113,13 @@ def build_figure(comparison: Comparison, drawing: Drawing, records: Sequence[Cel
 
 
 def _order_of(comparison: Comparison) -> Callable[[Row], tuple[int, int]]:
-    """Methods and schedules stand as in the file, whatever is finished first."""
+    """A sort key that keeps methods and schedules in the file's order, whichever is finished first."""
     methods, schedules = list(comparison.methods), ["", *comparison.schedules]
     return lambda row: (methods.index(row.method), schedules.index(row.schedule))
 
 
 def _values(comparison: Comparison, x: str) -> Iterable[Any]:
-    """All values of an axis, "method" or "schedule" in the order of the file."""
+    """All values of an axis, "method" or "schedule", in the order of the file."""
     return comparison.axes.get(x, comparison.methods if x == "method" else comparison.schedules)
 
 
@@ -133,7 +133,7 @@ def _is_shown(drawing: Drawing, parts: _Parts) -> bool:
 
 
 def _has_place(drawing: Drawing, parts: _Parts) -> bool:
-    # Beside methods that have schedules, one that has none is what they are compared with.
+    # Next to methods with schedules, a method without one is what they are compared with.
     return parts["schedule" if drawing.x == "method" else drawing.x] is not None
 
 
@@ -148,7 +148,7 @@ def _absence(drawing: Drawing, rows: Sequence[Row]) -> str:
 
 
 def _label(parts: _Parts, others: Iterable[str], varied: Sequence[str]) -> str:
-    """What tells a series from the others: its method in any case, unless that is the x axis, and what varies."""
+    """What distinguishes a series: always its method, unless that is the x axis, and whatever varies."""
     by_method = "method" in others or parts["schedule"] is None
     told = [key for key in parts if key in varied or (key == "method" and by_method)] or ["schedule"]
     texts = {key: axis_text(parts[key]) for key in told if parts[key] is not None}
@@ -172,7 +172,7 @@ def _points(drawing: Drawing, column: Column, row: Row, place: Place, seeds: int
 
 
 def _level(column: Column, row: Row, label: str, seeds: int) -> Level:
-    """The mean of a row, with its deviation or, where no row has several of the `seeds`, its interval."""
+    """The mean of a row, with its standard deviation or, if `seeds` (the most of any row) is 1, its interval."""
     found = spread(row, column.key)
     mean, deviation, ends = found["mean"], found["std"], found["interval"] if seeds == 1 else None
     if deviation is not None:
@@ -187,7 +187,7 @@ def _series(label: str, points: Sequence[_Point], kind: str) -> Series:
     x, y, ends = zip(*points, strict=True)
     if not any(ends):
         return Series(label, x, y)
-    # A value without an interval has one of no length.
+    # A value without an interval gets one of zero length.
     low, high = zip(*(each or (value, value) for value, each in zip(y, ends, strict=True)), strict=True)
     return Series(label, x, y, low, high)
 
@@ -199,7 +199,7 @@ def _title(
     placed: Sequence[tuple[Row, _Parts]],
     varied: Sequence[str],
 ) -> str:
-    """What is drawn, and at which value of the axes that do not vary."""
+    """What is drawn, and the values of the axes that do not vary."""
     alike = [key for key in comparison.axes if key not in (drawing.x, *varied)]
     fixed = {key: parts[key] for key in alike for _, parts in placed if parts[key] is not None}
     told = [f"{key} {axis_text(value)}" for key, value in fixed.items()]
@@ -207,7 +207,7 @@ def _title(
 
 
 def _legend(drawing: Drawing, measured: Sequence[tuple[Row, _Parts]], seeds: int) -> str:
-    """What marks and bars stand for."""
+    """What markers and error bars stand for."""
     if drawing.kind == "points":
         return f"all seeds, up to {seeds} of each, and their median"
     if drawing.kind == "heat_map":

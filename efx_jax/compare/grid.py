@@ -27,11 +27,11 @@ class Cell:
     Attributes:
         method: its name.
         schedule: its name, "" for a method that prunes nothing.
-        axes: the values of the comparison's axes, in their order; None where a value has no say.
-        seed: of the run.
+        axes: the values of the comparison's axes, in their order; None where a value has no effect.
+        seed: the run's seed.
         config: the settings.
-        run: the name of the run's folder, which equal settings share.
-        reference: the name of the folder of the run that Rel.% refers to, or "".
+        run: the name of the run's folder, which cells with equal settings share.
+        reference: the folder name of the run that Rel.% refers to, or "".
         refusal: why the settings cannot be run, or "".
     """
 
@@ -52,7 +52,7 @@ class Cell:
 
 
 def list_cells(comparison: Comparison) -> list[Cell]:
-    """All cells, a whole grid for the first seed first; those that the values of an axis do not tell apart are one.
+    """All cells, seed after seed; cells that differ only in axis values without effect are merged.
 
     Raises:
         InputError: every cell is refused.
@@ -71,10 +71,10 @@ def list_cells(comparison: Comparison) -> list[Cell]:
 
 
 def choose_cells(cells: Sequence[Cell], names: Iterable[str]) -> list[Cell]:
-    """The cells of these methods, schedules or METHOD/SCHEDULE pairs; without names all of them.
+    """The cells with these methods, schedules or METHOD/SCHEDULE pairs; without names, all cells.
 
     Raises:
-        InputError: a name that no cell has.
+        InputError: a name that matches no cell.
     """
     chosen = set(names)
     own = {cell: {cell.method, cell.schedule, f"{cell.method}/{cell.schedule}"} - {""} for cell in cells}
@@ -93,10 +93,10 @@ def axis_text(value: Any) -> str:
 
 
 def run_name(config: Config) -> str:
-    """What a run is about, and eight hex digits of what its settings are.
+    """A short description of a run, and eight hex digits that identify its settings.
 
-    Only settings that differ from their default count, so that a new one does not rename old runs, and none that say
-    where a run is computed.
+    Only settings that differ from their default count, so that adding a setting does not rename old runs; settings
+    about where a run is computed never count.
     """
     default = Config()
     values = {key: setting_value(config, key) for key in setting_types() if key.partition(".")[0] not in FREE_SECTIONS}
@@ -106,7 +106,7 @@ def run_name(config: Config) -> str:
 
 
 def short_hash(value: Any) -> str:
-    """Eight hex digits of a value's text."""
+    """Eight hex digits of a hash of the value's repr."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:8]
 
 
@@ -139,12 +139,12 @@ def _reference(comparison: Comparison, method: str, schedule: str, varied: Setti
 def _resolve(comparison: Comparison, method: str, schedule: str, varied: Settings, seed: int) -> Config:
     values = {**varied, **comparison.methods[method], **comparison.schedules.get(schedule, {}), "seed": seed}
     config = replace_values(comparison.base, values)
-    # Without a teacher nobody reads how it teaches, which a preset below the base may bring.
+    # Without a teacher the settings of distillation, which the base's preset may bring, have no effect.
     if not config.distill.teacher:
         config = dataclasses.replace(config, distill=DistillConfig())
     idle = idle_settings(config).keys() & varied.keys()
     config = replace_values(config, {key: setting_value(Config(), key) for key in idle})
-    # Where nothing is pruned no other setting of it has a say: all of them are the same run.
+    # If nothing is pruned, the other pruning settings have no effect: they all give the same run.
     return config if config.prune.sparsity else unpruned(config)
 
 

@@ -14,7 +14,7 @@ _HIGH = 0.975  # the upper end of a 95 % interval
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
-    """Nats, float64 [n], and predicted tokens, int [n], of every window of a text, and the text's checksum."""
+    """Nats, float64 [n], and number of predicted tokens, int [n], of each window of a text, and the text's checksum."""
 
     nll: np.ndarray
     tokens: np.ndarray
@@ -26,18 +26,18 @@ def perplexity_ratio(
 ) -> tuple[float, Interval | None] | None:
     """Geometric mean over seeds of perplexity(found) / perplexity(other), with its 95 % interval.
 
-    Paired: both models see the same windows and seeds, so that what makes one hard for both has no part in the
-    interval. Of one seed it is a percentile bootstrap over windows. Two or three seeds are too few to be resampled (of
-    two, such an interval holds the truth every other time): there the logarithm of the ratio has one of Student's t
-    over seeds and one of the normal distribution over windows, which are independent and add up in squares.
+    Paired: both models see the same windows and seeds, so that what makes a window or seed hard for both does not widen
+    the interval. For one seed it is a percentile bootstrap over windows. Two or three seeds are too few to resample
+    (with two, such an interval would cover the truth half the time). So for several seeds the interval of the log ratio
+    combines a Student's t half-width over seeds and a normal one over windows; being independent, they add in squares.
 
     Args:
-        found: by seed the windows of one model.
-        other: those of the other; a seed that only one of them has is left out.
+        found: one model's windows, by seed.
+        other: the other model's windows; a seed that only one of the two has is left out.
 
     Returns:
-        The ratio and its interval (None of a single window); None where there is nothing to pair: no seed in common,
-        another text or other windows, or a ratio too large for a number.
+        The ratio and its interval (None for a single window); None if there is nothing to pair: no seed in common,
+        different texts or windows, or a ratio that overflows.
     """
     value = ratio_value(found, other)
     if value is None:
@@ -60,7 +60,7 @@ def perplexity_ratio(
 
 
 def ratio_value(found: Mapping[int, Windows], other: Mapping[int, Windows]) -> float | None:
-    """The ratio of `perplexity_ratio` without its interval, which takes longer."""
+    """The ratio of `perplexity_ratio` without the interval, which takes longer."""
     shared = [number for number in found if number in other]
     if not shared or not _are_same([each[number] for each in (found, other) for number in shared]):
         return None
@@ -71,13 +71,13 @@ def ratio_value(found: Mapping[int, Windows], other: Mapping[int, Windows]) -> f
 
 
 def _apart(found: Mapping[int, Windows], other: Mapping[int, Windows]) -> tuple[np.ndarray, np.ndarray]:
-    """Nats by which the windows of every shared seed differ, [seeds,n], and their tokens [n]."""
+    """Difference in nats per window for every shared seed, [seeds,n], and the windows' tokens [n]."""
     shared = [number for number in found if number in other]
     return np.stack([found[number].nll - other[number].nll for number in shared]), found[shared[0]].tokens
 
 
 def _are_same(windows: Sequence[Windows]) -> bool:
-    """Whether all of them are of one text, cut alike."""
-    # Evaluations of before it was told have no checksum.
+    """Whether all of them are of one text, cut into the same windows."""
+    # Evaluations from before the checksum was recorded have none.
     texts = {each.text for each in windows} - {""}
     return len(texts) <= 1 and all(np.array_equal(each.tokens, windows[0].tokens) for each in windows)

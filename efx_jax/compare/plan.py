@@ -1,4 +1,4 @@
-"""What a comparison would still do, without doing it: the report of `--dry-run`."""
+"""What a comparison still has to do, without doing it: the report of `--dry-run`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +19,11 @@ Counts = dict[Any, DataCounts | RowCounts | str]
 
 
 def plan_lines(comparison: Comparison, cells: Sequence[Cell], runs: Path) -> list[str]:
-    """A line per cell: done, measure, resume, train, prune, shared or refused, with its steps and tokens; their sum.
+    """A line per cell (done, measure, resume, train, prune, shared or refused, with its steps and tokens), and totals.
 
     Args:
-        comparison: says what is measured.
-        cells: those to plan.
+        comparison: defines what is measured.
+        cells: the cells to plan.
         runs: the folder of all run folders.
 
     Raises:
@@ -46,7 +46,7 @@ def plan_lines(comparison: Comparison, cells: Sequence[Cell], runs: Path) -> lis
 def uneven_training(cells: Sequence[Cell]) -> str:
     """Why some of the cells would train on more tokens than others, in one line, or "".
 
-    An epoch has the windows of `distill.text` beside the rows, and without packing a window is longer than most rows.
+    An epoch has the windows of `distill.text` besides the rows, and without packing a window is longer than most rows.
     """
     first: dict[float, Cell] = {}
     for cell in cells:
@@ -66,7 +66,7 @@ def uneven_training(cells: Sequence[Cell]) -> str:
 
 
 def _plan(comparison: Comparison, cell: Cell, runs: Path, counts: Counts) -> tuple[str, str]:
-    """The state of a cell and what is to be said of it."""
+    """The state of a cell and the details to report."""
     run = runs / cell.run
     try:
         if cell.refusal:
@@ -94,9 +94,9 @@ def _reached(run: Path) -> int | None:
 
 
 def _size(cell: Cell, counts: Counts) -> str:
-    """Steps and tokens of a run, as far as its data can be counted here; cells of equal data are counted once."""
+    """Steps and tokens of a run, as far as its data can be counted here; cells with the same data are counted once."""
     config = cell.config
-    # Of a teacher nothing but its text is among the rows.
+    # The only thing that a teacher adds to the rows is its text.
     text = (config.distill.text, config.distill.text_share)
     key = (config.model, config.data, config.eval, config.seed, text)
     if key not in counts:

@@ -1,4 +1,4 @@
-"""Work in a process of its own: its memory, its device and its compiled programs go with it."""
+"""Work in a separate process: its memory, its device and its compiled programs are released with it."""
 
 import contextlib
 import os
@@ -15,17 +15,17 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def call(module: str, arguments: Sequence[str], log: Path) -> int:
-    """Runs `python -m MODULE ARGUMENTS` from here, with all that it prints in `log`; returns its exit code.
+    """Runs `python -m MODULE ARGUMENTS` with all its output in `log`, and returns its exit code.
 
-    The process is in a group of its own, so that it gets Ctrl-C once, from here: a training then finishes its step and
-    saves, and a second Ctrl-C stops it at once. A terminal that is closed asks it as SIGTERM does.
+    The process has its own process group, so that it receives Ctrl-C once, forwarded from here: training then finishes
+    its step and saves, and a second Ctrl-C stops it at once. Closing the terminal (SIGHUP) is forwarded as SIGTERM.
 
     Raises:
-        InputError: another process writes into that log: it does the same work.
-        KeyboardInterrupt: it has ended, and was asked to.
+        InputError: another process is writing to that log, so it does the same work.
+        KeyboardInterrupt: a signal asked the process to end, and it has ended.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    # From a checkout the package is found where this one was.
+    # In a checkout, the child must find the package where this process found it.
     package = str(Path(__file__).parents[2])
     paths = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     asked: list[int] = []
@@ -37,7 +37,7 @@ def call(module: str, arguments: Sequence[str], log: Path) -> int:
             child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
     with log.open("a") as stream, _heard(hand_on):
-        # The child inherits the lock, and keeps it should this process be killed.
+        # The child inherits the lock, and keeps it if this process is killed.
         lock(stream.fileno(), f"{log}: another comparison is at this work; wait for it, and call this one again")
         stream.truncate(0)
         child = subprocess.Popen(
@@ -50,7 +50,7 @@ def call(module: str, arguments: Sequence[str], log: Path) -> int:
         )
         children.append(child)
         if asked:
-            # It came while the process was being made.
+            # The signal came while the process was being started.
             child.terminate()
         code = child.wait()
     if asked:
@@ -59,9 +59,9 @@ def call(module: str, arguments: Sequence[str], log: Path) -> int:
 
 
 def last_words(log: Path, code: int) -> str:
-    """Why a process has failed, in one line: what it said itself, its last line, or the signal that killed it.
+    """Why a process has failed, in one line: its own error message, its last line, or the signal that killed it.
 
-    A library's threads may complain in the log after it has had its say.
+    Its own message comes first because a library's threads may still write to the log after it.
     """
     if code < 0:
         name = signal.Signals(-code).name
@@ -73,7 +73,7 @@ def last_words(log: Path, code: int) -> str:
 
 @contextlib.contextmanager
 def _heard(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Gives the signals that end a command to a handler; what is ignored, as under nohup, stays so."""
+    """Routes the signals that end a command to a handler; signals that are ignored, as under nohup, stay ignored."""
     heard = [number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in heard}
     try:

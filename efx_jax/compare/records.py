@@ -1,4 +1,4 @@
-"""What a cell has brought, read from the files of its run and of its evaluations."""
+"""The results of a cell, read from the files of its run and of its evaluations."""
 
 import dataclasses
 import json
@@ -29,11 +29,11 @@ class CellRecord:
     Attributes:
         cell: the cell.
         metrics: "sparsity", "train_seconds", "event_seconds", "peak_memory_mib", "tokens", "perplexity.TEXT",
-            "PROTOCOL.TASK.METRIC" and "PROTOCOL.relative", as far as they are there; None is not finite.
-        intervals: 95 % bootstrap intervals of those that the evaluation gives one.
+            "PROTOCOL.TASK.METRIC" and "PROTOCOL.relative", as far as available; None is a value that is not finite.
+        intervals: 95 % bootstrap intervals of the metrics for which the evaluation gives one.
         is_whole: whether nothing is missing.
         note: why Rel.% is missing where it could be expected, or "".
-        windows: by text the nats and predicted tokens of every window.
+        windows: by text, the nats and predicted tokens of every window.
     """
 
     cell: Cell
@@ -60,7 +60,7 @@ def read_record(comparison: Comparison, cell: Cell, runs: Path) -> CellRecord:
         if measurement.is_text:
             text = _read(folder)["perplexity"]
             _take(metrics, intervals, f"perplexity.{name}", text, "value", "interval")
-            # Evaluations of before the windows were told have none; a ruined model's are not finite.
+            # Evaluations from before windows were recorded have none; a ruined model's values are not finite.
             if None not in text.get("window_nll", [None]):
                 counts = np.asarray(text["window_tokens"])
                 windows[name] = Windows(np.asarray(text["window_nll"]), counts, text.get("text", ""))
@@ -83,7 +83,7 @@ def read_record(comparison: Comparison, cell: Cell, runs: Path) -> CellRecord:
 
 
 def _take(metrics: Metrics, intervals: Intervals, key: str, found: Mapping[str, Any], value: str, ends: str) -> None:
-    """Takes a number over and, where it has both ends, its interval."""
+    """Copies a number and, if it has both ends, its interval."""
     metrics[key] = found[value]
     low, high = found.get(ends) or (None, None)
     if low is not None and high is not None:

@@ -1,4 +1,4 @@
-"""The rows of a comparison's table: the seeds of a method on a schedule at one value of every axis."""
+"""The rows of a comparison's table: each holds the seeds of a method on a schedule at one value of every axis."""
 
 import dataclasses
 import statistics
@@ -10,7 +10,7 @@ from efx_jax.compare.records import CellRecord
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The seeds of a method on a schedule at one value of every axis; `asked` is the sparsity of the settings."""
+    """The seeds of a method on a schedule at one value of every axis; `asked` is the requested sparsity."""
 
     method: str
     schedule: str
@@ -22,8 +22,8 @@ class Row:
 def spread(row: Row, key: str) -> dict[str, Any]:
     """A metric over the seeds of a row that have it: values, mean, standard deviation (divided by n - 1), interval.
 
-    The mean is None where a value is not finite, the deviation also where there is one value, and the interval, that of
-    the evaluation, where there are more.
+    The mean is None if a value is not finite, and the standard deviation also if there is only one value. The interval
+    is that of the evaluation, and None if there are several values.
     """
     values = [record.metrics[key] for record in row.records if key in record.metrics]
     numbers = [value for value in values if value is not None]
@@ -38,7 +38,7 @@ def spread(row: Row, key: str) -> dict[str, Any]:
 
 
 def group_rows(records: Iterable[CellRecord]) -> list[Row]:
-    """Rows in the order of their first cells."""
+    """The rows, in the order of their first cells."""
     groups: dict[tuple[str, str, tuple[Any, ...], float], list[CellRecord]] = {}
     for record in records:
         cell = record.cell
@@ -49,5 +49,5 @@ def group_rows(records: Iterable[CellRecord]) -> list[Row]:
 
 
 def metric_keys(records: Iterable[CellRecord]) -> list[str]:
-    """All metrics that any record has, in the order in which they come."""
+    """All metrics that any record has, in order of first appearance."""
     return list(dict.fromkeys(key for record in records for key in record.metrics))

@@ -19,13 +19,13 @@ Settings = Mapping[str, Any]
 """Values by dotted path, as `replace_values` takes them."""
 
 RUN_METRICS = ("sparsity", "train_seconds", "event_seconds", "peak_memory_mib", "tokens")
-"""What every run brings by itself."""
+"""Metrics that every run has without an evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """What every run is measured on, as the flags of `python -m efx_jax.evaluation` say it (`protocols` is several of
-    its --protocol); its other flags keep what they have from the run. The key `texts` beside these in the file is
+    """What every run is measured on; fields correspond to flags of `python -m efx_jax.evaluation` (`protocols` lists
+    several values of --protocol), and its other flags keep the run's values. The file's key `texts` next to these is
     `Comparison.texts`."""
 
     tasks: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ class Evaluate:
     rows: int = 0
     """Test rows of every task; 0: all."""
     protocols: tuple[ProtocolName, ...] = ("likelihood",)
-    """How answers are got; each has its own table."""
+    """How answers are obtained; each protocol has its own table."""
     runs: int = 4
     """Runs of the protocol "sampled"."""
     text_tokens: int = 20000
@@ -50,8 +50,8 @@ class Drawing:
     Attributes:
         x: an axis of the comparison, "method" or "schedule".
         y: a metric, see `efx_jax.compare.records.CellRecord`.
-        kind: means over seeds as lines, bars or the fields of a heat map, or the points of all seeds.
-        only: by axis, "method" or "schedule" the values that are drawn; it has no say where a row has none of them.
+        kind: means over seeds as lines, bars or the cells of a heat map, or all seeds as points.
+        only: by axis, "method" or "schedule", the values that are drawn; ignored for a row that has no value there.
     """
 
     x: str
@@ -65,17 +65,17 @@ class Comparison:
     """A grid of runs.
 
     Attributes:
-        name: of the file.
+        name: the file's name.
         base: the settings that all runs share.
-        seeds: of the runs.
-        methods: by name, what is over the base.
-        schedules: by name, what is over the method.
-        runs: the names of the schedules that each method runs on; () for a method that says `prune.sparsity` 0.
-        axes: values of settings, all combined; they are over the base and below the method.
+        seeds: the runs' seeds.
+        methods: by name, settings that override the base and the axes.
+        schedules: by name, settings that override the method.
+        runs: the names of the schedules that each method runs on; () for a method that sets `prune.sparsity` to 0.
+        axes: values of settings, all combined; they override the base, and the method overrides them.
         evaluate: what is measured.
         texts: perplexity texts by name.
-        reference: the method that Rel.% refers to, one that prunes nothing, or "".
-        figures: by name.
+        reference: the method that Rel.% refers to, one that does not prune, or "".
+        figures: figures by name.
     """
 
     name: str
@@ -92,14 +92,14 @@ class Comparison:
 
 
 def read_comparison(path: Path) -> Comparison:
-    """Reads a comparison; the keys are the attributes of `Comparison`, but `texts`, which stands below `evaluate`.
+    """Reads a comparison; the keys are the attributes of `Comparison`, except `texts`, which is under `evaluate`.
 
-    `base` is the path of a config, from the comparison's own folder, or settings, which may name a `config` and a
-    `preset` below them. A method may name a `preset` below its settings too. Without `runs` every method runs on every
-    schedule.
+    `base` is the path of a config, relative to the comparison's folder, or settings, which may name a `config` and a
+    `preset` that they override. A method may also name a `preset` that its settings override. Without `runs` every
+    method runs on every schedule.
 
     Raises:
-        InputError: an unreadable file, an unknown key or name, a wrong type, nothing to measure.
+        InputError: an unreadable file, an unknown key or name, a wrong type, or nothing to measure.
     """
     tree = read_yaml(path)
     if path.stem == "runs":
@@ -143,7 +143,7 @@ def _read_base(node: Any, path: Path) -> Config:
 
 
 def _read_named(tree: Mapping[str, Any], key: str, path: Path) -> dict[str, Settings]:
-    """Settings by name; those of a method over those of the preset that it may name."""
+    """Settings by name; a method's settings override those of the preset that it may name."""
     found = _mapping(tree.get(key, {}), f"{path}: {key}")
     _refuse_names(found, f"{path}: {key}")
     named: dict[str, Settings] = {}
@@ -233,7 +233,7 @@ def _read_figures(node: Any, comparison: Comparison, path: Path) -> dict[str, Dr
 
 
 def _check_metric(comparison: Comparison, metric: str, where: str) -> None:
-    """Refuses what no run will have; the names of tasks are known only when the tasks are loaded."""
+    """Refuses a metric that no run will have; task names are known only once the tasks are loaded."""
     protocols = comparison.evaluate.protocols if comparison.evaluate.tasks else ()
     known = [*RUN_METRICS, *(f"perplexity.{name}" for name in comparison.texts)]
     known += [f"{name}.relative" for name in protocols if comparison.reference]
@@ -265,7 +265,7 @@ def _parse(node: Any, kind: Any, where: str) -> Any:
 
 
 def _refuse_names(names: Iterable[str], where: str) -> None:
-    """Refuses what can be no part of a file's name or of METHOD/SCHEDULE."""
+    """Refuses names that cannot be part of a file name or of METHOD/SCHEDULE."""
     for name in names:
         if not re.fullmatch(r"[\w.+-]+", name):
             raise InputError(f"{where}: expected names of letters, digits and _.+-, found {name!r}; rename it")

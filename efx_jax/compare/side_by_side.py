@@ -1,4 +1,4 @@
-"""Every row of a comparison beside dense LoRA and beside the best other method, on the same windows of text."""
+"""Every row of a comparison against dense LoRA and against the best other row, on the same windows of text."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from efx_jax.evaluation.scores import Interval
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """A perplexity over that of the row `other`, with its 95 % interval, see `perplexity_ratio`."""
+    """A perplexity divided by that of the row `other`, with the ratio's 95 % interval, see `perplexity_ratio`."""
 
     value: float
     interval: Interval | None
@@ -26,11 +26,11 @@ class Ratio:
 
 
 def ratios(comparison: Comparison, rows: Sequence[Row]) -> list[dict[str, Ratio]]:
-    """By row the ratios that can be formed: "TEXT over dense" and "TEXT over the best other".
+    """For each row, the ratios that can be formed: "TEXT over dense" and "TEXT over the best other".
 
     Args:
         comparison: names the texts and the reference.
-        rows: of the table.
+        rows: the rows of the table.
     """
     return [
         {
@@ -54,9 +54,9 @@ def _reference(comparison: Comparison, row: Row, rows: Sequence[Row]) -> Row | N
 
 
 def _best_other(text: str, row: Row, rows: Sequence[Row]) -> Row | None:
-    """The pruned row beside this one, at its sparsity, pattern and axes, with the lowest perplexity; an axis that has
-    no say in one of the two sets no rivals apart. Each is seen on the seeds that it shares with this row: a grid
-    that is not finished may have but the easiest of another row."""
+    """The other pruned row with the same sparsity, pattern and axes that has the lowest perplexity; an axis without
+    effect on one of two rows is ignored. Each is compared on the seeds that it shares with this row, since an
+    unfinished grid may have only the easiest seeds of another row."""
     own = _windows(text, row)
     rivals = [each for each in rows if each is not row and each.asked > 0 and _are_rivals(each, row)]
     values = {number: ratio_value(own, _windows(text, each)) for number, each in enumerate(rivals)}
@@ -70,7 +70,7 @@ def _are_rivals(one: Row, other: Row) -> bool:
 
 
 def _kind(row: Row) -> tuple[Any, ...]:
-    """What two rows must have in common to be rivals, whatever the axes are."""
+    """What two rows must have in common to be rivals, apart from the axes."""
     return row.asked, n_of_m(row.records[0].cell.config.prune.group)
 
 

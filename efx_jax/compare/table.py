@@ -20,7 +20,7 @@ from efx_jax.files import atomic_write
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A metric, what stands above it, what it is multiplied by and its decimals."""
+    """A metric, its heading, the factor it is multiplied by and its decimals."""
 
     key: str
     title: str
@@ -47,17 +47,17 @@ def write_tables(
     """Writes table.md, table.csv and table.json (means over seeds), runs.csv and runs.json (every seed).
 
     Args:
-        comparison: names the columns.
-        records: of all cells.
+        comparison: defines the columns.
+        records: the records of all cells.
         failures: by run, why it or its evaluation has failed this time.
         figures: by name, why it is not drawn, or "".
-        folder: where to; made if need be.
+        folder: output folder; created if needed.
 
     Returns:
         The Markdown.
 
     Raises:
-        InputError: the disk is full or the place is not writable.
+        InputError: the disk is full or the folder is not writable.
     """
     rows = group_rows(records)
     beside = ratios(comparison, rows)
@@ -119,12 +119,12 @@ def _side_by_side(comparison: Comparison, rows: Sequence[Row], beside: Sequence[
 
 
 def _varied_places(comparison: Comparison) -> list[int]:
-    """Of the axes that have a column; the sparsity has one of its own."""
+    """Positions of the axes that have a column here; the sparsity has its own column."""
     return [place for place, key in enumerate(comparison.axes) if key != "prune.sparsity"]
 
 
 def _place(row: Row, places: Sequence[int]) -> list[str]:
-    """What a line of a table begins with."""
+    """The first cells of a table row."""
     axes = ["" if row.axes[place] is None else axis_text(row.axes[place]) for place in places]
     return [row.method, row.schedule, *axes, f"{100 * row.asked:g}"]
 
@@ -143,7 +143,7 @@ def _legend(comparison: Comparison) -> str:
 
 
 def metric_column(key: str) -> Column:
-    """How a metric of a record is told."""
+    """The column that shows a metric of a record."""
     group, _, name = key.partition(".")
     if not name:
         return next(column for column in (_SPARSITY, *_COSTS) if column.key == key)
@@ -155,7 +155,7 @@ def metric_column(key: str) -> Column:
 
 def _task_columns(records: Sequence[CellRecord], protocol: str) -> list[Column]:
     keys = [key for key in metric_keys(records) if key.startswith(f"{protocol}.")]
-    # The one over all tasks stands last.
+    # The one over all tasks comes last.
     return [metric_column(key) for key in sorted(keys, key=lambda key: key == f"{protocol}.relative")]
 
 
@@ -195,7 +195,7 @@ def _pictures(figures: Mapping[str, str]) -> list[str]:
 
 
 def _missing(records: Sequence[CellRecord], failures: Mapping[str, str], figures: Mapping[str, str]) -> list[str]:
-    """What is not in the tables, and why; the waiting ones are only counted."""
+    """What is not in the tables, and why; runs still to be done are only counted."""
     waiting = sum(_status(record, failures) == "missing" for record in records)
     lines = [f"{waiting} of {len(records)} runs are not there, or not measured in full."] if waiting else []
     lines += _told("failed", [(record, _failure(record, failures)) for record in records])
@@ -206,7 +206,7 @@ def _missing(records: Sequence[CellRecord], failures: Mapping[str, str], figures
 
 
 def _told(what: str, reasons: Iterable[tuple[CellRecord, str]]) -> list[str]:
-    """A line per reason, with the first cell that it holds for: all seeds mostly say the same."""
+    """A line per reason, with the first cell that it applies to: it is mostly the same for all seeds."""
     titles: dict[str, str] = {}
     for record, reason in reasons:
         if reason:
@@ -260,7 +260,7 @@ def _row_entry(axes: Sequence[str], row: Row) -> dict[str, Any]:
 def _run_line(
     axes: Sequence[str], record: CellRecord, failures: Mapping[str, str], keys: Mapping[str, bool]
 ) -> dict[str, Any]:
-    """A line of runs.csv; `keys` says of every metric whether it has intervals."""
+    """A line of runs.csv; `keys` says for every metric whether it has intervals."""
     entry = _run_entry(axes, record, failures)
     metrics, intervals = entry.pop("metrics"), entry.pop("intervals")
     line = entry | entry.pop("axes")

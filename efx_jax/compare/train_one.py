@@ -11,13 +11,13 @@ from efx_jax.training.run import run
 
 
 def main(argv: Sequence[str]) -> int:
-    """Trains or goes on; returns the exit code: 2 for bad input or a full disk, told in one line, 130 after Ctrl-C."""
+    """Trains or resumes; returns the exit code: 2 (and a one-line error) on bad input or a full disk, 130 on Ctrl-C."""
     return exit_code(lambda: _train(*map(Path, argv)), "error")
 
 
 def _train(config: Path, output: Path, trunk: Path | None = None) -> int:
     with warnings.catch_warnings():
-        # The tables say what was asked for.
+        # The tables state the requested settings, so a fallback to others must be an error.
         warnings.simplefilter("error", FallbackWarning)
         try:
             summary = run(read_config(config), output, trunk=trunk)

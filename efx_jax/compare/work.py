@@ -1,4 +1,4 @@
-"""The work of one cell: a run, and what is measured on its export. What lies finished is not done again."""
+"""The work of one cell: a run, and what is measured on its export. What is already finished is not done again."""
 
 import dataclasses
 import sys
@@ -17,14 +17,14 @@ from efx_jax.training.start import unpruned
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One call of `python -m efx_jax.evaluation`: `name` is a protocol, or that of the perplexity text."""
+    """One call of `python -m efx_jax.evaluation`: `name` is a protocol, or the name of the perplexity text."""
 
     name: str
     is_text: bool
     flags: tuple[str, ...]
 
     def folder(self, run: Path) -> Path:
-        """Where a run keeps the outcome of exactly these flags."""
+        """Where a run keeps the results for exactly these flags."""
         return run / "evaluations" / f"{self.name}-{short_hash(self.flags)}"
 
 
@@ -44,18 +44,18 @@ def measurements(comparison: Comparison, cell: Cell) -> list[Measurement]:
 
 
 def finish(comparison: Comparison, cell: Cell, runs: Path) -> str:
-    """Trains and measures what is missing of a cell, each in a process of its own.
+    """Trains and measures whatever a cell still lacks, each step in its own process.
 
     Args:
-        comparison: says what is measured.
-        cell: one that is not refused.
+        comparison: defines what is measured.
+        cell: a cell that is not refused.
         runs: the folder of all run folders.
 
     Returns:
-        Why something has failed, in one line, or "". What one measurement lacks keeps no other one waiting.
+        Why something has failed, in one line, or "". A failed measurement does not prevent the others.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C, when the process at work has saved what it had.
+        KeyboardInterrupt: after Ctrl-C, once the running process has saved its progress.
     """
     run = runs / cell.run
     try:
@@ -83,7 +83,7 @@ def finish(comparison: Comparison, cell: Cell, runs: Path) -> str:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run or an evaluation has come to its end: the summary is the last that it writes."""
+    """Whether a run or an evaluation is complete: the summary is the last file that it writes."""
     return (folder / "summary.json").is_file()
 
 

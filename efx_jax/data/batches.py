@@ -10,21 +10,21 @@ from efx_jax.errors import InputError
 Batch = dict[str, np.ndarray]
 
 _MULTIPLE = 32
-ATTENTION_MULTIPLE = 128  # of tokens: what attention kernels of GPUs want
-_CHUNK = 64  # batches whose sequences are sorted together; more pad a little less and mix a little less
+ATTENTION_MULTIPLE = 128  # tokens; GPU attention kernels work best on multiples of this
+_CHUNK = 64  # batches whose sequences are sorted together; a larger chunk pads a little less and mixes a little less
 ALL_ROWS = slice(None)
 
 
 def bucket_length(lengths: Sequence[int] | np.ndarray, max_length: int, multiple: int = _MULTIPLE) -> int:
-    """The padded length of a batch, from few values so that few shapes compile.
+    """The padded length of a batch, chosen from a small set of values so that few shapes compile.
 
-    Values are `multiple` times 1, 2, 3, 4, 6, 8, 12, 16, ... (powers of two and their halves between), and
-    `max_length` rounded up to a multiple at most.
+    Values are `multiple` times 1, 2, 3, 4, 6, 8, 12, 16, ... (powers of two and the midpoints between them), capped at
+    `max_length` rounded up to a multiple.
 
     Args:
         lengths: tokens of each sequence of the batch.
         max_length: the longest sequence that any batch may hold, in tokens.
-        multiple: granularity in tokens; 128 suits attention kernels of GPUs.
+        multiple: granularity in tokens; 128 suits GPU attention kernels.
     """
     units = max(1, -(-int(max(lengths)) // multiple))
     power = 1 << (units - 1).bit_length()
@@ -33,24 +33,24 @@ def bucket_length(lengths: Sequence[int] | np.ndarray, max_length: int, multiple
 
 
 def up_to_multiple(length: int, multiple: int) -> int:
-    """The smallest multiple that holds `length` tokens, at least one."""
+    """The smallest positive multiple of `multiple` that holds `length` tokens."""
     return multiple * max(1, -(-length // multiple))
 
 
 def rows_within_budget(batch_size: int, length: int, token_budget: int, shards: int = 1) -> int:
-    """Rows of a batch that go through the model at once: the largest divisor of the batch within the token budget.
+    """Rows per forward pass: the largest divisor of the batch size within the token budget.
 
     Args:
         batch_size: B, rows of the batch over all devices.
         length: T, tokens per row.
-        token_budget: most rows x T of a pass over all devices, padding included; what bounds the memory.
-        shards: parts into which the devices cut the rows of a pass; it must hold a multiple of these.
+        token_budget: maximum rows x T of a pass over all devices, padding included; this bounds the memory.
+        shards: parts into which the devices split the rows of a pass; the row count must be a multiple of it.
 
     Returns:
-        A divisor of B and a multiple of `shards`; `shards` itself where the budget is smaller than that.
+        A divisor of B and a multiple of `shards`; `shards` itself if even that exceeds the budget.
 
     Raises:
-        InputError: shards that do not divide the batch.
+        InputError: `shards` does not divide the batch size.
     """
     if batch_size % shards:
         raise InputError(f"batch: expected a size that {shards} shards divide, found {batch_size}")
@@ -61,9 +61,9 @@ def rows_within_budget(batch_size: int, length: int, token_budget: int, shards: 
 def batch_rows(count: int, seed: int, n: int, batch_size: int, lengths: np.ndarray | None = None) -> np.ndarray:
     """Row numbers int64 [B] of batch n: positions n B ... n B + B - 1 of the endless concatenation of epochs.
 
-    Epoch e is the permutation that `default_rng([seed, e])` draws, with `lengths` [count] rearranged by
-    `group_by_length`. A batch that crosses the end of an epoch goes on with the next one's permutation: within an
-    epoch every row comes exactly once.
+    Epoch e is the permutation that `default_rng([seed, e])` draws; if `lengths` [count] is given, `group_by_length`
+    rearranges it. A batch that crosses the end of an epoch continues with the next epoch's permutation: within an
+    epoch every row occurs exactly once.
     """
     positions = np.arange(n * batch_size, (n + 1) * batch_size)
     epochs, offsets = positions // count, positions % count
@@ -77,26 +77,26 @@ def batch_rows(count: int, seed: int, n: int, batch_size: int, lengths: np.ndarr
 def group_by_length(
     order: np.ndarray, lengths: np.ndarray, batch_size: int, skip: int, seed: int, epoch: int
 ) -> np.ndarray:
-    """An epoch's order rearranged so that the rows of a batch are of like length and the batches still come shuffled.
+    """An epoch's order rearranged so that the rows of a batch have similar lengths and the batches stay shuffled.
 
     Args:
         order: row numbers [count], shuffled.
         lengths: tokens of every row, by row number.
         batch_size: B.
-        skip: rows at the head of the epoch that complete a batch begun in the epoch before; they and the tail that
-            begins the next epoch's batch keep their places.
+        skip: rows at the start of the epoch that complete a batch begun in the previous epoch; these, and the tail
+            that begins a batch completed in the next epoch, keep their places.
         seed: the run's seed.
         epoch: number of the epoch.
 
     Returns:
-        The same row numbers: chunks of 64 batches, each sorted by length, cut into batches and these shuffled.
+        The same row numbers: each chunk of 64 batches is sorted by length and cut into batches, which are shuffled.
     """
     end = skip + max(0, len(order) - skip) // batch_size * batch_size
     pieces = [order[:skip]]
     for number, start in enumerate(range(skip, end, _CHUNK * batch_size), start=1):
         chunk = order[start : min(start + _CHUNK * batch_size, end)]
         batches = chunk[np.argsort(lengths[chunk], kind="stable")].reshape(-1, batch_size)
-        # The number counts from 1: numpy draws the same from [seed, epoch, 0] as from [seed, epoch].
+        # `number` starts at 1: numpy draws the same from [seed, epoch, 0] as from [seed, epoch].
         pieces.append(np.random.default_rng([seed, epoch, number]).permutation(batches).ravel())
     return np.concatenate([*pieces, order[end:]])
 
@@ -117,14 +117,14 @@ def make_batch(
         n: number of the batch, from 0.
         batch_size: B.
         length: T; None takes `bucket_length` of this batch.
-        rows: which rows of the batch to lay out, where a host needs its own only; T is the whole batch's.
+        rows: which rows of the batch to lay out, for a host that needs only its own; T is the whole batch's.
 
     Returns:
         `tokens` int32 [B,T] (inputs), `targets` int32 [B,T] (the next token, already shifted), `weights` float32
         [B,T] (1 where the target carries loss, 0 elsewhere and on padding), `lengths` int32 [B] (inputs per row).
 
     Raises:
-        InputError: no examples, or a row longer than `length`.
+        InputError: there are no examples, or a row is longer than `length`.
     """
     _refuse_nothing(examples)
     chosen = batch_rows(len(examples), seed, n, batch_size)
@@ -142,10 +142,10 @@ def bucketed_batch(
     multiple: int = ATTENTION_MULTIPLE,
     rows: slice = ALL_ROWS,
 ) -> Batch:
-    """Batch n of training on sequences of like length, a pure function of its arguments.
+    """Batch n of training on sequences of similar length, a pure function of its arguments.
 
-    As `make_batch`, except that an epoch is rearranged by `group_by_length` and T is the longest row of the batch
-    rounded up to a multiple, so that little is padding and few shapes compile.
+    Like `make_batch`, except that an epoch is rearranged by `group_by_length` and T is the longest row of the batch
+    rounded up to a multiple, so that there is little padding and few shapes compile.
 
     Args:
         examples: all training sequences.
@@ -197,21 +197,21 @@ def calibration_batches(
 ) -> Iterator[Batch]:
     """The sequences whose activations are measured, drawn without replacement.
 
-    Each sequence stays a row of its own, cut to `length` inputs and right-padded; statistics leave the padding out by
-    `lengths`. Rows are grouped by length to pad little: sums over tokens do not depend on the order. The last token
-    of a sequence is never an input, as in training.
+    Each sequence is one row, cut to `length` inputs and right-padded; statistics use `lengths` to exclude the padding.
+    Rows are grouped by length to reduce padding, which is safe because sums over tokens do not depend on the order. As
+    in training, the last token of a sequence is never an input.
 
     Args:
         examples: the pool of sequences.
         seed: the run's seed.
         rows: sequences drawn; the whole pool if it is smaller.
-        length: most inputs per sequence.
-        batch_tokens: B x T at most, padding included, unless a single row is longer: what bounds the memory.
-        shards: parts into which the devices cut a batch; B is a multiple of it.
+        length: maximum inputs per sequence.
+        batch_tokens: maximum B x T, padding included, unless a single row is longer; this bounds the memory.
+        shards: parts into which the devices split a batch; B is a multiple of it.
 
     Yields:
-        `tokens` int32 [B,T] and `lengths` int32 [B], longest rows first; every T has one B, so that few shapes
-        compile, and what a batch lacks is filled with rows of length 0.
+        `tokens` int32 [B,T] and `lengths` int32 [B], longest rows first; each T has a single B, so that few shapes
+        compile, and an incomplete batch is filled up with rows of length 0.
 
     Raises:
         InputError: an empty pool.

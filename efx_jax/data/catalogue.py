@@ -1,8 +1,8 @@
-"""The paper's tasks: what each asks, and where its official files and Hub tables lie.
+"""The paper's tasks: what each asks, and where its official files and Hub tables are.
 
 The fields of every prompt, their order and the answers follow the prompts of the paper's appendix H and of the authors'
 repository (TagoreZhao/Efficient_Domain_Adaptation, data/templates.py); the wording of the instructions is our own. In
-ContractNLI the document stands before the hypothesis, so that its 17 prompts begin alike.
+ContractNLI the document precedes the hypothesis, so that the document's 17 prompts share a prefix.
 """
 
 import dataclasses
@@ -123,7 +123,7 @@ _CASEHOLD = Official(
     ),
     fields=(("Excerpt", "citing_prompt"), *((label, f"holding_{label}") for label in legal.CASEHOLD_LABELS)),
     context="Excerpt",
-    cut="beginning",  # the mark <HOLDING>, where the holding was cited, stands among the excerpt's last words
+    cut="beginning",  # the marker <HOLDING>, where the holding was cited, is among the excerpt's last words
     identity=(("citing_prompt",),),
     splits={
         split: Split(

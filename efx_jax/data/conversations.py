@@ -1,4 +1,4 @@
-"""Rows that are conversations: every answer of the assistant, with all that was said before it."""
+"""Rows that are conversations: every answer of the assistant, with everything said before it."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from efx_jax.data.records import has_surrogate
 from efx_jax.errors import InputError
 
 COLUMNS = ("messages", "conversations")
-"""What such a column is called: in the format of chat models, and in ShareGPT's."""
+"""The column's name in the chat-model format and in ShareGPT's."""
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
@@ -21,15 +21,15 @@ class Turn:
 
 
 def conversation_of(row: Mapping[str, Any], where: str) -> list[Turn] | None:
-    """The turns of a row's conversation, None where it has no such column.
+    """The turns of a row's conversation, or None if the row has no such column.
 
     Args:
-        row: with `messages`, of `{"role", "content"}`, or `conversations`, of `{"from", "value"}`; roles are system
-            (only the first), then user (or human) and assistant (or gpt) in turn, the last one an assistant's.
+        row: has `messages`, a list of `{"role", "content"}`, or `conversations`, a list of `{"from", "value"}`; roles
+            are system (first only), then user (or human) and assistant (or gpt) alternating, ending with assistant.
         where: file and row.
 
     Raises:
-        InputError: another order of roles, an unknown one, or a message without text.
+        InputError: roles in another order, an unknown role, or a message without text.
     """
     column = next((name for name in COLUMNS if isinstance(row.get(name), Sequence | Mapping)), None)
     if column is None or isinstance(row[column], str):
@@ -62,5 +62,5 @@ def _turn(message: Any, where: str) -> Turn:
 
 
 def _first(message: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """The first of some values that is there: where sets were joined, the other one's columns are empty."""
+    """The first value that is not None: in data sets that were joined, the other format's columns are empty."""
     return next((message[name] for name in names if message.get(name) is not None), None)

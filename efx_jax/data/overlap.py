@@ -1,4 +1,4 @@
-"""Rows that share what identifies them: found by their texts, whatever their case, punctuation and blanks."""
+"""Rows that share an identifying text, compared regardless of case, punctuation and blanks."""
 
 import hashlib
 import re
@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from efx_jax.data.prompts import Example
 
-# Not the signs <, >, =, + and ~, nor what \W has too, the vowel signs of many scripts.
+# Excludes <, >, =, + and ~, and also the vowel signs of many scripts, which \W would match.
 _INSIGNIFICANT = re.compile(r"[\s!-*,-/:;?@\[-`{-}\u00a1\u00ab\u00b7\u00bb\u00bf\u2000-\u206f\u3000-\u303f]+")
 _DECIMAL_POINT = re.compile(r"(?<=\d)\.(?=\d)")
-# What tells one formula from another: a sign between numbers, a minus or a dollar before one, the sharp of C#.
+# What distinguishes formulas: a sign between numbers, a minus or dollar sign before a number, the sharp of C#.
 _SIGN = re.compile(r"(?<=\d)\s*[-*/%^](?=\s*\d)|(?<!\w)[-$](?=\d)|(?<=\w)#")
 # Where one number ends and the next begins; the comma of 1,000 does neither.
 _BETWEEN_NUMBERS = re.compile(r"(?<=\d)[,;:]*\s[\s,;:]*(?=\d)")
@@ -18,13 +18,13 @@ _DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u221
 
 
 def fingerprint(*texts: str) -> str:
-    """A short name of some texts that does not depend on case, punctuation and blanks, unless there is nothing else.
+    """A short hash of some texts that ignores case, punctuation and blanks, unless a text has nothing else.
 
-    Signs of comparison and of arithmetic, decimal points and the places where numbers part count: they tell questions
-    on doses and formulas apart. One character counts as another that is the same to Unicode (NFKC).
+    Comparison and arithmetic signs, decimal points and the boundaries between numbers count: they distinguish questions
+    about doses and formulas. Characters that are equivalent under Unicode NFKC count as the same.
     """
     alike = [unicodedata.normalize("NFKC", text).casefold().translate(_DASHES) for text in texts]
-    # Signs become letters that no text has.
+    # Signs become characters that occur in no text.
     pointed = [_DECIMAL_POINT.sub("~", text) for text in alike]
     signed = [_SIGN.sub(lambda found: chr(0xE000 + ord(found[0][-1])), text) for text in pointed]
     parted = [_BETWEEN_NUMBERS.sub("\ue000", text) for text in signed]
@@ -33,7 +33,7 @@ def fingerprint(*texts: str) -> str:
 
 
 def without_shared(train: Sequence[Example], test: Iterable[Example]) -> tuple[list[Example], list[Example]]:
-    """Splits training rows into those that no test row shares and those that one does (any of its keys)."""
+    """Splits training rows into those that share no key with a test row and those that share at least one."""
     known = {key for example in test for key in example.keys}
     kept: list[Example] = []
     shared: list[Example] = []
@@ -43,10 +43,10 @@ def without_shared(train: Sequence[Example], test: Iterable[Example]) -> tuple[l
 
 
 def group_numbers(examples: Sequence[Example]) -> list[int]:
-    """The number of each row's group, from 0 in the order of their first rows.
+    """The number of each row's group; groups are numbered from 0 in the order of their first rows.
 
-    Rows that share a key, such as the questions on one contract, are of one group, and so are those that a third row
-    joins; a row without keys is a group of its own.
+    Rows that share a key, such as the questions on one contract, are in one group, as are rows linked through a third
+    row; a row without keys is a group of its own.
     """
     above = list(range(len(examples)))
     firsts: dict[str, int] = {}

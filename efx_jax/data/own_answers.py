@@ -1,4 +1,4 @@
-"""The answers to choose from in rows of a user's own, and what looks like a slip in them."""
+"""The answers to choose from in a user's own rows, and what looks like a mistake in them."""
 
 import difflib
 import unicodedata
@@ -12,13 +12,13 @@ from efx_jax.errors import InputError
 
 MOST_LABELS = 100  # more different answers than that are free text
 
-# Of more than a handful of responses, so many different ones are free text.
+# With more than `_FEW_LABELS` distinct responses, a larger share of distinct ones than this means free text.
 _FEW_LABELS = 10
 _ALL_DIFFERENT = 0.8
 
 
 def distinct_answers(test: Sequence[Example], source: str) -> tuple[str, ...]:
-    """The distinct responses of test rows, sorted. Warns of what looks like a slip, as it counts as an answer.
+    """The distinct responses of test rows, sorted. Warns of likely mistakes, since they count as answers too.
 
     Args:
         test: the rows.
@@ -47,7 +47,7 @@ def distinct_answers(test: Sequence[Example], source: str) -> tuple[str, ...]:
 
 
 def warn_of_slips(examples: Sequence[Example]) -> None:
-    """Names answers that differ in case alone, and those of a single row that are spelled much as others are."""
+    """Warns of answers that differ only in case, and of answers of a single row that are spelled much like others."""
     answers = [example.response.strip() for example in examples]
     counts = Counter(answers)
     if len(counts) > MOST_LABELS:
@@ -68,10 +68,10 @@ def warn_of_slips(examples: Sequence[Example]) -> None:
 def warn_of_learned(
     learned: Sequence[Example], labels: Sequence[str], name: str, style: Format, is_own: bool = False
 ) -> None:
-    """Warns of training answers that are not those to choose from, see `warn_of_unasked` and `warn_of_blanks`.
+    """Warns of training answers that are not among those to choose from: `warn_of_unasked` and `warn_of_blanks`.
 
     Args:
-        style: the format of the run: a frame drops the blanks in front of an answer.
+        style: the format of the run; a frame drops the blanks before an answer.
 
     The other arguments are those of `warn_of_unasked`.
     """
@@ -85,10 +85,10 @@ def warn_of_unasked(learned: Sequence[Example], labels: Sequence[str], name: str
 
     Args:
         learned: the training rows.
-        labels: the answers to choose from; () where there are none.
+        labels: the answers to choose from; () if there are none.
         name: the task, for messages.
-        is_own: whether the rows are known to be the task's. Others may be another task's, if none of them has one of
-            its answers in any spelling.
+        is_own: whether the rows are known to belong to the task. If not, and none of them has one of its answers
+            in upper or lower case, they may belong to another task, and nothing is warned of.
     """
     known = {label.strip() for label in labels}
     unasked = [example for example in learned if example.response.strip() not in known]
@@ -103,7 +103,7 @@ def warn_of_unasked(learned: Sequence[Example], labels: Sequence[str], name: str
 
 
 def warn_of_blanks(learned: Sequence[Example], labels: Sequence[str], name: str) -> None:
-    """Warns of training answers that differ from those to choose from in blanks alone, which are other tokens.
+    """Warns of training answers that differ from those to choose from only in blanks, which makes other tokens.
 
     Args:
         learned: the training rows, in the format that they are trained in.

@@ -10,15 +10,15 @@ from efx_jax.data.tokens import Tokenized
 from efx_jax.errors import InputError
 from efx_jax.model.cudnn_attention import MAX_RUNS
 
-_OPEN = 64  # rows that may still be filled; more pack a little tighter, and cost a longer search per sequence
-_MOST = MAX_RUNS - 1  # sequences of one row: what cuDNN takes beside the padding
+_OPEN = 64  # rows open for filling at once; more would pack a little tighter but lengthen the search per sequence
+_MOST = MAX_RUNS - 1  # maximum sequences per row: what cuDNN takes besides the padding
 
 
 def pack_epoch(sizes: Sequence[int], seed: int, epoch: int, length: int) -> list[list[int]]:
-    """Best-fit packing of one epoch's permutation, the rows in the order in which they were begun.
+    """Best-fit packing of one epoch's permutation, with the rows in the order in which they were begun.
 
-    In the order in which they fill, long sequences would come first, and a run of one epoch would see its short ones
-    late: text of whole rows, say, before the rows of a task.
+    Ordered by when rows fill, long sequences would come first and a one-epoch run would see its short ones late: text
+    that fills whole rows, say, before the rows of a task.
 
     Args:
         sizes: inputs of every sequence, in tokens.
@@ -27,7 +27,7 @@ def pack_epoch(sizes: Sequence[int], seed: int, epoch: int, length: int) -> list
         length: tokens per row.
 
     Returns:
-        The rows, each a list of fewer than `MAX_RUNS` sequence numbers; every sequence stands in exactly one.
+        The rows, each a list of fewer than `MAX_RUNS` sequence numbers; every sequence is in exactly one.
 
     Raises:
         InputError: a sequence longer than `length`.
@@ -57,14 +57,14 @@ def _epoch_rows(sizes: tuple[int, ...], seed: int, epoch: int, length: int) -> l
     return pack_epoch(sizes, seed, epoch, length)
 
 
-@functools.cache  # every batch counts from epoch 0: no number may be forgotten
+@functools.cache  # every batch counts from epoch 0, so no count may be evicted
 def _row_count(sizes: tuple[int, ...], seed: int, epoch: int, length: int) -> int:
-    """Epochs differ in their number of rows. Kept apart from the rows, so that no batch packs a past epoch again."""
+    """Rows of an epoch (epochs differ). Cached apart from the rows, so that no batch packs a past epoch again."""
     return len(_epoch_rows(sizes, seed, epoch, length))
 
 
 def packed_rows(examples: Sequence[Tokenized], seed: int, length: int) -> int:
-    """Rows of the first epoch: what `epochs` counts."""
+    """Rows of the first epoch, which define an epoch for the setting `epochs`."""
     return len(pack_epoch(_sizes(examples), seed, 0, length))
 
 
@@ -86,10 +86,10 @@ def packed_batch(
         seed: the run's seed.
         n: number of the batch, from 0.
         batch_size: B rows.
-        length: most tokens packed into a row.
-        multiple: None: T is `length`. A number: rows filled alike share a batch (`group_by_length`), and T is its
-            fullest row rounded up to this multiple; it pays where few sequences are short enough to fill gaps.
-        rows: which rows of the batch to lay out, where a host needs its own only; T is the whole batch's.
+        length: maximum tokens packed into a row.
+        multiple: None: T is `length`. A number: rows filled to a similar length share a batch (`group_by_length`), and
+            T is its fullest row rounded up to this multiple; this pays if few sequences are short enough to fill gaps.
+        rows: which rows of the batch to lay out, for a host that needs only its own; T is the whole batch's.
 
     Returns:
         `tokens`, `targets`, `positions`, `segments` int32 `[B,T]`, `weights` float32 `[B,T]`, `lengths` int32 `[B]`.

@@ -22,13 +22,13 @@ class Example:
     """One training or evaluation row.
 
     `prompt` may be empty (plain text); `response` includes the space or line break that separates it from the prompt.
-    `context` is the span of the prompt, in characters, that may be shortened, at the side `cut`; (0, 0) where nothing
-    may. `instruction` is what a task of ours asks, while the prompt is only its input: `apply_format` joins the two.
-    `end` is the token that ends the response, "" the tokenizer's end of sequence.
+    `context` is the span of the prompt, in characters, that may be shortened, at the side `cut`; (0, 0) if nothing may
+    be. `instruction` is the instruction of a built-in task, whose prompt is only its input: `apply_format` joins them.
+    `end` is the token that ends the response, "" for the tokenizer's end of sequence.
     `origin` says where the row came from ("train.jsonl row 17") for error messages, and `keys` are fingerprints of what
     no training row may share with a test row; neither takes part in comparisons.
-    `turns` are what a conversation has before its user's last turn, which is the prompt until "chat" puts all of them
-    there.
+    `turns` are the turns of a conversation before its last user turn; that turn is the prompt until "chat" puts all
+    turns there.
     """
 
     prompt: str
@@ -49,20 +49,20 @@ def examples_from_rows(
 
     With a template such as "Question: {question}\\nAnswer: => {answer}" the part after "=>" is the response; one space
     just before the arrow is dropped, so that the response carries the separator (here " {answer}"), which is where
-    tokenizers split. A backslash and n or t, as shells pass them, are a line break or a tab. Without a template, rows
-    have columns `prompt` and `response`, a conversation (`conversation_of`), or `text` (prompt "").
+    tokenizers split. A backslash followed by n or t, as shells pass them, means a line break or a tab. Without a
+    template, rows have columns `prompt` and `response`, a conversation (`conversation_of`), or `text` (prompt "").
 
     Args:
         rows: dictionaries of one data set.
         source: its name, for messages.
         template: the template, or "".
-        context: the column that may be shortened: one of the template's prompt, or "prompt" without a template; or "".
+        context: the column that may be shortened: one in the template's prompt, or "prompt" without a template; or "".
 
     Returns:
-        One example per row, and of a conversation one per answer.
+        One example per row; for a conversation, one per answer.
 
     Raises:
-        InputError: a template without arrow, an unknown or missing column, an empty response or text (with the row).
+        InputError: a template without an arrow, an unknown or missing column, an empty response or text (with the row).
     """
     parts = _parse_template(template) if template else None
     _check_context(parts[0] if parts else "{prompt}", context)
@@ -70,7 +70,7 @@ def examples_from_rows(
     for number, row in enumerate(rows, start=1):
         where = f"{source} row {number}"
         span = (0, 0)
-        # Some sets hold the first question, or all turns as one text, beside the conversation.
+        # Some data sets also store the first question, or all turns as one text, next to the conversation.
         has_other = parts is not None or "text" in row or row.keys() >= {"prompt", "response"}
         turns = None if has_other else conversation_of(row, where)
         if turns is not None:
@@ -94,7 +94,7 @@ def examples_from_rows(
 
 
 def _answers(turns: Sequence[Turn], where: str, may_be_cut: bool) -> list[Example]:
-    """Every answer of a conversation, behind the question before it and all earlier turns."""
+    """Every answer of a conversation, each with the question before it and all earlier turns."""
     return [
         Example(
             turns[place - 1].content,
@@ -109,10 +109,10 @@ def _answers(turns: Sequence[Turn], where: str, may_be_cut: bool) -> list[Exampl
 
 
 def prompt_pattern(template: str) -> str:
-    """What a prompt of `examples_from_rows` looks like: columns in braces, and "{prompt}" without a template.
+    """What a prompt of `examples_from_rows` looks like: columns in braces, or "{prompt}" without a template.
 
     Raises:
-        InputError: as `examples_from_rows` of the template.
+        InputError: what `examples_from_rows` raises for the template.
     """
     if not template:
         return "{prompt}"
@@ -124,11 +124,11 @@ def write_fields(fields: Sequence[tuple[str, str]], context: str) -> tuple[str, 
     """The input of a task: a line "Heading: text" per field.
 
     Args:
-        fields: (heading, text) in the order of the prompt; a field without text is left out.
+        fields: (heading, text) in prompt order; a field without text is left out.
         context: heading of the field that may be shortened.
 
     Returns:
-        The input, and the span in it of that field's text.
+        The input, and the span of that field's text in it.
     """
     pieces, span, length = [], (0, 0), 0
     for heading, text in fields:
@@ -177,7 +177,7 @@ def _check_context(prompt: str, context: str) -> None:
 
 
 def _is_pair(row: Mapping[str, Any]) -> bool:
-    """Whether a row is meant as a prompt and its response; one of the two alone is, where it is no text either."""
+    """Whether a row is meant as a prompt and its response; one of the two is enough if there is no `text`."""
     pair = {"prompt", "response"}
     return row.keys() >= pair or ("text" not in row and bool(row.keys() & pair))
 
@@ -185,7 +185,7 @@ def _is_pair(row: Mapping[str, Any]) -> bool:
 def _fill(
     part: str, row: Mapping[str, Any], where: str, context: str = "", is_answer: bool = False
 ) -> tuple[str, Span]:
-    """Fills {column} fields only: no attribute access, no format specification, so a template cannot do more."""
+    """Fills plain {column} fields only, without attribute access or format specifications."""
     filled, span = "", (0, 0)
     for literal, name, _, _ in string.Formatter().parse(part):
         filled += literal

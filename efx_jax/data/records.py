@@ -1,4 +1,4 @@
-"""One row of a task's official files, checked: texts by the name of their field, and the answer."""
+"""One row of a task's official files, checked: texts by field name, and the answer."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from efx_jax.errors import InputError
 
 NLI_LABELS = ("entailment", "contradiction", "neutral")
-# Half of a pair that UTF-16 writes one character with; a search, as a corpus has some hundred million characters.
+# Half of a UTF-16 surrogate pair; a regex search for speed, since a corpus has some hundred million characters.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -19,7 +19,7 @@ class Record:
     """One question of a task.
 
     `fields` are the texts that the prompt is written from, `answer` is a label of the task or free text, `origin` says
-    where the row came from, and `number` is the data set's own number of the row where it has one that identifies it.
+    where the row came from, and `number` is the data set's own identifier of the row, if it has one.
     """
 
     fields: dict[str, str]
@@ -29,10 +29,10 @@ class Record:
 
 
 def take_text(row: Mapping[str, Any], key: str, where: str) -> str:
-    """The text of a key, without blanks around it.
+    """The text of a key, without surrounding blanks.
 
     Raises:
-        InputError: the key is missing, is no text, or has none.
+        InputError: the key is missing, or its value is not a text or is empty.
     """
     if key not in row:
         raise InputError(f"{where}: no {key!r}; expected it beside {_names(row)}; is this the official file?")
@@ -47,15 +47,15 @@ def take_text(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def has_surrogate(text: str) -> bool:
-    """Whether a text holds half of a surrogate pair, which no UTF-8 can say."""
+    """Whether a text holds half of a surrogate pair, which UTF-8 cannot encode."""
     return _SURROGATE.search(text) is not None
 
 
 def take_texts(row: Mapping[str, Any], key: str, where: str) -> list[str]:
-    """The texts of a key that holds a list of them; those without text are left out.
+    """The texts of a key that holds a list of them; empty ones are left out.
 
     Raises:
-        InputError: the key is missing, or holds no list of texts.
+        InputError: the key is missing, or does not hold a list of texts.
     """
     texts = row.get(key)
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -69,12 +69,12 @@ def take_label(row: Mapping[str, Any], key: str, where: str, labels: Mapping[Any
 
     Args:
         row: the row.
-        key: where its label stands.
+        key: the key that holds the label.
         where: file and row.
         labels: answer by label.
 
     Raises:
-        InputError: the key is missing, or its label is none of these.
+        InputError: the key is missing, or its label is not in `labels`.
     """
     if key not in row:
         raise InputError(f"{where}: no {key!r}; expected it beside {_names(row)}; is this the official file?")
@@ -86,10 +86,10 @@ def take_label(row: Mapping[str, Any], key: str, where: str, labels: Mapping[Any
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object that fills a file.
+    """The JSON object that makes up a file.
 
     Raises:
-        InputError: no readable JSON, or not an object (with the line).
+        InputError: not readable as JSON, or not an object (with the line).
     """
     try:
         tree = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -105,12 +105,12 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
 
 
 def json_fault(error: json.JSONDecodeError) -> str:
-    """What is wrong with a line of JSON, and in which of its columns."""
+    """What is wrong with a line of JSON, and in which column."""
     return f"{error.msg.removesuffix(' starting at')} at column {error.colno}"
 
 
 def require_object(value: Any, where: str, fix: str = "is this the official file?") -> dict[str, Any]:
-    """A JSON object as it is.
+    """The value unchanged if it is a JSON object.
 
     Args:
         value: what was read.
@@ -118,7 +118,7 @@ def require_object(value: Any, where: str, fix: str = "is this the official file
         fix: how the message ends.
 
     Raises:
-        InputError: something else.
+        InputError: it is something else.
     """
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected a JSON object, found {_kind(value)}; {fix}")

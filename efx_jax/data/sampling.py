@@ -1,4 +1,4 @@
-"""Rows drawn from a task: to learn so many of every label, each once while they last; to score a fixed sample."""
+"""Rows drawn from a task: for training, a number per label, repeated only if needed; for scoring, a fixed sample."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from efx_jax.data.overlap import group_numbers
 from efx_jax.data.prompts import Example
 from efx_jax.errors import InputError
 
-_SAMPLE_SEED = 1234  # never that of a run: all models of a comparison are scored on the same rows
+_SAMPLE_SEED = 1234  # independent of the run's seed: all models of a comparison are scored on the same rows
 
 
 def draw(
@@ -18,14 +18,14 @@ def draw(
     """Draws rows label by label.
 
     Args:
-        examples: the rows; their label is the response without blanks around it.
-        quotas: rows asked for, by label; the label "" stands for all rows, whatever their responses.
-        upsample: where a label has too few rows, draw the rest with replacement; else take all of them.
+        examples: the rows; their label is the response without surrounding blanks.
+        quotas: rows requested, by label; the label "" stands for all rows, whatever their responses.
+        upsample: if a label has too few rows, draw the rest with replacement; otherwise just take all of its rows.
         seed: chooses the rows.
         where: name of the task, for messages.
 
     Returns:
-        The rows of one label after the other, and counts: asked, found, drawn, repeated, and the same per label.
+        The rows, label after label, and counts: asked, found, drawn, repeated, and the same per label.
 
     Raises:
         InputError: a label without any row.
@@ -46,19 +46,19 @@ def draw(
 
 
 def equal_quotas(rows: int, labels: Sequence[str]) -> dict[str, int]:
-    """So many rows in equal shares; the first labels get one more where they do not divide."""
+    """Splits `rows` equally among the labels; if it does not divide evenly, the first labels get one more."""
     return {label: rows // len(labels) + (place < rows % len(labels)) for place, label in enumerate(labels)}
 
 
 def sample_rows(examples: Sequence[Example], rows: int) -> list[Example]:
-    """A fixed sample of test rows, in their order; a smaller one is part of a larger one.
+    """A fixed sample of test rows, in their original order; a smaller sample is part of a larger one.
 
-    Files are often sorted, so their first rows are no sample. Rows that share a key (`group_numbers`) are drawn
-    together: whole groups until there are enough rows, of which the last group gives only its first.
+    Files are often sorted, so their first rows are not a sample. Rows that share a key (`group_numbers`) are drawn
+    together: whole groups until there are enough rows; the last group contributes only its first rows.
 
     Args:
         examples: the rows.
-        rows: how many; 0 takes all.
+        rows: number of rows; 0 takes all.
     """
     if not rows or rows >= len(examples):
         return list(examples)

@@ -13,14 +13,14 @@ def read_sheet(path: pathlib.Path, sheet: str, columns: tuple[str, ...]) -> list
     Args:
         path: an .xlsx file.
         sheet: the sheet's name; "" takes the first.
-        columns: names of the header; they stand side by side from the first column on, and nothing to their right is
-            read (some official sheets have hundreds of empty columns).
+        columns: the header's names, contiguous from the first column; nothing to the right of them is read (some
+            official sheets have hundreds of empty columns).
 
     Returns:
-        ("file row N", values by column) of every row, N as Excel counts.
+        ("file row N", values by column) for every row, N as Excel counts.
 
     Raises:
-        InputError: openpyxl is missing, the file is no workbook, it has no such sheet, or another header.
+        InputError: openpyxl is missing, the file is not a workbook, it has no such sheet, or the header differs.
     """
     try:
         import openpyxl

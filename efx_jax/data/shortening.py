@@ -1,4 +1,4 @@
-"""Rows that are too long lose the end of their context, or its beginning, and nothing else."""
+"""Rows that are too long lose only the end, or the beginning, of their context."""
 
 import bisect
 import dataclasses
@@ -10,18 +10,18 @@ from efx_jax.data.prompts import Example
 from efx_jax.data.tokenizer import Tokenizer, encode_continuations, encode_prompts
 from efx_jax.errors import InputError
 
-# Text without blanks is cut too, every so many characters.
+# Text without blanks can be cut too, every 32 characters.
 _WORD = re.compile(r"\S{1,32}")
-_MOST_CHARACTERS_PER_TOKEN = 6  # of the first try; a longer context costs a few tries more, never an exact result
+_MOST_CHARACTERS_PER_TOKEN = 6  # for the first try; where tokens are longer it takes a few more, and stays exact
 _ROWS_AT_ONCE = 256
 _GUESSES = 6  # tries by proportion before halving
 
 
 @dataclasses.dataclass(frozen=True)
 class _Search:
-    """The most words of a context that fit: `fits` of them do, `exceeds` of them do not; `tried` is looked at next.
+    """Search for the most words of a context that fit: `fits` words do, `exceeds` do not; `tried` is the next try.
 
-    `lengths` are the characters of so many words, counted from the side that stays.
+    `lengths[n]` is the number of characters of n words, counted from the side that is kept.
     """
 
     example: Example
@@ -36,19 +36,19 @@ class _Search:
 def shorten_training(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], int]:
     """Shortens contexts so that prompt, response and EOS fit into `max_length` tokens.
 
-    A response that does not fit even beside an empty context leaves half of the tokens to its prompt: `tokenize` then
-    cuts the response.
+    If a response does not fit even with an empty context, its prompt gets half of the tokens, and `tokenize` then cuts
+    the response.
 
     Args:
         examples: framed examples.
         tokenizer: a Hugging Face tokenizer.
-        max_length: most tokens of prompt, response and EOS.
+        max_length: maximum tokens of prompt, response and EOS together.
 
     Returns:
-        The examples in their order, and how many of them were shortened.
+        The examples in the same order, and how many of them were shortened.
 
     Raises:
-        InputError: as `shorten`.
+        InputError: as in `shorten`.
     """
     if not any(_has_context(example) for example in examples):
         return list(examples), 0
@@ -63,15 +63,15 @@ def shorten_training(examples: Sequence[Example], tokenizer: Tokenizer, max_leng
 
 
 def without_long_talks(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> list[Example]:
-    """Leaves out the answers of conversations that have no room behind all that was said before; a warning counts them.
+    """Leaves out the answers of conversations whose earlier turns leave no room for them; a warning counts them.
 
     Args:
         examples: framed examples.
         tokenizer: a Hugging Face tokenizer.
-        max_length: most tokens of a prompt and the first of its response.
+        max_length: maximum tokens of a prompt plus the first token of its response.
 
     Raises:
-        InputError: nothing else is left.
+        InputError: no examples would be left.
     """
     later = [row for row, example in enumerate(examples) if example.turns]
     prompts = encode_prompts([examples[row].prompt for row in later], tokenizer)
@@ -91,22 +91,22 @@ def without_long_talks(examples: Sequence[Example], tokenizer: Tokenizer, max_le
 def shorten(
     examples: Sequence[Example], tokenizer: Tokenizer, max_length: int, reserve: int | Sequence[int]
 ) -> tuple[list[Example], int]:
-    """Cuts words from one side of the contexts of prompts that leave too little room, and as few of them as possible.
+    """Where prompts leave too little room, cuts as few words as possible from one side of their contexts.
 
-    The prompts are tokenised whole, so the result is exact for any tokenizer. Examples without a context stay as they
-    are.
+    The prompts are tokenised whole, so the result is exact for any tokenizer. Examples without a context are left
+    unchanged.
 
     Args:
         examples: framed examples.
         tokenizer: a Hugging Face tokenizer.
-        max_length: most tokens of a prompt, BOS included, and its reserve.
+        max_length: maximum tokens of a prompt, BOS included, plus its reserve.
         reserve: tokens that must stay free after a prompt: one number, or one per example.
 
     Returns:
-        The examples in their order, and how many of them were shortened.
+        The examples in the same order, and how many of them were shortened.
 
     Raises:
-        InputError: a prompt that is too long even with an empty context.
+        InputError: a prompt is too long even with an empty context.
     """
     reserves = [reserve] * len(examples) if isinstance(reserve, int) else reserve
     shortened = list(examples)
@@ -140,7 +140,7 @@ def _begin(example: Example, budget: int) -> _Search:
         lengths = [0, *(word.end() for word in words)]
     else:
         lengths = [0, *(stop - start - word.start() for word in reversed(words))]
-    # The last cut is the whole context, blanks around it included.
+    # The last entry is the whole context, including surrounding blanks.
     lengths[max(1, len(lengths) - 1) :] = [stop - start]
     beside = len(example.prompt) - lengths[-1]
     likely = bisect.bisect_right(lengths, _MOST_CHARACTERS_PER_TOKEN * budget - beside) - 1
@@ -159,7 +159,7 @@ def _finish(searches: Sequence[_Search], tokenizer: Tokenizer) -> list[_Search]:
 
 
 def _narrow(search: _Search, tokens: int) -> _Search:
-    """What a try of so many tokens says about the bounds, and the next try."""
+    """The search with its bounds updated by a try that gave `tokens` tokens, and with the next try."""
     fits, exceeds = search.fits, search.exceeds
     if tokens <= search.budget:
         fits = search.tried
@@ -171,14 +171,14 @@ def _narrow(search: _Search, tokens: int) -> _Search:
 
 
 def _guess(search: _Search, tokens: int) -> int:
-    """The number of words that the characters per token of the last try make likely."""
+    """The number of words that probably fits, from the characters per token of the last try."""
     kept = search.lengths[search.tried]
     per_token = len(_cut(search.example, kept).prompt) / max(tokens, 1)
     return bisect.bisect_right(search.lengths, kept + (search.budget - tokens) * per_token) - 1
 
 
 def _cut(example: Example, length: int) -> Example:
-    """The example with so many characters of its context."""
+    """The example with only `length` characters of its context."""
     start, stop = example.context
     kept = (start, start + length) if example.cut == "end" else (stop - length, stop)
     prompt = example.prompt[:start] + example.prompt[slice(*kept)] + example.prompt[stop:]

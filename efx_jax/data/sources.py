@@ -1,4 +1,4 @@
-"""Training rows, not yet in any format: a user's own, the parts of a mix, and the built-in task's."""
+"""Training rows, not yet formatted: a user's own, the parts of a mix, and the built-in task's."""
 
 import dataclasses
 import os
@@ -26,7 +26,7 @@ from efx_jax.data.sampling import draw, equal_quotas
 from efx_jax.errors import InputError
 from efx_jax.rounding import round_up
 
-# For each of the 21 chapters 150 questions and 50 texts of about 50 tokens: what the smallest chapter has, with some to
+# 150 questions and 50 texts of about 50 tokens for each of the 21 chapters: the smallest chapter has these and some to
 # spare.
 _ICD10_ROWS = 3150
 _ICD10_TEXTS = 350
@@ -36,7 +36,7 @@ def data_root(config: DataConfig) -> str:
     """The folder of the data files: `data.root`, else the environment variable EFX_DATA, else "".
 
     Raises:
-        InputError: what they name is no folder, so that nothing is asked from the Hub because of a mistyped path.
+        InputError: the path is not a folder; without this error a mistyped path would silently use the Hub.
     """
     root = config.root or os.environ.get("EFX_DATA", "")
     if root and not pathlib.Path(root).expanduser().is_dir():
@@ -46,10 +46,10 @@ def data_root(config: DataConfig) -> str:
 
 
 def own_examples(source: str, config: DataConfig) -> list[Example]:
-    """A user's own rows, identified by their prompt and what a conversation has before it, or else by their text.
+    """A user's own rows, identified by their prompt (with the conversation before it) or, without one, by their text.
 
     Raises:
-        InputError: as `load_rows` and `examples_from_rows`, or a single word that names no file.
+        InputError: as in `load_rows` and `examples_from_rows`, or a single word that names no file.
     """
     root = data_root(config)
     _check_word(source, root)
@@ -59,7 +59,7 @@ def own_examples(source: str, config: DataConfig) -> list[Example]:
 
 
 def _keys(example: Example, has_others: bool) -> tuple[str, ...]:
-    """What identifies a row; the answers of one conversation, which have a row in common, stay together."""
+    """What identifies an example; the answers of one conversation also share their row's origin, so stay together."""
     said = [turn.content for turn in example.turns]
     asked = fingerprint(*said, example.prompt or example.response)
     return (asked, example.origin) if has_others else (asked,)
@@ -76,18 +76,18 @@ def _check_word(source: str, root: str) -> None:
 
 
 def part_config(part: Part, config: DataConfig) -> DataConfig:
-    """The `data` section with the template and the length of answers of a part of a mix."""
+    """The `data` section with the template, context and answer length of a part of a mix."""
     return dataclasses.replace(config, template=part.template, context=part.context, new_tokens=part.new_tokens)
 
 
 def prompt_patterns(config: DataConfig) -> dict[str, dict[str, str]]:
-    """How the prompts of everything that is learned are written, before `data.format` frames them.
+    """How the prompts of all training data are written, before `data.format` frames them.
 
     Args:
         config: names the training rows and their template.
 
     Returns:
-        By task: "prompt", with what a row fills in in braces, and "instruction", "" where the task has none.
+        By task: "prompt", with the columns to be filled in braces, and "instruction", "" if the task has none.
 
     Raises:
         InputError: a mix or a template that cannot be read.
@@ -118,19 +118,19 @@ def icd10_training(seed: int) -> list[Example]:
 def draw_mix(
     mix: Mix, config: DataConfig, tested: Sequence[Example], labels: Mapping[str, Sequence[str]]
 ) -> tuple[list[Example], dict[str, Any]]:
-    """The training rows of every part of a mix, without those that a test row shares.
+    """The training rows of every part of a mix, without those that share a key with a test row.
 
     Args:
         mix: the mix.
-        config: gives `root`.
+        config: supplies `root`.
         tested: all test rows of the run.
-        labels: by name of a task that is scored, the answers to choose from.
+        labels: the answers to choose from, by name of the scored task.
 
     Returns:
         The rows, part after part, and counts: {"tasks": {name: {asked, found, shared, drawn, repeated, labels}}}.
 
     Raises:
-        InputError: what the readers refuse, a label without rows, or no part to learn from.
+        InputError: any error of the readers, a label without rows, or no part to learn from.
     """
     train: list[Example] = []
     counts: dict[str, Any] = {}
@@ -158,7 +158,7 @@ def _read_part(part: Part, config: DataConfig) -> list[Example]:
 
 
 def _quotas(part: Part, examples: Sequence[Example]) -> dict[str, int]:
-    """Rows to draw of every label; of "" where the answers are free text."""
+    """Rows to draw per label; the only label is "" if the answers are free text."""
     if part.labels:
         return dict(part.labels)
     found = Counter(example.response.strip() for example in examples)
@@ -169,7 +169,7 @@ def _quotas(part: Part, examples: Sequence[Example]) -> dict[str, int]:
 
 
 def leave_out_shared(train: Sequence[Example], tested: Sequence[Example], name: str) -> tuple[list[Example], int]:
-    """The training rows that no test row shares, and the number of the others, which are warned of in one line.
+    """The training rows that share no key with a test row, and the number of the others; one warning counts them.
 
     Raises:
         InputError: every training row is a test row.
@@ -186,12 +186,12 @@ def leave_out_shared(train: Sequence[Example], tested: Sequence[Example], name: 
 
 
 def hold_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Splits off about a share of the rows; those that share a key, as the questions on a document, stay together.
+    """Holds out about `share` of the rows; rows that share a key, such as questions on one document, stay together.
 
     Args:
         examples: the rows.
-        share: the least part of them that is held out, unless nothing else were left.
-        seed: chooses them.
+        share: minimum share of the rows to hold out; less if that would leave none for training.
+        seed: chooses the held-out rows.
 
     Returns:
         The rows that stay and those held out, each in the given order.

@@ -1,4 +1,4 @@
-"""What training and evaluation consume: rows to learn, tasks to score and text, from files, the Hub or built in."""
+"""What training and evaluation consume: training rows, tasks to score and text, from files, the Hub or built in."""
 
 import dataclasses
 import warnings
@@ -31,7 +31,7 @@ from efx_jax.data.sources import (
 from efx_jax.data.tokenizer import Tokenizer, encode_continuations
 from efx_jax.errors import InputError
 
-# For each of the 21 chapters 40 test questions: what the smallest chapter has, with some questions to spare.
+# 40 test questions for each of the 21 chapters: the smallest chapter has these and some to spare.
 _ICD10_TEST_ROWS = 840
 _SHORT_ANSWER = 10
 
@@ -41,9 +41,9 @@ class Task:
     """Held-out questions in the configured format.
 
     Each response is one of `labels`, the answers to choose from; without labels it is free text. `new_tokens` is the
-    most that a generated answer may have. `note` says what a reader of its scores has to know. `shortened` rows were
-    too long; `context_kept` is the share of the characters of all contexts that is left. `balanced`: any first rows
-    are a sample, the labels coming in turn.
+    maximum length of a generated answer. `note` says what a reader of the scores must know. `shortened` is the number
+    of rows that were too long; `context_kept` is the share of all context characters that is left. `balanced`: labels
+    alternate, so the first n rows are a sample for any n.
     """
 
     name: str
@@ -60,10 +60,10 @@ class Task:
 class Data:
     """What a run learns and is measured on, in the configured format.
 
-    `train`: what is learned, rows of text being examples without a prompt. `tasks`: what is scored (may be empty).
-    `text`: held-out documents for perplexity (may be empty). `report`, as JSON can hold it: counts of rows, "text" as
-    it was named ("" where rows are held out) and "prompts", see `prompt_patterns` ({} where text alone is learned).
-    `held_out`: the training rows with a prompt that are held out, if `text` is made of them; not shortened.
+    `train`: the training examples; rows of text have no prompt. `tasks`: the scored tasks (may be empty).
+    `text`: held-out documents for perplexity (may be empty). `report`, JSON-serialisable: row counts, "text" as it was
+    named ("" if rows are held out) and "prompts" (see `prompt_patterns`; {} if only text is learned).
+    `held_out`: if `text` is made of held-out training rows, those that have a prompt; not shortened.
     """
 
     train: list[Example]
@@ -76,23 +76,23 @@ class Data:
 def load_data(config: DataConfig, seed: int, tokenizer: Tokenizer | None = None, rows: int = 0) -> Data:
     """Reads the data that the config's `data` section names.
 
-    Training rows that a test row shares are left out, with a warning and a count in the report; so are those that a
-    test row of the mix shares which `data.test` leaves out.
+    Training rows that share a key with a test row are left out, with a warning and a count in the report; so are those
+    that share a key with a test row of the mix that `data.test` does not include.
 
     Args:
         config: the section.
         seed: the run's seed: chooses held-out training rows and the built-in task's training rows.
         tokenizer: needed for `format: chat`, and to shorten rows.
-        rows: most test rows of a task, a fixed sample (`sample_rows`); 0 takes all. No training row is any test row,
-            taken or not.
+        rows: maximum test rows per task, a fixed sample (`sample_rows`); 0 takes all. No training row is a test row,
+            sampled or not.
 
     Returns:
         The data. Without `data.text`, a share `data.holdout` of the training rows becomes the perplexity text; the
-        built-in task and some mixes bring their own text, and they and the paper's tasks their own test rows.
+        built-in task and some mixes bring their own text, and they and the paper's tasks bring their own test rows.
 
     Raises:
-        InputError: whatever `load_rows`, `load_official`, `examples_from_rows` and `apply_format` refuse, a holdout
-            outside [0, 1), and what `load_tasks` refuses.
+        InputError: any error of `load_rows`, `load_official`, `examples_from_rows`, `apply_format` or `load_tasks`, or
+            a holdout outside [0, 1).
     """
     if not 0 <= config.holdout < 1:
         raise InputError(f"data.holdout: expected a share in [0, 1), found {config.holdout}")
@@ -128,13 +128,13 @@ def load_data(config: DataConfig, seed: int, tokenizer: Tokenizer | None = None,
 
 
 def held_out_sources(config: DataConfig) -> tuple[tuple[str, ...], str]:
-    """The tasks that are scored and the perplexity text: as the section names them, else as `train` brings them along.
+    """The tasks that are scored and the perplexity text: those the section names, else those that come with `train`.
 
     Args:
         config: the section.
 
     Returns:
-        Names for `load_tasks` (may be empty), and for `load_text` ("" for none).
+        Names for `load_tasks` (may be empty), and a name for `load_text` ("" for none).
 
     Raises:
         InputError: a mix that cannot be read.
@@ -146,20 +146,20 @@ def held_out_sources(config: DataConfig) -> tuple[tuple[str, ...], str]:
 
 
 def load_text(source: str, config: DataConfig) -> list[str]:
-    """Documents for perplexity or calibration: rows `text`, or prompt and response, or the template's, joined.
+    """Documents for perplexity or calibration: each row's `text`, or its prompt and response (by the template) joined.
 
     Args:
         source: a file, a Hub name, "icd10" (its held-out text), or a corpus known by name ("c4", "wikitext",
             "multilegalpile").
-        config: gives `root` and `template`.
+        config: supplies `root` and `template`.
 
     Raises:
-        InputError: as `load_rows` and `examples_from_rows`.
+        InputError: as in `load_rows` and `examples_from_rows`.
     """
     if source == "icd10":
         return icd10_task(0, 0, 0).text
     rows = load_rows(source, data_root(config))
-    # The template is made for training rows; a document needs none.
+    # The template is meant for training rows; a document needs none.
     template = "" if "text" in rows[0] else config.template
     return plain_text(examples_from_rows(rows, source, template))
 
@@ -170,19 +170,19 @@ def load_tasks(
     """Held-out questions in the configured format, and the answers to choose from.
 
     Args:
-        names: the paper's tasks (of another split than "test" as `casehold:validation`), mixes (all of their tasks),
+        names: the paper's tasks (`casehold:validation` names a split other than "test"), mixes (all of their tasks),
             files, Hub names, or "icd10".
-        config: gives `root`, `template`, `context`, `new_tokens`, `format` and `max_length`.
+        config: supplies `root`, `template`, `context`, `new_tokens`, `format` and `max_length`.
         tokenizer: needed for `format: chat`, and to shorten prompts so that the answer fits too.
-        rows: most rows of a task, a fixed sample (`sample_rows`); 0 takes all.
+        rows: maximum rows per task, a fixed sample (`sample_rows`); 0 takes all.
 
     Returns:
-        A task per name, a file's being called by its name without suffix. The answers to a user's own are the distinct
-        responses, sorted (of "icd10": all chapters).
+        The tasks; one read from a file has the file's name without suffix. The answers of a user's own task are its
+        distinct responses, sorted (for "icd10": all chapters).
 
     Raises:
-        InputError: what the readers refuse, rows without a prompt, too many distinct responses without
-            `new_tokens`, two tasks of one name, or a prompt that is too long even with an empty context.
+        InputError: any error of the readers, rows without a prompt, too many distinct responses without
+            `new_tokens`, two tasks with the same name, or a prompt that is too long even with an empty context.
     """
     return tuple(_finish(task, config, tokenizer, rows) for task in _read_tasks(names, config))
 
@@ -233,7 +233,7 @@ def _own_task(name: str, source: str, config: DataConfig) -> Task:
 
 
 def _finish(task: Task, config: DataConfig, tokenizer: Tokenizer | None, rows: int) -> Task:
-    """A sample of a task's rows in the configured format, short enough for the longest answer."""
+    """A sample of a task's rows in the configured format, shortened to leave room for the longest answer."""
     chosen = task.test[: rows or None] if task.balanced else sample_rows(task.test, rows)
     labelled = [Example("?", label) for label in task.labels]
     framed = apply_format([*chosen, *labelled], config.format, tokenizer)
@@ -264,7 +264,7 @@ def _read_training(
             asked = [example for example in train if example.prompt]
             warn_of_learned(asked, task.labels, task.name, config.format)
         return train, {"shared": shared}
-    # A file may have the name of a task.
+    # A file may have the same name as a task.
     mixes = [found for found in map(find_mix, names) if found]
     scored = {(part.name, part.test) for found in mixes for part in found.parts}
     for part in mix.parts:
@@ -274,7 +274,7 @@ def _read_training(
 
 
 def _unscored(mix: Mix, part: Part, config: DataConfig) -> list[Example]:
-    """The test rows of a task that this run does not score: a later evaluation may."""
+    """The test rows of a task that this run does not score, since a later evaluation may."""
     try:
         return _part_task(mix, part, config).test
     except InputError as error:

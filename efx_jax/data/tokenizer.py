@@ -1,4 +1,4 @@
-"""What the package asks of a tokenizer: the beginning of a sequence, and what continues it."""
+"""What the package needs from a tokenizer: to encode the beginning of a sequence, and its continuation."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -7,7 +7,7 @@ from efx_jax.errors import InputError
 
 
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
+    """The parts of a Hugging Face tokenizer that are used."""
 
     bos_token_id: int | None
     eos_token_id: int | None
@@ -32,7 +32,7 @@ class Tokenizer(Protocol):
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
-    """Refuses a tokenizer whose ids an embedding of `rows` rows does not cover: JAX would clamp them silently.
+    """Refuses a tokenizer with ids beyond an embedding of `rows` rows: JAX would silently clamp them.
 
     Raises:
         InputError: an id of `rows` or more.
@@ -46,15 +46,15 @@ def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
 
 
 def check_same_tokens(tokenizer: Tokenizer, other: Tokenizer, name: str) -> None:
-    """Refuses another model's tokenizer in which an id means another token: of equal sizes nothing else would tell.
+    """Refuses another model's tokenizer if an id means another token; with equal vocabulary sizes nothing else would.
 
     Args:
-        tokenizer: the model's.
-        other: that of the model that reads the same ids.
-        name: of the other model in the error message.
+        tokenizer: the model's tokenizer.
+        other: the tokenizer of the other model, which reads the same ids.
+        name: the other model's name, for the error message.
 
     Raises:
-        InputError: the first such id. Ids that only one of them has are no conflict, as of tokens added later.
+        InputError: the first such id. Ids that only one of them has (such as tokens added later) are no conflict.
     """
     own = {number: token for token, number in tokenizer.get_vocab().items()}
     others = {number: token for token, number in other.get_vocab().items()}
@@ -67,9 +67,9 @@ def check_same_tokens(tokenizer: Tokenizer, other: Tokenizer, name: str) -> None
 
 
 def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of the beginnings of sequences, with exactly one BOS where the tokenizer adds one.
+    """Token ids of the beginnings of sequences, with exactly one BOS if the tokenizer adds one.
 
-    A chat template may already have written BOS as text; it is not added twice.
+    A chat template may already have written BOS as text; it is not added a second time.
     """
     bos = _added_bos(tokenizer)
     encoded = _encode(prompts, tokenizer)
@@ -79,7 +79,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> list[list[in
 def encode_continuations(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of texts that continue a prompt, without special tokens.
 
-    SentencePiece tokenizers put a space before any text; there one leading space of the text itself is dropped, so
+    SentencePiece tokenizers put a space before any text; for them one leading space of the text itself is dropped, so
     that "Answer:" + " yes" does not get two.
     """
     if _adds_leading_space(tokenizer):
@@ -88,14 +88,14 @@ def encode_continuations(texts: Sequence[str], tokenizer: Tokenizer) -> list[lis
 
 
 def end_of(example_end: str, tokenizer: Tokenizer) -> list[int]:
-    """The token that ends a response: the one of this text, "" being the end of sequence if the tokenizer has one."""
+    """The token that ends a response: the one with this text; for "", the EOS token if the tokenizer has one."""
     if example_end:
         return [tokenizer.convert_tokens_to_ids(example_end)]
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    # Some tokenizers refuse or mistype an empty string inside a list.
+    # Some tokenizers reject an empty string inside a list, or return the wrong type for it.
     present = [text for text in texts if text]
     encoded = iter(tokenizer(present, add_special_tokens=False)["input_ids"] if present else ())
     return [list(next(encoded)) if text else [] for text in texts]

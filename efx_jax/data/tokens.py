@@ -14,7 +14,7 @@ from efx_jax.data.tokenizer import Tokenizer, encode_continuations, encode_promp
 from efx_jax.errors import InputError
 
 LossOn = Literal["response", "all"]
-_SLACK = 64  # tokens behind a limit, so that none before it depends on what is not read
+_SLACK = 64  # tokens read past a limit, so that none before it depends on unread text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,16 +28,16 @@ class Tokenized:
 def tokenize(
     examples: Sequence[Example], tokenizer: Tokenizer, max_length: int, loss_on: LossOn = "response"
 ) -> list[Tokenized]:
-    """Tokenises every example as [BOS] prompt response end, the end being EOS or that of a chat turn.
+    """Tokenises every example as [BOS] prompt response end, where the end is EOS or the token that ends a chat turn.
 
-    Prompt and response are tokenised apart, so that the response's first token is the same at training and at
-    evaluation whatever the prompt ends with. BOS is there if the tokenizer adds one; the end follows every response
+    Prompt and response are tokenised separately, so that the response's first token is the same in training and in
+    evaluation whatever the prompt ends with. BOS is present if the tokenizer adds one; the end follows every response
     that was not cut.
 
     Args:
         examples: the examples.
         tokenizer: a Hugging Face tokenizer.
-        max_length: most tokens per sequence, the end included; longer responses are cut, and a warning counts them.
+        max_length: maximum tokens per sequence, the end included; longer responses are cut, and a warning counts them.
         loss_on: "response" (response and end) or "all" (every token but the first).
 
     Returns:
@@ -69,7 +69,7 @@ def tokenize(
 
 
 def checksum(sequences: Iterable[Tokenized]) -> str:
-    """CRC-32 of all tokens and of which carry loss, in order: eight hexadecimal digits."""
+    """CRC-32 of all tokens and their loss flags, in order: eight hexadecimal digits."""
     value = 0
     for sequence in sequences:
         value = zlib.crc32(sequence.loss.tobytes(), zlib.crc32(sequence.tokens.tobytes(), value))
@@ -79,7 +79,7 @@ def checksum(sequences: Iterable[Tokenized]) -> str:
 def text_windows(
     texts: Sequence[str], tokenizer: Tokenizer, window: int, limit: int = 0, name: str = "perplexity text"
 ) -> list[Tokenized]:
-    """Cuts text into windows: that of perplexity, and as well that of calibration or of a teacher.
+    """Cuts text into windows, for perplexity and also for calibration or a teacher.
 
     Convention (that of GPTQ, SparseGPT and Wanda, except that the remainder is kept): the texts are joined by blank
     lines and tokenised as one stream, with BOS at its start only where the tokenizer adds one; windows do not
@@ -90,14 +90,14 @@ def text_windows(
         texts: the documents, in order.
         tokenizer: a Hugging Face tokenizer.
         window: tokens per window, at least 2.
-        limit: most tokens of the stream; 0 takes all.
-        name: of the text, in an error message.
+        limit: maximum tokens of the stream; 0 takes all.
+        name: the text's name, for an error message.
 
     Returns:
         The windows.
 
     Raises:
-        InputError: fewer than 2 tokens of text, or a window shorter than 2.
+        InputError: fewer than 2 tokens of text, or `window` below 2.
     """
     if window < 2:
         raise InputError(f"eval.window: expected at least 2 tokens, found {window}")
@@ -110,10 +110,10 @@ def text_windows(
 
 
 def _stream(texts: Sequence[str], tokenizer: Tokenizer, limit: int) -> list[int]:
-    """The first `limit` tokens of the texts as one document, 0: all; of a large corpus little more is read.
+    """The first `limit` tokens (0: all) of the texts as one document; not much more of a large corpus is read.
 
-    An average token has about 4 characters. Where those read were too few, or end so near behind the limit that what
-    follows might have been another token, twice as many are.
+    An average token has about 4 characters. If the characters read give too few tokens, or end so close after the limit
+    that the text after them might have changed a token before it, twice as many are read.
     """
     ends = list(itertools.accumulate(len(text) for text in texts))
     characters = 6 * (limit + _SLACK)

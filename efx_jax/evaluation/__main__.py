@@ -39,16 +39,16 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _DATA_FLAGS = ("template", "context", "new_tokens", "format", "root", "max_length")
 _MODEL_FLAGS = ("compute_dtype",)
 _EVAL_FLAGS = ("window", "text_tokens")
-# What the readers of data call a setting of train.py is a flag of this command.
+# Settings of train.py that the data readers name in error messages, and that are flags of this command.
 _SETTING = re.compile(
     r"(?<![\w/.-])(?:data\.(template|context|new_tokens|format|root|max_length|test|text)|eval\.(window))(?!\.?\w|/)"
 )
-_MOST_LENGTH = 2048  # unless asked for: a bill and its summary fit into no 512
+_MOST_LENGTH = 2048  # unless the user sets a length; 512 is too short for a bill and its summary
 
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """All that is measured, read and checked before the weights are."""
+    """Everything to be measured, read and checked before the weights are loaded."""
 
     spec: ModelSpec
     adapters: Adapters | None
@@ -61,7 +61,7 @@ class _Work:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns its exit code: 2 for bad input, told in one line on stderr, 130 after Ctrl-C."""
+    """Runs the command and returns its exit code: 2 for bad input, reported in one line on stderr, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     return exit_code(lambda: _run(arguments), "error", "interrupted; nothing is written")
 
@@ -127,7 +127,7 @@ def _flag(setting: re.Match[str]) -> str:
 
 
 def _prepare(arguments: argparse.Namespace) -> _Work:
-    """Reads all but the weights, and refuses what cannot be measured."""
+    """Reads everything except the weights, and refuses what cannot be measured."""
     if arguments.bundle and arguments.adapter:
         raise InputError("--adapter: expected none beside --bundle, whose experts have adapters of their own; drop one")
     if arguments.output:
@@ -161,7 +161,7 @@ def _prepare(arguments: argparse.Namespace) -> _Work:
 
 
 def _outputs(arguments: argparse.Namespace) -> list[Path]:
-    """Where the results go: of bundles each into a folder of its name."""
+    """Where the results go: one folder, or for bundles one subfolder each, named after the bundle."""
     if not arguments.bundle:
         return [Path(arguments.output)]
     names = [Path(folder).resolve().name for folder in arguments.bundle]
@@ -181,7 +181,7 @@ def _check_output(folder: Path, dense: str) -> None:
 
 
 def _settings(arguments: argparse.Namespace, spec: ModelSpec) -> Config:
-    """The sections model, data and eval: flags over those of a run, which has its own, or over the defaults."""
+    """The sections model, data and eval: those of the run, or else the defaults, overridden by the flags."""
     if (arguments.max_length or 0) > spec.max_position_embeddings:
         raise InputError(
             f"--max-length: expected at most the model's context of {spec.max_position_embeddings} tokens, "
@@ -215,7 +215,7 @@ def _given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any
 
 
 def _sources(arguments: argparse.Namespace, data: DataConfig) -> tuple[Sequence[str], str]:
-    """Tasks and perplexity text: those given, else the run's, else icd10."""
+    """Tasks and perplexity text: those given, else the run's, else icd10's."""
     joined = next((name for name in arguments.tasks if "," in name and not Path(name).exists()), None)
     if joined is not None:
         raise InputError(f"--tasks {joined}: expected names separated by blanks; write {joined.replace(',', ' ')}")

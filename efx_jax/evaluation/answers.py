@@ -11,23 +11,23 @@ from efx_jax.errors import InputError
 def parse_answers(texts: Sequence[str], labels: Sequence[str]) -> np.ndarray:
     """The label that each generated text gives.
 
-    The rule: in the first line that is not blank, the label that begins first; of several that begin at one place the
-    longest. A label counts where it stands as whole words, whatever the case and the width of the blanks: "no" is not
-    in "not", and "1" neither in "10" nor in "1.5". Nothing is understood: "not likely yes" reads as "yes".
+    The rule: in the first non-blank line, the label that begins first; if several begin at the same place, the longest.
+    A label must match whole words, regardless of case and of the width of blanks: "no" is not in "not", and "1" is in
+    neither "10" nor "1.5". Meaning is ignored: "not likely yes" reads as "yes".
 
     Args:
-        texts: what was generated, n texts.
-        labels: the answers; blanks around them do not matter.
+        texts: the n generated texts.
+        labels: the answers; surrounding blanks do not matter.
 
     Returns:
-        int [n]: the number of the label, -1 where the line holds none.
+        int [n]: the number of the label, -1 if the line holds none.
 
     Raises:
         InputError: labels that `check_readable` refuses.
     """
     check_readable(labels)
     longest_first = sorted(range(len(labels)), key=lambda number: -len(_words(labels[number])))
-    # Of the alternatives that match at one place, a regular expression takes the first.
+    # If several alternatives match at one place, a regular expression takes the first.
     choices = re.compile("|".join(f"({_spelling(labels[number])})" for number in longest_first), re.IGNORECASE)
     found = (choices.search(_first_line(text)) for text in texts)
     return np.asarray([longest_first[match.lastindex - 1] if match and match.lastindex else -1 for match in found], int)
@@ -37,7 +37,7 @@ def check_readable(labels: Sequence[str]) -> None:
     """Refuses labels that generated text cannot tell apart.
 
     Raises:
-        InputError: two labels that differ in nothing but case and blanks.
+        InputError: two labels that differ only in case and blanks.
     """
     seen: dict[str, str] = {}
     for label in labels:

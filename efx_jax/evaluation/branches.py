@@ -1,7 +1,7 @@
-"""All answers behind many prompts as trees of tokens: what several sequences begin with is computed once.
+"""All answers to many prompts as token trees: a prefix that several sequences share is computed once.
 
-A prompt with its answers is a tree, and so are prompts that begin alike, such as a contract with 17 hypotheses. A tree
-is laid out in pre-order: the descendants of a token stand right behind it, and it is seen up to the last of them.
+A prompt with its answers is a tree, and so are prompts with a common prefix, such as a contract with 17 hypotheses. A
+tree is laid out in pre-order: a token's descendants come right after it, and it is visible up to the last of them.
 """
 
 import dataclasses
@@ -24,19 +24,19 @@ from efx_jax.parallel.partition import constrain
 
 Array = jax.Array
 
-# A query meets all tokens before it, also those of other branches, which it does not see: a tree may be twice its
-# first prompt, where what sharing saves and what those cost balance, and this many tokens in any case.
+# Attention is computed over all earlier tokens, including masked ones of other branches. A tree is capped at twice the
+# length of its first prompt, where savings from sharing and the cost of masked tokens balance, but never below this.
 _SMALLEST_CAP = 512
-_LEAST_SHARED = 16  # tokens; below that, trees of different sizes cost more than they save
+_LEAST_SHARED = 16  # tokens; for shorter prefixes, trees of different sizes cost more than they save
 
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """The N distinct beginnings of a group of sequences, each by its last token, and the Q tokens that are scored.
+    """The N distinct prefixes of a group of sequences, each as its last token, and the Q tokens that are scored.
 
-    `tokens`, `positions` (tokens before it in its sequence) and `ends` (place behind its last descendant): int32 [N].
-    The logits of P tokens are wanted, at `places` int32 [P]; token `targets[q]` is predicted at `places[sources[q]]`
-    and counts for answer `answers[q]` of row `rows[q]`: int32 [Q].
+    `tokens`, `positions` (tokens before it in its sequence) and `ends` (place after its last descendant): int32 [N].
+    Logits are needed for P tokens, at `places` int32 [P]; token `targets[q]` is predicted at `places[sources[q]]` and
+    counts for answer `answers[q]` of row `rows[q]`: int32 [Q].
     """
 
     tokens: np.ndarray
@@ -50,7 +50,7 @@ class Tree:
 
 
 def encode_labels(labels: Sequence[str], tokenizer: Tokenizer, end: str = "") -> list[list[int]]:
-    """Token ids of the answers; if one begins with another all have their end, or the shorter would always win.
+    """Token ids of the answers; if one is a prefix of another, all get their end, or the shorter would always win.
 
     Args:
         labels: the answers, each with its separator.
@@ -58,7 +58,7 @@ def encode_labels(labels: Sequence[str], tokenizer: Tokenizer, end: str = "") ->
         end: text of the token that ends a response, "" for the end of sequence (`efx_jax.data.prompts.Example.end`).
 
     Raises:
-        InputError: answers that tokenise to nothing or to the same, or that need an end where there is none.
+        InputError: answers that tokenise to nothing or identically, or that need an end when there is none.
     """
     encoded = encode_continuations(labels, tokenizer)
     for number, (label, ids) in enumerate(zip(labels, encoded, strict=True)):
@@ -78,11 +78,11 @@ def encode_labels(labels: Sequence[str], tokenizer: Tokenizer, end: str = "") ->
 
 
 def group_rows(prompts: Sequence[list[int]], answer_tokens: int) -> list[list[int]]:
-    """Rows whose prompts begin alike: one joins the one before it in sorted order if it shares half of its tokens.
+    """Groups rows by prompt prefix: in sorted order, a row joins the one before it if they share half of its tokens.
 
     Args:
         prompts: token ids of every row's prompt.
-        answer_tokens: tokens that the answers add behind a prompt.
+        answer_tokens: tokens that the answers add after a prompt.
 
     Returns:
         Row numbers; a group's tree has at most twice the tokens of its first prompt, or 512 if that is more, unless a
@@ -141,7 +141,7 @@ def grow_tree(rows: Sequence[int], prompts: Sequence[Sequence[int]], labels: Seq
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """The number of tokens with which both begin."""
+    """The length of the common prefix, in tokens."""
     for place, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
             return place
@@ -149,7 +149,7 @@ def _shared(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def tree_batch(trees: Sequence[Tree], batch_size: int, length: int, places: int, targets: int) -> dict[str, np.ndarray]:
-    """Trees as rows of int32 arrays, filled up with tokens that no one sees and with scores that no one reads.
+    """Trees as rows of int32 arrays, padded with tokens that nothing attends to and targets whose scores are ignored.
 
     Returns:
         `tokens`, `positions`, `ends` `[B,length]`; `places` `[B,places]`; `sources`, `targets` `[B,targets]`.
@@ -180,7 +180,7 @@ def tree_scores(
     masks: Mapping[str, Array] | None,
     compute_dtype: Any,
 ) -> Array:
-    """Log-probabilities of the targets, float32 `[B,Q]`; only the places that predict one meet the head."""
+    """Log-probabilities of the targets, float32 `[B,Q]`; the output head runs only at places that predict a target."""
 
     def score(batch: dict[str, Array]) -> Array:
         hidden = hidden_states(

@@ -1,4 +1,4 @@
-"""What a model writes behind prompts, as text."""
+"""What a model generates after prompts, as text."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -33,23 +33,23 @@ def generate_texts(
     sampling: Sampling | None = None,
     seeds: Sequence[int] = (0,),
 ) -> list[list[str]]:
-    """The answers that the model writes to every prompt: one, greedy, or one drawn with every seed.
+    """The model's answers to every prompt: a single greedy one, or one sampled per seed.
 
-    Adapters and masks are merged into a second copy of the linears first: U would be formed again for every token.
+    Adapters and masks are first merged into a second copy of the linears; otherwise U would be formed for every token.
 
     Args:
         params: parameter tree.
         spec: the model.
         tokenizer: the model's tokenizer; prompts are tokenised as in training.
         examples: the rows; their prompts are used.
-        max_new_tokens: most tokens of an answer.
+        max_new_tokens: maximum tokens of an answer.
         adapters: LoRA adapters, or None.
-        masks: name -> mask `[L,O,I]`, True = kept, or None: what writes is the exported function.
-        batch_size: answers that are written together, but at least those to one prompt; rows are sorted by length.
+        masks: name -> mask `[L,O,I]`, True = kept, or None; the exported function is what generates.
+        batch_size: answers generated together, but at least all those to one prompt; rows are sorted by length.
         compute_dtype: dtype of the matmul operands and of the cache; None takes the weights'.
-        sampling: how to draw tokens; None takes the most likely one.
-        seeds: of the draws, one for every run, R. A row's draws depend on it, on the row's number and on its prompt
-            alone, and every prompt is read once for all of them. Greedy decoding has no seeds, and R = 1.
+        sampling: how to sample tokens; None takes the most likely one.
+        seeds: sampling seeds, one for each of R runs. A row's samples depend only on the seed, the row's number and its
+            prompt, and the prefill of a prompt is shared by all runs. Greedy decoding ignores them, and R = 1.
 
     Returns:
         `[R][rows]` texts, in the examples' order, up to an end of sequence and without special tokens.
@@ -87,14 +87,14 @@ def generate_texts(
 
 
 def end_tokens(tokenizer: Tokenizer, spec: ModelSpec) -> set[int]:
-    """The tokens that end a text: of the tokenizer, and of the model's config (Llama 3 has several)."""
+    """The tokens that end a text: those of the tokenizer and of the model's config (Llama 3 has several)."""
     return {*spec.eos_token_ids, *end_of("", tokenizer)}
 
 
 def check_room(
     prompts: Sequence[Sequence[int]], examples: Sequence[Example], spec: ModelSpec, answer_tokens: int
 ) -> None:
-    """Refuses tokenised prompts that are empty or leave fewer than `answer_tokens` of the context.
+    """Refuses tokenised prompts that are empty or leave fewer than `answer_tokens` tokens of the context.
 
     Raises:
         InputError: the first such row.
@@ -114,12 +114,12 @@ def check_room(
 
 
 def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Prompts by length, right-padded to few lengths: `tokens` `[B,T]`, `lengths` and `rows` `[B]`, int32."""
+    """Prompts sorted by length and right-padded to few lengths: `tokens` `[B,T]`, `lengths` and `rows` `[B]`, int32."""
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     longest = max(map(len, prompts), default=0)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        # The last batch is filled with its last row again, which ends when it does.
+        # The last batch is filled up with copies of its last row, which end when that row does.
         rows += rows[-1:] * (min(batch_size, len(order)) - len(rows))
         lengths = np.asarray([len(prompts[row]) for row in rows], np.int32)
         tokens = np.zeros((len(rows), bucket_length(lengths, longest)), np.int32)

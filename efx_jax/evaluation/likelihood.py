@@ -12,7 +12,7 @@ from efx_jax.parallel.mesh import active_mesh
 Array = jax.Array
 
 _LOGITS_BYTES = 50 * 2**20
-# A CPU's caches hold the activations of so many: with SmolLM2-135M, 2,560 at once take 1.5 times as long.
+# The activations of this many tokens fit a CPU's caches: with SmolLM2-135M, 2,560 at once take 1.5 times as long.
 _CACHED_TOKENS = 640
 
 
@@ -22,10 +22,10 @@ def score_rows(
     """`score(batch)`; on one CPU a few rows at a time, as many as its caches hold.
 
     Args:
-        score: from arrays `[B,...]` to an array `[B,...]`, every row by itself.
+        score: maps arrays `[B,...]` to an array `[B,...]`, each row independently.
         batch: `tokens` int `[B,T]` and other arrays `[B,...]`.
-        masks: those of the model, which would be applied to its weights again for every few rows; so they are not
-            parted.
+        masks: the model's masks; with masks the batch is not split, since they would be applied to the weights again
+            for every few rows.
     """
     rows, length = batch["tokens"].shape
     if jax.default_backend() != "cpu" or active_mesh() is not None or masks is not None:
@@ -44,8 +44,8 @@ def target_log_probabilities(
     Args:
         hidden: final-normed hidden states `[N,S,D]`.
         head: output embedding `[V,D]`.
-        sources: int `[N,Q]` or `[Q]`: which of the S positions predicts.
-        targets: int, same shape: the token that is predicted.
+        sources: int `[N,Q]` or `[Q]`: which of the S positions predicts the target.
+        targets: int, same shape: the predicted token.
         compute_dtype: dtype of the matmul operands, None for the head's own; sums are float32.
 
     Returns:
@@ -67,8 +67,8 @@ def target_log_probabilities(
 
 def _log_sum(logits: Array) -> Array:
     """log sum exp over the last axis of `[S,V]`."""
-    # The sum is a product with ones: inside a plain sum XLA's CPU backend forms the exponentials one by one, which
-    # takes twice as long as all the rest.
+    # The sum is a product with ones: inside a plain sum XLA's CPU backend computes the exponentials one by one, which
+    # takes twice as long as everything else.
     largest = jnp.max(logits, axis=-1)
     powers = jnp.exp(logits - largest[..., None])
     return largest + jnp.log(jnp.einsum("sv,v->s", powers, jnp.ones(logits.shape[-1]), precision="highest"))

@@ -1,4 +1,4 @@
-"""`evaluate.Metric` classes that work offline, thin over scikit-learn and rouge-score.
+"""`evaluate.Metric` classes that work offline, thin wrappers around scikit-learn and rouge-score.
 
 `evaluate.load("accuracy")` downloads a script; these come with the package:
 `Accuracy().compute(predictions=..., references=...)`. Importing this module needs the extra `hf`; nothing in training
@@ -33,7 +33,7 @@ class Accuracy(evaluate.Metric):
 
 
 class MacroF1(evaluate.Metric):
-    """Unweighted mean of F1 over the classes that occur, -1 being none: {"macro_f1": float}."""
+    """Unweighted mean of F1 over the classes that occur; -1 is not a class: {"macro_f1": float}."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info("Unweighted mean of the classes' F1.", _CLASSES)
@@ -47,7 +47,7 @@ class MacroF1(evaluate.Metric):
 
 
 class Unparseable(evaluate.Metric):
-    """Share of predictions of -1: {"unparseable": float}."""
+    """Share of predictions that are -1: {"unparseable": float}."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info("Share of answers that could not be read.", {"predictions": datasets.Value("int32")})
@@ -57,9 +57,9 @@ class Unparseable(evaluate.Metric):
 
 
 class Rouge(evaluate.Metric):
-    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L, in [0, 1]; with `use_stemmer` words are reduced to stems.
+    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L, in [0, 1]; `use_stemmer` reduces words to stems.
 
-    As in `evaluate.load("rouge")` they are not by default; in this project's results they are.
+    As in `evaluate.load("rouge")` it is off by default; this project's results use it.
     """
 
     def _info(self) -> evaluate.MetricInfo:

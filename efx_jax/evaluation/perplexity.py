@@ -24,11 +24,11 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """`value` = exp(nll_sum / tokens) with its 95 % bootstrap `interval` over windows (None of a single one); nats and
-    predicted tokens.
+    """`value` = exp(nll_sum / tokens) with its 95 % bootstrap `interval` over windows (None for a single window), nats
+    and number of predicted tokens.
 
-    `window_nll` float64 [n] and `window_tokens` int64 [n] are in the order of the windows given; `text` is a checksum
-    of what they hold, "" where it is not known.
+    `window_nll` float64 [n] and `window_tokens` int64 [n] are in the order of the given windows; `text` is a checksum
+    of their content, "" if unknown.
     """
 
     value: float
@@ -54,8 +54,8 @@ def perplexity(
 
     Args:
         params: parameter tree.
-        windows: sequences of tokens; those that carry loss are predicted. `text_windows` cuts text into windows,
-            `tokenize` makes responses only.
+        windows: token sequences; the tokens that carry loss are predicted. `text_windows` cuts text into windows;
+            sequences from `tokenize` measure responses only.
         spec: the model.
         adapters: LoRA adapters, or None.
         masks: name -> bool `[L,O,I]`, True = kept, or None.
@@ -63,7 +63,7 @@ def perplexity(
         compute_dtype: dtype of the matmul operands; sums are float32, sums over windows float64.
 
     Raises:
-        InputError: no window with a token to predict, or a loss that is not finite.
+        InputError: no window has a token to predict, or a loss is not finite.
     """
     window_tokens = np.asarray([int(window.loss[1:].sum()) for window in windows], np.int64)
     if window_tokens.sum() == 0:
@@ -92,7 +92,7 @@ def summarise(window_nll: np.ndarray, window_tokens: np.ndarray) -> Perplexity:
     nats, tokens = map(
         np.concatenate, zip(*((each @ window_nll, each @ window_tokens) for each in blocks), strict=True)
     )
-    # A resample of windows that predict nothing has no perplexity.
+    # A resample whose windows predict no tokens has no perplexity.
     resampled = np.exp(nats[tokens > 0] / tokens[tokens > 0])
     nll_sum, total = float(window_nll.sum()), int(window_tokens.sum())
     ends = interval(resampled) if np.count_nonzero(window_tokens) > 1 else None
@@ -108,7 +108,7 @@ def _batch_nll(
     masks: Mapping[str, Array] | None,
     compute_dtype: Any,
 ) -> Array:
-    """Sum of negative log-likelihoods of each row, nats `[B]`."""
+    """Sum of the negative log-likelihoods of each row, in nats, `[B]`."""
 
     def nll(batch: dict[str, Array]) -> Array:
         hidden = hidden_states(params, batch["tokens"], spec, adapters, masks, compute_dtype=compute_dtype, frozen=True)

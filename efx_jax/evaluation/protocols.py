@@ -1,4 +1,4 @@
-"""One task under one protocol: how an answer is got from the model, and what the answers are worth."""
+"""One task under one protocol: how answers are obtained from the model and scored."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ Array = jax.Array
 ProtocolName = Literal["likelihood", "greedy", "sampled"]
 AnswerRecord = dict[str, Any]
 
-# The paper's; its code draws again, up to twice, where it cannot read an answer, and this one does not.
+# The paper's settings; unlike the paper's code, this does not sample again (up to twice) if an answer is unreadable.
 _SAMPLING = Sampling(temperature=0.9, top_k=50, top_p=0.9)
 
 
@@ -52,24 +52,24 @@ def evaluate_task(
         spec: the model.
         tokenizer: the model's tokenizer.
         task: its rows, and its labels; without labels it is free text, scored by ROUGE.
-        protocol: "likelihood": the label whose continuation is the likeliest (free text is generated greedily);
-            "greedy": the label in the most likely text; "sampled": the same in texts drawn with temperature 0.9 from
-            the 50 likeliest tokens that make up 0.9 of the probability, `runs` times.
+        protocol: "likelihood": the label whose continuation is most likely (free text is generated greedily);
+            "greedy": the label in the greedily decoded text; "sampled": the same in `runs` sampled texts (temperature
+            0.9, top-k 50, top-p 0.9).
         adapters: LoRA adapters, or None.
-        masks: name -> bool `[L,O,I]`, True = kept, or None: evaluated is the exported function.
+        masks: name -> bool `[L,O,I]`, True = kept, or None; the exported function is evaluated.
         batch_size: rows per forward pass.
         compute_dtype: dtype of the matmul operands; sums are float32.
-        runs: number of runs under "sampled"; the others have one.
-        seed: of the sampling; every run has its own from it.
-        normalize: of "likelihood", see `label_scores`.
+        runs: number of runs under "sampled"; the other protocols have one.
+        seed: sampling seed, from which each run's own seed is derived.
+        normalize: for "likelihood", see `label_scores`.
 
     Returns:
         The result (`describe_task` and `summarise` or `summarise_texts`), and a record for every run and row: task,
-        run, row and group of rows that share a text (all from 0), origin, prompt, gold, answer, and by kind of task
-        prediction (None: unreadable), scores (nats by label) or rouge1, rouge2, rougeL.
+        run, row and group of rows that share a text (all from 0), origin, prompt, gold, answer, and depending on the
+        task prediction (None: unreadable), scores (nats by label) or rouge1, rouge2, rougeL.
 
     Raises:
-        InputError: what `check_protocol` refuses, or scores that are not finite.
+        InputError: any error of `check_protocol`, or scores that are not finite.
     """
     if task.labels and protocol == "likelihood":
         scores = label_scores(
@@ -106,10 +106,10 @@ def evaluate_task(
 
 
 def describe_task(task: Task, protocol: ProtocolName, runs: int, normalize: Normalize) -> dict[str, Any]:
-    """What is known of a result before the model has answered, as a dictionary that JSON can hold.
+    """What is known of a result before the model has answered, as a JSON-serialisable dictionary.
 
-    The protocol that acts, the number of runs, `normalize` of likelihoods and `new_tokens` of generated answers (else
-    None), the number of rows, how many of them were shortened and the share of their contexts that is left, a hash of
+    The protocol actually used, the number of runs, `normalize` for likelihoods and `new_tokens` for generated answers
+    (else None), the number of rows, how many were shortened and the share of their contexts that is left, a hash of
     their prompts and responses, and the task's note.
     """
     acting = "greedy" if protocol == "likelihood" and not task.labels else protocol
@@ -131,8 +131,8 @@ def check_protocol(spec: ModelSpec, tokenizer: Tokenizer, task: Task, protocol: 
     """Refuses what `evaluate_task` would refuse, before anything is computed.
 
     Raises:
-        InputError: no rows, a response that is no label, a prompt that is empty or leaves no room for an answer in the
-            model's context, labels that cannot be told apart, or free text that rouge-score cannot score.
+        InputError: no rows, a response that is not a label, a prompt that is empty or leaves no room for an answer in
+            the model's context, labels that cannot be told apart, or free text that rouge-score cannot score.
     """
     if task.labels:
         reference_numbers(task.test, task.labels)
@@ -150,7 +150,7 @@ def check_protocol(spec: ModelSpec, tokenizer: Tokenizer, task: Task, protocol: 
 
 
 def _new_tokens(task: Task, tokenizer: Tokenizer) -> int:
-    """The most tokens of a generated answer: no fewer than the longest label has, which could not be given else."""
+    """Maximum tokens of a generated answer: at least those of the longest label, so that every label can be given."""
     return max([task.new_tokens, *map(len, encode_continuations(task.labels, tokenizer))])
 
 

@@ -1,4 +1,4 @@
-"""Rel.%: what is left of a dense model's scores, over all tasks (EfficientXpert, arXiv 2511.19935)."""
+"""Rel.%: the share of a dense model's scores that is retained, over all tasks (EfficientXpert, arXiv 2511.19935)."""
 
 import json
 import warnings
@@ -17,14 +17,14 @@ from efx_jax.files import read_text
 Results = Mapping[str, Mapping[str, Any]]
 Records = Sequence[Mapping[str, Any]]
 _CLASS_METRICS = ("accuracy", "macro_f1")
-_MOST_UNDEFINED = 0.025  # what lies beyond one end of the interval
+_MOST_UNDEFINED = 0.025  # the share of resamples beyond one end of the interval
 
 
 def relative(found: Results, records: Records, dense: Results, dense_records: Records) -> dict[str, Any]:
     """Rel.% = 100 (sum of accuracy ratios + sum of F1 ratios + mean of the ROUGE ratios) / (2 n + 1).
 
-    n is the number of tasks with labels. The ROUGE ratios of all tasks of free text (three each) enter as one mean;
-    without such a task the + 1 goes. The paper prints the formula without its divisor; its tables are divided.
+    n is the number of tasks with labels. The ROUGE ratios of all free-text tasks (three each) enter as one mean; if
+    there is no such task, the + 1 is dropped. The paper prints the formula without the divisor, but its tables use it.
 
     Args:
         found: results by task.
@@ -35,10 +35,10 @@ def relative(found: Results, records: Records, dense: Results, dense_records: Re
 
     Returns:
         "value", and "interval" (95 %, percentile bootstrap: both models see the same resample of every task's groups of
-        rows; None where no task has two of them, or where a dense score is 0 in more than one resample of 40).
+        rows; None if no task has two groups, or if a dense score is 0 in more than one resample in 40).
 
     Raises:
-        InputError: predictions that do not go with the results.
+        InputError: predictions that do not match the results.
     """
     value = relative_value(found, dense)
     groups = {name: _groups(name, records) for name in found}
@@ -46,7 +46,7 @@ def relative(found: Results, records: Records, dense: Results, dense_records: Re
         return {"value": value, "interval": None}
     resampled, resampled_dense = {}, {}
     for seed, name in enumerate(found):
-        # The same draws for both; of many rows they are too large to be kept.
+        # Both models get the same draws, generated twice: for many rows they are too large to keep.
         resampled[name] = _scores(name, found[name], records, resample_counts(groups[name], RESAMPLES, seed))
         blocks = resample_counts(groups[name], RESAMPLES, seed)
         resampled_dense[name] = _scores(name, dense[name], dense_records, blocks)
@@ -56,7 +56,7 @@ def relative(found: Results, records: Records, dense: Results, dense_records: Re
 
 
 def relative_value(found: Results, dense: Results) -> float:
-    """Rel.% as in `relative`, without its interval.
+    """Rel.% as in `relative`, without the interval.
 
     Args:
         found: results by task.
@@ -66,10 +66,10 @@ def relative_value(found: Results, dense: Results) -> float:
 
 
 def check_pairs(found: Results, dense: Results, folder: Path) -> None:
-    """Refuses a dense evaluation that is not of the same tasks, rows and protocol.
+    """Refuses a dense evaluation that does not have the same tasks, rows and protocol.
 
     Args:
-        found: results by task, or what `describe_task` says before there are any.
+        found: results by task, or before there are any, what `describe_task` returns.
         dense: the dense model's results.
         folder: where they come from, for messages.
 
@@ -106,7 +106,7 @@ def check_pairs(found: Results, dense: Results, folder: Path) -> None:
 
 
 def check_ratios(dense: Results, dense_records: Records, folder: Path) -> None:
-    """Refuses a dense evaluation that has no ratios to it, before the other model is evaluated.
+    """Refuses a dense evaluation to which ratios cannot be formed, before the other model is evaluated.
 
     Args:
         dense: the dense model's results.
@@ -114,7 +114,7 @@ def check_ratios(dense: Results, dense_records: Records, folder: Path) -> None:
         folder: where they come from, for messages.
 
     Raises:
-        InputError: a score of 0, or predictions that are garbled or do not go with the results.
+        InputError: a score of 0, or predictions that are garbled or do not match the results.
     """
     check_zeros(dense, folder)
     for name, result in dense.items():
@@ -126,7 +126,7 @@ def check_ratios(dense: Results, dense_records: Records, folder: Path) -> None:
 
 
 def check_zeros(dense: Results, folder: Path) -> None:
-    """Refuses a dense evaluation that no score can be divided by.
+    """Refuses a dense evaluation whose scores cannot be divided by.
 
     Raises:
         InputError: a score of 0.
@@ -141,10 +141,10 @@ def check_zeros(dense: Results, folder: Path) -> None:
 
 
 def read_evaluation(folder: Path) -> tuple[Results, Records]:
-    """Results by task and predictions that `python -m efx_jax.evaluation --output` has written.
+    """Results by task and predictions, as written by `python -m efx_jax.evaluation --output`.
 
     Raises:
-        InputError: a file is missing or garbled, or the folder is no evaluation of tasks.
+        InputError: a file is missing or garbled, or the folder is not an evaluation of tasks.
     """
     summary, predictions = folder / "summary.json", folder / "predictions.jsonl"
     for path in (summary, predictions):
@@ -154,7 +154,7 @@ def read_evaluation(folder: Path) -> tuple[Results, Records]:
             )
     try:
         tasks = json.loads(read_text(summary)).get("tasks")
-        # Not splitlines: a text may hold other signs that end a line.
+        # Not splitlines: a text may contain other line-ending characters.
         records = [json.loads(line) for line in read_text(predictions).split("\n") if line]
     except (ValueError, AttributeError) as error:
         raise InputError(f"{folder}: summary.json or predictions.jsonl is garbled ({error}); evaluate again") from error
@@ -164,11 +164,11 @@ def read_evaluation(folder: Path) -> tuple[Results, Records]:
 
 
 def warn_of_another_dtype(dense: Path, dtype: str) -> None:
-    """Warns where a dense evaluation, checked by `read_evaluation`, computed in another dtype than this one will.
+    """Warns if a dense evaluation, checked by `read_evaluation`, used another compute dtype than this one will.
 
     Args:
-        dense: its folder.
-        dtype: of the matmul operands here.
+        dense: the dense evaluation's folder.
+        dtype: dtype of the matmul operands in this evaluation.
     """
     found = json.loads(read_text(dense / "summary.json")).get("arguments", {}).get("compute_dtype") or dtype
     if found != dtype:
@@ -188,7 +188,7 @@ def _relative(found: Mapping[str, Mapping[str, Any]], dense: Mapping[str, Mappin
 
 
 def _ends(values: np.ndarray) -> list[float] | None:
-    """The 95 % interval of resampled values [R]; those without a ratio may lie beyond either end."""
+    """The 95 % interval of resampled values [R]; undefined ones count as beyond both ends, the cautious choice."""
     undefined = ~np.isfinite(values)
     low = interval(np.where(undefined, np.min(values, initial=np.inf, where=~undefined), values))[0]
     high = interval(np.where(undefined, np.max(values, initial=-np.inf, where=~undefined), values))[1]
@@ -204,7 +204,7 @@ def _groups(task: str, records: Records) -> np.ndarray:
 def _scores(
     task: str, result: Mapping[str, Any], records: Records, blocks: Iterable[np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Every metric's mean over runs [R] in resamples, blocks of [r,n] of which say how often each row is drawn."""
+    """Every metric's mean over runs, [R] per resample; the blocks [r,n] say how often each resample draws each row."""
     runs, rows = result["runs"], result["rows"]
     own = {(record["run"], record["row"]): record for record in records if record["task"] == task}
     if len(own) != runs * rows:
@@ -228,6 +228,6 @@ def _scores(
 
 
 def _joined(parts: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Arrays of the same names, those of each name end to end."""
+    """Dictionaries of arrays with the same names, concatenated by name."""
     held = list(parts)
     return {name: np.concatenate([part[name] for part in held]) for name in held[0]}

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: Markdown tables, summary.json, results.md and predictions.jsonl."""
+"""What an evaluation produces: Markdown tables, summary.json, results.md and predictions.jsonl."""
 
 import json
 import math
@@ -14,13 +14,13 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def results_tables(text: Perplexity | None, results: Results, relative: Mapping[str, Any] | None) -> str:
-    """The results as Markdown: perplexity, tasks with answers to choose from, tasks of free text, Rel.%, rows
-    that were shortened, and notes.
+    """The results as Markdown: perplexity, tasks with answers to choose from, free-text tasks, Rel.%, shortened rows,
+    and notes.
 
     Args:
         text: perplexity, if measured.
         results: what `evaluate_task` returns, by task.
-        relative: Rel.% with "to", the dense model's folder, if asked for.
+        relative: Rel.% with "to", the dense model's folder, if requested.
     """
     parts = [] if text is None else [_perplexity_table(text)]
     chosen = {name: result for name, result in results.items() if "classes" in result}
@@ -53,16 +53,16 @@ def write_evaluation(
     """Writes predictions.jsonl, results.md and, last, summary.json.
 
     Args:
-        folder: where to; made if need be.
-        arguments: what was asked for.
+        folder: output folder; created if needed.
+        arguments: the command's arguments.
         text: perplexity, if measured.
-        results: by task.
-        relative: Rel.%, if asked for.
-        seconds: by task, loading left out.
+        results: results by task.
+        relative: Rel.%, if requested.
+        seconds: seconds by task, without loading.
         records: the predictions of all tasks.
 
     Raises:
-        InputError: the disk is full or the place is not writable.
+        InputError: the disk is full or the folder is not writable.
     """
     summary = {
         "arguments": dict(arguments),
@@ -72,7 +72,7 @@ def write_evaluation(
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    # It says that the others are whole, and comes last.
+    # summary.json is written last: its presence means that the other files are complete.
     (folder / "summary.json").unlink(missing_ok=True)
     atomic_write(folder / "predictions.jsonl", "".join(lines))
     atomic_write(folder / "results.md", results_tables(text, results, relative) + "\n")
@@ -116,7 +116,7 @@ def _legend(results: Results) -> str:
 
 
 def _perplexity_fields(text: Perplexity) -> dict[str, Any]:
-    # JSON knows no infinity, which a ruined model's perplexity may be.
+    # JSON has no infinity, which the perplexity of a ruined model may be.
     value, nll, *ends = (
         number if math.isfinite(number) else None for number in (text.value, text.nll_sum, *(text.interval or ()))
     )

@@ -1,4 +1,4 @@
-"""What a model's answers to one task are worth, as a dictionary that JSON can hold."""
+"""The scores of a model's answers to one task, as a JSON-serialisable dictionary."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,24 +18,24 @@ TITLES = {
     "rouge2": "ROUGE-2 %",
     "rougeL": "ROUGE-L %",
 }
-"""The metrics, those of tasks with answers first, and what stands above them in a table."""
+"""The metrics, those of tasks with answers to choose from first, and their column headings."""
 
 
 def summarise(predicted: np.ndarray, examples: Sequence[Example], labels: Sequence[str]) -> dict[str, Any]:
     """Accuracy and macro-F1 with 95 % bootstrap intervals, counts per class, and the best constant answer.
 
     Args:
-        predicted: chosen answer of every row, int [rows], or of several runs [runs,rows]; -1 where none could be read.
+        predicted: chosen answer of every row, int [rows], or for several runs [runs,rows]; -1 if none could be read.
         examples: the rows; their responses are the references.
         labels: the C answers.
 
     Returns:
-        A dictionary that JSON can hold. `groups` is the number of groups of rows (`group_numbers`), over which the
-        intervals are; of a single one they are None. Of several runs: the mean of every metric with `_std` (over runs,
-        divided by their number less one) and `_runs`; what the classes count is added up.
+        A JSON-serialisable dictionary. `groups` is the number of groups of rows (`group_numbers`) over which the
+        intervals are computed; for a single group they are None. For several runs: the mean of every metric, with
+        `_std` (sample standard deviation over runs) and `_runs`; counts per class are summed over runs.
 
     Raises:
-        InputError: a response that is not among the answers.
+        InputError: a response is not among the answers.
     """
     reference = reference_numbers(examples, labels)
     runs = np.atleast_2d(predicted)
@@ -68,11 +68,11 @@ def summarise_texts(scores: np.ndarray, examples: Sequence[Example]) -> dict[str
     """Mean ROUGE with 95 % bootstrap intervals.
 
     Args:
-        scores: F-measures float [rows,3], or of several runs [runs,rows,3]; columns as `ROUGE`.
+        scores: F-measures float [rows,3], or for several runs [runs,rows,3]; columns as in `ROUGE`.
         examples: the rows.
 
     Returns:
-        A dictionary that JSON can hold; of several runs as `summarise`.
+        A JSON-serialisable dictionary; several runs are treated as in `summarise`.
     """
     runs = scores.reshape(-1, *scores.shape[-2:])
     groups = np.asarray(group_numbers(examples))
@@ -84,20 +84,20 @@ def summarise_texts(scores: np.ndarray, examples: Sequence[Example]) -> dict[str
 
 
 def metric_cell(result: Mapping[str, Any], metric: str) -> str:
-    """A metric in percent for a table: value [95 % interval], of several runs value ± standard deviation [interval];
-    without brackets where there is no interval."""
+    """A metric in percent for a table: value [95 % interval], for several runs value ± standard deviation [interval];
+    without brackets if there is no interval."""
     spread = f" ± {100 * result[f'{metric}_std']:.2f}" if f"{metric}_std" in result else ""
     ends = result[f"{metric}_interval"]
     return f"{100 * result[metric]:.2f}{spread}" + interval_cell([100 * end for end in ends] if ends else None, 2)
 
 
 def interval_cell(ends: Sequence[float] | None, digits: int) -> str:
-    """ " [low, high]" for a table, or "" where there is no interval."""
+    """ " [low, high]" for a table, or "" if there is no interval."""
     return f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table of texts: bars are escaped, and a line break, which would end the line, is a blank."""
+    """A Markdown table of texts: pipes are escaped, and line breaks, which would end the row, become blanks."""
     first, *lines = (_table_line(cells) for cells in (header, *rows))
     return "\n".join([first, "|" + "---|" * len(header), *lines])
 

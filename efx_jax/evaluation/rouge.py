@@ -1,4 +1,4 @@
-"""ROUGE of generated text, by the package rouge-score."""
+"""ROUGE of generated text, computed by the package rouge-score."""
 
 from collections.abc import Sequence
 
@@ -12,19 +12,19 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 def rouge_scores(texts: Sequence[str], references: Sequence[str], stemmer: bool = True) -> np.ndarray:
     """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L of every row (Lin 2004).
 
-    ROUGE-L is of the whole text (not by sentences, which rouge-score calls rougeLsum). Words are reduced to Porter
-    stems, as is usual for summaries (option -m of the original program).
+    ROUGE-L is over the whole text (not sentence by sentence, which rouge-score calls rougeLsum). Words are reduced to
+    Porter stems, as is usual for summaries (option -m of the original program).
 
     Args:
-        texts: what was generated, n texts.
-        references: the n texts that were wanted.
+        texts: the n generated texts.
+        references: the n reference texts.
         stemmer: whether words are stemmed.
 
     Returns:
-        float64 [n,3] in [0, 1], columns as `ROUGE`.
+        float64 [n,3] in [0, 1], columns as in `ROUGE`.
 
     Raises:
-        InputError: as `check_rouge`.
+        InputError: as in `check_rouge`.
     """
     check_rouge(references)
     from rouge_score.rouge_scorer import RougeScorer
@@ -38,8 +38,8 @@ def check_rouge(references: Sequence[str]) -> None:
     """Refuses what cannot be scored, before anything is generated.
 
     Raises:
-        InputError: the package is not installed, or most letters of the wanted texts are none that rouge-score reads:
-            it knows Latin letters without accents, and digits.
+        InputError: the package is not installed, or rouge-score ignores most letters of the reference texts: it reads
+            only unaccented Latin letters and digits.
     """
     try:
         import rouge_score  # noqa: F401

@@ -1,7 +1,7 @@
-"""Accuracy and macro-F1 in numpy, with bootstrap intervals: what the core needs without any metrics package.
+"""Accuracy and macro-F1 in numpy, with bootstrap intervals, so that the core needs no metrics package.
 
-`evaluation/metrics.py` offers the same through scikit-learn; the tests hold the two equal. Classes are numbers from 0;
-a prediction of -1 is an answer that could not be read, which is wrong and is no class.
+`evaluation/metrics.py` offers the same through scikit-learn; tests check that the two agree. Classes are numbers from
+0; a prediction of -1 is an answer that could not be read, which counts as wrong and is not a class.
 """
 
 from collections.abc import Iterator
@@ -34,8 +34,8 @@ def macro_f1(
 ) -> np.ndarray:
     """Unweighted mean of the classes' F1 = 2 TP / (predicted + true), over the classes that occur in either.
 
-    This is scikit-learn's default, which leaves out a class that occurs in neither; a prediction of -1 makes its true
-    class's F1 smaller, as with scikit-learn's `labels` set to those classes.
+    This is scikit-learn's default, which leaves out a class that occurs in neither; a prediction of -1 lowers the F1 of
+    its true class, as it does with scikit-learn's `labels` set to those classes.
 
     Args:
         predicted: class numbers int [n], -1 for none.
@@ -47,7 +47,7 @@ def macro_f1(
         float64 [R], or [1] without counts.
     """
     drawn = np.ones((1, len(reference))) if counts is None else counts.astype(np.float64)
-    one_hot = np.eye(classes + 1, classes)  # the last row, which is empty, is that of -1
+    one_hot = np.eye(classes + 1, classes)  # the last row, all zeros, is for -1
     says, is_true = one_hot[predicted], one_hot[reference]
     hits, total = drawn @ (says * is_true), drawn @ says + drawn @ is_true
     f1 = 2 * hits / np.maximum(total, 1)
@@ -62,7 +62,7 @@ def bootstrap(
 ) -> dict[str, Interval | None]:
     """95 % percentile intervals of accuracy and macro-F1 over resampled groups of rows (same resamples for both).
 
-    Answers to several questions on one text are not independent, so the texts are drawn, each with all its rows. Of
+    Answers to several questions on one text are not independent, so texts are drawn, each with all its rows. For
     several runs over the same rows the interval is that of the mean over runs: every run sees the same resample.
 
     Args:
@@ -72,7 +72,7 @@ def bootstrap(
         groups: group numbers int [n], from 0.
 
     Returns:
-        "accuracy" and "macro_f1" -> (low, high); None of a single group, which says nothing of others.
+        "accuracy" and "macro_f1" -> (low, high); None for a single group, which says nothing about others.
     """
     if not groups.any():
         return {"accuracy": None, "macro_f1": None}
@@ -85,7 +85,7 @@ def bootstrap(
 
 
 def bootstrap_mean(values: np.ndarray, groups: np.ndarray) -> Interval | None:
-    """95 % percentile interval of the mean of values float [n] over resampled groups int [n]; None of one group."""
+    """95 % percentile interval of the mean of values float [n] over resampled groups int [n]; None for one group."""
     if not groups.any():
         return None
     counts = resample_counts(groups, RESAMPLES)
@@ -93,15 +93,15 @@ def bootstrap_mean(values: np.ndarray, groups: np.ndarray) -> Interval | None:
 
 
 def resample_counts(groups: np.ndarray, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """How often each row is drawn where whole groups are drawn with replacement, as many as there are.
+    """How often each row is drawn when whole groups are drawn with replacement, as many as there are.
 
     Args:
-        groups: group numbers int [n], from 0; a number for each row resamples rows.
+        groups: group numbers int [n], from 0; a distinct number for each row resamples rows.
         resamples: number of resamples.
-        seed: of the draws; a fixed one makes a table reproducible.
+        seed: seed of the draws; a fixed one makes a table reproducible.
 
     Returns:
-        Blocks int64 [r,n], all r adding up to `resamples`; equal within a group.
+        Blocks int64 [r,n], whose r add up to `resamples`; counts are equal within a group.
     """
     generator = np.random.default_rng(seed)
     number = int(groups.max()) + 1
@@ -112,6 +112,6 @@ def resample_counts(groups: np.ndarray, resamples: int, seed: int = 0) -> Iterat
 
 
 def interval(values: np.ndarray) -> Interval:
-    """The 2.5th and 97.5th percentile."""
+    """The 2.5th and 97.5th percentiles."""
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

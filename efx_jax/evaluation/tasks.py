@@ -1,4 +1,4 @@
-"""Tasks with a fixed set of answers, by likelihood: the answer whose continuation the model finds most likely.
+"""Tasks with a fixed set of answers, scored by likelihood: the prediction is the most likely continuation.
 
 Nothing is generated and nothing is parsed, so no answer is ever unreadable.
 """
@@ -45,24 +45,24 @@ def label_scores(
         examples: the rows; their prompts are used.
         labels: the C answers, each with the separator that the responses carry (" yes").
         adapters: LoRA adapters, or None.
-        masks: name -> bool `[L,O,I]`, True = kept, or None: evaluated is the exported function.
-        batch_size: rows per forward pass; they are sorted by length. Rows whose prompts begin alike are computed
-            together and their common beginning once (see `efx_jax.evaluation.branches`).
+        masks: name -> bool `[L,O,I]`, True = kept, or None; the exported function is evaluated.
+        batch_size: rows per forward pass; they are sorted by length. Rows whose prompts share a prefix are computed
+            together, and the prefix only once (see `efx_jax.evaluation.branches`).
         compute_dtype: dtype of the matmul operands; sums are float32.
         normalize: "sum" of the answer's token log-probabilities (a proper probability of the string), or their
-            "mean", which favours long answers. The end of a response is not scored unless one answer begins with
+            "mean", which favours long answers. The end of a response is scored only if one answer is a prefix of
             another.
 
     Returns:
         float32 `[rows,C]`, in the order of `examples`.
 
     Raises:
-        InputError: an empty or over-long prompt (with its row), answers that tokenise to nothing or to the same, or
+        InputError: an empty or over-long prompt (with its row), answers that tokenise to nothing or identically, or
             scores that are not finite (an argmax over NaN would pass for an answer).
     """
     prompts, answers = _checked(spec, tokenizer, examples, labels)
     trees = [grow_tree(rows, prompts, answers) for rows in group_rows(prompts, sum(len(ids) - 1 for ids in answers))]
-    # As many trees as hold `batch_size` rows on average.
+    # The number of trees that hold `batch_size` rows on average.
     size = max(1, round(batch_size * len(trees) / max(1, len(prompts))))
     scores = np.zeros((len(prompts), len(labels)))
     for chosen, batch in _batches(trees, answers, size):
@@ -79,7 +79,7 @@ def label_scores(
 def _batches(
     trees: Sequence[Tree], answers: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[list[Tree], dict[str, np.ndarray]]]:
-    """Trees by size, and their arrays, of few different shapes."""
+    """Batches of trees sorted by size, and their arrays, which have few different shapes."""
     ordered = sorted(trees, key=lambda tree: len(tree.tokens))
     targets = sum(map(len, answers))
     places = targets - len(answers) + 1
@@ -92,7 +92,7 @@ def _batches(
 
 
 def _padded_length(tokens: int, longest: int) -> int:
-    """A length for trees of so many tokens, longer by less than a quarter or by 31: padding costs as much as text."""
+    """A padded length for `tokens`, longer by less than a quarter or by at most 31: padding costs as much as text."""
     step = max(32, 1 << max(0, (tokens - 1).bit_length() - 3))
     return min(up_to_multiple(tokens, step), up_to_multiple(longest, 8))
 
@@ -101,7 +101,7 @@ def check_task(spec: ModelSpec, tokenizer: Tokenizer, examples: Sequence[Example
     """Refuses what `label_scores` would refuse, before anything is computed.
 
     Raises:
-        InputError: an empty or over-long prompt (with its row), or answers that tokenise to nothing or to the same.
+        InputError: an empty or over-long prompt (with its row), or answers that tokenise to nothing or identically.
     """
     _checked(spec, tokenizer, examples, labels)
 
