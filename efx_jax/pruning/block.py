@@ -74,18 +74,18 @@ def prune_block(
     Args:
         layer: the block's arrays, without L.
         stats: its statistics.
-        importance: its `[O,I]` from gradients (of "foresight_loss" `[O]`), for the scores that read it; {} for the
-            others.
+        importance: its importance `[O,I]` from gradients (`[O]` for "foresight_loss"), for the scores that read it; {}
+            for the others.
         memory: its part of the moving average, see `PruneState`.
         counts: entries to drop, by matrix.
-        key: PRNG key for adapters drawn anew.
+        key: PRNG key for redrawn adapters.
         event: number of earlier events.
         spec: the model.
         config: the settings (its sparsity is not read).
         scale: alpha / R.
 
     Returns:
-        The block (of its weights only what the event has moved; masks packed) and its part of the moving average.
+        The block (only those weights that the event has changed; masks packed) and its part of the moving average.
     """
     effective = effective_weights(layer, scale)
     targets = recovery_targets(layer, effective, counts, stats, config)
@@ -127,9 +127,10 @@ def _select(scores: dict[str, Array], counts: dict[str, Counts], config: PruneCo
 def _swap(
     effective: dict[str, Array], masks: dict[str, Array], stats: Statistics, config: PruneConfig
 ) -> dict[str, Array]:
-    """Masks under which less of U is lost, as many entries kept in every row.
+    """Masks that lose less of U and keep as many entries in every row.
 
-    Of U, and not of the targets of the recovery: the old mask is all that those have, and every swap would lead back.
+    U is compared, not the targets of the recovery: those have only what the old mask kept, and every swap would lead
+    back to it.
     """
     swap = functools.partial(swap_mask, swaps=config.swaps, pattern=parse_pattern(config.group))
     return {
@@ -140,10 +141,10 @@ def _swap(
 def _sweep_block(
     weights: dict[str, Array], counts: dict[str, Counts], stats: Statistics, config: PruneConfig
 ) -> dict[str, Sweep]:
-    """SparseGPT's masks and weights. Where they are shipped, `weights` are the targets of the event.
+    """SparseGPT's masks and weights. If the event keeps its weights, `weights` are the targets of the event.
 
-    Where only the mask is taken, they are U, as for every other score: entries that an old mask has dropped may come
-    back.
+    If it takes only the masks, `weights` are U, as for every other score: entries that an old mask has dropped may
+    come back.
     """
     factors = inverses(counts, stats)
     return {

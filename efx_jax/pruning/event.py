@@ -1,7 +1,7 @@
-"""One prune event: score -> moving average -> mask -> recovery, one block after the other by one compiled program.
+"""One prune event: score -> moving average -> mask -> recovery, block by block with one compiled program.
 
 `prune_event` takes statistics of the whole model, collected in one pass. `efx_jax.pruning.blockwise` collects them
-block by block, so that only one block's Grams exist. Both run the same `prune_block`.
+block by block, so that only one block's Grams exist at a time. Both run the same `prune_block`.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def prune_event(
         spec: the model.
         config: score, group, sparsity, recovery and moving average of this event.
         importance: name -> float32 `[L,O,I]` for the scores that read gradients, `[L,O]` for "foresight_loss", which
-            reads none where entries compare within rows alone; see `config_event.reads_importance` and
+            reads none where entries compare only within rows; see `config_event.reads_importance` and
             `efx_jax.training.importance`.
         packed: return the masks as bits, see `efx_jax.masks`.
 
@@ -63,9 +63,9 @@ def prune_event(
         (params, adapters, masks, state). params changes only where an event moves the base, see `moves_base`.
 
     Raises:
-        InputError: settings that mean nothing, a sparsity or group that does not fit, statistics without Grams,
-            statistics or an importance not finite, a state without the memory that `ema` needs, adapters to move
-            where there are none, no importance to score by.
+        InputError: meaningless settings, a sparsity or group that does not fit, statistics without Grams, statistics or
+            an importance that are not finite, a state without the memory that `ema` needs, no adapters where the
+            recovery moves them, or no importance where the score reads it.
     """
     validate_prune(config)
     if config.sequential:
@@ -78,7 +78,7 @@ def prune_event(
 
 @struct.dataclass
 class Result:
-    """What blocks have become so far: stacked arrays that lead with L, and the moving averages of each on the host."""
+    """The blocks pruned so far: stacked arrays with a leading axis L, and each block's moving averages on the host."""
 
     layers: Layer
     snapshots: dict[str, Array]
@@ -96,7 +96,7 @@ def block_before(plan: EventPlan, index: int) -> tuple[Layer, Memory]:
 
 
 def block_importance(plan: EventPlan, index: int) -> dict[str, Array]:
-    """The importance of block `index` by linear, `[O,I]` or for "foresight_loss" `[O]`; {} where no score reads it."""
+    """The importance of block `index` by linear, `[O,I]` or for "foresight_loss" `[O]`; {} if the score reads none."""
     kind = "reach" if plan.config.score == "foresight_loss" else "importance"
     taken: dict[str, Array] = take_block({kind: plan.importance}, index)[kind]
     return taken
@@ -106,7 +106,7 @@ def prune_one(plan: EventPlan, index: int, layer: Layer, stats: Statistics, memo
     """Block `index` after the event, by one program for all blocks and sparsities; its average goes to the host.
 
     Raises:
-        InputError: statistics or an importance that are not finite, of which any mask could come.
+        InputError: statistics or an importance that are not finite, which would make the mask arbitrary.
     """
     importance = block_importance(plan, index)
     for found, name in ((stats, "prune.calibration: the activations"), (importance, "prune.score: the gradients")):
@@ -149,9 +149,9 @@ def stack_blocks(blocks: Iterable[Block], num_layers: int) -> Result:
 
 
 def put_block(result: Result | None, block: Block, index: int, num_layers: int) -> Result:
-    """Writes a block among the others, in place; the first one makes room for all.
+    """Writes a block into the stacked arrays, in place; the first block allocates them.
 
-    Whatever no event moves is left out: the new model shares it with the old one.
+    Arrays that no event changes are left out: the new model shares them with the old one.
     """
     layer, memory = block
     here = (layer, memory["snapshots"])

@@ -1,4 +1,4 @@
-"""What a mask broke, mended in closed form. e = U * (1 - mask) is what goes; A_m is A with a row's pruned columns 0.
+"""Closed-form repairs of what a mask breaks. e = U * (1 - mask) is the part dropped; A_m is A with pruned columns 0.
 
 The surgeons return the change in units of scale * B, so that U + delta_b @ lora_a is the new effective weight and the
 caller divides by the scale once. Every solve is float32 at the highest matmul precision.
@@ -18,24 +18,24 @@ _TRIES = 6
 
 @jax.custom_batching.sequential_vmap
 def matrix_cholesky(matrix: Array) -> Array:
-    """Lower Cholesky factor of a large `[n,n]`, NaN where it has none; one matrix at a time also under `vmap`.
+    """Lower Cholesky factor of a large `[n,n]`, NaN where it has none; one matrix at a time, even under `vmap`.
 
-    LAPACK's batched kernels wait for ever in XLA's CPU backend when two of them run at once and hold all threads of
-    its pool (jax 0.10.2 on two cores, reproduced with two batches of 64 matrices of 64 x 64).
+    LAPACK's batched kernels deadlock in XLA's CPU backend when two of them run at once and hold all threads of its
+    pool (jax 0.10.2 on two cores, reproduced with two batches of 64 matrices of 64 x 64).
     """
     return jnp.linalg.cholesky(matrix)
 
 
 @jax.custom_batching.sequential_vmap
 def matrix_solve(lower: Array, rhs: Array) -> Array:
-    """X with L L^T X = rhs: `lower [n,n]`, `rhs [n,m]`; one system at a time, as `matrix_cholesky`."""
+    """X with L L^T X = rhs: `lower [n,n]`, `rhs [n,m]`; one system at a time, like `matrix_cholesky`."""
     return jax.scipy.linalg.cho_solve((lower, True), rhs)
 
 
 def row_cholesky(matrix: Array) -> Array:
     """Lower Cholesky factor of a small `[R,R]`, column by column; NaN where it has none.
 
-    Plain array operations, for thousands of rows at once under `vmap` (see `matrix_cholesky` for what else is wrong).
+    Plain array operations, for thousands of rows at once under `vmap` (`matrix_cholesky` says why not LAPACK's).
     """
     rows = jnp.arange(matrix.shape[0])
 
@@ -62,7 +62,7 @@ def row_solve(lower: Array, rhs: Array) -> Array:
 
 
 def damped(factorise: Callable[[Array], Array], matrix: Array, damping: Array) -> Array:
-    """Lower Cholesky factor of `matrix + damping * I`, the damping raised tenfold until the factor is finite.
+    """Lower Cholesky factor of `matrix + damping * I`; the damping grows tenfold until the factor is finite.
 
     Args:
         factorise: `matrix_cholesky` or `row_cholesky`.
@@ -70,7 +70,7 @@ def damped(factorise: Callable[[Array], Array], matrix: Array, damping: Array) -
         damping: scalar >= 0.
 
     Returns:
-        `[n,n]`, float32; after six raises whatever came out (NaN for a matrix with NaN).
+        `[n,n]`, float32; after six retries the last result, finite or not (NaN for a matrix with NaN).
     """
     identity = jnp.eye(matrix.shape[0], dtype=jnp.float32)
     # A zero damping could never be raised, so a retry starts at the float32 resolution of the matrix.
@@ -93,7 +93,7 @@ def damped(factorise: Callable[[Array], Array], matrix: Array, damping: Array) -
 
 
 def unit_diagonal(gram: Array) -> tuple[Array, Array]:
-    """G `[I,I]` with its inputs scaled to a norm of 1 (one that is always 0 stays), and the norms `[I]`."""
+    """G `[I,I]` with its inputs scaled to a norm of 1 (an input that is always 0 stays 0), and the scales `[I]`."""
     diagonal = jnp.sqrt(jnp.diagonal(gram))
     scale = jnp.where(diagonal > 0, diagonal, 1.0)
     return gram / (scale[:, None] * scale[None, :]), scale
@@ -138,8 +138,8 @@ def gram_brain_surgeon(
 ) -> Array:
     """The closed form with the mask inside: minimises ||(db A_m - e) G^(1/2)||^2 + lambda ||db||^2 for every row.
 
-    db = (e G A_m^T) (A_m G A_m^T + lambda I)^-1 with lambda = ridge * mean diagonal. With a target, e is what separates
-    it from the masked weight: target - mask * U.
+    db = (e G A_m^T) (A_m G A_m^T + lambda I)^-1 with lambda = ridge * mean diagonal. With a target, e is its difference
+    from the masked weight: target - mask * U.
 
     Args:
         weight: U `[O,I]`.
@@ -148,7 +148,7 @@ def gram_brain_surgeon(
         gram: G = X^T X `[I,I]`.
         ridge: damping relative to the mean diagonal of the row's system.
         chunk_rows: rows solved together; the largest intermediate array is chunk_rows x R x I floats. None: all.
-        target: `[O,I]`, the function to stay close to; U itself when None.
+        target: `[O,I]`, the weight whose outputs to stay close to; U itself when None.
 
     Returns:
         delta_b `[O,R]`, float32.
@@ -164,8 +164,8 @@ def gram_brain_surgeon(
         system = einsum("rj,sj->rs", a_gram, masked_a)
         rhs = einsum("rj,j->r", a_gram, lost_row)
         mean = jnp.trace(system) / rank
-        # A row that keeps nothing A can reach has a zero system and nothing to solve for; 1, as a system that cannot be
-        # factored would have all rows beside it tried again.
+        # A row that keeps nothing A can reach has a zero system and nothing to solve for. Its damping is 1, since a
+        # system that cannot be factored would make all rows of its chunk retry.
         lower = damped(row_cholesky, system, jnp.where(mean > 0, ridge * mean, 1.0))
         return jnp.where(mean > 0, row_solve(lower, rhs), 0.0)
 
@@ -173,16 +173,16 @@ def gram_brain_surgeon(
 
 
 def dense_path_shift(gram: Array, cross: Array, ridge: float = 0.3) -> Array:
-    """F `[I,I]` with W + W F the weight whose outputs on the inputs at hand are closest to W's behind the old blocks.
+    """F `[I,I]` such that W + W F, on the current inputs, best reproduces W's outputs behind the old blocks.
 
-    F = (C - G) (G + ridge diag(G))^-1, C = X_d^T X: least squares for X (W + W F)^T = X_d W^T, drawn towards W. The
-    asymmetric calibration of GPTAQ (arXiv 2504.02692), for all entries at once.
+    F = (C - G) (G + ridge diag(G))^-1, C = X_d^T X: least squares for X (W + W F)^T = X_d W^T, shrunk towards W. This
+    is the asymmetric calibration of GPTAQ (arXiv 2504.02692), for all entries at once.
 
     Args:
-        gram: G = X^T X `[I,I]`, X the inputs at hand.
+        gram: G = X^T X `[I,I]`, X the current inputs.
         cross: C = X_d^T X `[I,I]`, X_d the inputs behind the blocks as they were before the event.
-        ridge: relative to the diagonal of G. Without it few tokens are learned by heart, and every block adds to what
-            the next one corrects.
+        ridge: relative to the diagonal of G. Without it a small number of tokens is overfitted, and every block adds to
+            what the next one has to correct.
     """
     gram, cross = gram.astype(jnp.float32), cross.astype(jnp.float32)
     unit, scale = unit_diagonal(gram)
@@ -201,14 +201,14 @@ def admm_update(
 ) -> Array:
     """Refits the kept weights to the outputs of `target` by ADMM (arXiv 2401.02938).
 
-    Minimises ||(mask * V - target) G^(1/2)|| over V. Inputs are scaled to a unit diagonal of G and rho = 1, so that
-    one inverse serves all rows and steps.
+    Minimises ||(mask * V - target) G^(1/2)|| over V. Inputs are scaled so that G has a unit diagonal, and rho = 1, so
+    that one inverse serves all rows and steps.
 
     Args:
         weight: U `[O,I]`, the dense target when `target` is None.
         mask: bool `[O,I]`, True = kept.
         gram: G = X^T X `[I,I]`.
-        target: `[O,I]`; a function that was ever meant: the model before the event, or a dense teacher.
+        target: `[O,I]`, a weight whose outputs are wanted: from the model before the event, or from a dense teacher.
         steps: iterations, static.
         damping: added to the unit diagonal of the scaled G.
 
@@ -228,22 +228,22 @@ def admm_refit(
     refine: int = 0,
     pattern: tuple[int, int] | None = None,
 ) -> tuple[Array, Array]:
-    """As `admm_update`, and in its first `refine` steps every row chooses again which entries it keeps.
+    """As `admm_update`, but in its first `refine` steps every row chooses again which entries it keeps.
 
-    A row keeps as many as its mask says: those of the largest |V + Y|, the weight that ADMM asks for times the norm of
-    its input, in which the others already make up for what is gone. A score knows each entry only by itself. Where the
-    target has no more entries that are not 0 than are to stay, as under the mask of an earlier event, these all stay,
-    and the mask says which others come back: ADMM asks for nothing there, and would rank its roundings.
+    A row keeps as many as its mask does: those with the largest |V + Y|, ADMM's weight times the norm of its input.
+    A score sees each entry alone; this weight already compensates for what is dropped. Where the target has no
+    more nonzero entries than are to be kept, as under the mask of an earlier event, all of these stay and the mask
+    says which others come back: there ADMM's values are rounding errors, which would be ranked.
 
     Args:
-        weight: as there.
-        mask: as there.
-        gram: as there.
-        target: as there.
-        steps: as there.
-        damping: as there.
+        weight: as in `admm_update`.
+        mask: as in `admm_update`.
+        gram: as in `admm_update`.
+        target: as in `admm_update`.
+        steps: as in `admm_update`.
+        damping: as in `admm_update`.
         refine: number of these steps, static; 0 leaves the mask as it is.
-        pattern: (N, M): every M consecutive inputs keep as many as before, of which the mask has N; static.
+        pattern: (N, M) if the mask keeps N of every M consecutive inputs: the new one keeps as many of them; static.
 
     Returns:
         The new weight `[O,I]`, float32, exactly 0 where pruned, and the mask, bool `[O,I]`.

@@ -1,7 +1,7 @@
-"""How much an entry matters: |U| * input norm * nu, where nu is how strongly an output unit reaches what comes next.
+"""How much an entry matters: |U| * input norm * nu, where nu is how strongly an output unit affects what comes next.
 
 This is the square root of twice the paper's eq. 2, and exact for one weight of a linear two-layer net. Appendix B gives
-nu for each matrix (`weight_reach`); `activation_reach` follows the signal through the softmax's partner and SwiGLU.
+nu for each matrix (`weight_reach`); `activation_reach` follows the signal through the products q k^T and SwiGLU.
 """
 
 from collections.abc import Mapping
@@ -46,8 +46,8 @@ def foresight_score(weight: Array, input_norm: Array, downstream_norm: Array) ->
 def ria_score(weight: Array, input_norm: Array, power: float = 0.5) -> Array:
     """(|W_oi| / sum_o |W_oi| + |W_oi| / sum_i |W_oi|) * input_norm_i^power (RIA, Zhang et al., ICLR 2024).
 
-    An entry counts by its share of what its input unit sends and of what its output unit receives, so that neither a
-    weak input nor a weak output loses all its entries in a whole-matrix group.
+    An entry counts by its share of its input unit's and of its output unit's total weight, so that in a whole-matrix
+    group neither a weak input nor a weak output loses all its entries.
 
     Args:
         weight: `[O,I]`, the effective weight U.
@@ -94,9 +94,9 @@ def share_rope_pairs(norms: Array) -> Array:
 def weight_reach(effective: Mapping[str, Array], spec: ModelSpec) -> dict[str, Array]:
     """nu of every matrix of one block from the weights it feeds (paper, appendix B).
 
-    q: norm of its partner key weights per head dimension; k: that of its G query heads, their root mean square; both
+    q: norm of its key head's weights per head dimension; k: root mean square of this norm over its G query heads; both
     shared by RoPE pairs. v: root mean square over the G heads of o_proj's column norms (as in the authors' code; the
-    paper is silent). o: mean of the column norms of gate and up. gate and up: column norms of down. down: 1.
+    paper does not say). o: mean of the column norms of gate and up. gate and up: column norms of down. down: 1.
 
     Args:
         effective: U `[O,I]` of the seven linears.
@@ -125,10 +125,10 @@ def weight_reach(effective: Mapping[str, Array], spec: ModelSpec) -> dict[str, A
 def activation_reach(
     effective: Mapping[str, Array], weights: Mapping[str, Array], stats: Statistics, spec: ModelSpec
 ) -> dict[str, Array]:
-    """nu through the nonlinearities, from what calibration saw (ours; docs/method.md).
+    """nu through the nonlinearities, from the activations seen in calibration (ours; docs/method.md).
 
-    q and k: rms of the partner's activations per head dimension, shared by RoPE pairs; with Qwen3's q/k norms the
-    partner after its norm, times the own gain over what the norm divides by. up: column norms of down *
+    q and k: rms of the partner's activations per head dimension, shared by RoPE pairs; with Qwen3's q/k norms those
+    after the partner's norm, times the unit's own gain over its norm's divisor. up: column norms of down *
     rms(silu(gate)); gate: column norms of down * rms(up * silu'(gate)). v, o and down as in `weight_reach`.
 
     Args:
@@ -163,8 +163,8 @@ def activation_reach(
 def loss_reach(energy: Array, shrink: float) -> Array:
     """nu `[O]` of one matrix from the energy of the gradients by its outputs, `output_gradient_energy` `[O]`.
 
-    nu_o^2 = (1 - shrink) energy_o + shrink mean_o energy. Some outputs owe their energy to a few tokens of a small
-    calibration set, and where training follows, an output that matters less now will matter again.
+    nu_o^2 = (1 - shrink) energy_o + shrink mean_o energy. With a small calibration set, some outputs get their energy
+    from a few tokens; and if training follows, an output that matters less now will matter again.
     """
     return jnp.sqrt((1 - shrink) * energy + shrink * jnp.mean(energy))
 
@@ -175,5 +175,5 @@ def _spread_over_queries(per_kv_head: Array, group: int) -> Array:
 
 
 def _norm_slope(gain: Array, mean_square: Array, eps: float) -> Array:
-    """|gain| over what a head's RMS norm divides by, from the mean squares `[...,H]` before it."""
+    """|gain| over the divisor of a head's RMS norm, from the mean squares `[...,H]` of the norm's input."""
     return jnp.abs(gain.astype(jnp.float32)) / jnp.sqrt(jnp.mean(mean_square, axis=-1, keepdims=True) + eps)

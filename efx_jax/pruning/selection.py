@@ -1,7 +1,7 @@
-"""Which entries go: exact counts with a defined order among ties, per row, matrix, slab, bounded matrix or N:M.
+"""Which entries to drop: exact counts with a defined order among ties, per row, matrix, slab, bounded matrix or N:M.
 
 The k-th smallest score is found by bisection on float32 bit patterns, which order floats as integers (`score_bits`):
-exact with ties and subnormals, the same under `jit`, `vmap` and on sharded arrays, and no sort.
+exact with ties and subnormals, the same under `jit`, `vmap` and on sharded arrays, and without a sort.
 """
 
 import functools
@@ -23,13 +23,13 @@ Array = jax.Array
 SLAB = 128  # input columns that are decided together, by SparseGPT and D-Pruner
 _NEVER = 0xFFFFFFFF  # above the bits of every float: such an entry is never among the lowest
 _SLIP = Fraction(1, 10**9)  # by which a computed sparsity may miss a whole number of entries
-_FEW = 16  # entries of a group that are compared with each other, each with each
+_FEW = 16  # largest group whose entries are all compared with one another
 
 
 class Counts(NamedTuple):
-    """How many entries go: `total` of the comparison group, between `row_low` and `row_high` of every row (bounded).
+    """How many entries to drop: `total` per comparison group, `row_low` to `row_high` in every row (bounded).
 
-    Where the groups are slabs of columns, `rest` of a narrower last one.
+    Where the groups are slabs of columns, `rest` is the number for a narrower last slab.
     """
 
     total: int
@@ -55,22 +55,22 @@ def parse_pattern(group: str) -> tuple[int, int] | None:
 
 
 def drop_count(sparsity: float, entries: int) -> int:
-    """floor(sparsity * entries + 1e-9), at most all but one; the small term is for sparsities that were computed.
+    """floor(sparsity * entries + 1e-9), at most all but one; the small term allows for rounding in computed sparsities.
 
-    In whole numbers: of a matrix of 5,120 x 17,408, 0.7 is 62,390,272 entries, and one less in float64.
+    In exact arithmetic: 0.7 of a 5,120 x 17,408 matrix is 62,390,272 entries, but float64 would give one fewer.
     """
     return min(math.floor(_decimal(sparsity) * entries + _SLIP), max(0, entries - 1))
 
 
 def _decimal(value: float) -> Fraction:
-    """The number that a float is written as: 7/10 of 0.7, also of a float32."""
+    """The decimal number that a float prints as: 7/10 for 0.7, also for a float32."""
     narrow = isinstance(value, np.generic | jax.Array)
     return Fraction(str(np.asarray(value)[()]) if narrow else repr(float(value)))
 
 
 def drop_share(counts: np.ndarray, entries: int | np.ndarray) -> np.ndarray:
-    """Sparsities, float64, of which `drop_count` makes exactly these counts; the plain quotient may round below."""
-    # Not below the quotient of whole numbers, so that its product with `entries` does not round below `counts`.
+    """Sparsities, float64, from which `drop_count` gives exactly these counts; the plain quotient may round down."""
+    # Never below the exact quotient, so that the product with `entries` does not round below `counts`.
     return np.nextafter(counts / entries, 1.0)
 
 
@@ -123,11 +123,11 @@ WHOLE = Split()
 
 
 def lowest(bits: Array, count: Array | int, dims: int = 1, split: Split = WHOLE) -> Array:
-    """Marks the `count` smallest of the last axis, or of the last two together; of equal ones the lower index first.
+    """Marks the `count` smallest along the last axis, or over the last two together; ties go to the lower index.
 
     Args:
         bits: uint32 `[..., n]` or, with `dims` 2, `[..., O, I]` in row-major order.
-        count: how many of each group.
+        count: how many to mark in each group.
         dims: 1 or 2, number of axes that form a group.
         split: mesh axes that these axes are split over, where `bits` is one device's part.
 
@@ -147,7 +147,7 @@ def lowest(bits: Array, count: Array | int, dims: int = 1, split: Split = WHOLE)
 
 
 def _lowest_of_few(bits: Array, count: Array | int) -> Array:
-    """As `lowest`, of groups as small as those of N:M: every entry counts the ones before it."""
+    """As `lowest`, for groups as small as those of N:M: every entry counts those that rank before it."""
     # One copy for all comparisons: see `_lowest`.
     bits = jax.lax.optimization_barrier(bits)
     places = jnp.arange(bits.shape[-1])
@@ -188,8 +188,8 @@ def _lowest(bits: Array, count: Array, dims: int, split: Split, digit: int) -> A
             lambda: (threshold, mark(threshold)),
         )
 
-    # The marking happens inside the loop, on the loop's own copy of the bits: outside, XLA may compute a cheap score
-    # again in the fusion that compares it, with other roundings (fused multiply-add), and the count would be off.
+    # The marking happens inside the loop, on the loop's own copy of the bits: outside, XLA may recompute a cheap score
+    # in the fusion that compares it, with different rounding (fused multiply-add), and the count would be off.
     start = (jnp.zeros((*bits.shape[:-dims], *(1,) * dims), jnp.uint32), jnp.zeros(bits.shape, bool))
     return jax.lax.fori_loop(0, rounds + 1, body, start)[1]
 
@@ -221,7 +221,7 @@ def _before(counts: Array, mesh_axes: tuple[str, ...]) -> Array:
 
 def score_bits(score: Array) -> Array:
     """Bit patterns of float32 scores as unsigned integers in the same order; -0.0 counts as 0, NaN above all others."""
-    # Of integers alone: comparisons of floats take subnormals for 0.
+    # On integers only: float comparisons treat subnormals as 0.
     bits = jax.lax.bitcast_convert_type(score.astype(jnp.float32), jnp.uint32)
     sign, infinity = jnp.uint32(1 << 31), jnp.uint32(0x7F800000)
     is_positive = (bits <= sign) | (bits & ~sign > infinity)
@@ -235,7 +235,7 @@ def drop_by_counts(score: Array, group: str, counts: Counts, axes: LinearAxes | 
         score: `[O,I]`.
         group: see `select_mask`.
         counts: entries to drop.
-        axes: how the matrix lies on the active mesh; None: not at all.
+        axes: how the matrix is sharded over the active mesh; None: not sharded.
 
     Returns:
         bool `[O,I]`, the same on any mesh.
@@ -290,7 +290,7 @@ def _lowest_of_slabs(bits: Array, counts: Counts, split: Split) -> Array:
 def select_mask(score: Array, sparsity: float, group: str = "row", bound: float | None = None) -> Array:
     """Keeps the highest scores.
 
-    Drops exactly floor(sparsity * n + 1e-9) of the n entries of every group, of equal scores the lower index first.
+    Drops exactly floor(sparsity * n + 1e-9) of the n entries of every group; of equal scores, the lower index first.
 
     Args:
         score: `[O,I]` of one matrix (for several, `jax.vmap`); NaN counts as the highest.
