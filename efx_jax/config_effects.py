@@ -1,4 +1,4 @@
-"""Which settings of a command line change nothing, as another setting leaves them out."""
+"""Which settings of a command line have no effect because another setting disables them."""
 
 import warnings
 from collections.abc import Collection
@@ -11,9 +11,9 @@ from efx_jax.errors import FallbackWarning
 
 
 def warn_of_idle_flags(config: Config, given: Collection[str]) -> None:
-    """Warns of flags that do not do what whoever typed them expects.
+    """Warns of flags that do not do what the user expects.
 
-    A preset's or a file's settings may lie idle below a flag that overrides another one; a flag that does is a slip.
+    Settings of a preset or a file may become idle when a flag overrides another one; an idle flag is a mistake.
 
     Args:
         config: the resolved settings.
@@ -32,7 +32,7 @@ def warn_of_idle_flags(config: Config, given: Collection[str]) -> None:
 
 
 def idle_settings(config: Config) -> dict[str, str]:
-    """Settings, by dotted path, that have no say as the others are, and what would give them one."""
+    """Settings, by dotted path, that have no effect given the others, and the condition under which they would."""
     prune, distill, evaluation = config.prune, config.distill, config.eval
     within_rows = prune.group not in ACROSS_ROWS
     refines = prune.recovery == "admm" and prune.admm_refine > 0
@@ -46,7 +46,7 @@ def idle_settings(config: Config) -> dict[str, str]:
         (within_rows, "prune.group matrix, slab or bounded", "prune.row_targets"),
         (not set(prune.row_targets) & set(prune.targets), "one of them in prune.targets", "prune.row_targets"),
         (
-            # A plain last event has no recovery; where a later event keeps more, its score says what comes back.
+            # A plain last event has no recovery; where a later event keeps more, its score decides what comes back.
             refines and within_rows and not prune.plain_last_event and gives_fixed_shares,
             "prune.admm_refine 0 or a group across rows: ADMM chooses the entries of every row",
             "prune.score",

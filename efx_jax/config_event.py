@@ -1,4 +1,4 @@
-"""What a prune event compares, reads and moves, as its settings say."""
+"""What a prune event compares, reads and moves, according to its settings."""
 
 import dataclasses
 import re
@@ -25,13 +25,13 @@ def matrix_group(name: str, prune: PruneConfig) -> str:
 
 
 def reads_importance(prune: PruneConfig) -> bool:
-    """Whether the score reads gradients, which `prune_event` is given.
+    """Whether the score reads an importance from gradients, which is passed to `prune_event`.
 
-    Those of `foresight_loss` are a factor of every row: where entries compare within rows alone it says nothing.
+    That of `foresight_loss` is one factor per row: where entries compare only within rows, it has no effect.
     """
     if prune.score == "foresight_loss":
         across_rows = any(matrix_group(name, prune) in ACROSS_ROWS for name in prune.targets)
-        # OWL's shares come of Wanda's scores.
+        # OWL's shares come from Wanda's scores.
         return across_rows or prune.budget == "global" or prune.ema < 1
     return prune.score in GRADIENT_SCORES
 
@@ -42,7 +42,7 @@ def needs_gram(prune: PruneConfig) -> bool:
 
 
 def refits_base(prune: PruneConfig) -> bool:
-    """Whether the recovery writes new base weights, the adapters starting again at B = 0."""
+    """Whether the recovery writes new base weights, with the adapters starting again at B = 0."""
     return prune.recovery in ("admm", "obs")
 
 
@@ -52,12 +52,12 @@ def moves_base(prune: PruneConfig) -> bool:
 
 
 def keeps_scores(prune: PruneConfig) -> bool:
-    """Whether a moving average is kept as it is: no snapshot brings back a base that has moved, or a gradient."""
+    """Whether the moving average itself is stored: no snapshot can restore a base that has moved, or a gradient."""
     return moves_base(prune) or prune.score in GRADIENT_SCORES
 
 
 def goes_by_block(prune: PruneConfig) -> bool:
-    """Whether a run's events calibrate block by block: what is large, Grams and averages, exists for one at a time."""
+    """Whether a run's events calibrate block by block, so that Grams and averages exist for one block at a time."""
     return prune.sequential or needs_gram(prune) or (prune.ema < 1 and keeps_scores(prune))
 
 
@@ -68,5 +68,5 @@ def surveyed_rows(prune: PruneConfig) -> int:
 
 
 def without_recovery(prune: PruneConfig) -> PruneConfig:
-    """The same event, which only masks."""
+    """The same event without its recovery: it only masks."""
     return dataclasses.replace(prune, recovery="none", pbs_rounds=0, dense_path=0.0)

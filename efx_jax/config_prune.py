@@ -10,14 +10,14 @@ from efx_jax.errors import InputError
 from efx_jax.rounding import round_up
 
 Rule = tuple[str, object, bool, str]
-"""Setting, value found, whether it is right, what was expected."""
+"""Setting, value found, whether it is valid, what was expected."""
 
 
 def validate_prune(prune: PruneConfig) -> None:
-    """Refuses what means nothing in a hand-made `PruneConfig`: `Literal` is no check at run time.
+    """Refuses meaningless values in a hand-made `PruneConfig`: `Literal` is not checked at run time.
 
     Raises:
-        InputError: the first unknown name, number out of its range, or setting that another one excludes.
+        InputError: the first unknown name, number out of range, or setting that another one excludes.
     """
     expected = "a score of entries: atp learns in the course of a run (train.py) which units go"
     by_entry = ("prune.score", prune.score, prune.score != "atp", expected)
@@ -25,7 +25,7 @@ def validate_prune(prune: PruneConfig) -> None:
 
 
 def refuse(rules: Iterable[Rule]) -> None:
-    """Refuses the first setting whose value is not right.
+    """Refuses the first setting whose value is not valid.
 
     Raises:
         InputError: what it must be, and what it is.
@@ -71,7 +71,7 @@ def _pair_rules(prune: PruneConfig) -> Iterable[Rule]:
 
 
 def _sweep_rules(prune: PruneConfig) -> Iterable[Rule]:
-    """What SparseGPT's sweep, which scores an entry after its row has moved, leaves no choice in."""
+    """Settings that SparseGPT's sweep dictates, since it scores an entry after its row has moved."""
     if prune.score != "sparsegpt":
         return []
     return [
@@ -164,12 +164,12 @@ def epochs_begun(train: TrainConfig) -> int:
 
 
 def events_asked(prune: PruneConfig, train: TrainConfig) -> int:
-    """Events of the schedule; those that fall on one update are one."""
+    """Events of the schedule; those that fall on the same update are one event."""
     return {"epochs": epochs_begun(train), "fractions": len(prune.fractions), "cubic": prune.events}[prune.schedule]
 
 
 def target_rule(setting: str, targets: tuple[str, ...], may_be_empty: bool = False) -> Rule:
-    """Names of linears, each once."""
+    """The rule for names of linears, each given once."""
     # The defaults are all seven linears of a block.
     known = PruneConfig().targets
     are_different = len(set(targets)) == len(targets)

@@ -1,8 +1,8 @@
 """The linear y = x (mask * U)^T with its own backward pass, on one device or on a mesh.
 
-Nothing of the size of a weight waits for the backward pass: U is formed again there. On a mesh (see
-`efx_jax.parallel.partition`) both passes run inside `jax.shard_map`, because the gradient of U is a full matrix: left
-to the partitioner it is summed over all devices before the mask and the adapters reduce it, as much traffic as the
+Nothing of the size of a weight is saved for the backward pass, which forms U again. On a mesh (see
+`efx_jax.parallel.partition`) both passes run inside `jax.shard_map`, because the gradient of U is a full matrix: the
+partitioner would sum it over all devices before the mask and the adapters reduce it, which is as much traffic as the
 model itself. Here every device reduces its own tokens' dU to dA and dB, and only those are summed.
 """
 
@@ -55,8 +55,8 @@ def linear(
 ) -> Array:
     """One linear of the model, with its adapter and its mask.
 
-    Operands are cast to `compute_dtype`, sums are float32, and the result has the dtype of `x`; on a mesh, so have the
-    parts of a sum over `tensor` when they are added up.
+    Operands are cast to `compute_dtype`, sums are float32, and the result has the dtype of `x`. On a mesh, so do the
+    partial sums that are added up over `tensor`.
 
     Args:
         x: `[...,I]`.
@@ -70,7 +70,7 @@ def linear(
             unmasked; "frozen" y = x (mask * W)^T + scale * (x A^T) B^T; "dense" y = x U^T, the mask unused.
         compute_dtype: dtype of the matmul operands; None takes the dtype of W.
         dropout_rate: share of the adapter's inputs set to zero (training only).
-        dropout_key: PRNG key of the dropout, or one for each row `[B]` of x `[B,...,I]`; None means no dropout.
+        dropout_key: PRNG key of the dropout, or `[B]` keys, one per row of x `[B,...,I]`; None means no dropout.
         axes: how this linear is sharded over the active mesh (`jax.set_mesh`); None on a single device.
 
     Returns:
@@ -99,7 +99,7 @@ def linear(
 
 
 def fold_in(key: Array, number: Array | int) -> Array:
-    """`jax.random.fold_in` of a key, or of every one of several `[B]`."""
+    """`jax.random.fold_in` of one key, or of each of several `[B]`."""
     if _are_several(key):
         return jax.vmap(lambda each: jax.random.fold_in(each, number))(key)
     return jax.random.fold_in(key, number)
@@ -114,7 +114,7 @@ def _dropout(x: Array, rate: float, key: Array) -> Array:
 
 
 def _are_several(key: Array) -> bool:
-    # A key of the old kind is an array of two integers.
+    # A legacy key is an array of two integers.
     return jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 1
 
 
@@ -122,7 +122,7 @@ def _are_several(key: Array) -> bool:
 def _product(
     how: _How, x: Array, weight: MaybeArray, lora_a: MaybeArray, lora_b: MaybeArray, mask: MaybeArray
 ) -> Array:
-    """y `[...,O]`; without `weight` the adapter's part alone, without adapters the weight's."""
+    """y `[...,O]`; without `weight` only the adapter's part, without adapters only the weight's."""
     operands = (x, weight, lora_a, lora_b, mask)
     if how.axes is None:
         return _forward(how, *operands)
@@ -204,8 +204,8 @@ def _backward(
     if weight is not None or how.forms_u:
         matrix = _gather(how, _matrix(how, x, weight, lora_a, lora_b, mask))
         dx = dot("...o,oi->...i", dy, matrix)
-        # The gradient of W costs nothing extra: it is dU, which the exact adapter gradients need, and where nobody asks
-        # for it the compiler drops it.
+        # The gradient of W costs nothing extra: it is dU, which the exact adapter gradients need, and the compiler
+        # drops it where it is unused.
         d_matrix = weight_gradient(dy, x)
         if mask is not None:
             d_matrix = jnp.where(_kept(_gather(how, mask), x), d_matrix, 0.0)

@@ -1,6 +1,6 @@
 """LoRA under a mask as pure functions: the effective weight U = W + scale * B A, and the merged weight mask * U.
 
-`effective_weight` forms U, in float32, for scores, recovery, `merge` and every linear that needs it whole. Two others
+`effective_weight` forms U, in float32, for scores, recovery, `merge` and every linear that needs it whole. Two places
 apply the scale themselves: `efx_jax.linear` where it multiplies by A and B in turn, and `weights.merged` in float64.
 Linears and adapters are stored as Hugging Face and PEFT store them: W `[O,I]`, A `[R,I]`, B `[O,R]`.
 """
@@ -75,7 +75,7 @@ def init_lora(
     Args:
         key: PRNG key for A.
         params: the parameter tree; only shapes are read.
-        spec: the model's spec; not read, the shapes of the parameters say all.
+        spec: the model's spec; not read, since the shapes of the parameters suffice.
         rank: R.
         alpha: numerator of the scale.
         targets: names of the linears to adapt; all seven by default.
@@ -138,7 +138,7 @@ def merge(params: Mapping[str, Any], adapters: Adapters | None, masks: Mapping[s
         A new parameter tree; pruned entries are exactly 0 and untouched leaves are the same arrays.
 
     Raises:
-        InputError: an adapter or a mask of a linear that the model does not have, or of another shape.
+        InputError: an adapter or a mask of a linear that the model does not have, or of the wrong shape.
     """
     check_fit(params["layers"], adapters, masks)
     lora_a = {} if adapters is None else adapters.lora_a
@@ -148,7 +148,7 @@ def merge(params: Mapping[str, Any], adapters: Adapters | None, masks: Mapping[s
 
 
 def check_fit(weights: Mapping[str, Array], adapters: Adapters | None, masks: Mapping[str, Array] | None) -> None:
-    """Refuses adapters and masks that belong to no linear of a model, which would be left out.
+    """Refuses adapters and masks that fit no linear of the model; they would be silently ignored.
 
     Args:
         weights: the model's stacked arrays; linears `[L,O,I]`.
@@ -156,7 +156,7 @@ def check_fit(weights: Mapping[str, Array], adapters: Adapters | None, masks: Ma
         masks: name -> mask `[L,O,I]`, bool or packed, or None.
 
     Raises:
-        InputError: what does not belong, an adapter or a mask of another shape.
+        InputError: an adapter or a mask of no linear of the model, or of the wrong shape.
     """
     linears = _linears(weights)
     named = {"adapters": {} if adapters is None else adapters.lora_a, "masks": masks or {}}
@@ -191,7 +191,7 @@ def merge_linears(
 ) -> dict[str, Array]:
     """`weights` with mask * U for every adapted or masked linear, rounded once to its own dtype; `[...,O,I]` each."""
     merged = dict(weights)
-    # In an order that all processes share: each traces the program for itself.
+    # In the same order in all processes: each of them traces the program itself.
     for name in dict.fromkeys((*lora_a, *masks)):
         merged[name] = _merged(weights[name], lora_a.get(name), lora_b.get(name), masks.get(name), scale)
     return merged
@@ -199,5 +199,5 @@ def merge_linears(
 
 @functools.partial(jax.jit, static_argnums=4)
 def _merged(weight: Array, lora_a: Array | None, lora_b: Array | None, mask: Array | None, scale: float) -> Array:
-    """One program, so that no float32 copy of a stacked matrix is ever whole."""
+    """One program, so that no whole float32 copy of a stacked matrix ever exists."""
     return masked_weight(weight, lora_a, lora_b, mask, scale).astype(weight.dtype)

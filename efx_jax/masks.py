@@ -1,8 +1,8 @@
-"""Masks as bits: eight entries of a row in one byte, so that a mask weighs an eighth of a byte per weight.
+"""Masks as bits: eight entries of a row in one byte, so that a mask takes an eighth of a byte per weight.
 
 The model, `efx_jax.lora` and events take masks as bool `[...,O,I]` or packed as uint8 `[...,O,ceil(I/8)]`; True = kept.
-Input 8 j + b is bit b of byte j, the lowest bit first (as numpy's `packbits(bitorder="little")`). What works on one
-matrix (`efx_jax.pruning.recovery`, `swaps`, `sparsegpt`) takes bool.
+Input 8 j + b is bit b of byte j, the lowest bit first (as numpy's `packbits(bitorder="little")`). Functions for single
+matrices (`efx_jax.pruning.recovery`, `swaps`, `sparsegpt`) take bool.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,10 +24,10 @@ def pack_mask(mask: Array) -> Array:
 
 
 def unpack_mask(mask: Array, in_dim: int) -> Array:
-    """The mask as bool `[...,I]`; one that is bool already is returned as it is.
+    """The mask as bool `[...,I]`; one that is already bool is returned unchanged.
 
     Raises:
-        InputError: neither, as a mask of 0 and 1 in another type would be.
+        InputError: neither bool nor packed, such as a mask of 0 and 1 in another dtype.
     """
     check_mask(mask, in_dim)
     if mask.dtype == jnp.bool_:
@@ -37,10 +37,10 @@ def unpack_mask(mask: Array, in_dim: int) -> Array:
 
 
 def check_mask(mask: Array, in_dim: int) -> None:
-    """Refuses what is neither a mask bool `[...,in_dim]` nor a packed one.
+    """Refuses what is neither a bool mask `[...,in_dim]` nor a packed one.
 
     Raises:
-        InputError: what it is.
+        InputError: it is neither.
     """
     widths = {"bool": in_dim, "uint8": packed_shape((in_dim,))[0]}
     if widths.get(mask.dtype.name) != mask.shape[-1]:
@@ -62,6 +62,6 @@ def mask_shapes(weights: Mapping[str, Any], names: Iterable[str]) -> dict[str, j
 
 @jax.jit
 def count_kept(mask: Array) -> Array:
-    """Entries kept by a mask `[L,O,I]` or `[L,O,ceil(I/8)]`, by layer: int32 `[L]` (their sum may overflow it)."""
+    """Entries kept by a mask `[L,O,I]` or `[L,O,ceil(I/8)]`, by layer: int32 `[L]` (their sum may overflow int32)."""
     kept = mask if mask.dtype == jnp.bool_ else jax.lax.population_count(mask)
     return jnp.sum(kept, axis=tuple(range(1, mask.ndim)), dtype=jnp.int32)
