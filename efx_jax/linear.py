@@ -55,8 +55,8 @@ def linear(
 ) -> Array:
     """One linear of the model, with its adapter and its mask.
 
-    Operands are cast to `compute_dtype`, sums are float32, and the result has the dtype of `x`. On a mesh, so do the
-    partial sums that are added up over `tensor`.
+    Operands are cast to `compute_dtype`, sums are float32, and the result has the dtype of `x`; on a mesh, the partial
+    sums added up over `tensor` have it too.
 
     Args:
         x: `[...,I]`.
