@@ -1,7 +1,7 @@
-"""A of an adapter that mends a mask while the base stays: from the spectrum of what is lost, then by turns with B.
+"""A of an adapter that repairs a mask with the base fixed: from the spectrum of what is lost, then alternating with B.
 
-Both aim at min ||(mask * (B A) - E) G^(1/2)||, where E `[O,I]` separates the function that is meant from the masked
-base. B has a closed form for every A (`efx_jax.pruning.recovery.gram_brain_surgeon`).
+Both aim at min ||(mask * (B A) - E) G^(1/2)||, where E `[O,I]` is the target minus the masked base. B has a closed form
+for every A (`efx_jax.pruning.recovery.gram_brain_surgeon`).
 """
 
 import jax
@@ -23,7 +23,7 @@ def spectral_a(lost: Array, gram: Array, lora_a: Array) -> Array:
     Args:
         lost: E `[O,I]`.
         gram: G = X^T X `[I,I]`.
-        lora_a: the old A `[R,I]`: the norms that the new rows are given.
+        lora_a: the old A `[R,I]`, whose row norms the new A takes.
 
     Returns:
         `[R,I]`, float32.
@@ -42,10 +42,10 @@ def spectral_a(lost: Array, gram: Array, lora_a: Array) -> Array:
 
     basis = jax.lax.fori_loop(0, _PASSES, turn, jnp.linalg.qr(start)[0])
     inner = einsum("ok,ol->kl", basis, image(basis))
-    # In ascending order of their eigenvalues.
+    # `eigh` orders the vectors by ascending eigenvalue.
     leading = jnp.linalg.eigh((inner + inner.T) / 2)[1][:, ::-1][:, :rank]
     found = einsum("ok,kr,oi->ri", basis, leading, lost)
-    # A narrow matrix has fewer directions than the adapter: the others stay as they are.
+    # A narrow matrix has fewer directions than the adapter: the remaining rows of A stay as they are.
     found = jnp.concatenate([found, lora_a.astype(jnp.float32)[found.shape[0] :]])
     return with_norms_of(lora_a, found)
 
@@ -75,7 +75,7 @@ def alternate_a(lora_a: Array, lora_b: Array, mask: Array, lost: Array, gram: Ar
     diagonal = einsum("or,oi->ri", lora_b**2, mask.astype(jnp.float32)) * jnp.diagonal(gram)
     safe = jnp.where(diagonal > 0, diagonal, 1.0)
     start = lora_a.astype(jnp.float32)
-    # With a tolerance of 0 its next direction is 0 / 0 where nothing is left to gain.
+    # With a tolerance of 0, the next search direction is 0 / 0 where nothing is left to gain.
     tol = float(jnp.finfo(jnp.float32).eps)
     return jax.scipy.sparse.linalg.cg(normal, back(lost), start, tol=tol, maxiter=CG_STEPS, M=lambda r: r / safe)[0]
 
@@ -83,7 +83,7 @@ def alternate_a(lora_a: Array, lora_b: Array, mask: Array, lost: Array, gram: Ar
 def with_norms_of(like: Array, lora_a: Array) -> Array:
     """`lora_a [R,I]` with every row scaled to the norm of the same row of `like`; rows of zeros become those of `like`.
 
-    B takes the inverse, so that training meets an A of the size that it knows.
+    B absorbs the inverse factor, so that training continues with an A of the scale it is used to.
     """
     like = like.astype(jnp.float32)
     norm = jnp.linalg.norm(lora_a, axis=1, keepdims=True)

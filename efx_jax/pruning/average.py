@@ -21,12 +21,12 @@ Memory = dict[str, dict[str, Array]]
 
 @struct.dataclass
 class PruneState:
-    """What the moving average remembers; arrays lead with L.
+    """What the moving average remembers; arrays have a leading axis L.
 
     `event`: number of events done. While the base is frozen, the earlier scores are rebuilt exactly from `snapshots` of
     the last E events: `lora_a/<name> [L,E,R,I]`, `lora_b/<name> [L,E,O,R]`, `input_norm/<input> [L,E,I]`,
-    `reach/<name> [L,E,O]` (about 1 % of the weights). Where `keeps_scores`, `score` holds the average itself, name -> L
-    arrays `[O,I]` in the host's memory, () before the first event. Both are {} when `ema` is 1.
+    `reach/<name> [L,E,O]` (about 1 % of the weights). If `keeps_scores`, `score` holds the average itself, name -> L
+    arrays `[O,I]` in host memory, () before the first event. Both are {} when `ema` is 1.
     """
 
     event: Array
@@ -80,7 +80,7 @@ def moving_average(
     config: PruneConfig,
     scale: float,
 ) -> tuple[dict[str, Array], Memory]:
-    """S_t = eta * new + (1 - eta) * S_(t-1), the first event's score being raw (paper, Algorithm 1)."""
+    """S_t = eta * new + (1 - eta) * S_(t-1), where S of the first event is its raw score (paper, Algorithm 1)."""
     if keeps_scores(config):
         averaged = {
             name: jnp.where(event == 0, new, config.ema * new + (1 - config.ema) * memory["score"][name])
@@ -113,7 +113,7 @@ def _slot(past: Mapping[str, Array], name: str, slot: Array) -> Array | None:
 def _remember(
     past: dict[str, Array], reach: dict[str, Array], layer: Layer, stats: Statistics, stored: Array, slots: int
 ) -> dict[str, Array]:
-    """Writes this event behind the stored ones; when all slots are taken, the oldest makes room."""
+    """Writes this event after the stored ones; when all slots are taken, the oldest is dropped."""
     full = stored == slots
     sources = {"lora_a": layer.lora_a, "lora_b": layer.lora_b, "reach": reach}
     remembered = {}

@@ -1,4 +1,4 @@
-"""What an event does to one block to make up for its new masks: B moves, A and B do, or the base is refitted."""
+"""How an event repairs one block under its new masks: by updating B, by updating A and B, or by refitting the base."""
 
 import dataclasses
 import functools
@@ -34,27 +34,27 @@ def recover_block(
     config: PruneConfig,
     scale: float,
 ) -> tuple[Layer, dict[str, Array]]:
-    """Moves the adapters (pbs, gram_pbs) or the base (admm, obs) to make up for what the new masks drop.
+    """Updates the adapters (pbs, gram_pbs) or the base (admm, obs) to compensate for what the new masks drop.
 
     Args:
         layer: the block before the event.
         effective: its U `[O,I]` by name.
-        targets: what to stay close to `[O,I]`, see `recovery_targets`.
+        targets: weights `[O,I]` to stay close to, see `recovery_targets`.
         masks: the new masks `[O,I]`, True = kept.
-        swept: SparseGPT's masks and weights; {} for the other scores.
+        swept: SparseGPT's masks and weights; {} for other scores.
         stats: the block's statistics.
         config: the settings.
         scale: alpha / R.
 
     Returns:
-        The block, and the masks, which ADMM may refine.
+        The block, and the masks, which ADMM may have refined.
     """
     if config.recovery == "none":
         return layer, masks
     if refits_base(config):
         return _refit_base(layer, targets, masks, swept, stats, config)
     lora_a, lora_b = dict(layer.lora_a), dict(layer.lora_b)
-    # In an order that all processes share: each traces the program for itself.
+    # In the same order in all processes: each of them traces the program itself.
     for name in [name for name in masks if name in lora_b]:
         u, mask, a, target = effective[name], masks[name], lora_a[name], targets[name]
         if config.recovery == "pbs":
@@ -101,7 +101,7 @@ def _gram_surgeon(
 def _refit_adapter(
     name: str, base: Array, lora_a: Array, mask: Array, gram: Array, target: Array, config: PruneConfig
 ) -> tuple[Array, Array]:
-    """A, and scale * B, anew: what the masked base lacks of the target, a matrix of rank R under the mask."""
+    """New A and scale * B: under the mask, their rank-R product supplies what the masked base lacks of the target."""
     lost = target - jnp.where(mask, base, 0.0)
     lora_a = spectral_a(lost, gram, lora_a)
     lora_b = _gram_surgeon(name, base, lora_a, mask, gram, target, config)
@@ -137,9 +137,9 @@ def recovery_targets(
 
 
 def weight_before(layer: Layer, effective: Array, name: str, config: PruneConfig) -> Array:
-    """The weight `[O,I]` that the model computed with before the event, the old mask included: what repairs aim at.
+    """The weight `[O,I]` that the model used before the event, old mask included: the target of recovery.
 
-    The dense U of a model whose kept weights already make up for the pruned ones would count those twice.
+    If the kept weights already compensate for the pruned ones, the dense U would count the pruned ones twice.
 
     Args:
         layer: the block before the event.
@@ -162,7 +162,7 @@ def _refit_base(
     stats: Statistics,
     config: PruneConfig,
 ) -> tuple[Layer, dict[str, Array]]:
-    """New kept weights; the base takes them and the adapters start again at B = 0. And the masks."""
+    """The block with new kept weights in the base and adapters that start again at B = 0; and the masks."""
     with jax.named_scope(config.recovery):
         if config.recovery == "admm":
             refitted, masks = _admm(targets, masks, stats, config)
@@ -176,7 +176,7 @@ def _refit_base(
 
 
 def _obs(targets: dict[str, Array], masks: dict[str, Array], stats: Statistics) -> dict[str, Array]:
-    """SparseGPT's update under masks that another score has drawn."""
+    """SparseGPT's update under masks that another score has chosen."""
     factors = inverses(masks, stats)
     return {
         name: split_rows(obs_by_factor, name, (targets[name], mask), (factors[INPUT_OF[name]],))
@@ -208,7 +208,7 @@ def _admm(
 def _refit(
     targets: list[Array], masks: list[Array], gram: Array, config: PruneConfig
 ) -> tuple[list[Array], list[Array]]:
-    """ADMM for linears that read the same input, and so share its Gram and one factorisation of it."""
+    """ADMM for linears that read the same input and so share its Gram and one factorisation of it."""
     found = admm_refit(
         jnp.concatenate(targets),
         jnp.concatenate(masks),
@@ -223,6 +223,6 @@ def _refit(
 
 
 def inverses(names: Iterable[str], stats: Statistics) -> dict[str, Inverse]:
-    """The factor of every input that some of the linears read, whole on every device."""
+    """The inverse factor of every input that the given linears read, whole on every device."""
     grams = constrain_tree({INPUT_OF[name]: stats.gram[INPUT_OF[name]] for name in names})
     return {source: inverse_factor(gram) for source, gram in grams.items()}

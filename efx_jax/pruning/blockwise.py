@@ -1,8 +1,8 @@
 """The prune event with calibration block by block: only one block's statistics, Grams included, exist at a time.
 
 The calibration batches stream through the model: between blocks only their hidden states are kept. With
-`config.sequential` every block sees the outputs of the pruned blocks before it (as Wanda's code does), without it those
-of the model as it was. With `config.dense_path` the model as it was runs beside it.
+`config.sequential` every block sees the outputs of the pruned blocks before it (as in Wanda's code), without it those
+of the model before the event. With `config.dense_path` the model before the event runs alongside.
 """
 
 import dataclasses
@@ -54,8 +54,8 @@ def prune_event_blockwise(
     """As `prune_event`, but calibrated block by block on `batches`.
 
     Args:
-        batches: as for `collect_statistics`; their hidden states are kept between blocks. Budgets but the uniform
-            one take a pass over the whole model before.
+        batches: as for `collect_statistics`; their hidden states are kept between blocks. Budgets other than the
+            uniform one first take a pass over the whole model.
         compute_dtype: dtype of the matmul operands of the calibration passes.
         attention_path: see `efx_jax.model.attention.choose_attention`.
 
@@ -84,7 +84,7 @@ def prune_blocks(
         batches: calibration batches.
         compute_dtype: dtype of the matmul operands of the calibration passes.
         attention_path: see `efx_jax.model.attention.choose_attention`.
-        done: the first blocks as an interrupted event has left them, taken one by one; they are not pruned again.
+        done: the first blocks as an interrupted event left them, taken one by one; they are not pruned again.
 
     Raises:
         InputError: no real token.
@@ -124,10 +124,10 @@ def prune_blocks(
 
 @dataclasses.dataclass(eq=False)
 class _Rows:
-    """One calibration batch: the hidden states `[B,T,D]` that enter the next block, and those of the model as it was.
+    """One calibration batch: hidden states `[B,T,D]` entering the next block, now and in the model before the event.
 
-    These are the largest arrays of an event, so each takes the place of the one before it. `dense` is None without
-    `dense_path`. `real`: float32 `[B,T]`, 1 for real tokens.
+    These are the largest arrays of an event, so each replaces the one before it. `dense` is None without `dense_path`.
+    `real`: float32 `[B,T]`, 1 for real tokens.
     """
 
     x: Array
@@ -138,7 +138,7 @@ class _Rows:
 def _observe(
     rows: list[_Rows], layer: Layer, observe: Callable[..., tuple[Array | None, Array | None, Statistics]]
 ) -> Statistics:
-    """A block's statistics. The rows go on behind the block as it was; under `sequential` they wait for the new one."""
+    """A block's statistics. The rows advance past the old block; under `sequential` they wait for the pruned one."""
 
     def seen() -> Iterator[Statistics]:
         for row in rows:
@@ -183,7 +183,7 @@ def observe_block(
         options: how its linears compute.
         attention_path: see `efx_jax.model.attention.choose_attention`.
         gram: sum Grams too.
-        moves_on: whether the output for `x` is wanted: under `sequential` that of the pruned block takes its place.
+        moves_on: whether to return the output for `x`: under `sequential` the pruned block's output is used instead.
 
     Returns:
         (output for x or None, output for dense or None, statistics).

@@ -1,4 +1,4 @@
-"""How the zeros are shared out: evenly, less to layers with outliers (OWL), or by one threshold over all matrices."""
+"""How the zeros are distributed: evenly, fewer in layers with outliers (OWL), or by one threshold over all matrices."""
 
 import dataclasses
 import functools
@@ -26,15 +26,15 @@ Budget = dict[str, float]
 """The sparsity of every pruned matrix of a layer."""
 # Every layer and matrix keeps at least this part of the share that is kept on average.
 _LEAST_KEPT = 0.1
-# A threshold is found to 16 of its 32 bits, four at a time; between two of them shares are interpolated.
+# A threshold is found to 16 of its 32 bits, four at a time; between two such thresholds shares are interpolated.
 _DIGIT, _SHIFTS = 4, (28, 24, 20, 16)
 
 
 def owl_sparsities(outliers: Sequence[float], sparsity: float, owl_lambda: float) -> tuple[float, ...]:
-    """The sparsity of every layer by its share of outliers (OWL, arXiv 2310.05175, section 3).
+    """The sparsity of every layer from its share of outliers (OWL, arXiv 2310.05175, section 3).
 
-    The shares are scaled to [0, 2 lambda] and moved so that the layers keep 1 - sparsity on average: a layer of many
-    outliers keeps up to 2 lambda more than one of few. Where a layer would leave [0, 1), as none does in the paper,
+    The shares are scaled to [0, 2 lambda] and shifted so that the layers keep 1 - sparsity on average: a layer with
+    many outliers keeps up to 2 lambda more than one with few. If a layer would leave [0, 1), as none does in the paper,
     all differences shrink by one factor: the average stays, and every layer keeps at least a tenth of it.
 
     Args:
@@ -49,7 +49,7 @@ def owl_sparsities(outliers: Sequence[float], sparsity: float, owl_lambda: float
     room = {"below": sparsity, "above": (1 - _LEAST_KEPT) * (1 - sparsity)}
     wanted = {"below": -np.min(change), "above": np.max(change)}
     factor = min([1.0, *(room[side] / wanted[side] for side in room if wanted[side] > room[side])])
-    # Rounding must not leave the range.
+    # Rounding must not lead out of the range.
     return tuple(max(0.0, float(sparsity + factor * difference)) for difference in change)
 
 
@@ -60,7 +60,7 @@ def outlier_shares(
 
     Args:
         params: parameter tree, linears `[L,O,I]`.
-        adapters: adapters, or None; scored is U.
+        adapters: adapters, or None; U is what is scored.
         stats: statistics of the whole model.
         config: gives the matrices and the multiple.
     """
@@ -92,7 +92,7 @@ def _count_outliers(
             wanda_score(effective_weight(weight, lora_a.get(name), lora_b.get(name), scale), norms[name])
             for name, weight in weights.items()
         ]
-        # A float: as an int of more than 31 bits jax takes none.
+        # A float, since jax takes no int of more than 31 bits.
         mean = sum(jnp.sum(score) for score in scores) / float(sum(score.size for score in scores))
         return [jnp.sum(score > multiple * mean, dtype=jnp.int32) for score in scores]
 
@@ -113,12 +113,12 @@ def event_budgets(
         params: parameter tree before the event.
         adapters: adapters, or None.
         stats: statistics of the whole model; uniform budgets need none.
-        importance: what the score reads of gradients, stacked; {} for the others.
+        importance: what the score reads from gradients, stacked; {} for other scores.
         spec: the model.
         config: the settings of the event.
 
     Raises:
-        InputError: another budget without statistics.
+        InputError: a budget other than uniform without statistics.
     """
     names = prunable(params["layers"], config)
     if config.budget == "uniform":
@@ -141,11 +141,11 @@ def global_budgets(
     spec: ModelSpec,
     config: PruneConfig,
 ) -> tuple[Budget, ...]:
-    """Shares of every matrix below one threshold on the score, each within `budget_spread` of the sparsity asked for.
+    """Share of every matrix below one threshold on the score, each within `budget_spread` of the overall sparsity.
 
-    The threshold is the one at which the shares, held within their bounds, make up the sparsity of the whole. What
-    survives of a matrix thus follows from what its entries cost beside those of all others, if the score has one unit
-    in all of them, as that of the loss has. For the arguments see `event_budgets`.
+    At this threshold the shares, clipped to their bounds, add up to the overall sparsity. What survives of a matrix
+    thus depends on what its entries cost compared with those of all other matrices, provided that the score has the
+    same unit in all of them, as one based on the loss does. For the arguments see `event_budgets`.
 
     Returns:
         name -> sparsity, for every layer: whole numbers of entries, floor(sparsity * all) together. Every matrix keeps
@@ -161,8 +161,8 @@ def global_budgets(
     stacked = stack_layers(params, adapters, None)
 
     def shares(thresholds: np.ndarray) -> np.ndarray:
-        """Of thresholds (bit patterns, uint32 [K]) the held shares, float64 [K,L,M]."""
-        # Patterns above infinity's are no numbers.
+        """The clipped shares, float64 [K,L,M], at some thresholds (bit patterns, uint32 [K])."""
+        # Patterns above infinity's are NaN.
         values = np.minimum(thresholds, np.float32(np.inf).view(np.uint32)).view(np.float32)
         counts = _count_below(stacked, stats, dict(importance), values, spec, static, scale)
         below = np.stack([np.asarray(counts[name], np.float64).T for name in names], axis=-1)
@@ -186,7 +186,7 @@ def global_budgets(
 
 
 def _whole_counts(wanted: np.ndarray, sparsity: float, sizes: np.ndarray) -> np.ndarray:
-    """Entries that every matrix loses, whole numbers; those that rounding down leaves go to the largest remainders.
+    """Entries that every matrix loses, in whole numbers; what rounding down leaves goes to the largest remainders.
 
     Args:
         wanted: float64 [L,M].
@@ -210,7 +210,7 @@ def _count_below(
     config: PruneConfig,
     scale: float,
 ) -> dict[str, Array]:
-    """Scores of every matrix below each of some thresholds `[K]`, int32 `[L,K]`; one layer's exist at a time."""
+    """How many scores of each matrix are below each threshold `[K]`: int32 `[L,K]`; one layer's exist at a time."""
 
     def layer(operands: tuple[Layer, Statistics, dict[str, Array]]) -> dict[str, Array]:
         block, stats, importance = operands
@@ -234,7 +234,7 @@ def budget_statistics(
     compute_dtype: Any = None,
     attention_path: Implementation = "xla",
 ) -> Statistics | None:
-    """What `event_budgets` needs before an event block by block: a pass without Grams, or nothing and None.
+    """What `event_budgets` needs before a block-by-block event: a pass without Grams, or None if it needs nothing.
 
     For arguments and errors see `collect_statistics`.
     """

@@ -1,7 +1,7 @@
 """D-Pruner's criterion: general importance as a regulariser of a domain pass that sums a three-term importance.
 
 Source: arXiv 2405.06275 and compressionOrg/D-Pruner. One function per formula; `efx_jax.training.importance` runs the
-pass. The released code does not run as it is, see docs/method.md.
+pass. The released code does not run unmodified, see docs/method.md.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 _EXAMPLES = 1000
-"""Number of training examples that the released code divides its sums over examples by, whatever the data."""
+"""Number of examples by which the released code divides its sums over training examples, whatever the data."""
 
 
 def regularised_gradient(
@@ -17,12 +17,12 @@ def regularised_gradient(
 ) -> Array:
     """g + weight * 2 lr^2 G g^2 / 1000, which holds back what matters for general text.
 
-    Meant is the gradient of weight * sum G (W' - W)^2 with W' - W = -lr g for the next step and a Hessian by Fisher.
+    This stands for the gradient of weight * sum G (W' - W)^2 with W' - W = -lr g for the next step and a Fisher Hessian.
 
     Args:
         gradient: g `[...,O,I]` of the mean loss on the domain, scaled or not.
-        general: G `[...,O,I]`, what SparseGPT says of the entry on general text: w^2 / d^2 with d the diagonal of the
-            upper Cholesky factor of the inverse Hessian 2 X^T X / sequences (`efx_jax.pruning.sparsegpt`).
+        general: G `[...,O,I]`, SparseGPT's importance of the entry on general text: w^2 / d^2 with d the diagonal of
+            the upper Cholesky factor of the inverse Hessian 2 X^T X / sequences (`efx_jax.pruning.sparsegpt`).
         learning_rate: that of the step.
         weight: lambda.
 
@@ -36,7 +36,7 @@ def regularised_gradient(
 def three_term_importance(weight: Array, gradient: Array) -> Array:
     """|g w + (g w)^2 / 2000 + w^3|: Taylor's first term, half a Fisher term over 1,000 examples, and the remainder.
 
-    The paper writes the remainder as of order w^3 and the code takes w^3 itself. Beside it the first term vanishes
+    The paper gives the remainder as of order w^3, and the code takes w^3 itself. The first term is negligible beside it
     unless the loss is scaled up, as it is in the authors' half-precision pass (docs/method.md).
 
     Args:
@@ -52,5 +52,5 @@ def three_term_importance(weight: Array, gradient: Array) -> Array:
 
 
 def clip_factor(norm: Array, most: float) -> Array:
-    """What all gradients of a step are multiplied by: 1, or less where their global norm exceeds `most`."""
+    """The factor on all gradients of a step: 1, or less where their global norm exceeds `most`."""
     return jnp.minimum(most / (norm + 1e-6), 1.0)

@@ -1,4 +1,4 @@
-"""What a prune event is to do: its settings and inputs checked, and what every matrix drops, before any work."""
+"""The plan of a prune event, made before any work: its settings and inputs checked, and what every matrix drops."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,9 +27,9 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EventPlan:
-    """An event's inputs, checked: the stacked model, the state to start from, what every layer drops by matrix.
+    """An event's checked inputs: the stacked model, the state to start from, and what every layer drops, by matrix.
 
-    `importance` is that of the pruned linears, stacked, where the score reads it; {} elsewhere.
+    `importance` is that of the pruned linears, stacked, if the score reads it; {} otherwise.
     """
 
     stacked: Layer
@@ -114,14 +114,14 @@ def _check_event(
 
 
 def _remembered(state: PruneState, kind: str) -> set[str]:
-    """The matrices that a state holds snapshots of a kind of."""
+    """The matrices for which a state holds snapshots of a given kind."""
     return {name.removeprefix(f"{kind}/") for name in state.snapshots if name.startswith(f"{kind}/")}
 
 
 def _read_importance(
     importance: Mapping[str, Array], layers: Mapping[str, Array], names: tuple[str, ...], config: PruneConfig
 ) -> dict[str, Array]:
-    """What the score reads of the importance."""
+    """The part of the importance that the score reads."""
     if not reads_importance(config):
         return {}
     by_entry = config.score in GRADIENT_SCORES
@@ -136,7 +136,7 @@ def _read_importance(
 
 
 def _event_counts(layers: Mapping[str, Array], config: PruneConfig, budget: Mapping[str, float]) -> dict[str, Counts]:
-    """Exact counts of a layer's matrices from their sparsities, on the host: a new one needs no new program."""
+    """Exact counts of a layer's matrices from their sparsities, on the host: a new sparsity needs no new program."""
 
     def counts(name: str, sparsity: float) -> Counts:
         shape, group = layers[name].shape, matrix_group(name, config)

@@ -1,4 +1,4 @@
-"""D-Pruner's general importance: what SparseGPT says of every entry on general text, block after block."""
+"""D-Pruner's general importance: SparseGPT's importance of every entry on general text, block by block."""
 
 import dataclasses
 import functools
@@ -41,8 +41,8 @@ def general_importance(
 ) -> dict[str, Array]:
     """w^2 / d^2 of every entry in a SparseGPT sweep of the whole model (arXiv 2405.06275).
 
-    Every block is swept on the outputs of the swept blocks before it; w has made up for the columns before it, d is the
-    diagonal of the upper Cholesky factor of the inverse of 2 X^T X / sequences + damping.
+    Every block is swept on the outputs of the swept blocks before it. w already compensates for the columns before it;
+    d is the diagonal of the upper Cholesky factor of the inverse of 2 X^T X / sequences + damping.
 
     Args:
         params: the model as one parameter tree; not changed.

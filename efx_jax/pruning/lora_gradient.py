@@ -1,6 +1,6 @@
-"""LoRAPrune's criterion: what the loss says about a weight, read from the gradients of its adapter alone.
+"""LoRAPrune's criterion: how much a weight matters to the loss, estimated from its adapter's gradients alone.
 
-Source: arXiv 2305.18403 and aim-uofa/LoRAPrune, which sum it over heads and channels. Here every entry keeps its own.
+Source: arXiv 2305.18403 and aim-uofa/LoRAPrune, which sum it over heads and channels. Here every entry has its own.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,8 +21,8 @@ def estimated_gradient(lora_a: Array, lora_b: Array, grad_a: Array, grad_b: Arra
 
     With G the gradient of the effective weight W + scale * B A, dB = scale * G A^T and dA = scale * B^T G, hence
     g = scale (G A^T A + B B^T G) - scale^2 G A^T B^T G. The scale is a common factor of the first two terms and changes
-    no ranking; the third weighs scale times the size of the loss more, so a loss summed over tokens instead of averaged
-    gives another criterion. At B = 0 only G A^T A is left: G seen through the R rows of A.
+    no ranking; relative to them, the third grows with scale and with the size of the loss, so a loss summed over tokens
+    instead of averaged gives another criterion. At B = 0 only G A^T A is left: G seen through the R rows of A.
 
     Args:
         lora_a: A `[...,R,I]`.
@@ -39,7 +39,7 @@ def estimated_gradient(lora_a: Array, lora_b: Array, grad_a: Array, grad_b: Arra
 def lora_gradient_score(
     weight: Array, lora_a: Array, lora_b: Array, grad_a: Array, grad_b: Array, scale: float
 ) -> Array:
-    """|g * U|, first-order change of the loss when an entry of U = W + scale * B A goes, by `estimated_gradient`.
+    """|g * U|, first-order change of the loss when an entry of U = W + scale * B A goes, g from `estimated_gradient`.
 
     Args:
         weight: W `[...,O,I]`.
@@ -71,7 +71,7 @@ def lora_gradient_importance(
         name -> float32 `[L,O,I]`.
 
     Raises:
-        InputError: a linear without an adapter, about which the gradients say nothing.
+        InputError: a linear without an adapter, which has no such gradients.
     """
     names = tuple(names)
     bare = [name for name in names if name not in adapters.lora_a]

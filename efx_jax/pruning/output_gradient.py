@@ -1,4 +1,4 @@
-"""How strongly the outputs of the linears reach the loss: what `foresight_loss` reads in place of the paper's nu."""
+"""How strongly the outputs of the linears affect the loss: what `foresight_loss` reads in place of the paper's nu."""
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,12 +41,12 @@ def output_gradient_energy(
     attention_path: Implementation = "xla",
     key: Array | None = None,
 ) -> tuple[dict[str, Array], Statistics]:
-    """Sum over tokens of (d nll / d y_to)^2 of every output y_o of the linears, nll of real tokens or drawn ones.
+    """Sum over tokens of (d nll / d y_to)^2 for every output y_o of the linears, nll of the text's or of drawn tokens.
 
     The square root is the nu of `foresight_loss`: what the paper's nu approximates by the next matrix, taken through
-    everything that follows. With the input's second moment it is the diagonal of the Fisher information of a weight,
-    factored as in K-FAC (arXiv 1503.05671): of the empirical one with the tokens of the text, and on average of the
-    Fisher information itself with tokens that the model draws (arXiv 1905.12558 on the difference).
+    everything that follows. Times the input's second moment it is the diagonal of a weight's Fisher information,
+    factored as in K-FAC (arXiv 1503.05671): the empirical one with the tokens of the text, and in expectation the true
+    one with tokens drawn from the model (on the difference see arXiv 1905.12558).
 
     Args:
         params: the base.
@@ -57,14 +57,14 @@ def output_gradient_energy(
         names: the linears.
         mask_forward: how the masks act.
         compute_dtype: dtype of the matmul operands; the sums are float32 in any case.
-        remat: what the backward pass computes again.
+        remat: what the backward pass recomputes.
         attention_path: see `efx_jax.model.attention.choose_attention`.
         key: PRNG key that draws the labels from the model's own predictions, one stream per row, whatever the batches;
             None: the tokens of the text.
 
     Returns:
-        name -> float32 `[L,O]`; and what `collect_statistics` finds of these rows, without Grams: the forward pass has
-        it at hand.
+        name -> float32 `[L,O]`; and what `collect_statistics` finds for these rows, without Grams, a by-product of the
+        forward pass.
 
     Raises:
         InputError: no batch, or no real token.
@@ -87,7 +87,7 @@ def output_gradient_energy(
                 if key is None
                 else jax.vmap(functools.partial(jax.random.fold_in, key))(seen + jnp.arange(tokens.shape[0]))
             )
-            # Rows without a token only fill up a batch.
+            # Rows without tokens are only padding of the batch.
             seen = seen + jnp.sum(lengths > 0)
             yield batch_energy(params, adapters, masks, tokens, lengths, row_keys)
 
