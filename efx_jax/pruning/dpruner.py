@@ -17,7 +17,7 @@ def regularised_gradient(
 ) -> Array:
     """g + weight * 2 lr^2 G g^2 / 1000, which holds back what matters for general text.
 
-    This stands for the gradient of weight * sum G (W' - W)^2 with W' - W = -lr g for the next step and a Fisher Hessian.
+    It stands for the gradient of weight * sum G (W' - W)^2 with W' - W = -lr g for the next step and a Fisher Hessian.
 
     Args:
         gradient: g `[...,O,I]` of the mean loss on the domain, scaled or not.

@@ -1,10 +1,10 @@
-"""Which inputs compete in N:M: units that can change places do so that no group holds too many large entries.
+"""Which inputs compete in N:M: units that can be permuted are, so that no group holds too many large entries.
 
-N:M keeps N of M consecutive inputs of every row, whatever stands there. But hidden units of the MLP (rows of gate and
-up, columns of down) and the dimensions of a value head (rows of v, columns of o in each query head that reads it) have
-no order: the model computes the same with them anywhere. The problem is that of J. Pool and C. Yu, Channel Permutations
-for N:M Sparsity (NeurIPS 2021), who swap channels. Here one member of every group at a time leaves its place, and all
-of them find new ones together, by the assignment that loses least: no step makes the loss larger.
+N:M keeps N of M consecutive inputs of every row, whatever they are. But hidden units of the MLP (rows of gate and up,
+columns of down) and the dimensions of a value head (rows of v, columns of o in each query head that reads it) have no
+order: the model computes the same wherever they are. The problem is that of J. Pool and C. Yu, Channel Permutations for
+N:M Sparsity (NeurIPS 2021), who swap channels. Here one member of every group at a time leaves its place, and these
+are reassigned together so that the loss is smallest: no step makes the loss larger.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ from efx_jax.pruning.statistics import Statistics
 
 Array = jax.Array
 _SWEEPS = 6
-"""Passes over the members of the groups; later ones win back less than a hundredth of what is lost."""
+"""Passes over the members of the groups; further ones win back less than a hundredth of what is lost."""
 _TOGETHER = 512
-"""Groups of one assignment problem, drawn anew in every pass: the solver on the host takes the cube of their number."""
+"""Groups per assignment problem, redrawn in every pass: the host's solver takes time cubic in their number."""
 
 
 @struct.dataclass
@@ -46,10 +46,10 @@ class Order:
 def find_order(
     params: Mapping[str, Any], adapters: Adapters | None, stats: Statistics, spec: ModelSpec, config: PruneConfig
 ) -> Order:
-    """The order of hidden units and value dimensions in which N:M loses little: of sum (U_oi^2 sum_t x_ti^2), dropped.
+    """An order of hidden units and value dimensions in which N:M drops little of sum (U_oi^2 sum_t x_ti^2).
 
-    Units whose rows have a bias stay where they are (an event rewrites weights alone), and so do value dimensions
-    where M does not divide a head.
+    Units whose rows have a bias stay where they are (an event rewrites only weights), and so do value dimensions if M
+    does not divide the head dimension.
 
     Args:
         params: the parameter tree.
@@ -91,7 +91,7 @@ def movable_inputs(spec: ModelSpec, config: PruneConfig) -> tuple[str, ...]:
     """The linears whose inputs `find_order` can move: o_proj, down_proj or both.
 
     Raises:
-        InputError: another group than N:M; or neither of them can be moved.
+        InputError: a group other than N:M, or neither of them can be moved.
     """
     pattern = n_of_m(config.group)
     if pattern is None:
@@ -145,7 +145,7 @@ def group_inputs(importance: Array, kept: int, block: int, sweeps: int = _SWEEPS
         sweeps: how often every member of a group may move, on average.
 
     Returns:
-        int64 `[I]`, a permutation: what stands at each place. No worse than the order as it is.
+        int64 `[I]`, a permutation: which input stands at each place. No worse than the current order.
 
     Raises:
         InputError: an I that M does not divide, importance that is not finite, or hosts that find different orders.
@@ -153,7 +153,7 @@ def group_inputs(importance: Array, kept: int, block: int, sweeps: int = _SWEEPS
     if len(importance) % block:
         raise InputError(f"prune.permute: expected a number of inputs that {block} divides, found {len(importance)}")
     groups = np.arange(len(importance)).reshape(-1, block)
-    # Two that always left together would never meet in a group.
+    # Two members that always left together would never meet in a group.
     draw = np.random.default_rng(0)
     for _ in range(sweeps * block):
         groups = draw.permutation(draw.permuted(groups, axis=1), axis=0)
@@ -168,17 +168,17 @@ def group_inputs(importance: Array, kept: int, block: int, sweeps: int = _SWEEPS
 
 
 def _agree(groups: np.ndarray) -> None:
-    """Every host moves its own part of the weights, by an order that it found itself."""
+    """Refuses differing orders: every host moves its own part of the weights by the order that it found itself."""
     if not are_alike(zlib.crc32(groups.tobytes())):
         raise InputError("prune.permute: hosts found different orders; run them on the same processors and libraries")
 
 
 @functools.partial(jax.jit, static_argnames="dropped")
 def _losses(importance: Array, leaving: Array, staying: Array, dropped: int) -> Array:
-    """What each of those that are to join a group costs in each of them; `[n]`, `[n,M-1]` -> `[n,n]`.
+    """The cost of each leaving input in each group; `[n]`, `[n,M-1]` -> `[n,n]`.
 
-    Of the M entries of a row the `dropped` smallest are lost: all but one of the smallest that stay, whoever comes
-    (left out here), and of the last of these and the newcomer the smaller one.
+    Of the M entries of a row the `dropped` smallest are lost: the `dropped` - 1 smallest of those that stay, whichever
+    input joins (not counted here), and the smaller of the newcomer and the next smallest that stays.
     """
     limit = jnp.sort(importance[staying], axis=1)[:, dropped - 1]
     return jax.lax.map(lambda one: jnp.sum(jnp.minimum(limit, one), axis=1), importance[leaving])
@@ -187,12 +187,12 @@ def _losses(importance: Array, leaving: Array, staying: Array, dropped: int) -> 
 def permute(
     params: Mapping[str, Any], adapters: Adapters | None, order: Order
 ) -> tuple[dict[str, Any], Adapters | None]:
-    """The same model with its units in another order; arrays that have none of them are the same.
+    """The same model with its units in another order; arrays without such units are unchanged.
 
     Args:
         params: the parameter tree.
         adapters: adapters, or None.
-        order: what stands where; masks, statistics, gradients and states of before fit the model no longer.
+        order: what stands where; earlier masks, statistics, gradients and states no longer fit the model.
     """
     layers = _moved("layers", params["layers"], order.rows, 0)
     layers = _moved("layers", layers, order.columns, 1)
@@ -204,7 +204,7 @@ def permute(
 
 
 def _moved(kind: str, arrays: Mapping[str, Array], places: Mapping[str, Any], axis: int) -> dict[str, Array]:
-    """`arrays` of a kind (`efx_jax.parallel.partition`) with the lines of those that have places in another order."""
+    """`arrays` of a kind (`efx_jax.parallel.partition`) with the lines of those named in `places` reordered."""
     found = (name for name in places if name in arrays)
     return {**arrays, **{name: _taken({kind: {name: arrays[name]}}, places[name], axis)[kind][name] for name in found}}
 

@@ -1,8 +1,8 @@
-"""SparseGPT (arXiv 2301.00774): columns are pruned from left to right, and what is still to come makes up for them.
+"""SparseGPT (arXiv 2301.00774): columns are pruned from left to right, and later columns compensate for earlier ones.
 
 H = G + damping is the Hessian of a row's output error, R the upper Cholesky factor of its inverse (H^-1 = R^T R). When
 entry (o,i) goes, the optimal brain surgeon moves the row's later entries j > i by -(w_oi / R_ii) R_ij. The columns are
-taken in slabs: which entries of a slab go is decided when the sweep reaches it, from the weights as already moved.
+taken in slabs: which entries of a slab go is decided when the sweep reaches it, from the already updated weights.
 """
 
 import functools
@@ -32,7 +32,7 @@ from efx_jax.pruning.selection import (
 
 Array = jax.Array
 Pick = Callable[[Array, Array], Array]
-"""Maps the importance `[O,n]` of n columns that are decided together, and the first one's index, to what stays."""
+"""Maps the importance `[O,n]` of n columns decided together, and the index of the first, to the mask of what stays."""
 
 DAMPING = 0.01
 
@@ -45,10 +45,10 @@ class Inverse(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What a sweep leaves, `[O,I]` each.
+    """The results of a sweep, `[O,I]` each.
 
-    `mask`: True = kept. `weight`: float32, exactly 0 where pruned. `importance`: w^2 / R_ii^2 of every entry when its
-    fate was decided (in the units of G), 0 of an input that was never active.
+    `mask`: True = kept. `weight`: float32, exactly 0 where pruned. `importance`: w^2 / R_ii^2 of every entry at the
+    time it was decided on (in the units of G), 0 for an input that was never active.
     """
 
     mask: Array
@@ -87,7 +87,7 @@ def slab_counts(shape: tuple[int, ...], sparsity: float, group: str, slab: int =
 
 @jax.custom_batching.sequential_vmap
 def _inverse_of_upper(upper: Array) -> Array:
-    """Inverse of a large upper triangle `[n,n]`; one at a time, as `matrix_cholesky`."""
+    """Inverse of a large upper triangle `[n,n]`; one at a time, like `matrix_cholesky`."""
     return jax.scipy.linalg.solve_triangular(upper, jnp.eye(upper.shape[0], dtype=upper.dtype))
 
 
@@ -95,7 +95,7 @@ def inverse_factor(gram: Array, damping: float = DAMPING) -> Inverse:
     """R with R^T R = (G + damping * mean diagonal * I)^-1; linears that read the same input share it.
 
     With every index reversed, R^-1 is a lower Cholesky factor of H: H itself is never inverted. An input that was never
-    active gets the mean diagonal of the others. Where float32 finds no factor the damping is raised tenfold.
+    active gets the mean diagonal of the others. If float32 finds no factor, the damping is raised tenfold.
 
     Args:
         gram: G = X^T X `[I,I]`, in any unit: masks and weights do not depend on it.
@@ -105,7 +105,7 @@ def inverse_factor(gram: Array, damping: float = DAMPING) -> Inverse:
     diagonal = jnp.diagonal(gram)
     alive = diagonal > 0
     mean = jnp.sum(diagonal) / jnp.maximum(jnp.sum(alive), 1)
-    # No input at all: any factor will do.
+    # No active input at all: any factor will do.
     mean = jnp.where(mean > 0, mean, 1.0)
     filled = gram + jnp.diag(jnp.where(alive, 0.0, mean))
     reverse = damped(matrix_cholesky, filled[::-1, ::-1], damping * mean)[::-1, ::-1]
@@ -122,7 +122,7 @@ def sparsegpt(
 ) -> Sweep:
     """SparseGPT's mask and update of one matrix.
 
-    Drops exactly floor(sparsity * n + 1e-9) of the n entries of every group of every slab, of equal ones the lower
+    Drops exactly floor(sparsity * n + 1e-9) of the n entries of every group of every slab; of equal ones, the lower
     index first.
 
     Args:
@@ -160,9 +160,9 @@ def sparsegpt_by_counts(
 
 
 def sparsegpt_on_mesh(name: str, weight: Array, inverse: Inverse, counts: Counts, group: str) -> Sweep:
-    """As `sparsegpt_by_counts` for the matrix of linear `name`, the rows shared out over the devices of the mesh.
+    """As `sparsegpt_by_counts` for the matrix of linear `name`, with its rows distributed over the mesh's devices.
 
-    Only the counts of a slab's selection travel; copies of the model do the same work.
+    During the sweep only a slab's selection counts are communicated; copies of the model repeat the same work.
     """
     if active_mesh() is None:
         return sparsegpt_by_counts(weight, inverse, counts, group)
@@ -185,7 +185,7 @@ def sparsegpt_on_mesh(name: str, weight: Array, inverse: Inverse, counts: Counts
 def obs_update(
     weight: Array, mask: Array, gram: Array, target: Array | None = None, slab: int = SLAB, damping: float = DAMPING
 ) -> Array:
-    """The same sweep under a given mask: what stays makes up for what goes, from left to right.
+    """The same sweep under a given mask: from left to right, what stays compensates for what is dropped.
 
     Args:
         weight: U `[O,I]`, the target when `target` is None.
@@ -202,7 +202,7 @@ def obs_update(
 
 
 def obs_by_factor(target: Array, mask: Array, inverse: Inverse, slab: int = SLAB) -> Array:
-    """As `obs_update`, given the factor; every row by itself."""
+    """As `obs_update`, given the factor; every row is independent."""
     width = min(slab, target.shape[1])
 
     def pick(importance: Array, first: Array) -> Array:
@@ -228,7 +228,7 @@ def _sweep(weight: Array, inverse: Inverse, pick: Pick, width: int, together: in
 
 
 def _sweep_slab(state: Sweep, factor: Array, pick: Pick, first: Array, width: int, together: int) -> Sweep:
-    """One slab: its errors reach its own later columns at once, and those of later slabs in one product at the end."""
+    """One slab: its errors update its own later columns at once, and those of later slabs in one product at the end."""
     rows = jax.lax.dynamic_slice_in_dim(factor, first, width, axis=0)
     block = jax.lax.dynamic_slice_in_dim(rows, first, width, axis=1)
     diagonal = jnp.diagonal(block)
@@ -249,7 +249,7 @@ def _sweep_slab(state: Sweep, factor: Array, pick: Pick, first: Array, width: in
             # The factor is upper triangular: earlier columns stay as they are.
             return weight - error[:, None] * block[index], errors.at[:, index].set(error)
 
-        # From 0: of a loop whose start is computed GPUs do not know how often it turns, and ask before every turn.
+        # From 0: with a computed start, the trip count is unknown on GPUs, which then check before every iteration.
         weight, errors = jax.lax.fori_loop(0, together, column, (slab.weight, errors))
         return slab._replace(weight=weight), errors
 

@@ -1,4 +1,4 @@
-"""What calibration sees: energies (and on request Grams) of the inputs of every linear, from real tokens only."""
+"""Calibration statistics: energies (and on request Grams) of the inputs of every linear, from real tokens only."""
 
 import functools
 from collections.abc import Iterable, Mapping
@@ -34,7 +34,7 @@ INPUTS = ("attn_in", "o_in", "mlp_in", "down_in")
 
 @struct.dataclass
 class Statistics:
-    """Sums over the real tokens of calibration, float32; every array leads with L for a whole model.
+    """Sums over the real tokens of calibration, float32; for a whole model every array has a leading axis L.
 
     `energy`: sum of squares of each unit, by name: the inputs `attn_in`, `o_in`, `mlp_in`, `down_in` `[I]`, the
     projections before (`q_raw [N*H]`, `k_raw [K*H]`) and after their norm (`q`, `k`), silu(gate) as `gate_value [F]`
@@ -103,11 +103,11 @@ def block_statistics(
     """Reduces one block's activations (see `efx_jax.model.decoder.block`) to sums over real tokens `[B,T]`.
 
     Args:
-        taps: of the block where it stands.
+        taps: activations of the block on the inputs that reach it.
         real: float32 `[B,T]`, 1 for real tokens.
         gram: sum Grams too.
         dense_taps: those behind the blocks as they were before the event, if `cross` is wanted.
-        compute_dtype: what the linears round their inputs to, and Grams are of; None: the inputs as they are.
+        compute_dtype: dtype to which the linears, and so the Grams, round the inputs; None: the inputs as they are.
     """
 
     def energy(values: Array) -> Array:
@@ -202,7 +202,7 @@ def collect_statistics(
     compute_dtype: Any = None,
     attention_path: Implementation = "xla",
 ) -> Statistics:
-    """Runs the model over calibration batches and sums what scores and surgeons need.
+    """Runs the model over calibration batches and sums what scores and recovery need.
 
     Args:
         params: parameter tree.
@@ -213,7 +213,7 @@ def collect_statistics(
         masks: masks in force during calibration, or None.
         gram: also sum X^T X of the four kinds of input (L times I x I floats).
         mask_forward: how the masks act.
-        compute_dtype: dtype of the matmul operands, those of the Grams included; the sums are float32 in any case.
+        compute_dtype: dtype of the matmul operands, including those of the Grams; the sums are always float32.
         attention_path: see `efx_jax.model.attention.choose_attention`.
 
     Returns:
@@ -233,7 +233,7 @@ def collect_statistics(
 
 
 def add_up(trees: Iterable[Any]) -> Any:
-    """The sum of trees, such as `Statistics`, that are made one by one and consumed; None of none."""
+    """The sum of trees, such as `Statistics`, that are made one by one and consumed; None if there are none."""
     total = None
     for tree in trees:
         total = tree if total is None else _add(total, tree)

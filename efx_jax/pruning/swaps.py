@@ -1,7 +1,7 @@
-"""Exact swaps within a row: a pruned entry comes back and a kept one goes wherever the error of the outputs falls.
+"""Exact swaps within a row: a pruned entry comes back and a kept one goes wherever this lowers the output error.
 
-Local search of SparseSwaps (arXiv 2512.10922) on the Gram, with the kept weights as they are; what refits them comes
-after.
+Local search of SparseSwaps (arXiv 2512.10922) on the Gram, with the kept weights unchanged; refitting them comes
+afterwards.
 """
 
 import jax
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from efx_jax.einsum import einsum
 
 Array = jax.Array
-# Relative to the sum of what the two entries add to the error. A smaller gain is rounding: the search would swap the
-# same two back and forth.
+# Relative to the sum of what the two entries add to the error. A smaller gain may be rounding: the search would swap
+# the same two entries back and forth.
 _LEAST_GAIN = 1e-6
 
 
@@ -28,15 +28,15 @@ def swap_mask(
 
         (u_p^2 G_pp - 2 u_p (r G)_p) + (u_q^2 G_qq + 2 u_q (r G)_q) - 2 u_p u_q G_pq.
 
-    All pairs would cost O(I^2) a swap. Compared instead, in O(I): for the q that is cheapest to lose by itself the
-    best p, and the best q for that; for the p that helps most by itself the best q, and the best p for that. Under a
-    pattern both lie in one group of M, and all of those pairs are compared.
+    All pairs would cost O(I^2) per swap. In O(I), two are compared instead: the best p for the q that is cheapest to
+    lose by itself, with the best q for that p; and the best q for the p that helps most by itself, with the best p for
+    that q. Under a pattern both lie in one group of M, and all pairs within groups are compared.
 
     Args:
         weight: U `[O,I]`.
         mask: bool `[O,I]`, True = kept.
         gram: G = X^T X `[I,I]`.
-        swaps: most swaps of a row.
+        swaps: maximum number of swaps per row.
         pattern: (N, M) if every M consecutive inputs keep N; static.
 
     Returns:
@@ -67,7 +67,7 @@ def _best_of_row(weight: Array, gram: Array, comes: Array, goes: Array) -> tuple
     rows = jnp.arange(weight.shape[0])
 
     def best(one: Array, others: Array) -> tuple[Array, Array]:
-        """The entry that goes best with `one [O]`, and what it then changes beside it."""
+        """The best partner for entry `one [O]`, and the change of the error that this partner adds."""
         change = others - 2 * weight[rows, one][:, None] * weight * gram[one]
         return jnp.argmin(change, axis=1), jnp.min(change, axis=1)
 
@@ -81,7 +81,7 @@ def _best_of_row(weight: Array, gram: Array, comes: Array, goes: Array) -> tuple
 
 
 def _best_of_groups(weight: Array, gram: Array, comes: Array, goes: Array, size: int) -> tuple[Array, Array, Array]:
-    """As `_best_of_row`, of all pairs within a group of `size` inputs."""
+    """As `_best_of_row`, over all pairs within groups of `size` inputs."""
     out_dim, in_dim = weight.shape
     members = jnp.arange(in_dim).reshape(-1, size)
     grouped, coming, going = (values.reshape(out_dim, -1, size) for values in (weight, comes, goes))
