@@ -1,7 +1,7 @@
 """ATP's pruning-decision generator: fixed embeddings of the layers -> which units each keeps (arXiv 2412.14426).
 
-The network is that of the authors' second version: a Transformer encoder over the layers of the model and a linear
-without bias for every layer and kind of unit (the first version had a bidirectional GRU). Its dropout is left out.
+The network is that of the authors' second version: a Transformer encoder over the layers of the model and a bias-free
+linear for every layer and kind of unit (the first version had a bidirectional GRU). Its dropout is left out.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _EPS = 1e-5
 
 @struct.dataclass
 class Generator:
-    """The decision network: `embeddings [L,64]` never change, `weights` are what trains.
+    """The decision network: `embeddings [L,64]` never change, `weights` are trained.
 
     `weights["encoder"]` holds arrays stacked over the encoder's two layers, `weights["norm"]` gain and bias, and
     `weights["units"][kind]` the projections `[L,n,64]`.
@@ -35,11 +35,11 @@ class Generator:
 
 
 def init_generator(key: Array, spec: ModelSpec, space: Space) -> Generator:
-    """A new network, float32, drawn as torch draws its layers: at first every unit is kept.
+    """A new network, float32, initialised as torch initialises its layers: at first every unit is kept.
 
     Args:
         key: PRNG key.
-        spec: the model; its number of layers and of units fix the shapes.
+        spec: the model; its numbers of layers and units determine the shapes.
         space: which units.
     """
     embedding_key, encoder_key, units_key = jax.random.split(key, 3)
@@ -52,16 +52,16 @@ def init_generator(key: Array, spec: ModelSpec, space: Space) -> Generator:
 
 
 def orthogonal(key: Array, shape: tuple[int, int]) -> Array:
-    """A random matrix with orthonormal rows, or columns where there are fewer of them; float32."""
+    """A random matrix with orthonormal rows, or orthonormal columns if it has fewer columns than rows; float32."""
     tall = (max(shape), min(shape))
     basis, upper = jnp.linalg.qr(jax.random.normal(key, tall, jnp.float32))
-    # Without the signs of the triangle the factor is not uniform among all of them.
+    # Without the signs of the triangle's diagonal, the factor is not uniform over orthogonal matrices.
     basis = basis * jnp.sign(jnp.diagonal(upper))
     return basis if shape == tall else basis.T
 
 
 def unit_logits(generator: Generator) -> dict[str, Array]:
-    """How much each unit wants to stay, before noise: kind -> `[L,n]`, float32. No noise, no offset."""
+    """Each unit's logit for being kept, without noise or offset: kind -> `[L,n]`, float32."""
     weights = generator.weights
     states = encode(weights["encoder"], generator.embeddings)
     states = layer_norm(states, **weights["norm"])
@@ -69,7 +69,7 @@ def unit_logits(generator: Generator) -> dict[str, Array]:
 
 
 def encode(encoder: Mapping[str, Mapping[str, Array]], states: Array) -> Array:
-    """A Transformer encoder as torch's `TransformerEncoder` with its defaults (norm after the sum, ReLU), `[L,64]`."""
+    """A Transformer encoder like torch's `TransformerEncoder` with its defaults (post-norm, ReLU), `[L,64]`."""
 
     def layer(states: Array, weights: Mapping[str, Mapping[str, Array]]) -> tuple[Array, None]:
         states = layer_norm(states + _attention(weights, states), **weights["norm1"])
@@ -123,7 +123,7 @@ def _linear(layer: Mapping[str, Array], x: Array) -> Array:
 
 
 def _init_encoder(key: Array) -> Weights:
-    """torch's: Xavier for the attention's input, its biases 0; everything else uniform within 1/sqrt(I)."""
+    """torch's initialisation: Xavier for the attention's input, its biases 0; all else uniform within 1/sqrt(I)."""
     keys = jax.random.split(key, 6)
     layers, inner = ENCODER_LAYERS, FEED_FORWARD
     xavier = (6 / (4 * WIDTH)) ** 0.5

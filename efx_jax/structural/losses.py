@@ -1,6 +1,6 @@
 """ATP's formulas around the generator: what it minimises, and the group lasso that empties pruned adapters.
 
-arXiv 2412.14426, with the constants of the authors' published code where the paper names none.
+arXiv 2412.14426, with the constants of the authors' published code where the paper gives none.
 """
 
 import dataclasses
@@ -42,8 +42,8 @@ def lasso_strength(step: Array | int, total: int) -> Array:
 def pruned_shares(unit_masks: Mapping[str, Array], spec: ModelSpec, space: Space) -> dict[str, Array]:
     """rho: each layer's and kind's share of all pruned channels of the model, kind -> float32 `[L]`; they sum to 1.
 
-    A unit counts as many times as it has channels (`Units.entries`), as in the authors' code, whose masks are as long
-    as the projections. Nothing pruned: all 0.
+    A unit counts once per channel (`Units.entries`), as in the authors' code, whose masks are as long as the
+    projections. If nothing is pruned, all are 0.
     """
     pruned = {
         kind: units.entries * jnp.sum(~unit_masks[kind], axis=1).astype(jnp.float32)
@@ -84,7 +84,7 @@ def proximal_step(
         adapters: adapters after the optimizer's update.
         unit_masks: kind -> bool `[L,n]`; only units where it is False shrink.
         spec: the model.
-        space: whose kinds they are.
+        space: the space that the kinds belong to.
         strength: beta, see `lasso_strength`.
         learning_rate: lr of this update.
     """

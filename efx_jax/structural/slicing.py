@@ -1,8 +1,8 @@
-"""From masks of units to a model that is smaller: what can be cut out is, the rest becomes zeros.
+"""From masks of units to a smaller model: what can be cut out is cut out, the rest becomes zeros.
 
-A Hugging Face folder has one width of MLP, one number of heads and one width of head for all layers. Units of `hidden`
-and `heads` are cut out; layers that keep fewer than the largest are filled up with zeros. Head dimensions cannot go:
-one `head_dim` serves q, k, v and o, and it sets the frequencies of RoPE; they become zeros.
+A Hugging Face folder has one MLP width, one number of heads and one head dimension for all layers. Units of `hidden`
+and `heads` are cut out; layers that keep fewer than the largest are padded with zeros. Head dimensions cannot be cut,
+since one `head_dim` serves q, k, v and o and sets the frequencies of RoPE; they become zeros.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ Array = jax.Array
 
 
 class Promise(NamedTuple):
-    """Parameters of the model before, of what the masks keep, and of the file: `written - kept` of them are fill."""
+    """Parameters of the original model, of what the masks keep, and of the file: `written - kept` are padding."""
 
     original: int
     kept: int
@@ -31,23 +31,23 @@ class Promise(NamedTuple):
 
 
 def settle_masks(logits: Mapping[str, Array], spec: ModelSpec, space: Space, ratio: float) -> dict[str, np.ndarray]:
-    """The masks that stay: of each kind the units that want most to, so many that the target is met without noise.
+    """The final masks: of each kind the units with the highest logits, as many as meet the target without noise.
 
     Under "paper" all units compete and the lowest logits go until at least `ratio` of the weights are gone. Under
-    "sliceable" every layer keeps equally many of a kind, so that nothing has to be filled up: as many heads as that
-    competition leaves on average, of the numbers that `admissible_heads` allows, and as many hidden units as fit.
+    "sliceable" every layer keeps equally many of a kind, so that no padding is needed: the number of heads allowed by
+    `admissible_heads` that is closest to what that competition leaves on average, and as many hidden units as fit.
 
     Args:
         logits: kind -> `[L,n]`, see `generator.unit_logits`.
         spec: the model.
-        space: whose kinds they are.
+        space: the space that the kinds belong to.
         ratio: share of the weights of the seven linears to remove, in [0, 1).
 
     Returns:
         kind -> bool `[L,n]`. Of equal logits the lower index stays.
 
     Raises:
-        InputError: a ratio out of range, or so high that not one head and one hidden unit a layer would stay.
+        InputError: a ratio out of range, or too high for every layer to keep one head and one hidden unit.
     """
     if not 0.0 <= ratio < 1.0:
         raise InputError(f"ratio: expected a value in [0, 1), found {ratio}; 0 keeps every unit")
@@ -69,7 +69,7 @@ def settle_masks(logits: Mapping[str, Array], spec: ModelSpec, space: Space, rat
 
 
 def admissible_heads(spec: ModelSpec) -> list[int]:
-    """Numbers of key/value heads up to K that a folder of this model type can have.
+    """Numbers of key/value heads, up to K, that a folder of this model type can have.
 
     transformers refuses a LLaMA whose `hidden_size` is not a multiple of `num_attention_heads`, even with a `head_dim`.
     """
@@ -99,15 +99,15 @@ def slice_model(
 ) -> tuple[dict[str, Any], Adapters | None, ModelSpec]:
     """Cuts the pruned units out of the weights, the biases and the adapters.
 
-    `forward` of the result is that of the masked model (`mask_forward="exact"`, biases as in
-    `units.without_pruned_biases`), and so is that of `lora.merge` of the result.
+    The result computes what the masked model does (`mask_forward="exact"`, biases as in
+    `units.without_pruned_biases`), also after `lora.merge`.
 
     Args:
         params: the parameter tree.
         adapters: adapters, or None.
         unit_masks: kind -> bool `[L,n]`.
         spec: the model.
-        space: whose kinds they are.
+        space: the space that the kinds belong to.
 
     Returns:
         The smaller tree, adapters and spec; kept units in their old order, dtypes as they were.
@@ -135,7 +135,7 @@ def slice_model(
 
 
 def parameter_count(spec: ModelSpec) -> int:
-    """Numbers in the file of a model: every leaf of `param_shapes`."""
+    """Parameters in the file of a model: every leaf of `param_shapes`."""
     shapes = jax.tree.leaves(param_shapes(spec), is_leaf=lambda leaf: isinstance(leaf, tuple))
     return sum(math.prod(shape) for shape in shapes)
 
@@ -159,7 +159,7 @@ def _most(mask: Any) -> int:
 
 
 def _highest(values: Mapping[str, np.ndarray], weights: Mapping[str, int], ratio: float) -> dict[str, np.ndarray]:
-    """All units in one competition: the lowest go, one after the other, until `ratio` of all weights are gone."""
+    """All units compete: the lowest go, one after the other, until `ratio` of all weights are gone."""
     flat = np.concatenate([value.reshape(-1) for value in values.values()])
     sizes = np.concatenate([np.full(value.size, weights[kind], np.int64) for kind, value in values.items()])
     # Of equal values the last goes first.
@@ -184,7 +184,7 @@ def _cut(array: Array, axis: int, lines: np.ndarray, mask: np.ndarray, width: in
 
     Args:
         array: `[L,...]`.
-        axis: 1 or 2, the axis that the lines are on.
+        axis: 1 or 2, the axis of the lines.
         lines: int `[lines]`, the unit of each.
         mask: bool `[L,n]`.
         width: units to keep, at least as many as any layer's mask.
@@ -193,7 +193,7 @@ def _cut(array: Array, axis: int, lines: np.ndarray, mask: np.ndarray, width: in
     zeroed = jnp.where(keep, array, jnp.zeros((), array.dtype))
     if width == mask.shape[1]:
         return zeroed
-    # Kept units first, then pruned ones, which are zeros by now and fill up.
+    # Kept units first, then pruned ones, which are zeros by now and serve as padding.
     order = np.argsort(~mask, axis=1, kind="stable")[:, :width]
     members = np.argsort(lines, kind="stable").reshape(mask.shape[1], -1)
     chosen = members[order].reshape(len(mask), -1)

@@ -1,4 +1,4 @@
-"""What a structural mask can remove: units of a block, and the rows and columns of its linears that go with each.
+"""What a structural mask can remove: units of a block, and the rows and columns of its linears that belong to each.
 
 ATP (arXiv 2412.14426) learns which units go. A mask of units is bool `[L,n]`, True = kept, n units in every block.
 """
@@ -27,10 +27,10 @@ class Units:
 
     Attributes:
         count: n, units in a block.
-        rows: linear -> unit of every output row, int `[O]`; these rows (and their biases) go with the unit.
+        rows: linear -> unit of every output row, int `[O]`; these rows (and their biases) are removed with the unit.
         columns: linear -> unit of every input column, int `[I]`.
-        scaled: linears whose outputs a soft mask multiplies, and the power of the mask; enough to shut the unit off.
-        entries: channels that one unit stands for, counted where its kind is masked: rows of k, v or up.
+        scaled: linears whose outputs a soft mask multiplies, and the power of the mask; enough to switch the unit off.
+        entries: channels of one unit, counted where its kind is masked: rows of k, v or up.
     """
 
     count: int
@@ -44,9 +44,9 @@ def units_of(spec: ModelSpec, space: Space) -> dict[str, Units]:
     """The kinds of units by name.
 
     "paper" is ATP's first space: `key_dims`, head dimensions of q and k, n = H/2 because RoPE rotates (j, j + H/2) into
-    each other and both must go; `value_dims`, head dimensions of v and with them columns of o, n = H; both are shared
-    by all heads of a block. "sliceable" is ours: `heads`, a key/value head with its G query heads, n = K. Both have
-    `hidden`, the units of the MLP, n = F. Every weight of the seven linears belongs to one unit exactly.
+    each other and both must go; `value_dims`, head dimensions of v with the matching columns of o, n = H; both kinds
+    are shared by all heads of a block. "sliceable" is ours: `heads`, a key/value head with its G query heads, n = K.
+    Both spaces have `hidden`, the MLP's units, n = F. Every weight of the seven linears belongs to exactly one unit.
 
     Raises:
         InputError: an unknown space.
@@ -116,7 +116,7 @@ def kept_fraction(unit_masks: Mapping[str, Array], spec: ModelSpec, space: Space
     kept = jnp.float32(0)
     for kind, units in units_of(spec, space).items():
         kept += unit_weights(units, spec) * jnp.sum(unit_masks[kind].astype(jnp.float32))
-    # A float: as an int of more than 31 bits jax takes none.
+    # A float, since jax takes no int of more than 31 bits.
     return kept / float(spec.num_layers * sum(math.prod(shape) for shape in linear_shapes(spec).values()))
 
 
@@ -126,7 +126,7 @@ def weight_masks(unit_masks: Mapping[str, Array], spec: ModelSpec, space: Space)
     Args:
         unit_masks: kind -> bool `[L,n]`.
         spec: the model.
-        space: whose kinds they are.
+        space: the space that the kinds belong to.
 
     Returns:
         linear -> packed mask, uint8 `[L,O,ceil(I/8)]` (`efx_jax.masks`), for each of the seven.
@@ -146,7 +146,7 @@ def weight_masks(unit_masks: Mapping[str, Array], spec: ModelSpec, space: Space)
 def without_pruned_biases(
     params: Mapping[str, Any], unit_masks: Mapping[str, Array], spec: ModelSpec, space: Space
 ) -> dict[str, Any]:
-    """The parameter tree with the biases of pruned rows at 0, which no mask of weights can do."""
+    """The parameter tree with the biases of pruned rows set to 0, which no mask of weights can do."""
     layers = dict(params["layers"])
     for kind, units in units_of(spec, space).items():
         for name, rows in units.rows.items():
@@ -162,20 +162,20 @@ def soften(
     spec: ModelSpec,
     space: Space,
 ) -> tuple[dict[str, Any], Adapters | None]:
-    """Parameters and adapters whose `forward` is that of a softly masked model; differentiable in the masks.
+    """Parameters and adapters with which `forward` computes a softly masked model; differentiable in the masks.
 
     The output of a unit is multiplied by its mask, adapters and biases included: q and k each, v, and silu(gate) * up
-    by the square, as in ATP's code. With masks of 0 and 1 this is the model without the pruned units.
+    by the mask's square, as in ATP's code. With masks of 0 and 1 this is the model without the pruned units.
 
     Args:
         params: the parameter tree.
         adapters: adapters, or None.
         soft_masks: kind -> float32 `[L,n]`.
         spec: the model.
-        space: whose kinds they are.
+        space: the space that the kinds belong to.
 
     Returns:
-        The new tree and adapters; arrays that no mask scales are the same.
+        The new tree and adapters; arrays that no mask scales are unchanged.
     """
     layers = dict(params["layers"])
     lora_b = {} if adapters is None else dict(adapters.lora_b)
