@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command that was parsed; the imports are here so that --help answers at once."""
+    """Runs the parsed command; the imports are here so that --help answers at once."""
     if options.command == "import":
         from efx_jax.weights.convert import import_checkpoint
 
@@ -125,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Writes a checkpoint in the format that was asked for."""
+    """Writes a checkpoint in the requested format."""
     from efx_jax.weights.convert import export_checkpoint
 
     if options.format == "gguf":

@@ -20,16 +20,16 @@ class _Flags:
     config: str = "configs/quickstart.yaml"
     """YAML file of settings, over the preset; flags override both."""
     preset: Literal["paper", "official", "efx", "none"] = "efx"
-    """Settings below the file's, in place of those that the file names ("none": of none). Given without a file, no file
-    is read."""
+    """Preset below the file's settings, in place of the one that the file names ("none": no preset). Given without a
+    file, no file is read."""
     output: str = "runs/<name of the config>"
-    """Folder that the run writes into; the same command again resumes."""
+    """Folder that the run writes into; repeating the same command resumes."""
     dry_run: bool = False
     """Print the settings, the sizes and the memory estimate; train nothing."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one training; returns the exit code: 2 for a user's mistake, told in one line, 130 after Ctrl-C."""
+    """Runs one training; returns the exit code: 2 for a user error, reported in one line, 130 after Ctrl-C."""
     return exit_code(lambda: _train(argv), "train.py")
 
 
@@ -38,7 +38,7 @@ def _train(argv: Sequence[str]) -> int:
     if "-h" in argv or "--help" in argv:
         _print_help(resolved.config)
         return 0
-    # Imported here: whoever mistypes a flag should not wait for jax.
+    # Imported here so that a mistyped flag is reported without waiting for jax.
     from efx_jax.training.run import run
 
     summary = run(resolved.config, resolved.output, resolved.dry_run)
@@ -46,7 +46,7 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def _print_help(config: Config) -> None:
-    """Every flag with its meaning and the value that it has now, by tyro, which then ends the process."""
+    """Prints every flag with its meaning and current value, by tyro, which then ends the process."""
     tyro.cli(
         _Flags,
         prog="train.py",

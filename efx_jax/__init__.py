@@ -35,7 +35,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `weights` on first use, so that the core never waits for file formats."""
+    """Imports `weights` on first use, so that importing the core does not load file-format libraries."""
     if name not in _FROM_WEIGHTS:
         raise AttributeError(f"module 'efx_jax' has no attribute {name!r}")
     from efx_jax.weights import bundle, hf

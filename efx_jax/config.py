@@ -64,8 +64,8 @@ class DataConfig:
     root: str = ""
     """Folder of the official task files (or the environment variable EFX_DATA)."""
     max_length: int = 512
-    """Tokens per sequence. A longer row is shortened in its `context`; if that is not set, a prompt that is too long is
-    an error and a response that is too long is cut."""
+    """Tokens per sequence. A longer row is shortened in its context; if it has none, a prompt that is too long is an
+    error and a response that is too long is cut."""
     batching: Literal["padding", "buckets", "packing"] = "padding"
     """Rows padded to the longest of their batch; batches of rows of similar length; or several short sequences packed
     into one row of `max_length` tokens, with no attention between them."""

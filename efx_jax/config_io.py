@@ -15,7 +15,7 @@ from efx_jax.config_values import describe, nearest, parse_value, replace_values
 from efx_jax.errors import FallbackWarning, InputError
 
 PRESETS = ("paper", "official", "efx")
-# In place of a preset's name, where a file names one that is not wanted.
+# Replaces a preset's name when the file names one that is not wanted.
 NO_PRESET = "none"
 _CONTROLS = {"config": str, "preset": str, "output": str, "dry_run": bool}
 _HELP = "`python train.py --help` lists them all"
@@ -23,7 +23,7 @@ _HELP = "`python train.py --help` lists them all"
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """What a command line asks for: the settings, the folder that the run writes into, and whether to only plan it."""
+    """A resolved command line: the settings, the folder that the run writes into, and whether to only plan the run."""
 
     config: Config
     output: Path
@@ -34,8 +34,8 @@ def resolve(argv: Sequence[str]) -> Resolved:
     """Reads `[--config FILE] [--preset NAME] [--output DIR] [--dry-run] [--section.field VALUE ...]`.
 
     Flags override the file and the file overrides the preset. With neither file nor preset the file is
-    `configs/quickstart.yaml`. Both `--a.b=c` and `--a.b c` are read, hyphens count as underscores, and of a flag that
-    is given twice the last one holds.
+    `configs/quickstart.yaml`. Both `--a.b=c` and `--a.b c` are read, hyphens count as underscores, and if a flag is
+    given twice, the last one applies.
 
     Args:
         argv: the arguments after the script's name.
@@ -49,7 +49,7 @@ def resolve(argv: Sequence[str]) -> Resolved:
     kinds = setting_types() | _CONTROLS
     values = {name: parse_value(f"--{name}", texts, kinds[name]) for name, texts in _read_flags(argv).items()}
     for name in ("config", "preset", "output"):
-        # Such as a variable of the shell that is not set.
+        # For example from an unset shell variable.
         if values.get(name) == "":
             raise InputError(f"--{name} must not be empty; name one, or leave --{name} out")
     path, preset = values.pop("config", None), values.pop("preset", None)
@@ -101,7 +101,7 @@ def preset_settings(preset: str) -> dict[str, Any]:
 
 
 def from_yaml(text: str, source: str = "config.yaml") -> Config:
-    """Reads the YAML that `to_yaml` writes, or any part of it; what it leaves out has its default.
+    """Reads the YAML that `to_yaml` writes, or any part of it; missing settings take their defaults.
 
     Args:
         text: sections of fields.
@@ -114,7 +114,7 @@ def from_yaml(text: str, source: str = "config.yaml") -> Config:
 
 
 def read_config(path: Path) -> Config:
-    """The settings of a run, from the file that `to_yaml`'s text was written to.
+    """The settings of a run, from a file that holds `to_yaml`'s text.
 
     Raises:
         InputError: as `from_yaml`, or a file that cannot be read.
@@ -138,7 +138,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The tree of a YAML file, whose leaves are texts or lists.
 
     Raises:
-        InputError: an unreadable file, broken YAML, or no mapping at its top.
+        InputError: an unreadable file, broken YAML, or no mapping at the top level.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -179,7 +179,7 @@ def _read_flags(argv: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _named_setting(name: str, kinds: dict[str, Any]) -> tuple[str, list[str]]:
-    """The setting that a flag names, and the text that comes with the name: `--log.no-wandb` is false."""
+    """The setting that a flag names, and the text that the name implies: `--log.no-wandb` implies "false"."""
     if name in kinds:
         return name, []
     section, dot, field = name.rpartition(".")
@@ -209,7 +209,7 @@ def _parse_yaml(text: str, source: str) -> dict[str, Any]:
 
 
 def _refuse_repeated(root: Any, source: str) -> None:
-    """Refuses a key that stands twice in one mapping, of which YAML would silently take the last."""
+    """Refuses a key that occurs twice in one mapping; YAML would silently take the last."""
     pending: list[Any] = [root]
     met: set[int] = set()
     while pending:

@@ -93,7 +93,7 @@ def _atp_rules(config: Config) -> Iterable[Rule]:
 
 
 def _unit_rules(prune: PruneConfig) -> Iterable[Rule]:
-    """What ATP leaves no choice in."""
+    """Settings for which ATP leaves no choice."""
     times, all_seven = prune.fractions, PruneConfig().targets
     found: list[tuple[str, object, bool, str, str]] = [
         (
@@ -218,7 +218,7 @@ def _eval_rules(evaluation: EvalConfig) -> Iterable[Rule]:
 
 
 def _untrained_rules(config: Config) -> Iterable[Rule]:
-    """Without an update there is one event at most, the one before the first, and one model."""
+    """Without updates there is at most one event, the one before training, and one model."""
     prune, best = config.prune, config.eval.best
     is_free = config.train.epochs != 0 or config.train.steps > 0
     is_single = is_free or prune.sparsity == 0

@@ -1,7 +1,7 @@
-"""From text to a setting's value. A setting is named by its dotted path, `prune.sparsity`.
+"""From text to a setting's value. A setting is named by its dotted path, such as `prune.sparsity`.
 
-Flags and YAML files both hand over text, so that they mean the same: YAML's own rules would read `group: 2:4` as the
-number 124 and `learning_rate: 1e-4` as a string.
+Flags and YAML files both pass text, so that they mean the same: YAML's own rules would read `group: 2:4` as the number
+124 and `learning_rate: 1e-4` as a string.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ def parse_value(where: str, texts: Sequence[str], kind: Any) -> Any:
 
     Args:
         where: the flag, or the file and key, for the error message.
-        texts: one text; for a tuple any number, each of which may hold several separated by commas.
+        texts: one text; for a tuple any number, each of which may hold several values separated by commas.
         kind: the setting's type: str, int, float, bool, a Literal of strings, or a tuple of these.
 
     Raises:
@@ -85,7 +85,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def replace_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """The settings with those of `values`, by dotted path, exchanged."""
+    """The settings with those in `values`, by dotted path, replaced."""
     for key, value in values.items():
         name, _, field = key.rpartition(".")
         if name:

@@ -1,4 +1,4 @@
-"""Products summed in float32: the model's at the precision of their operands, an event's at the highest."""
+"""Products summed in float32: the model's at the precision of their operands, an event's at the highest precision."""
 
 import functools
 import itertools
@@ -9,21 +9,21 @@ import jax.numpy as jnp
 from efx_jax.parallel.mesh import active_mesh
 
 Array = jax.Array
-# A Gram is formed in blocks of about this width, as long as they are no more than so many.
+# A Gram is formed in blocks of about this width, up to this number of blocks; wider inputs get wider blocks.
 _GRAM_BLOCK, _GRAM_BLOCKS = 512, 4
 
 
 def dot(equation: str, x: Array, y: Array) -> Array:
-    """What the model computes: of bfloat16 operands as the hardware does it, of float32 operands in float32.
+    """The model's products: bfloat16 operands as the hardware multiplies them, float32 operands in float32.
 
-    By default GPUs would keep 10 bits of float32 operands (TF32).
+    By default GPUs would keep only 10 bits of float32 operands (TF32).
     """
     precision = "highest" if jnp.result_type(x, y) == jnp.float32 else None
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 def einsum(equation: str, *operands: Array) -> Array:
-    """Products of weights and Grams: at the highest precision, whatever the operands are."""
+    """Products of weights and Grams, at the highest precision whatever the operands are."""
     return jnp.einsum(equation, *operands, precision="highest", preferred_element_type=jnp.float32)
 
 
@@ -32,7 +32,7 @@ def contract(equation: str, x: Array, y: Array) -> Array:
     """`einsum(equation, x, y)` with float32 sums, whose backward pass casts the cotangent to the operands' dtype.
 
     Without the cast the backward pass mixes float32 and bfloat16 operands, which no fast GEMM takes. Every index of an
-    operand must stand in the other operand or in the output.
+    operand must also occur in the other operand or in the output.
     """
     return dot(equation, x, y)
 
@@ -74,8 +74,8 @@ def weight_gradient(dy: Array, x: Array) -> Array:
 def gram_matrix(x: Array) -> Array:
     """x^T x, the sum over all tokens: `x [...,I]` -> `[I,I]`, float32.
 
-    Of wide inputs blocks below the diagonal are copied, see `gram_share`. On a mesh, whose partitioner would move
-    blocks to put them together, all are formed.
+    For wide inputs, blocks below the diagonal are copies, see `gram_share`. On a mesh, where the partitioner would move
+    blocks between devices to assemble them, the whole Gram is computed.
     """
     width = x.shape[-1]
     edges = (0, width) if active_mesh() is not None else _gram_edges(width)
@@ -87,7 +87,7 @@ def gram_matrix(x: Array) -> Array:
 
 
 def gram_share(width: int) -> float:
-    """Share of a Gram's products that `gram_matrix` forms on one device: 1 to 5/8, from narrow to wide inputs."""
+    """Share of a Gram's products that `gram_matrix` forms on one device: from 1 for narrow inputs to 5/8 for wide."""
     return sum((stop - start) * (width - start) for start, stop in itertools.pairwise(_gram_edges(width))) / width**2
 
 

@@ -1,4 +1,4 @@
-"""How a command speaks and ends: a warning is one line on stderr, and so is a user's mistake, with exit code 2."""
+"""How a command reports and exits: a warning is one line on stderr, and so is a user error, with exit code 2."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ from typing import NoReturn
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells report it, so that `train.py && ...` stops."""
 BROKEN_PIPE = 141
-"""Exit code where nobody reads the output any longer, as shells report it."""
+"""Exit code when nobody reads the output any longer, as shells report it."""
 _UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS)
 
 
@@ -26,15 +26,15 @@ class InputError(ValueError):
 
 
 class MissingInputError(InputError):
-    """What is asked for is not on this machine and cannot be fetched; nothing is wrong with it."""
+    """The requested input is valid, but not on this machine and cannot be fetched."""
 
 
 class FallbackWarning(UserWarning):
-    """Something else than what was asked for is used, as that is missing."""
+    """Something other than what was requested is used, because that is missing."""
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one line; argparse itself prints the usage too."""
+    """Reports what is wrong with the arguments in one line; argparse itself also prints the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")
@@ -52,7 +52,7 @@ def whole_number(text: str, least: int = 0) -> int:
 
 
 def positive_number(text: str) -> int:
-    """As `whole_number`, of at least 1."""
+    """As `whole_number`, with a least value of 1."""
     return whole_number(text, 1)
 
 
@@ -69,7 +69,7 @@ def byte_size(text: str) -> int:
 
 
 def exit_code(work: Callable[[], int], speaker: str, farewell: str = "") -> int:
-    """Runs a command that can be given again; what the user can mend is told in one line on stderr, as are warnings.
+    """Runs a command; errors that the user can fix before running it again, and warnings, are one line on stderr each.
 
     Args:
         work: the command; returns its exit code.
@@ -77,8 +77,8 @@ def exit_code(work: Callable[[], int], speaker: str, farewell: str = "") -> int:
         farewell: the line after Ctrl-C, or "".
 
     Returns:
-        What `work` returns; 2 for bad input, a path that cannot be reached, a full disk or device, 130 after Ctrl-C,
-        141 where the output is closed.
+        What `work` returns; 2 for bad input, a path that cannot be reached, or a full disk or device; 130 after Ctrl-C;
+        141 if the output is closed.
     """
     try:
         with _short_warnings():
@@ -88,7 +88,7 @@ def exit_code(work: Callable[[], int], speaker: str, farewell: str = "") -> int:
     except InputError as error:
         complaint = " ".join(str(error).split())
     except BrokenPipeError:
-        # Whoever read has enough (`... | head`); nothing is left to be flushed at exit.
+        # The reader has stopped (`... | head`); nothing must be left to flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (OSError, ValueError) as error:  # TensorStore, which writes checkpoints, raises a ValueError
@@ -116,17 +116,17 @@ def exit_code(work: Callable[[], int], speaker: str, farewell: str = "") -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of somebody else's code says first, for a message of one line; its kind where it says nothing."""
+    """The first line of an error from third-party code, for a one-line message; its type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of XLA says that a device, or the host that stands for one, has no memory left."""
+    """Whether an XLA error says that a device, or the host acting as one, has no memory left."""
     return isinstance(error, RuntimeError) and str(error).startswith("RESOURCE_EXHAUSTED")
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that the disk, or the user's quota on it, is full (also when a C++ library says it)."""
+    """Whether an error says that the disk, or the user's quota on it, is full (also if it comes from a C++ library)."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return os.strerror(errno.ENOSPC) in str(error) or os.strerror(errno.EDQUOT) in str(error)
@@ -134,7 +134,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _short_warnings() -> Iterator[None]:
-    """Within it a warning of this package is printed as one line, without its place in the source."""
+    """A context in which this package's warnings are printed as one line each, without their place in the source."""
     standard = warnings.formatwarning
 
     def written(

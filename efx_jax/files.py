@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, synced to disk, then renamed."""
+"""Files that are complete or absent: written beside their destination, synced to disk, then renamed."""
 
 import contextlib
 import errno
@@ -30,11 +30,11 @@ _UNWRITABLE = (
 
 
 def lock(descriptor: int, busy: str) -> bool:
-    """Locks an open file or folder for this process and those that inherit it; False where the disk knows no locks.
+    """Locks an open file or folder for this process and those that inherit it; False if the disk supports no locks.
 
     Args:
         descriptor: of the file or folder.
-        busy: what to say where another process holds it.
+        busy: the error message if another process holds the lock.
 
     Raises:
         InputError: `busy`.
@@ -50,13 +50,13 @@ def lock(descriptor: int, busy: str) -> bool:
 
 @contextlib.contextmanager
 def atomic_folder(dst: str | os.PathLike[str], needs: int = 0, shared: bool = False) -> Iterator[Path]:
-    """Gives a temporary sibling folder to fill; on leaving it is synced and becomes `dst`, on an error it is removed.
+    """Yields a temporary sibling folder to fill; on exit it is synced and becomes `dst`, on an error it is removed.
 
     Args:
-        dst: the folder to make; an empty folder may stand there.
+        dst: the folder to make; an empty folder may exist there.
         needs: bytes that must be free on that disk before any work begins.
-        shared: whether all processes of the run fill this one folder, on a disk that they share. All of them call,
-            the first makes and renames the folder, and the body may `meet`.
+        shared: whether all processes of the run fill this one folder, on a disk that they share. All of them enter the
+            context, the first makes and renames the folder, and the body may call `meet`.
 
     Raises:
         InputError: `dst` exists, the disk is full, the place is not writable, the body cannot read a file, or a process
@@ -91,7 +91,7 @@ def atomic_folder(dst: str | os.PathLike[str], needs: int = 0, shared: bool = Fa
 
 @contextlib.contextmanager
 def atomic_file(dst: str | os.PathLike[str], needs: int = 0) -> Iterator[Path]:
-    """Gives a temporary sibling to write; on leaving it is synced and becomes the file `dst`, on an error it goes.
+    """Yields a temporary sibling to write; on exit it is synced and becomes the file `dst`, on an error it is removed.
 
     Args:
         dst: the file to make.
@@ -117,7 +117,7 @@ def atomic_file(dst: str | os.PathLike[str], needs: int = 0) -> Iterator[Path]:
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Writes a whole file (text as UTF-8), replacing what stood there in one step.
+    """Writes a whole file (text as UTF-8), atomically replacing what was there.
 
     Raises:
         InputError: the disk is full or the place is not writable.
@@ -144,7 +144,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file.
 
     Raises:
-        InputError: it cannot be read, or holds something else.
+        InputError: it cannot be read, or is not UTF-8 text.
     """
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -182,7 +182,7 @@ def _user_errors(path: Path) -> Iterator[None]:
 
 
 def _belongs_to(place: Path, dst: Path) -> bool:
-    """Whether `place` is `dst`, a folder above it, or in it or its temporary sibling: no file that is read for it."""
+    """Whether `place` is `dst`, a folder above it, or inside it or its temporary sibling, and so not an input file."""
     place, dst = place.absolute(), dst.absolute()
     within = (place, *place.parents)
     return place in dst.parents or dst in within or any(_is_partial(above, dst) for above in within)
@@ -201,11 +201,11 @@ def _make_partial(dst: Path, needs: int) -> int:
 
 
 def _check_place(dst: Path, needs: int) -> None:
-    """Refuses a place where something stands, or a disk without room."""
+    """Refuses a place where something exists, or a disk without enough room."""
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise InputError(f"{dst}: exists already; expected a new path; choose another or remove it first")
     if dst.name in ("", "..") or dst.is_symlink() or os.path.ismount(dst):
-        # What is written gets its name at the end, which none of these can take.
+        # The result is renamed to `dst` at the end, which none of these allows.
         raise InputError(f"{dst}: is a link, a mount point or a folder without a name; name a new folder in it")
     dst.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(dst.parent).free
@@ -218,7 +218,7 @@ def _partial(dst: Path, number: int) -> Path:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What a killed process was writing in a folder, and never renamed."""
+    """What a killed process was writing in a folder and never renamed."""
     return list(folder.glob(".*.partial"))
 
 
@@ -253,10 +253,10 @@ def _umask() -> int:
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Refuses a place for output early; whoever may write has the last word when the folder is made.
+    """Refuses an unwritable place for output early; the final check comes when the folder is made.
 
     Raises:
-        InputError: the nearest folder above that exists cannot be written into.
+        InputError: the nearest existing folder at or above it cannot be written into.
     """
     above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):

@@ -8,7 +8,7 @@ _NAME = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@(\w[\w./-]*))?")
 
 @dataclasses.dataclass(frozen=True)
 class HubName:
-    """What `owner/name@revision` says: a repository, and its branch, tag or commit ("" is the main branch)."""
+    """The parts of `owner/name@revision`: a repository, and its branch, tag or commit ("" is the main branch)."""
 
     repository: str
     revision: str = ""
@@ -18,11 +18,11 @@ class HubName:
 
     @property
     def has_owner(self) -> bool:
-        """Whether it is `owner/name`; a few old models are a name alone, as a file may be."""
+        """Whether it is `owner/name`; a few old models have only a name, which may also be a file."""
         return "/" in self.repository
 
 
 def hub_name(text: str) -> HubName | None:
-    """Reads `owner/name` or `owner/name@revision`, whether or not the Hub has it; None where it is none."""
+    """Parses `owner/name` or `owner/name@revision`, whether or not it is on the Hub; None if it is no such name."""
     match = _NAME.fullmatch(text)
     return None if match is None else HubName(match[1], match[2] or "")

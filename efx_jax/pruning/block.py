@@ -129,8 +129,7 @@ def _swap(
 ) -> dict[str, Array]:
     """Masks that lose less of U and keep as many entries in every row.
 
-    U is compared, not the targets of the recovery: those have only what the old mask kept, and every swap would lead
-    back to it.
+    U is compared, not the targets of the recovery: those hold only what the old mask kept; swaps would lead back to it.
     """
     swap = functools.partial(swap_mask, swaps=config.swaps, pattern=parse_pattern(config.group))
     return {
