@@ -227,8 +227,7 @@ def run_blocks(
     The other arguments are those of `hidden_states`.
 
     Returns:
-        The hidden states `[B,T,D]`, and what `observe` returned for every block, as arrays with a leading axis L, or
-        None.
+        The hidden states `[B,T,D]`, and the results of `observe` with a leading axis L, or None.
     """
     batch, length = tokens.shape
     if positions is None:

@@ -160,7 +160,7 @@ def _model_name(path: Path) -> str:
 
 
 def _rope_metadata(rope: RopeSpec) -> dict[str, Any]:
-    """The keys of the rotary scalings that llama.cpp reads from keys."""
+    """The rotary scaling as metadata, if llama.cpp reads it from there."""
     if rope.rope_type in ("default", "llama3"):
         return {}
     keys: dict[str, Any] = {"rope.scaling.type": rope.rope_type, "rope.scaling.factor": float(rope.factor)}

@@ -79,7 +79,7 @@ def _byte_level_metadata(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _sentencepiece_metadata(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Kind, space before a text, and the score of every token that merges produce: the earlier the merge, the higher."""
+    """Kind, space before a text, and the score of every token that merges produce: earlier merges score higher."""
     steps = _steps(parts["normalizer"], "normalizers") + _steps(parts["pre_tokenizer"], "pretokenizers")
     kinds = [step["type"] for step in steps]
     if kinds == ["Metaspace"] and not steps[0].get("split", True):

@@ -33,9 +33,8 @@ def open_folder(path: str | os.PathLike[str]) -> TensorSource:
     """Opens a Hugging Face folder: `config.json` and `model.safetensors`, whole or in shards; reads no tensor.
 
     Raises:
-        InputError: the folder has no safetensors or does not exist, its tensors are quantised, a file is missing,
-            truncated or garbled, a shard lacks a tensor that the index lists in it, or the tokenizer has more tokens
-            than the embedding has rows.
+        InputError: no such folder, no safetensors in it, quantised tensors, a missing, truncated or garbled file, a
+            shard without a tensor that the index lists in it, or a tokenizer with ids beyond the embedding.
     """
     folder = Path(path)
     if not folder.is_dir():

@@ -147,8 +147,7 @@ def unpack(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
         dst: the folder to make.
 
     Raises:
-        InputError: `src` is not a packed folder or is damaged in any byte that matters, `dst` exists, or the disk is
-            full.
+        InputError: `src` is not a packed folder or is damaged where it matters, `dst` exists, or the disk is full.
     """
     folder = Path(src)
     if not is_packed_folder(folder):

@@ -54,7 +54,7 @@ def folder_tokenizer(folder: Path) -> Any:
 def declare_tokenizer(src: Path, dst: Path) -> None:
     """Changes a copied tokenizer's declaration, if needed, so that `AutoTokenizer` reads it as the files define it.
 
-    An opened export then gives the ids that it was trained on, except for a qwen2 model: for those transformers 5
+    An opened export then gives the ids that it was trained on, except for qwen2 models, for which transformers 5
     ignores the declaration and builds its Qwen2Tokenizer; a warning says so if that is a different tokenizer. If
     transformers is not installed, or cannot load the tokenizer, the copy stays as it is.
 
