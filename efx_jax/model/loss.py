@@ -1,4 +1,4 @@
-"""Next-token loss in chunks: only one chunk of logits exists at a time, and only positions with a weight are read."""
+"""Next-token loss in chunks: one chunk of logits exists at a time, and only positions of nonzero weight are read."""
 
 import functools
 import math
@@ -182,7 +182,7 @@ def by_chunks(
     dtype: Any,
     terms: int,
 ) -> tuple[Array, Array]:
-    """Runs `chunk` over the positions with a weight, 512 at a time; returns the sums and their gradient.
+    """Runs `chunk` over the positions of nonzero weight, 512 at a time; returns the sums and their gradient.
 
     Args:
         chunk: (weights `[t]`, hidden states `[t,D]`, the others `[t,...]`) -> (`terms` sums, d sum / d hidden `[t,D]`).
