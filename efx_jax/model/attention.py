@@ -1,4 +1,4 @@
-"""Softmax attention with grouped queries: causal by plain XLA or by cuDNN, and by an explicit mask for decoding."""
+"""Softmax attention with grouped queries: causal, in plain XLA or by cuDNN, and with an explicit mask for decoding."""
 
 import functools
 import math
@@ -20,9 +20,9 @@ Implementation = Literal["xla", "cudnn"]
 # q, k, v, segments, ends, log-sum-exp of every query.
 _Saved = tuple[Array, Array, Array, Array | None, Array | None, Array]
 
-_BLOCKS, _SMALLEST_BLOCK = 8, 64  # measured on a CPU at 512 and 2,048 tokens; more blocks compile longer
-_TOLERANCE = 0.02  # of the norm; two right ways differ by half a percent in bfloat16
-_WORKSPACE = 2**30  # bytes that are not worth the slower path
+_BLOCKS, _SMALLEST_BLOCK = 8, 64  # measured on a CPU at 512 and 2,048 tokens; more blocks take longer to compile
+_TOLERANCE = 0.02  # of the norm; two correct implementations differ by half a percent in bfloat16
+_WORKSPACE = 2**30  # bytes; a smaller workspace does not justify the slower path
 _SIZES = ((100, 60, 70, 26), (128, 128, 0, 0))  # segments and padding of the self-test's rows
 
 
@@ -34,22 +34,22 @@ def attention(
     implementation: Implementation = "xla",
     ends: Array | None = None,
 ) -> Array:
-    """Causal softmax attention, what training, evaluation and calibration run.
+    """Causal softmax attention, as used in training, evaluation and calibration.
 
     A query sees itself and earlier keys; with segments only those of its own segment, with ends only those that have
-    not ended: a tree of sequences in pre-order, whose tokens see the way from the root to themselves. Right-padded
-    batches need neither: a real token never sees the padding behind it.
+    not ended. Ends describe a tree of sequences in pre-order, whose tokens see the path from the root to themselves.
+    Right-padded batches need neither: a real token never sees the padding behind it.
 
     Args:
         q: `[B,T,N,H]`, in the dtype of the matmul operands.
         k: `[B,T,K,H]`, N a multiple of K.
         v: `[B,T,K,H]`.
         segments: int `[B,T]`, -1 on padding, or None.
-        implementation: "xla" takes anything; "cudnn" NVIDIA GPUs, bfloat16 or float16 and packed rows, see
+        implementation: "xla" takes anything; "cudnn" takes bfloat16 or float16 on NVIDIA GPUs, also in packed rows, see
             `choose_attention`. For cuDNN a row's segments must ascend from 1, padding last, and be fewer than
             `cudnn_attention.MAX_RUNS`; a row laid out otherwise comes out as NaN.
-        ends: int `[B,T]`, or None: the place behind the last token that sees this one (at least one behind itself);
-            "xla" only.
+        ends: int `[B,T]`, or None: one past the last position that sees this token (so at least its own position plus
+            one); "xla" only.
 
     Returns:
         `[B,T,N*H]`, float32.
@@ -61,13 +61,13 @@ def attention(
 
 
 def masked_attention(q: Array, k: Array, v: Array, visible: Array) -> Array:
-    """Softmax attention by an explicit mask, for decoding with a cache, whose layout spares it every transposition.
+    """Softmax attention with an explicit mask, for decoding with a cache, whose layout needs no transpositions.
 
     Args:
         q: `[B,T,N,H]`, in the dtype of the matmul operands.
         k: `[B,K,H,S]`.
         v: `[B,K,S,H]`.
-        visible: bool, broadcastable to `[B,T,S]`: which keys a query sees. A query that sees none gets the mean of v.
+        visible: bool, broadcastable to `[B,T,S]`: which keys a query sees. If it sees none, it gets the mean of v.
 
     Returns:
         `[B,T,N*H]`, float32.
@@ -79,7 +79,7 @@ def masked_attention(q: Array, k: Array, v: Array, visible: Array) -> Array:
 
 
 def visible_keys(segments: Array | None, first: int, stop: int, ends: Array | None = None) -> Array:
-    """Which of the keys before `stop` the queries `first ... stop - 1` see, bool `[B or 1,stop-first,stop]`."""
+    """Which keys before `stop` are visible to queries `first ... stop - 1`, bool `[B or 1,stop-first,stop]`."""
     shape = (stop - first, stop)
     queries = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     visible = (jax.lax.broadcasted_iota(jnp.int32, shape, 1) <= queries)[None]
@@ -92,11 +92,11 @@ def visible_keys(segments: Array | None, first: int, stop: int, ends: Array | No
 
 @jax.custom_vjp
 def _attend_by_blocks(q: Array, k: Array, v: Array, segments: Array | None, ends: Array | None) -> Array:
-    """A block of queries at a time meets the keys up to its own end: half the scores, and one block of them at a time.
+    """Each block of queries attends to the keys up to its own end: half of all scores, and only one block at a time.
 
-    The backward pass keeps each query's log-sum-exp and forms the scores again, as FlashAttention does (arXiv
-    2205.14135, section 3.1), except that it sums p * dp itself, since a block holds whole rows, and so needs no output.
-    Every product has the block of scores as its result, its left or its untransposed right operand: on a CPU,
+    The backward pass reuses each query's log-sum-exp and recomputes the scores, as FlashAttention does (arXiv
+    2205.14135, section 3.1), but sums p * dp directly, since a block holds whole rows, and so does not need the output.
+    In every product the block of scores is the result, the left or the untransposed right operand: on a CPU,
     transposing the scores costs ten times the product.
     """
     return _attend_by_blocks_fwd(q, k, v, segments, ends)[0]
@@ -114,7 +114,7 @@ def _attend_by_blocks_fwd(
         total = jnp.sum(weights, axis=-1, keepdims=True)
         mixed.append(dot("bkgts,bksh->bkgth", weights.astype(v.dtype), values[:, :, :stop]) / total)
         sums.append(highest + jnp.log(total))
-    # Saved under a remat policy by name, it spares the backward pass this whole function.
+    # If a remat policy saves it by name, the backward pass need not rerun this function.
     log_sums = checkpoint_name(jnp.concatenate(sums, axis=3), "attention_log_sums")
     out = _by_token(jnp.concatenate(mixed, axis=3)).reshape(*q.shape[:2], -1)
     return out, (q, k, v, segments, ends, log_sums)
@@ -148,13 +148,13 @@ _attend_by_blocks.defvjp(_attend_by_blocks_fwd, _attend_by_blocks_bwd)
 
 
 def _add_in_front(total: Array, part: Array) -> Array:
-    """Adds to the first columns, in place: sums of padded parts would be formed element by element by what follows."""
+    """Adds to the first columns, in place: XLA would fuse sums of padded parts, element by element, into their use."""
     front = total[..., : part.shape[-1]] + part
     return jax.lax.dynamic_update_slice(total, front, (0,) * total.ndim)
 
 
 def query_block(length: int) -> int:
-    """Queries whose scores the attention without fused kernels forms at a time, in a sequence of T = `length`."""
+    """How many queries' scores the attention without fused kernels computes at a time, for sequence length T."""
     return min(length, max(_SMALLEST_BLOCK, -(-length // _BLOCKS)))
 
 
@@ -164,14 +164,14 @@ def _query_blocks(length: int) -> list[tuple[int, int]]:
 
 
 def _block_scores(queries: Array, keys_t: Array, segments: Array | None, ends: Array | None, first: int) -> Array:
-    """Scaled scores `[B,K,G,t,stop]` of `queries [B,K,G,t,H]`, -inf where a key is not seen; `keys_t [B,K,H,T]`."""
+    """Scaled scores `[B,K,G,t,stop]` of `queries [B,K,G,t,H]`, -inf where a key is hidden; `keys_t [B,K,H,T]`."""
     stop = first + queries.shape[3]
     scores = dot("bkgth,bkhs->bkgts", queries, keys_t[..., :stop]) / math.sqrt(queries.shape[-1])
     return jnp.where(visible_keys(segments, first, stop, ends)[:, None, None], scores, -jnp.inf)
 
 
 def _by_head(x: Array, kv_heads: int) -> Array:
-    """`[B,T,N,H]` -> `[B,K,G,T,H]`, the G query heads of a key head together."""
+    """`[B,T,N,H]` -> `[B,K,G,T,H]`, grouping the G query heads of each key head."""
     batch, length, heads, width = x.shape
     return x.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
 
@@ -183,16 +183,16 @@ def _by_token(x: Array) -> Array:
 
 
 def choose_attention(spec: ModelSpec, compute_dtype: Any, *, packed: tuple[int, int] | None = None) -> Implementation:
-    """cuDNN where there is a GPU and cuDNN passes a self-test on this model's heads, else XLA; on a GPU it warns why.
+    """cuDNN if there is a GPU and cuDNN passes a self-test on this model's heads; else XLA, warning why on a GPU.
 
-    Every process of a run must come to the same answer, so its hosts need the same GPUs and libraries.
+    Every process of a run must get the same answer, so its hosts need the same GPUs and libraries.
 
     Args:
         spec: the model.
         compute_dtype: dtype of the matmul operands.
-        packed: (B, T) of a device's forward pass where the run packs several segments into a row, else None. XLA gives
+        packed: (B, T) of a device's forward pass if the run packs several segments into a row, else None. XLA gives
             cuDNN as much workspace as if each of a row's `cudnn_attention.MAX_RUNS` segments were T tokens long, so
-            the compiler is asked whether there would be more of it than XLA's blocks of scores take.
+            the function asks the compiler whether that exceeds what XLA's blocks of scores take.
     """
     if jax.default_backend() != "gpu":
         return "xla"
@@ -205,7 +205,7 @@ def choose_attention(spec: ModelSpec, compute_dtype: Any, *, packed: tuple[int, 
 
 
 def _cudnn_fault(spec: ModelSpec, dtype: Any, packed: tuple[int, int] | None) -> str | None:
-    """What is wrong with cuDNN, in one line: it refuses, gives a gradient that is not finite, or differs from XLA."""
+    """What is wrong with cuDNN, in one line: an error, a non-finite result, one unlike XLA's, or too much workspace."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 or float16, the compute dtype is {dtype}"
     q, k, v, segments = _self_test_case(spec, dtype)
@@ -214,7 +214,7 @@ def _cudnn_fault(spec: ModelSpec, dtype: Any, packed: tuple[int, int] | None) ->
         expected = _output_and_gradients(attention)(q, k, v, layout)
         try:
             found = jax.block_until_ready(fused(q, k, v, layout))
-        except Exception as error:  # whatever jax, XLA or a changed private function of jax raises, the run goes on
+        except Exception as error:  # whatever jax, XLA or a changed private jax function raises, the run continues
             return f"{name} rows: {_first_line(error)}"
         for part in ("output", "dq", "dk", "dv"):
             if not bool(jnp.all(jnp.isfinite(found[part]))):
@@ -247,14 +247,14 @@ def _self_test_case(spec: ModelSpec, dtype: Any) -> tuple[Array, Array, Array, A
 
 
 def _workspace(spec: ModelSpec, dtype: Any, rows: int, length: int, attend: Callable[..., Array]) -> int:
-    """Bytes that a layer's attention over packed rows and its gradient take on a device, beside operands and results.
+    """Bytes that a layer's attention over packed rows and its gradient need on a device, besides operands and results.
 
     Args:
         spec: the model.
         dtype: of the operands.
-        rows: of one device.
-        length: of the rows, T.
-        attend: (q, k, v, segments) -> `[B,T,N*H]` on one device: nothing is shared out here.
+        rows: B, the rows of one device.
+        length: T, the length of the rows.
+        attend: (q, k, v, segments) -> `[B,T,N*H]` on one device: nothing is sharded here.
     """
     mesh = active_mesh()
     tensor = 1 if mesh is None else mesh.shape["tensor"]
@@ -276,7 +276,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _output_and_gradients(attend: Callable[..., Array]) -> Any:
-    """(q, k, v, segments) -> float32 vectors by name, compiled; `attend` takes the same."""
+    """(q, k, v, segments) -> float32 vectors by name, compiled; `attend` takes the same arguments."""
 
     def run(q: Array, k: Array, v: Array, segments: Array | None) -> dict[str, Array]:
         out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments), q, k, v)

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far, and the decoder's blocks on new tokens that read and extend them."""
+"""The key/value cache of the tokens so far, and the decoder's blocks on new tokens, which read and extend it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ Array = jax.Array
 
 @struct.dataclass
 class KVCache:
-    """Rotated keys `[L,B,K,H,S]` and values `[L,B,K,S,H]` of all layers, by `to_bits`.
+    """Rotated keys `[L,B,K,H,S]` and values `[L,B,K,S,H]` of all layers, in the form that `to_bits` gives.
 
     The first T slots are those of the prompts, padding included; every further token takes the same slot in all rows.
     """
@@ -28,7 +28,7 @@ class KVCache:
 
 
 def empty_cache(params: Params, batch: int, slots: int, spec: ModelSpec, compute_dtype: str | None) -> KVCache:
-    """Zeros for B rows of S slots, in `compute_dtype`, or None: in that of the weights."""
+    """Zeros for B rows of S slots, in `compute_dtype`, or if that is None in the dtype of the weights."""
     dtype = params["layers"]["q_proj"].dtype if compute_dtype is None else jnp.dtype(compute_dtype)
     heads, width = (spec.num_layers, batch, spec.num_kv_heads), spec.head_dim
     return KVCache(
@@ -47,7 +47,7 @@ def extend(
     slot: Array,
     visible: Array | None,
 ) -> tuple[Array, KVCache]:
-    """All blocks on new tokens, whose keys and values enter the cache.
+    """Runs all blocks on new tokens and adds their keys and values to the cache.
 
     Args:
         x: residual stream of the new tokens `[B,T,D]`.
@@ -58,8 +58,7 @@ def extend(
         spec: the model.
         options: how the linears are computed.
         slot: the slot of the first of the T tokens.
-        visible: bool `[B,T,S]`: the slots that a token sees; None: the tokens are the prompts, and each sees those
-            before it.
+        visible: bool `[B,T,S]`: the slots that a token sees; None: the tokens are the prompts, with causal attention.
     """
     rope = rope_tables(spec.rope, spec.head_dim, positions)
 

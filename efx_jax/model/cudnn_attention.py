@@ -1,4 +1,4 @@
-"""Flash attention of cuDNN on NVIDIA GPUs, for rows of one sequence and for packed rows."""
+"""cuDNN's flash attention on NVIDIA GPUs, for rows of one sequence and for packed rows."""
 
 import math
 
@@ -11,15 +11,15 @@ from efx_jax.parallel.partition import batch_axes
 
 Array = jax.Array
 
-# Segments of one row, the padding counted as one. cuDNN's workspace grows with it (see `attention.choose_attention`).
+# Most segments per row, with padding as one of them. cuDNN's workspace grows with it, see `attention.choose_attention`.
 MAX_RUNS = 64
 
 
 def causal(q: Array, k: Array, v: Array) -> Array:
     """`[B,T,N,H]` by cuDNN's flash attention, causal without a mask tensor.
 
-    It lowers for CUDA on a machine without a GPU, except that jax asks for the version of the installed cuDNN first
-    (and, for packed rows, for the GPU's compute capability) and gives up where there is none.
+    It could be lowered for CUDA on a machine without a GPU, except that jax first asks for the installed cuDNN's
+    version (and, for packed rows, the GPU's compute capability) and fails if there is none.
     """
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
@@ -28,8 +28,8 @@ def packed(q: Array, k: Array, v: Array, segments: Array) -> Array:
     """`[B,T,N,H]` by cuDNN's flash attention over ragged segments, padding as a segment of its own. Hopper or newer.
 
     Keys and values are repeated to N heads first: jax 0.10 computes the keys' offsets with the number of query heads,
-    which is wrong where there are fewer key heads (jax 0.12 is right). On a mesh every device hands over its own rows
-    and heads: left to the partitioner it would get the offsets of all rows with its own q, k and v.
+    which is wrong if there are fewer key heads (fixed in jax 0.12). On a mesh every device passes its own rows and
+    heads: under automatic partitioning it would get the offsets of all rows with only its own q, k and v.
     """
     mesh = active_mesh()
     if mesh is None:
@@ -42,8 +42,8 @@ def packed(q: Array, k: Array, v: Array, segments: Array) -> Array:
 
 
 def packed_here(q: Array, k: Array, v: Array, segments: Array) -> Array:
-    """`packed` on the rows and heads that one device has."""
-    # Only jax's private function offers it.
+    """`packed` on the rows and heads of one device."""
+    # Only a private function of jax supports this.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     k, v = _repeated(q, k, v)
@@ -63,7 +63,7 @@ def packed_here(q: Array, k: Array, v: Array, segments: Array) -> Array:
 
 
 def _repeated(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-    """Keys and values `[B,T,N,H]`, those of a key head once for each of its query heads."""
+    """Keys and values `[B,T,N,H]`, each key head repeated for each of its query heads."""
     group = q.shape[2] // k.shape[2]
     return jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
 
@@ -73,11 +73,11 @@ def segment_runs(segments: Array, most: int) -> tuple[Array, Array, Array]:
 
     Args:
         segments: int `[B,T]`, -1 on padding.
-        most: M, the static number of runs of equal segments that a row may have.
+        most: M, the largest number of segments that a row may have (padding counts as one), static.
 
     Returns:
-        Starts int32 `[B,M+1]` and lengths int32 `[B,M]`, -1 behind the last run; and bool `[B]`: whether cuDNN can
-        take the row, that is at most M runs, segments ascending from 1 and padding last.
+        Starts int32 `[B,M+1]` and lengths int32 `[B,M]`, -1 after the last segment; and bool `[B]`: whether cuDNN can
+        handle the row, that is, at most M segments, ascending from 1, padding last.
     """
     batch = segments.shape[0]
     ranks = jnp.where(segments < 0, jnp.iinfo(jnp.int32).max, segments)

@@ -23,7 +23,7 @@ from efx_jax.parallel.partition import VOCABULARY, batch_axes, constrain, linear
 Array = jax.Array
 Params = Mapping[str, Any]
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-# What remat "linears" keeps: every linear's output that the backward pass reads (down's it does not), and attention's.
+# Kept by remat "linears": attention's outputs and those of all linears but down, which the backward pass never reads.
 _SAVED = ("q_proj", "k_proj", "v_proj", "attention_log_sums", "context", "o_proj", "gate_proj", "up_proj")
 
 
@@ -55,13 +55,13 @@ def block(
         spec: the model.
         options: scale, mask mode and dtypes of the linears.
         rope: cos and sin `[B,T,1,H/2]`.
-        attend: (q, k, v) -> (context `[B,T,N*H]`, anything the caller keeps, such as a KV cache).
-        dropout_key: PRNG key of the adapters' dropout, or one for each row `[B]`, or None.
+        attend: (q, k, v) -> (context `[B,T,N*H]`, anything the caller wants to keep, such as a KV cache).
+        dropout_key: PRNG key of the adapters' dropout, or one key per row `[B]`, or None.
         probes: zeros `[O]` of some linears, see `probe_gradient`.
 
     Returns:
         The new residual stream `[B,T,D]`; the activations that calibration reads, by name (dead code elsewhere): the
-        inputs of the linears `attn_in`, `o_in`, `mlp_in`, `down_in` `[B,T,I]`, the projections `q_raw`, `k_raw` before
+        linears' inputs `attn_in`, `o_in`, `mlp_in`, `down_in` `[B,T,I]`, the projections `q_raw`, `k_raw` before
         and `q`, `k` after their norm `[B,T,heads,H]`, `gate` and `up` `[B,T,F]`; and what `attend` kept.
     """
     weights = layer.weights
@@ -142,11 +142,11 @@ def embed(params: Params, tokens: Array) -> Array:
 
 
 embed_batch = jax.jit(embed)
-"""`embed` compiled, for callers outside of `jit`: on a mesh it would be compiled anew for every batch."""
+"""`embed` compiled, for callers outside `jit`: on a mesh, plain `embed` would be recompiled for every batch."""
 
 
 def head_weight(params: Params) -> Array:
-    """The output embedding `[V,D]`: `lm_head`, or `embed_tokens` where it is tied."""
+    """The output embedding `[V,D]`: `lm_head`, or `embed_tokens` if they are tied."""
     return params["lm_head"] if "lm_head" in params else params["embed_tokens"]
 
 
@@ -168,24 +168,24 @@ def hidden_states(
     attention_path: Implementation = "xla",
     frozen: bool = False,
 ) -> Array:
-    """The final-normed hidden states `[B,T,D]`, in the dtype of the embedding.
+    """The hidden states after the final norm `[B,T,D]`, in the dtype of the embedding.
 
     Args:
         params: parameter tree (`efx_jax.model.spec.param_shapes`).
-        tokens: int `[B,T]`, right-padded; the value of padding is free.
+        tokens: int `[B,T]`, right-padded; padding may have any value.
         spec: the model, static under jit.
         adapters: LoRA adapters, or None.
         masks: name -> mask `[L,O,I]` (True = kept; bool or packed, see `efx_jax.masks`), or None.
         positions: int `[B,T]`; 0, 1, ... by default.
-        segments: int `[B,T]`: a query sees earlier keys of its own segment only; None: all earlier.
-        ends: int `[B,T]`: the place from which on a key is no longer seen; None: it always is.
+        segments: int `[B,T]`: a query sees only earlier keys of its own segment; None: all earlier keys.
+        ends: int `[B,T]`: the position from which a key is no longer seen; None: it stays visible.
         mask_forward: how masks act, see `efx_jax.linear.linear`.
         compute_dtype: dtype of the matmul operands; None takes the weights'.
         dropout_rate: dropout on the adapters' inputs; acts only with a key.
-        dropout_key: PRNG key, or one for each row `[B]`, which then draws alike in any batch; or None.
-        frozen: the base weights get no gradient, which makes the pass faster on a CPU; adapters do.
+        dropout_key: PRNG key, or one per row `[B]`, so that a row's draws do not depend on its batch; or None.
+        frozen: the base weights get no gradient (adapters still do), which makes the pass faster on a CPU.
         attention_path: see `efx_jax.model.attention.choose_attention`.
-        remat: what the backward pass computes again: nothing, everything but the linears' outputs, or whole blocks.
+        remat: what the backward pass recomputes: nothing, everything but the linears' outputs, or whole blocks.
     """
     options = LinearOptions(
         scale=1.0 if adapters is None else adapters.scale,
@@ -215,19 +215,19 @@ def run_blocks(
     probes: Mapping[str, Array] | None = None,
     observe: Callable[[dict[str, Array]], Any] | None = None,
 ) -> tuple[Array, Any]:
-    """Embedding, all blocks in one scan and the last norm; in place of `hidden_states` to observe or probe blocks.
+    """Embedding, all blocks in one scan and the final norm; unlike `hidden_states`, it can observe or probe blocks.
 
     Args:
         layers: all blocks, see `stack_layers`.
         options: scale, mask mode and dtypes of the linears.
         attend: see `block`.
         probes: zeros `[L,O]` of some linears, see `efx_jax.model.layers.probe_gradient`.
-        observe: what to make of a block's activations (those that `block` returns), which get no gradient; or None.
+        observe: function of a block's activations (those that `block` returns), which get no gradient; or None.
 
     The other arguments are those of `hidden_states`.
 
     Returns:
-        The hidden states `[B,T,D]`, and what `observe` made of every block, arrays leading with L, or None.
+        The hidden states `[B,T,D]`, and the results of `observe` with a leading axis L, or None.
     """
     batch, length = tokens.shape
     if positions is None:
@@ -260,7 +260,7 @@ def forward(
     mask_forward: MaskForward = "exact",
     compute_dtype: Any = None,
 ) -> Array:
-    """Logits of every position.
+    """Logits at every position.
 
     Args:
         params: parameter tree.

@@ -22,17 +22,17 @@ from efx_jax.parallel.partition import constrain
 
 Array = jax.Array
 Padding = Literal["right", "left"]
-# Long answers end at different times: the batch is halved, down to so many rows, whenever half of it has stopped. Each
-# width is compiled by itself, which short answers would not pay for.
+# Long answers end at different times: the batch is halved, down to `_NARROWEST` rows, whenever half of it has stopped.
+# Each width is compiled separately, which does not pay off for short answers.
 _LONG_ANSWER = 128
 _NARROWEST = 8
 
 
 @struct.dataclass
 class _Progress:
-    """Tokens chosen so far `output [B,M]` and their number; the rest is that of the b rows at work.
+    """Tokens chosen so far `output [B,M]`, their number `count`, and the state of the b active rows.
 
-    `rows [b]` are their lines in `output`, `last [b]` their last tokens, `stopped [b]` whether they have ended, `ends
+    `rows [b]` are their indices in `output`, `last [b]` their last tokens, `stopped [b]` whether they have ended, `ends
     [b]` the positions of their prompts' last tokens, `draws [b]` the keys of their draws, or None.
     """
 
@@ -48,7 +48,7 @@ class _Progress:
 
 @struct.dataclass
 class _Model:
-    """The weights as every token wants them (`freeze`, `to_bits`; `dtype` is the embeddings'), and how to compute."""
+    """The weights in the form used for decoding (`freeze`, `to_bits`; `dtype` is the embeddings') and the options."""
 
     layers: Layer
     aside: dict[str, Array]
@@ -79,15 +79,15 @@ def generate(
     rows: Array | None = None,
     padding: Padding = "right",
 ) -> Array:
-    """A next token, again and again, until every row has stopped or `max_new_tokens` are chosen.
+    """Generates token by token until every row has stopped or `max_new_tokens` are chosen.
 
-    Adapters and masks act as under `exact`, and U is formed again for every token: merge them first where memory
-    allows. Compiled once per shape of `tokens`.
+    Adapters and masks act as under `exact`, and U is recomputed for every token: merge them first if memory allows.
+    Compiled once per shape of `tokens`.
 
     Args:
         params: parameter tree.
-        tokens: prompts, int `[B,T]`, padded on the side that `padding` names; the value of padding is free.
-        lengths: int `[B]`, tokens of each prompt, at least 1.
+        tokens: prompts, int `[B,T]`, padded on the side that `padding` names; padding may have any value.
+        lengths: int `[B]`, the number of tokens of each prompt, at least 1.
         spec: the model, static.
         max_new_tokens: M, static.
         adapters: LoRA adapters, or None.
@@ -96,9 +96,9 @@ def generate(
         compute_dtype: dtype of the matmul operands and of the cache; None takes the weights'.
         sampling: how to draw tokens, static; None takes the most likely one.
         key: PRNG key of the draws, or R of them: every prompt is read once and answered R times. Only with `sampling`.
-        rows: int `[B]`, the number of each row's stream of draws; 0, 1, ... by default. A row with the same number,
-            key and prompt gets the same tokens in whatever batch it is.
-        padding: "right" or "left", static; the tokens chosen are the same.
+        rows: int `[B]`, the number of each row's random stream; 0, 1, ... by default. A row with the same number,
+            key and prompt gets the same tokens whatever batch it is in.
+        padding: "right" or "left", static; either gives the same tokens.
 
     Returns:
         int32 `[B,M]`, or `[R,B,M]` for R keys: the new tokens, the stop token included, then -1.
@@ -135,7 +135,7 @@ def generate(
     next_token = functools.partial(_next_token, model, prompt_length, stops, sampling)
     for width, fewest in _stages(runs * batch, max_new_tokens):
         progress = jax.lax.while_loop(functools.partial(_goes_on, fewest), next_token, _keep_at_work(progress, width))
-    # Whole on every device: of several hosts each reads the tokens of all rows.
+    # Replicated on every device, so that every host can read the tokens of all rows.
     return constrain(progress.output.reshape(*(() if key is None else key.shape), batch, max_new_tokens))
 
 
@@ -166,7 +166,7 @@ def _prepare(
 def _advance(
     model: _Model, cache: KVCache, ids: Array, positions: Array, slot: Array, visible: Array | None
 ) -> tuple[Array, KVCache]:
-    """Final-normed hidden states `[B,T,D]` of new tokens `[B,T]`, see `efx_jax.model.cache.extend`."""
+    """Hidden states after the final norm `[B,T,D]` of new tokens `[B,T]`, see `efx_jax.model.cache.extend`."""
     x = from_bits(embed(model.table, ids), model.dtype)
     x, cache = extend(x, model.layers, model.aside, positions, cache, model.spec, model.options, slot, visible)
     return rms_norm(x, model.norm, model.spec.rms_norm_eps), cache
@@ -183,8 +183,8 @@ def _choose(model: _Model, hidden: Array, count: Array, draws: Array | None, sam
 def _next_token(
     model: _Model, prompt_length: int, stops: Array, sampling: Sampling | None, progress: _Progress
 ) -> _Progress:
-    """One more token of every row at work."""
-    # The last token chosen is the first whose keys are not in the cache yet.
+    """One more token for every active row."""
+    # The keys of the last chosen token are not in the cache yet.
     positions = (progress.ends + progress.count)[:, None]
     slot = prompt_length + progress.count - 1
     slots = jnp.arange(prompt_length + progress.output.shape[1])
@@ -203,7 +203,7 @@ def _next_token(
 
 
 def _stages(batch: int, max_new_tokens: int) -> list[tuple[int, int]]:
-    """Stage after stage, how many rows are at work, and with how few left it ends."""
+    """For each stage, how many rows are active, and at how few unfinished rows it ends."""
     widths = [batch]
     while max_new_tokens >= _LONG_ANSWER and widths[-1] // 2 >= _NARROWEST:
         widths.append(widths[-1] // 2)
@@ -215,7 +215,7 @@ def _goes_on(fewest: int, progress: _Progress) -> Array:
 
 
 def _keep_at_work(progress: _Progress, width: int) -> _Progress:
-    """The progress with `width` rows, at least those that have not stopped."""
+    """The progress with `width` rows, including all that have not stopped."""
     if width == progress.rows.size:
         return progress
     chosen = jnp.argsort(progress.stopped, stable=True)[:width]
@@ -231,18 +231,18 @@ def _keep_at_work(progress: _Progress, width: int) -> _Progress:
 
 
 def _row_keys(key: Array, rows: Array) -> Array:
-    """The keys `[R*B]` of the streams of draws, run by run."""
+    """The keys `[R*B]` of the rows' random streams, run by run."""
     return jax.vmap(lambda run: jax.vmap(lambda row: jax.random.fold_in(run, row))(rows))(key.ravel()).ravel()
 
 
 def _to_the_left(tokens: Array, lengths: Array) -> Array:
-    """Left-padded rows `[B,T]` with their padding behind them."""
+    """Left-padded rows `[B,T]` turned into right-padded ones."""
     length = tokens.shape[1]
     places = jnp.arange(length) + (length - lengths)[:, None]
     return jnp.take_along_axis(tokens, places % length, axis=1)
 
 
 def _cast_linears(layers: Layer, dtype: str) -> Layer:
-    """The blocks with their linears as the matmuls want them, so that no step casts them again."""
+    """The blocks with their linears cast to the matmuls' dtype, so that no step has to cast them again."""
     weights = {name: w.astype(dtype) if name.endswith("_proj") else w for name, w in layers.weights.items()}
     return dataclasses.replace(layers, weights=weights)

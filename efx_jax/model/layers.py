@@ -22,7 +22,7 @@ def rope_frequencies(rope: RopeSpec, head_dim: int) -> tuple[np.ndarray, float]:
     """Inverse frequencies `[H/2]` in radians per position, and the factor on cos and sin.
 
     Every step is float32, in the order of transformers' `modeling_rope_utils`: a detour through float64 moves the angle
-    by 5e-4 rad at position 9,000. The power alone is rounded from float64: torch without SIMD gives these bits, while
+    by 5e-4 rad at position 9,000. Only the power is rounded from float64: torch without SIMD gives these bits, while
     numpy's float32 power depends on the CPU. Llama-3 scaling as in Meta's release, YaRN as in arXiv 2309.00071.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
@@ -40,7 +40,7 @@ def rope_frequencies(rope: RopeSpec, head_dim: int) -> tuple[np.ndarray, float]:
 def _llama3_frequencies(rope: RopeSpec, frequencies: np.ndarray) -> np.ndarray:
     f32 = np.float32
     old_length = rope.original_max_position
-    # torch divides a Python number by a tensor as reciprocal times number, which rounds twice.
+    # torch divides a Python number by a tensor as reciprocal times number, rounding twice.
     wavelengths = (f32(1) / frequencies) * f32(2 * math.pi)
     longest, shortest = f32(old_length / rope.low_freq_factor), f32(old_length / rope.high_freq_factor)
     scaled = np.where(wavelengths > longest, frequencies / f32(rope.factor), frequencies)
@@ -91,11 +91,11 @@ def swiglu(gate: Array, up: Array) -> Array:
 
 @jax.custom_vjp
 def probe_gradient(output: Array, probe: Array) -> Array:
-    """`output` itself; what differentiation gives for the probe is the sum of squares of the gradient by `output`.
+    """Returns `output`; the probe's gradient is the sum over positions of the squared gradient of `output`.
 
     Args:
-        output: `[...,O]` of a linear.
-        probe: `[O]`, any values; they change nothing.
+        output: a linear's output `[...,O]`.
+        probe: `[O]`, any values; they have no effect.
     """
     return output
 

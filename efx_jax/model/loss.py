@@ -1,4 +1,4 @@
-"""Next-token loss in chunks: one chunk of logits exists at a time, and only positions that carry loss are read."""
+"""Next-token loss in chunks: one chunk of logits exists at a time, and only positions of nonzero weight are read."""
 
 import functools
 import math
@@ -14,8 +14,8 @@ from efx_jax.parallel.partition import VOCABULARY, Axes, active_batch_axes
 
 Array = jax.Array
 CHUNK_TOKENS = 512
-# A token is drawn by the sums of so many probabilities at a time, or half as many and so on down to the least, then
-# among those of one sum.
+# A token is drawn by first choosing a group of this many probabilities by its sum (or half as many, and so on down to
+# the least), then a token of the group.
 _DRAWN_TOGETHER, _LEAST_TOGETHER = 256, 32
 
 
@@ -24,8 +24,8 @@ def cross_entropy(
 ) -> tuple[Array, Array]:
     """Summed negative log-likelihood and output entropy of the weighted positions, in nats.
 
-    Positions of weight 0 are skipped, not multiplied by 0: with loss on short responses that saves most of the head.
-    The head gets no gradient (LoRA training never changes it).
+    Positions of weight 0 are skipped, not multiplied by 0: with loss on short responses that saves most of the head's
+    work. The head gets no gradient (LoRA training never changes it).
 
     Args:
         hidden: final-normed hidden states `[B,T,D]`.
@@ -43,11 +43,11 @@ def cross_entropy(
 def drawn_cross_entropy(
     hidden: Array, head: Array, fractions: Array, weights: Array, compute_dtype: Any = None
 ) -> tuple[Array, Array]:
-    """As `cross_entropy`, of tokens that the model draws itself instead of those of a text.
+    """As `cross_entropy`, but for tokens drawn from the model's own distribution instead of those of a text.
 
     Args:
         fractions: float32 `[B,T]` in [0, 1): the token of a position is the first whose cumulative probability, in the
-            order of the vocabulary, exceeds its fraction. Of uniform fractions: drawn from what it expects.
+            order of the vocabulary, exceeds its fraction. Uniform fractions sample the model's distribution.
     """
     return _sum_loss(True, hidden, head, jnp.asarray(fractions, jnp.float32), weights, compute_dtype)
 
@@ -71,7 +71,7 @@ def _cross_entropy(
 def _cross_entropy_fwd(
     batch: Axes | None, drawn: bool, hidden: Array, head: Array, targets: Array, weights: Array
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """On a mesh every device reads its own tokens and its part of the vocabulary."""
+    """On a mesh every device handles its own tokens and its part of the vocabulary."""
     local = functools.partial(_nll_and_gradient, batch, drawn)
     if batch is not None:
         rows = P(batch or None, None)
@@ -96,14 +96,14 @@ _cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 def _nll_and_gradient(
     batch: Axes | None, drawn: bool, hidden: Array, head: Array, targets: Array, weights: Array
 ) -> tuple[Array, Array, Array]:
-    """Sums of nll and entropy, and d nll / d hidden `[B,T,D]`, computed while a chunk's logits exist.
+    """Sums of nll and entropy, and d nll / d hidden `[B,T,D]`, all computed while a chunk's logits exist.
 
     Args:
         batch: mesh axes that split the tokens; None: one device.
-        drawn: whether `targets` are fractions float32 `[B,T]` by which the tokens are drawn.
+        drawn: whether `targets` are float32 fractions `[B,T]` by which the tokens are drawn.
         hidden: `[B,T,D]`.
         head: `[V,D]`; on a mesh this device's part of the vocabulary over `tensor` and `fsdp`.
-        targets: int `[B,T]`, if they are not drawn.
+        targets: int `[B,T]` unless `drawn`.
         weights: float32 `[B,T]`.
     """
     parts: tuple[str, ...] = () if batch is None else ("tensor",)
@@ -132,10 +132,10 @@ def _nll_and_gradient(
 
 
 def _draw(powers: Array, fractions: Array, parts: Axes) -> Array:
-    """The token at a fraction of what the model expects, as an index into this device's part of the vocabulary.
+    """The token at a fraction of the cumulative probability, as an index into this device's part of the vocabulary.
 
-    Sums of some hundred probabilities are searched, then those of one sum: a cumulative sum over the whole vocabulary,
-    or a random number for every token of it, would take longer than the logits.
+    It searches the sums of groups of probabilities, then one group: a cumulative sum over the whole vocabulary, or a
+    random number for each of its tokens, would take longer than the logits.
 
     Args:
         powers: float32 `[t,V]`, proportional to the probabilities.
@@ -143,10 +143,10 @@ def _draw(powers: Array, fractions: Array, parts: Axes) -> Array:
         parts: mesh axes that split the vocabulary.
 
     Returns:
-        int32 `[t]`; -1 where the token is another device's.
+        int32 `[t]`; -1 where the token belongs to another device.
     """
     vocabulary = powers.shape[1]
-    # Where the vocabulary is no multiple of a width its main part is a copy.
+    # If the vocabulary is not a multiple of the width, slicing off its main part makes a copy.
     common = math.gcd(vocabulary, _DRAWN_TOGETHER)
     width = common if common >= _LEAST_TOGETHER else _DRAWN_TOGETHER
     whole = vocabulary - vocabulary % width
@@ -170,7 +170,7 @@ def _draw(powers: Array, fractions: Array, parts: Axes) -> Array:
 
 
 def _first_above(ends: Array, goals: Array) -> Array:
-    """Of each row of rising `ends [t,n]` the first place above its goal `[t]`; the last where rounding leaves none."""
+    """The first index in each row of rising `ends [t,n]` above its goal `[t]`; the last if rounding leaves none."""
     return jnp.minimum(jnp.sum(ends <= goals[:, None], axis=-1, dtype=jnp.int32), ends.shape[-1] - 1)
 
 
@@ -182,14 +182,14 @@ def by_chunks(
     dtype: Any,
     terms: int,
 ) -> tuple[Array, Array]:
-    """Runs `chunk` over the positions that carry weight, 512 at a time; the sums, and their gradient.
+    """Runs `chunk` over the positions of nonzero weight, 512 at a time; returns the sums and their gradient.
 
     Args:
         chunk: (weights `[t]`, hidden states `[t,D]`, the others `[t,...]`) -> (`terms` sums, d sum / d hidden `[t,D]`).
         weights: float32 `[B,T]`; positions of weight 0 are skipped.
         hidden: `[B,T,D]`.
-        others: arrays `[B,T,...]` that a chunk reads besides.
-        dtype: of the hidden states in a chunk.
+        others: further arrays `[B,T,...]` that a chunk reads.
+        dtype: dtype of the hidden states in a chunk.
         terms: number of sums.
 
     Returns:
@@ -208,7 +208,7 @@ def by_chunks(
             jax.lax.dynamic_slice_in_dim, start_index=index * CHUNK_TOKENS, slice_size=CHUNK_TOKENS
         )
         weight = take(chosen)
-        # The last chunk is filled up with skipped positions, whose states may be anything.
+        # The last chunk is filled up with skipped positions, whose states may hold anything.
         x = jnp.where(weight[:, None] > 0, take(states), 0)
         found, d_x = chunk(weight, x, *(take(other) for other in ordered))
         d_states = jax.lax.dynamic_update_slice(d_states, d_x.astype(states.dtype), (index * CHUNK_TOKENS, 0))
@@ -221,15 +221,15 @@ def by_chunks(
 
 
 def local_vocabulary(head: Array, parts: Axes) -> Array:
-    """This device's part of the output embedding `[V,D]`, whole over `fsdp`, inside `jax.shard_map` over `parts`."""
+    """This device's part of the output embedding `[V,D]`, gathered over `fsdp`, in a `jax.shard_map` over `parts`."""
     return jax.lax.all_gather(head, "fsdp", axis=0, tiled=True) if parts else head
 
 
 def exponentials(logits: Array, parts: Axes) -> tuple[Array, Array, Array]:
     """exp(logit - largest) `[t,V]`, its sum over the vocabulary and the logarithm of the sum of exp(logit), `[t]`.
 
-    On a CPU a pass over the logits takes as long as their GEMM, and a sum with an exponential inside three times that:
-    the exponentials are formed once.
+    On a CPU a pass over the logits takes as long as their GEMM, and a sum with an exponential inside three times that,
+    so the exponentials are computed once.
     """
     largest = over(jax.lax.pmax, jnp.max(logits, axis=-1), parts)
     powers = jnp.exp(logits - largest[:, None])
@@ -238,10 +238,10 @@ def exponentials(logits: Array, parts: Axes) -> tuple[Array, Array, Array]:
 
 
 def over(collective: Any, values: Array, axes: Axes | None) -> Array:
-    """A collective over mesh axes, where there are any."""
+    """A collective over mesh axes, if there are any."""
     return collective(values, axes) if axes else values
 
 
 def sum_vocabulary(values: Array, parts: Axes) -> Array:
-    """The sum over the vocabulary, which the axes `parts` split."""
+    """The sum over the vocabulary, which is split over the axes `parts`."""
     return over(jax.lax.psum, jnp.sum(values, axis=-1), parts)

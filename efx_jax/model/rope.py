@@ -1,4 +1,4 @@
-"""Rotary embedding: which kind a model has, read from its `config.json` and written back."""
+"""Rotary embedding: a model's variant, read from its `config.json` and written back."""
 
 import dataclasses
 import math
@@ -46,9 +46,9 @@ def rope_from_config(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
         max_positions: the model's context length in tokens.
 
     Raises:
-        InputError: an unsupported kind of rope, or one that lacks a number or has another value in its place.
+        InputError: an unsupported kind of rope, or one with a missing or invalid field.
     """
-    # Where a config.json holds both, transformers takes the older key.
+    # If a config.json holds both, transformers uses the older key.
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
         raise InputError(
@@ -63,7 +63,7 @@ def rope_from_config(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
     partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1, 1.0):
         raise InputError(f"config.json: partial_rotary_factor {partial} is not supported; expected 1.0")
-    # An old reader's rope_theta stands at the top level, a new one's inside rope_parameters.
+    # rope_theta is at the top level in the old schema, inside rope_parameters in the new one.
     theta = positive_number(parameters, "rope_theta", positive_number(config, "rope_theta", _DEFAULT_THETA))
     name = "original_max_position_embeddings"
     outer, inner = (positive_number(each, name, 0.0) for each in (config, parameters))
@@ -73,7 +73,7 @@ def rope_from_config(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
             "differ in which they take; remove the wrong one"
         )
     original = inner or outer or max_positions
-    # transformers takes the factor implied by the two context lengths where it is null.
+    # If the factor is null, transformers uses the one implied by the two context lengths.
     implied = {"factor": max_positions / original} if rope_type == "yarn" else {}
     given = {name for name in parameters if parameters[name] is not None or name in implied}
     missing = [name for name in _ROPE_FIELDS[rope_type] if name not in given]
@@ -95,8 +95,8 @@ def rope_from_config(config: Mapping[str, Any], max_positions: int) -> RopeSpec:
 
 
 def _yarn_fields(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given of YaRN's options."""
-    # transformers takes an mscale of 0 for none.
+    """Those of YaRN's options that are given."""
+    # transformers treats an mscale of 0 as absent.
     given = [
         name
         for name in _YARN_NUMBERS
@@ -105,7 +105,7 @@ def _yarn_fields(parameters: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {name: positive_number(parameters, name, 1.0) for name in given}
     if "truncate" not in parameters:
         return fields
-    # A null is no truth to transformers.
+    # transformers treats null as false.
     truncate = False if parameters["truncate"] is None else parameters["truncate"]
     if not isinstance(truncate, bool):
         raise InputError(f"config.json: truncate must be true, false or null, found {truncate!r}")
@@ -113,7 +113,7 @@ def _yarn_fields(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def positive_number(config: Mapping[str, Any], name: str, default: float) -> float:
-    """A number above 0 of a `config.json`, or the default where it is missing or null.
+    """A number above 0 from a `config.json`, or the default if it is missing or null.
 
     Raises:
         InputError: anything else.
@@ -127,7 +127,7 @@ def positive_number(config: Mapping[str, Any], name: str, default: float) -> flo
 
 
 def rope_to_config(rope: RopeSpec) -> dict[str, Any]:
-    """The dictionary that stands under `rope_parameters` and `rope_scaling`, without theta."""
+    """The dictionary that goes under `rope_parameters` and `rope_scaling`, without theta."""
     parameters: dict[str, Any] = {"rope_type": rope.rope_type}
     if rope.rope_type == "default":
         return parameters

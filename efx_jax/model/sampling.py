@@ -12,13 +12,13 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: first the temperature, then `top_k`, then `top_p`, the order of transformers' `generate`.
+    """How tokens are drawn: first the temperature, then `top_k`, then `top_p`, as in transformers' `generate`.
 
     Attributes:
         temperature: divides the logits, above 0.
-        top_k: only that many of the most likely tokens may be drawn; 0: all.
-        top_p: only the fewest most likely tokens whose probabilities, among those left by `top_k`, reach this sum may
-            be drawn (nucleus sampling, arXiv 1904.09751); 1: all.
+        top_k: only this many of the most likely tokens may be drawn; 0: all.
+        top_p: only the smallest set of most likely tokens whose probabilities, among those left by `top_k`, reach this
+            sum may be drawn (nucleus sampling, arXiv 1904.09751); 1: all.
     """
 
     temperature: float = 1.0
@@ -34,16 +34,16 @@ class Sampling:
 
 
 def most_likely(logits: Array) -> Array:
-    """int32 `[B]` from logits `[B,V]`; of equal logits the lowest token."""
+    """int32 `[B]` from logits `[B,V]`; ties go to the lowest token id."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def draw(keys: Array, step: Array, logits: Array, sampling: Sampling) -> Array:
-    """A token for every row, from a stream of the row's own: what is drawn depends on no other row.
+    """A token for every row, from the row's own random stream, so that it does not depend on other rows.
 
     Args:
         keys: PRNG key of every row `[B]`.
-        step: int, number of the draw.
+        step: int, index of the draw.
         logits: float32 `[B,V]`.
         sampling: how to draw, static.
 
@@ -60,9 +60,9 @@ def draw(keys: Array, step: Array, logits: Array, sampling: Sampling) -> Array:
 
 
 def candidate_logits(logits: Array, sampling: Sampling) -> tuple[Array, Array]:
-    """The tokens that may be drawn: logits over temperature `[B,C]`, -inf where they may not, and int32 ids `[B,C]`.
+    """The candidate tokens: logits over temperature `[B,C]`, -inf for those excluded, and int32 ids `[B,C]`.
 
-    C is `top_k` if given, else V. Of equal logits the lowest token is kept first.
+    C is `top_k` if given, else V. Among equal logits the lowest token id is kept first.
     """
     vocabulary = logits.shape[-1]
     logits = logits / sampling.temperature
@@ -70,7 +70,7 @@ def candidate_logits(logits: Array, sampling: Sampling) -> tuple[Array, Array]:
         return logits, jnp.broadcast_to(jnp.arange(vocabulary, dtype=jnp.int32), logits.shape)
     highest, tokens = jax.lax.top_k(logits, min(sampling.top_k or vocabulary, vocabulary))
     probabilities = jax.nn.softmax(highest, axis=-1)
-    # The token that crosses the sum stays: what comes before it falls short of it.
+    # The token that reaches the sum is kept: the tokens before it fall short of the sum.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     kept = before < sampling.top_p if sampling.top_p < 1.0 else jnp.ones_like(before, bool)
     return jnp.where(kept, highest, -jnp.inf), tokens.astype(jnp.int32)

@@ -1,6 +1,6 @@
 """The shape of a decoder, read from a Hugging Face `config.json` and written back to one.
 
-`config.json` is read as raw JSON: transformers 5 dropped `config.rope_theta` in favour of `rope_parameters`, older
+`config.json` is read as raw JSON: transformers 5 replaced `config.rope_theta` by `rope_parameters`, while older
 versions know only `rope_theta` and `rope_scaling`. Both schemas are read and both are written.
 """
 
@@ -16,7 +16,7 @@ from efx_jax.model.rope import RopeSpec, positive_number, rope_from_config, rope
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
-# What a config.json leaves out (transformers' configuration classes).
+# Default for a field that config.json may omit (from transformers' configuration classes).
 _DEFAULT_EPS = 1e-6
 
 
@@ -24,7 +24,7 @@ _DEFAULT_EPS = 1e-6
 class ModelSpec:
     """Everything `forward` needs to know besides the weights. Hashable, so it can be static under `jax.jit`.
 
-    Lengths, by their axis letters: `vocab_size` V, `hidden_size` D, `intermediate_size` F, `num_layers` L,
+    The axis letters of its sizes: `vocab_size` V, `hidden_size` D, `intermediate_size` F, `num_layers` L,
     `num_heads` N, `num_kv_heads` K, `head_dim` H.
     """
 
@@ -57,8 +57,8 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
         The model's spec.
 
     Raises:
-        InputError: a missing field or one of a wrong type, an unsupported `model_type`, activation, attention or RoPE
-            option.
+        InputError: a field that is missing or has the wrong type; an unsupported `model_type`, activation, attention or
+            RoPE option.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
@@ -98,7 +98,7 @@ def spec_from_config(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def config_from_spec(spec: ModelSpec, dtype: str) -> dict[str, Any]:
-    """Writes a `config.json` dictionary that both old and new transformers read to the same model.
+    """Builds a `config.json` dictionary that old and new versions of transformers both read as the same model.
 
     Args:
         spec: the model.
@@ -156,10 +156,10 @@ def linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
 
 
 def param_shapes(spec: ModelSpec) -> dict[str, Any]:
-    """The parameter tree with a shape tuple at every leaf: the layout that the whole package agrees on.
+    """The parameter tree with a shape tuple at every leaf: the layout used throughout the package.
 
     `embed_tokens [V,D]`, `layers.<name>` stacked over L, `norm [D]`, and `lm_head [V,D]` unless it is tied.
-    A bias of linear `x` is `layers.x_bias [L,O]`; Qwen3's `q_norm` and `k_norm` are `[L,H]`.
+    The bias of linear `x` is `layers.x_bias [L,O]`; Qwen3's `q_norm` and `k_norm` are `[L,H]`.
     """
     num_layers, d = spec.num_layers, spec.hidden_size
     linears = linear_shapes(spec)
@@ -175,7 +175,7 @@ def param_shapes(spec: ModelSpec) -> dict[str, Any]:
 
 
 def init_params(key: jax.Array, spec: ModelSpec, dtype: Any = "float32") -> dict[str, Any]:
-    """Random weights of the spec's shapes (normal, std 0.02; norms 1, biases 0): for tests and benchmarks."""
+    """Random weights of the spec's shapes (normal, std 0.02; norms 1, biases 0), for tests and benchmarks."""
 
     def init(path: tuple[Any, ...], shape: tuple[int, ...]) -> jax.Array:
         name = path[-1].key
@@ -208,10 +208,10 @@ def _token_id(config: Mapping[str, Any], name: str) -> int | None:
 
 
 def token_ids(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    """The ids of a setting that holds one, several or none.
+    """The ids of a setting that holds one id, several or none.
 
     Raises:
-        InputError: something else.
+        InputError: the setting holds anything else.
     """
     value = config.get(name)
     ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -268,10 +268,10 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 
 def refuse_quantised(config: Mapping[str, Any]) -> None:
-    """Refuses the `config.json` of a checkpoint whose tensors are those of a quantisation (GPTQ, AWQ, FP8, ...).
+    """Refuses the `config.json` of a checkpoint with quantised tensors (GPTQ, AWQ, FP8, ...).
 
     Raises:
-        InputError: it is one.
+        InputError: the checkpoint is quantised.
     """
     if config.get("quantization_config"):
         raise InputError(

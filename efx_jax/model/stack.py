@@ -1,4 +1,4 @@
-"""The arrays of all blocks, stacked for `lax.scan`, and the forms in which a CPU slices them fastest."""
+"""The arrays of all blocks, stacked for `lax.scan`, and the forms that a CPU slices fastest."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,10 +27,10 @@ class Layer:
 
 
 def stack_layers(params: Mapping[str, Any], adapters: Adapters | None, masks: Mapping[str, Array] | None) -> Layer:
-    """All blocks as one `Layer` whose arrays lead with L.
+    """All blocks as one `Layer` whose arrays have a leading axis L.
 
     Raises:
-        InputError: an adapter or a mask of a linear that the model does not have, a mask of another shape.
+        InputError: an adapter or mask for a linear that the model does not have, or a mask of another shape.
     """
     check_fit(params["layers"], adapters, masks)
     return Layer(
@@ -42,10 +42,10 @@ def stack_layers(params: Mapping[str, Any], adapters: Adapters | None, masks: Ma
 
 
 def to_bits(array: Array) -> Array:
-    """An array that nobody differentiates, in the form that is sliced, gathered and updated fastest; see `from_bits`.
+    """An array that gets no gradient, in the form that is sliced, gathered and updated fastest; see `from_bits`.
 
-    XLA's CPU backend moves 16-bit floats by way of float32: for a slice it converts the whole array, and the slice
-    back, which costs ten times the slice and twice the memory. Their bits as integers are left alone.
+    XLA's CPU backend moves 16-bit floats through float32: for a slice it converts the whole array, then the slice
+    back, which costs ten times the slice and twice the memory. It does not convert the same bits as integers.
     """
     if _moved_by_float32(array):
         return jax.lax.bitcast_convert_type(array, jnp.uint16)
@@ -57,14 +57,14 @@ def _moved_by_float32(array: Array) -> bool:
 
 
 def from_bits(array: Array, dtype: Any) -> Array:
-    """The inverse of `to_bits`: numbers of this dtype again."""
+    """The inverse of `to_bits`: numbers of the given dtype again."""
     return jax.lax.bitcast_convert_type(array, dtype) if array.dtype == jnp.uint16 else array
 
 
 def freeze(layers: Layer) -> tuple[Layer, dict[str, Array]]:
-    """Splits blocks that nobody differentiates into what a scan slices cheaply, and 16-bit weights on a CPU.
+    """Splits blocks that get no gradient into what a scan slices cheaply, and (on a CPU) 16-bit weights.
 
-    Those `thaw` slices inside the loop.
+    `thaw` slices the latter inside the loop.
     """
     weights = {name: jax.lax.stop_gradient(weight) for name, weight in layers.weights.items()}
     aside = {name: weight for name, weight in weights.items() if _moved_by_float32(weight)}
@@ -73,10 +73,10 @@ def freeze(layers: Layer) -> tuple[Layer, dict[str, Array]]:
 
 
 def thaw(layer: Layer, aside: Mapping[str, Array], index: Array | int) -> Layer:
-    """Block `index` with the weights that `freeze` has set aside; for use inside the scan."""
+    """Block `index` with the weights that `freeze` set aside; for use inside the scan."""
     if not aside:
         return layer
-    # Without the barrier XLA moves the conversion to float32 out of the loop, and converts all blocks at once.
+    # Without the barrier XLA would move the conversion to float32 out of the loop and convert all blocks at once.
     index, aside = jax.lax.optimization_barrier((index, dict(aside)))
     found = {name: jax.lax.dynamic_index_in_dim(weights, index, keepdims=False) for name, weights in aside.items()}
     return dataclasses.replace(layer, weights=layer.weights | found)

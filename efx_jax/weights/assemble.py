@@ -1,4 +1,4 @@
-"""Checkpoint to parameter tree: read leaf by leaf, checked, and put on one device or in shards on many."""
+"""Checkpoint to parameter tree: read leaf by leaf, checked, and put on one device or sharded over many."""
 
 import math
 from typing import Any
@@ -28,15 +28,15 @@ def assemble(source: TensorSource, spec: ModelSpec, dtype: str | None, mesh: Mes
     """Reads a checkpoint into the parameter tree of `param_shapes(spec)`.
 
     Host memory above the tree itself stays within two copies of its largest leaf: tensors are read one by one into
-    one leaf at a time. On a mesh a process reads only what its devices hold, one shard at a time, and what several
-    of them hold once.
+    one leaf at a time. On a mesh a process reads only what its devices hold, one shard at a time, and a shard that
+    several of them hold only once.
 
     Args:
         source: the checkpoint.
         spec: its model.
-        dtype: "float32", "bfloat16", "float16", or None to keep each leaf's own (a leaf whose layers differ becomes
-            float32, which holds all of them exactly).
-        mesh: the devices that the tree is laid out on as `parallel.partition` says; None: the default device.
+        dtype: "float32", "bfloat16", "float16", or None to keep each leaf's own (a leaf whose layers differ in dtype
+            becomes float32, which holds all of them exactly).
+        mesh: the devices over which the tree is sharded as in `parallel.partition`; None: the default device.
 
     Returns:
         The tree, jax arrays.
@@ -48,7 +48,7 @@ def assemble(source: TensorSource, spec: ModelSpec, dtype: str | None, mesh: Mes
     check_names_and_shapes(source, spec)
     tensors = source if dtype is None else cast(source, dtype)
     layout = None if mesh is None else _layout(mesh, spec)
-    # Compared where this process reads the embedding anyway.
+    # Only the parts of the embedding that this process reads anyway are compared.
     shape = source.shapes[EMBEDDING]
     parts = None if layout is None else [part for part, _ in _local_parts(layout["embed_tokens",], shape)]
     check_tied_head(source, spec, parts)
@@ -102,11 +102,11 @@ def _load_shards(source: TensorSource, leaf: Leaf, layout: Layout) -> jax.Array:
 
 
 def _local_parts(sharding: Sharding, shape: tuple[int, ...]) -> list[tuple[Part, list[jax.Device]]]:
-    """The distinct parts of an array that this process holds, each with its devices that hold it."""
+    """The distinct parts of an array that this process holds, each with the local devices that hold it."""
     found: dict[tuple[int, ...], tuple[Part, list[jax.Device]]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         part = normalized(index or (), shape)
-        # Slices are no keys of a dictionary before Python 3.12.
+        # Slices are not hashable before Python 3.12.
         found.setdefault(tuple(along.start for along in part), (part, []))[1].append(device)
     return list(found.values())
 

@@ -1,15 +1,15 @@
-"""One base, many experts: what a run has made of its base, without the base.
+"""One base, many experts: what a run has changed in its base, without the base itself.
 
 ```
 FOLDER/bundle.json          the base it belongs to, what its export must be, and the SHA-256 of every other file
 FOLDER/masks.safetensors    q_proj ...: uint8 [L, O, ceil(I/8)], packed as in `efx_jax.masks`
 FOLDER/adapter.safetensors  lora_a.q_proj [L,R,I], lora_b.q_proj [L,O,R], ...: float32
-FOLDER/moved.safetensors    only where events have rewritten the base: P.compressed, the kept entries of P.weight row by
-                            row, or P.weight whole where nothing masks it, in the dtype of the export
-FOLDER/others/              files of the export that the base does not give
+FOLDER/moved.safetensors    only if events have rewritten the base: P.compressed, the kept entries of P.weight row by
+                            row, or the whole P.weight if no mask applies to it, in the dtype of the export
+FOLDER/others/              files of the export that cannot be made from the base
 ```
 
-The base with these folded in by `weights.merged` is the export of the run, bit for bit.
+Folding these into the base with `weights.merged` gives the run's export, bit for bit.
 """
 
 import dataclasses
@@ -65,11 +65,11 @@ class Bundle:
     """An expert without its base.
 
     Attributes:
-        folder: where it lies.
+        folder: its folder.
         manifest: `bundle.json`.
         adapters: numpy arrays, or None.
         masks: linear -> uint8 `[L,O,ceil(I/8)]`.
-        moved: Hugging Face name -> where its rewritten entries lie.
+        moved: Hugging Face name -> location of its rewritten entries.
     """
 
     folder: Path
@@ -80,10 +80,10 @@ class Bundle:
 
 
 def open_bundle(path: str | os.PathLike[str]) -> Bundle:
-    """Opens a bundle once every byte of it has been checked; moved weights stay on the disk.
+    """Opens a bundle after checking every byte of it; moved weights stay on disk.
 
     Raises:
-        InputError: not a bundle, one of a later version, a file that is missing or damaged, or arrays of another model.
+        InputError: not a bundle, another version, a missing or damaged file, or arrays of another model.
     """
     folder = Path(path)
     if not (folder / MANIFEST).is_file():
@@ -121,7 +121,7 @@ def load_bundle(
 
     Returns:
         adapters; masks, linear -> uint8 `[L,O,ceil(I/8)]`, or None for a dense expert; and the linears that events have
-        rewritten, name -> `[L,O,I]`, 0 where pruned; {} where the base stays.
+        rewritten, name -> `[L,O,I]`, 0 where pruned, or {} if the base is unchanged.
 
     Raises:
         InputError: not a bundle, or a damaged one.
@@ -141,7 +141,7 @@ def load_bundle(
 
 
 def apply_bundle(base: str | os.PathLike[str], path: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
-    """Writes the export of the run that a bundle was made of, the same bytes in every file.
+    """Writes the export of the run that a bundle was made from, the same bytes in every file.
 
     Args:
         base: the model that the run started from, in any format that holds the same tensors.
@@ -149,8 +149,8 @@ def apply_bundle(base: str | os.PathLike[str], path: str | os.PathLike[str], dst
         dst: the folder to make.
 
     Raises:
-        InputError: another base, a damaged bundle, a file that the base does not give as it was (a tokenizer made of a
-            GGUF file by another version of transformers), `dst` exists, or the disk is full.
+        InputError: another base, a damaged bundle, a file that the base does not reproduce (such as a tokenizer made
+            from a GGUF file by another version of transformers), `dst` exists, or the disk is full.
     """
     bundle = open_bundle(path)
     source, spec = open_model(base)
@@ -161,7 +161,7 @@ def apply_bundle(base: str | os.PathLike[str], path: str | os.PathLike[str], dst
 def rebuild(
     bundle: Bundle, source: TensorSource, spec: ModelSpec, base: str | os.PathLike[str], dst: Path, check: bool
 ) -> None:
-    """`apply_bundle` once the base is known to be right; `check`: whether the files must be those of the run."""
+    """`apply_bundle` after the base has been checked; `check`: whether the files must equal those of the run."""
     manifest = bundle.manifest
 
     def finish(folder: Path) -> None:
@@ -169,7 +169,7 @@ def rebuild(
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.folder / OTHERS / name, folder / name)
         for file in [path for path in folder.rglob("*") if path.is_file()]:
-            # The base may have got more files since.
+            # Files may have been added to the base since.
             if file.relative_to(folder).as_posix() not in manifest["export"]:
                 file.unlink()
         differing = different_files(folder, manifest["export"])
@@ -185,13 +185,13 @@ def rebuild(
 
 
 def bundle_params(bundle: Bundle, params: Mapping[str, Any], spec: ModelSpec, dtype: str | None) -> dict[str, Any]:
-    """The expert as a parameter tree, as `load_pretrained` gives it from the export: on a base that is in memory.
+    """The expert as the parameter tree that `load_pretrained` gives for its export, from a base already in memory.
 
     Args:
         bundle: the expert.
         params: the base in its own dtypes, `load_pretrained(base, None)`.
         spec: its model.
-        dtype: of the result, see `load_pretrained`.
+        dtype: dtype of the result, see `load_pretrained`.
     """
     base = _own_dtypes(bundle, params_source(params, spec, bundle.folder), spec)
     merged = merged_source(moved_source(base, spec, bundle), spec, bundle.adapters, bundle.masks or None)
@@ -199,7 +199,7 @@ def bundle_params(bundle: Bundle, params: Mapping[str, Any], spec: ModelSpec, dt
 
 
 def moved_source(base: TensorSource, spec: ModelSpec, bundle: Bundle) -> TensorSource:
-    """The base as the events of a run have left it: 0 where a rewritten matrix is pruned."""
+    """The base as left by a run's events: 0 where a rewritten matrix is pruned."""
     if not bundle.moved:
         return base
     places = layer_places(spec)
@@ -213,11 +213,11 @@ def moved_source(base: TensorSource, spec: ModelSpec, bundle: Bundle) -> TensorS
 
 
 def check_base(bundle: Bundle, source: TensorSource, spec: ModelSpec, digest: str) -> None:
-    """Refuses another base than the bundle's.
+    """Refuses a base other than the bundle's.
 
     Args:
         bundle: the bundle.
-        source: the checkpoint at hand.
+        source: the given checkpoint.
         spec: its model.
         digest: its `content_sha256`.
 
@@ -251,14 +251,14 @@ def content_sha256(source: TensorSource, spec: ModelSpec) -> str:
 
 
 def different_files(folder: Path, table: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Names of a `file_table` whose file in a folder is missing or has other bytes."""
+    """Names in a `file_table` whose file in a folder is missing or differs."""
     there = [name for name in table if (folder / name).is_file()]
     found = file_table(folder, there)
     return sorted(name for name in table if found.get(name) != table[name])
 
 
 def _check_arrays(bundle: Bundle, spec: ModelSpec) -> None:
-    """Refuses arrays that do not fit the bundle's own model: whoever can write them can seal them."""
+    """Refuses arrays that do not fit the bundle's own model: a seal is no proof, as anyone who writes them can seal."""
     linears, masks = linear_shapes(spec), bundle.masks
     places = {name: place for name, place in layer_places(spec).items() if place[0] in linears}
     lora_a, lora_b = ({}, {}) if bundle.adapters is None else (bundle.adapters.lora_a, bundle.adapters.lora_b)
@@ -293,7 +293,7 @@ def _below(arrays: Mapping[str, np.ndarray], kind: str) -> dict[str, Any]:
 
 
 def _own_dtypes(bundle: Bundle, source: TensorSource, spec: ModelSpec) -> TensorSource:
-    """The base in the dtypes in which the run held it (`model.dtype`)."""
+    """The base in the dtypes that the run used for it (`model.dtype`)."""
     dtype = bundle.manifest["dtype"]
     return leaf_dtypes(source if dtype is None else cast(source, dtype), spec)
 

@@ -1,4 +1,4 @@
-"""What a run has made of its base is written as a bundle, and tried: it must give the export back."""
+"""Writes what a run has changed in its base as a bundle, and tests that the bundle reproduces the export."""
 
 import dataclasses
 import os
@@ -42,15 +42,15 @@ from efx_jax.weights.sparsity import Asked
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a run has made of its base.
+    """What a run has changed in its base.
 
     Attributes:
         base: the base, whatever `load_pretrained` accepts.
-        dtype: in which the run held it, or None: its own.
+        dtype: dtype in which the run held the base, or None: the base's own.
         adapters: numpy arrays.
         masks: linear -> uint8 `[L,O,ceil(I/8)]`; {} without pruning.
-        moved: linear -> `[L,O,I]` as the events have left it, read when it is asked for; None: none was rewritten.
-        asked: patterns and sparsity.
+        moved: linear -> `[L,O,I]` as the events have left it, read on demand; None: no linear was rewritten.
+        asked: requested patterns and sparsity.
         export: the run's export.
     """
 
@@ -64,18 +64,18 @@ class Outcome:
 
 
 def write_bundle(outcome: Outcome, dst: str | os.PathLike[str]) -> dict[str, int]:
-    """Writes a bundle, and rebuilds the export beside it for a moment to compare every file.
+    """Writes a bundle, and temporarily rebuilds the export beside it to compare every file.
 
     Args:
-        outcome: of the run.
+        outcome: what the run has changed.
         dst: the folder to make.
 
     Returns:
         Bytes of every file of the bundle, and of the whole export under "export".
 
     Raises:
-        InputError: the base is not at hand or not the run's, the export is not what the run's checkpoint gives, `dst`
-            exists, or the disk is full.
+        InputError: the base is missing or not the run's, the export does not match the run's checkpoint, `dst` exists,
+            or the disk is full.
     """
     source, spec = open_model(outcome.base)
     names = [path.relative_to(outcome.export).as_posix() for path in outcome.export.rglob("*") if path.is_file()]
@@ -112,7 +112,7 @@ def write_bundle(outcome: Outcome, dst: str | os.PathLike[str]) -> dict[str, int
 
 
 def sizes_text(sizes: Mapping[str, int]) -> str:
-    """The sizes that `write_bundle` returns, a line each, in MB of a million bytes."""
+    """The sizes that `write_bundle` returns, one per line, in MB (a million bytes)."""
     export = sizes["export"]
     total = sum(size for name, size in sizes.items() if name != "export")
     lines = [(name, size) for name, size in sizes.items() if name != "export"]
@@ -122,14 +122,14 @@ def sizes_text(sizes: Mapping[str, int]) -> str:
 
 
 def _write_arrays(folder: Path, outcome: Outcome, source: TensorSource, spec: ModelSpec) -> None:
-    """Masks, adapters and, where there are some, moved weights."""
+    """Writes adapters and, if there are any, masks and moved weights."""
     adapters = outcome.adapters
     arrays = {
         f"{kind}.{name}": np.ascontiguousarray(array, np.float32)
         for kind, group in (("lora_a", adapters.lora_a), ("lora_b", adapters.lora_b))
         for name, array in group.items()
     }
-    # Not by `save_file`, whose files nobody else may read.
+    # Not `save_file`, whose files only their owner may read.
     (folder / ADAPTER).write_bytes(save(arrays, metadata={"format": FORMAT}))
     if outcome.masks:
         masks = {name: np.ascontiguousarray(mask) for name, mask in outcome.masks.items()}
@@ -141,7 +141,7 @@ def _write_arrays(folder: Path, outcome: Outcome, source: TensorSource, spec: Mo
 def _write_moved(
     path: Path, moved: Callable[[str], np.ndarray], masks: Mapping[str, np.ndarray], spec: ModelSpec
 ) -> None:
-    """The kept entries of every linear, one stacked matrix in memory at a time."""
+    """Writes the kept entries of every linear, with one stacked matrix in memory at a time."""
     shapes: dict[str, tuple[int, ...]] = {}
     linears = [leaf for leaf in leaves(spec) if leaf.path[-1] in LINEARS]
     for leaf in linears:
@@ -168,7 +168,7 @@ def _write_moved(
 def _others(
     folder: Path, outcome: Outcome, source: TensorSource, spec: ModelSpec, export: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-    """Names of the files of the export that the base does not give.
+    """Names of the files of the export that the base does not reproduce.
 
     Raises:
         InputError: weights, `config.json` or `efx_sparsity.json` are among them.

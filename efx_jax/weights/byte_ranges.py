@@ -1,8 +1,8 @@
-"""Parts of an array in a file: which bytes they are, how they are read and how they are written, and nothing else.
+"""Parts of an array in a file: which bytes they are, and reading and writing those bytes and no others.
 
-A part is a slice per axis of a row-major array, `[O,I]` or `[O]`: whole rows lie in one run of bytes, columns in a run
-per row. Files are read and written at offsets and not mapped: of a mapped file the system reads and, on a disk shared
-by several hosts, writes back whole pages, the neighbours' bytes among them.
+A part is a slice per axis of a row-major array, `[O,I]` or `[O]`: whole rows are one run of bytes, columns one run per
+row. Files are read and written at offsets, not memory-mapped: the system reads a mapped file, and on a disk shared by
+several hosts writes it back, in whole pages, which include the neighbours' bytes.
 """
 
 import itertools
@@ -13,17 +13,17 @@ from collections.abc import Iterator
 import numpy as np
 
 Part = tuple[slice, ...]
-# What a check, a count or a checksum has of a tensor in memory at a time: small beside a large embedding.
+# How much of a tensor a check, count or checksum holds in memory at a time: small beside a large embedding.
 _BLOCK_BYTES = 1 << 24
 
 
 def whole(shape: tuple[int, ...]) -> Part:
-    """The part that is all of an array."""
+    """The part that covers a whole array."""
     return normalized((), shape)
 
 
 def normalized(index: tuple[slice, ...], shape: tuple[int, ...]) -> Part:
-    """The part that an index of slices means, as jax gives it: open ends and left out axes are the whole axis."""
+    """The part meant by an index of slices, as jax gives it: open ends and omitted axes cover the whole axis."""
     full = (*index, *(slice(None),) * (len(shape) - len(index)))
     return tuple(slice(*along.indices(length)[:2]) for along, length in zip(full, shape, strict=True))
 
@@ -34,12 +34,12 @@ def part_shape(part: Part) -> tuple[int, ...]:
 
 
 def row_blocks(part: Part, row_bytes: int, max_bytes: int = _BLOCK_BYTES) -> Iterator[Part]:
-    """Cuts a part into blocks of whole rows, each of at most `max_bytes` (or one row), in their order.
+    """Cuts a part into blocks of whole rows, each of at most `max_bytes` (or one row), in order.
 
     Args:
         part: what to cut.
         row_bytes: bytes of one row of the part.
-        max_bytes: bytes of a block.
+        max_bytes: largest size of a block in bytes.
     """
     rows = max(1, max_bytes // max(1, row_bytes))
     for start in range(part[0].start, part[0].stop, rows):
@@ -57,7 +57,7 @@ def read_part(path: str | os.PathLike[str], start: int, out: np.ndarray, shape: 
         part: what to read.
 
     Raises:
-        EOFError: the file is shorter.
+        EOFError: the file is too short.
         OSError: the file cannot be read.
     """
     with open(path, "rb", buffering=0) as file:
@@ -72,7 +72,7 @@ def read_part(path: str | os.PathLike[str], start: int, out: np.ndarray, shape: 
 
 
 def write_part(descriptor: int, start: int, values: np.ndarray, shape: tuple[int, ...], part: Part) -> None:
-    """Writes one part of an array into a file that has its full size already.
+    """Writes one part of an array into a file that already has its full size.
 
     Args:
         descriptor: the open file.
@@ -93,7 +93,7 @@ def write_part(descriptor: int, start: int, values: np.ndarray, shape: tuple[int
 def _runs(shape: tuple[int, ...], part: Part, values: np.ndarray) -> Iterator[tuple[int, memoryview]]:
     """Every contiguous run of a part: its offset in the whole array in bytes, and its bytes in `values`."""
     lengths = part_shape(part)
-    # Everything behind the last axis that is cut lies together.
+    # Everything after the last axis that is cut is contiguous.
     last = max((axis for axis in range(len(shape)) if lengths[axis] != shape[axis]), default=0)
     strides = [math.prod(shape[axis + 1 :]) * values.itemsize for axis in range(last + 1)]
     data = values.reshape(-1).view(np.uint8).data

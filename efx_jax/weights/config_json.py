@@ -32,7 +32,7 @@ _EXTRAS = (
     "USE_POLICY*",
 )
 
-# Code that is not exported, and what another tool says of the base's own zeros.
+# Keys about code, which is not exported, and another tool's description of the base's own zeros.
 _LEFT_OUT = ("auto_map", "sparsity_config", "compression_config")
 
 
@@ -60,10 +60,10 @@ def config_to_write(spec: ModelSpec, dtype: str, original: Mapping[str, Any] | N
         spec: the exported model.
         dtype: "float32", "bfloat16" or "float16".
         original: raw `config.json` of the checkpoint that the model came from: every key but those of the rotary
-            embedding and the dtype is kept. None writes the spec alone.
+            embedding and the dtype is kept. None writes only the spec.
 
     Raises:
-        InputError: `original` describes another model than `spec`.
+        InputError: `original` describes a different model from `spec`.
     """
     written = config_from_spec(spec, dtype)
     if original is None:
@@ -106,14 +106,14 @@ def copy_extras(src: Path, dst: Path) -> None:
 
 
 def declare_stops(folder: Path, stops: Iterable[int]) -> None:
-    """Adds tokens that a model has learned to end its answers with to the `generation_config.json` of its folder.
+    """Adds the tokens with which a model has learned to end its answers to its folder's `generation_config.json`.
 
-    Generation in transformers and vLLM stops at those that this file names, and without it at those of `config.json`,
-    which stays as it is. A base model that was taught in chats ends a turn by another token than its texts.
+    Generation in transformers and vLLM stops at the tokens that this file names, or without it at those in
+    `config.json`, which is left unchanged. A base model trained on chats ends a turn with another token than a text.
 
     Args:
         folder: a Hugging Face folder.
-        stops: ids of the tokens; nothing is written where generation stops at all of them already.
+        stops: ids of the tokens; nothing is written if generation already stops at all of them.
     """
     config, path = read_json(folder / "config.json"), folder / GENERATION
     settings = read_json(path) if path.is_file() else {}
@@ -128,10 +128,10 @@ def declare_stops(folder: Path, stops: Iterable[int]) -> None:
 
 
 def check_tokenizer_fits(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuses a tokenizer that makes ids beyond the embedding. Fewer tokens than rows are normal (Qwen pads).
+    """Refuses a tokenizer with ids beyond the embedding. Fewer tokens than rows are normal (Qwen pads).
 
     Raises:
-        InputError: `tokenizer.json` has an id that `vocab_size` rows do not cover, or cannot be read.
+        InputError: `tokenizer.json` has an id beyond the `vocab_size` rows, or cannot be read.
     """
     file = folder / "tokenizer.json"
     rows = config.get("vocab_size")
@@ -146,7 +146,7 @@ def check_tokenizer_fits(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _largest_id(file: Path) -> int:
-    """The largest id in a `tokenizer.json`, -1 where it has none."""
+    """The largest id in a `tokenizer.json`, -1 if it has none."""
     tokenizer = read_json(file)
     try:
         vocab = (tokenizer.get("model") or {}).get("vocab") or {}

@@ -1,4 +1,4 @@
-"""Whole checkpoints from one format to another: Hugging Face or GGUF to Orbax, and back."""
+"""Converts whole checkpoints from one format to another: Hugging Face or GGUF to Orbax, and back."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ def import_checkpoint(src: str | os.PathLike[str], dst: str | os.PathLike[str], 
     Args:
         src: whatever `load_pretrained` accepts.
         dst: the folder to make.
-        dtype: "float32", "bfloat16" or "float16"; None keeps every tensor's own.
+        dtype: "float32", "bfloat16" or "float16"; None keeps every tensor's own dtype.
 
     Raises:
         InputError: `src` is damaged or unsupported, `dst` exists, or the disk is full.
@@ -44,13 +44,13 @@ def export_checkpoint(
 ) -> None:
     """Converts an Orbax folder, or a run's export, to a Hugging Face folder.
 
-    Tensors that nobody touched come out byte for byte as they went in.
+    Unchanged tensors come out byte for byte as they went in.
 
     Args:
         src: whatever `load_pretrained` accepts.
         dst: the folder to make.
-        dtype: "float32", "bfloat16" or "float16"; None keeps every tensor's own.
-        max_shard_bytes: size from which the weights are split into several files; None: 5 GB.
+        dtype: "float32", "bfloat16" or "float16"; None keeps every tensor's own dtype.
+        max_shard_bytes: size above which the weights are split into several files; None: 5 GB.
 
     Raises:
         InputError: `src` is damaged or unsupported, `dst` exists, or the disk is full.
@@ -65,5 +65,5 @@ def _host() -> jax.Device:
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
-        # JAX_PLATFORMS leaves the CPU out.
+        # JAX_PLATFORMS excludes the CPU.
         return jax.local_devices()[0]

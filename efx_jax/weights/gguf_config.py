@@ -21,7 +21,7 @@ _PLAIN_KEYS = {
     "attention.head_count": "num_attention_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-# Every other key that is read below, or that changes nothing in what the model computes.
+# All other keys that are read below, or that do not affect what the model computes.
 _KNOWN_KEYS = (
     *_PLAIN_KEYS,
     "attention.head_count_kv",
@@ -102,7 +102,7 @@ def _model_type(file: GGUFFile) -> str:
 
 
 def _same_in_every_layer(file: GGUFFile, key: str, value: Any) -> Any:
-    """Some writers give a per-layer list where all layers agree."""
+    """An option's value; some writers give a per-layer list even if all layers agree."""
     if not isinstance(value, list):
         return value
     if len(set(value)) != 1:
@@ -147,7 +147,7 @@ def _rope_parameters(
     file: GGUFFile, options: dict[str, Any], head_dim: int, rope_factors: np.ndarray | None
 ) -> dict[str, Any]:
     theta = options.get("rope.freq_base", _DEFAULT_THETA)
-    # llama.cpp takes a factor without a type as linear.
+    # llama.cpp takes a factor without a type to be linear.
     kind = options.get("rope.scaling.type", "linear")
     factor = options.get("rope.scaling.factor", options.get("rope.scale_linear", 1.0))
     if kind not in ("none", "linear", "yarn"):
@@ -174,8 +174,8 @@ def _rope_parameters(
 def _llama3_parameters(file: GGUFFile, theta: float, head_dim: int, factors: np.ndarray) -> dict[str, Any]:
     """The four numbers behind `rope_freqs.weight`.
 
-    Only two of low, high and original length can be seen in the factors (all three may be multiplied by one number),
-    so low and high are taken as every published model has them, 1 and 4.
+    The factors determine low, high and original length only up to a common multiple, so low and high are assumed to be
+    1 and 4, as in every published model.
     """
     factor = float(factors.max())
     wavelengths = _wavelengths(theta, head_dim)
@@ -204,7 +204,7 @@ def _llama3_parameters(file: GGUFFile, theta: float, head_dim: int, factors: np.
 
 
 def llama3_factors(rope: RopeSpec, head_dim: int) -> np.ndarray:
-    """What LLaMA 3.1 divides its `[H/2]` rotary frequencies by (transformers' `_compute_llama3_parameters`)."""
+    """The divisors of LLaMA 3.1's `[H/2]` rotary frequencies (transformers' `_compute_llama3_parameters`)."""
     periods = rope.original_max_position / _wavelengths(rope.theta, head_dim)
     smooth = (periods - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     smooth = np.clip(smooth, 0, 1)
@@ -212,5 +212,5 @@ def llama3_factors(rope: RopeSpec, head_dim: int) -> np.ndarray:
 
 
 def _wavelengths(theta: float, head_dim: int) -> np.ndarray:
-    """Of the `[H/2]` rotary frequencies, in tokens."""
+    """Wavelengths of the `[H/2]` rotary frequencies, in tokens."""
     return 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)

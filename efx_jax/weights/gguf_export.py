@@ -1,7 +1,7 @@
-"""Writes a GGUF file for llama.cpp from any checkpoint, one tensor in memory at a time.
+"""Writes a GGUF file for llama.cpp from any checkpoint, with one tensor in memory at a time.
 
 Keys, names and dtypes are those that llama.cpp's own `convert_hf_to_gguf.py` writes (github.com/ggml-org/llama.cpp):
-matrices in the dtype asked for, vectors in float32, the rows of q and k of a llama in the order of its rotary
+matrices in the requested dtype, vectors in float32, the rows of a llama's q and k in the order of llama.cpp's rotary
 embedding, LLaMA 3's rotary scaling as the tensor `rope_freqs.weight`. What llama.cpp does not compute is refused.
 """
 
@@ -34,11 +34,11 @@ def export_gguf(src: str | os.PathLike[str], dst: str | os.PathLike[str], dtype:
     Args:
         src: whatever `load_pretrained` accepts; it must have a tokenizer.
         dst: the file to make, NAME.gguf.
-        dtype: "float16", "bfloat16" or "float32" of the matrices; norms and biases are float32.
+        dtype: dtype of the matrices, "float16", "bfloat16" or "float32"; norms and biases are float32.
 
     Raises:
-        InputError: no `gguf` package, `src` is damaged or unsupported, something that llama.cpp does not compute or a
-            tokenizer that it does not know, a number beyond `dtype`, `dst` exists, or the disk is full.
+        InputError: no `gguf` package, `src` is damaged or unsupported, llama.cpp does not support the model or its
+            tokenizer, a number exceeds `dtype`, `dst` exists, or the disk is full.
     """
     if importlib.util.find_spec("gguf") is None:
         raise InputError("export --format gguf needs the gguf package; run: pip install gguf")
@@ -58,7 +58,7 @@ def export_gguf(src: str | os.PathLike[str], dst: str | os.PathLike[str], dtype:
 def _write(
     path: Path, source: TensorSource, spec: ModelSpec, names: Mapping[str, str], metadata: Mapping[str, Any], dtype: str
 ) -> None:
-    """The header of every tensor first, then their data in the same order."""
+    """Writes the header with all tensors first, then their data in the same order."""
     import gguf
 
     writer = gguf.GGUFWriter(path, spec.model_type)
@@ -85,7 +85,7 @@ def _write(
 
 
 def _tensor(source: TensorSource, spec: ModelSpec, name: str, hf_name: str, dtype: str) -> np.ndarray:
-    """One tensor as the file has it."""
+    """One tensor as stored in the file."""
     values = cast(source, _storage(source, hf_name, dtype).name).read(hf_name)
     if not np.isfinite(values).all():
         raise InputError(f"{source.path}: tensor {hf_name} holds numbers that are not finite; get an intact checkpoint")
@@ -95,12 +95,12 @@ def _tensor(source: TensorSource, spec: ModelSpec, name: str, hf_name: str, dtyp
 
 
 def _storage(source: TensorSource, hf_name: str, dtype: str) -> np.dtype[Any]:
-    """Matrices as asked for, vectors in float32, as llama.cpp has them."""
+    """Matrices in the requested dtype, vectors in float32, as in llama.cpp."""
     return DTYPES[dtype] if len(source.shapes[hf_name]) > 1 else DTYPES["float32"]
 
 
 def _plain_config(spec: ModelSpec) -> dict[str, Any]:
-    """The configuration of the spec with every key that names depend on."""
+    """The spec's configuration with every key on which the tensors' names depend."""
     own_biases = spec.model_type != "qwen2" and "q_proj" in spec.biases
     return config_from_spec(spec, "float32") | {"attention_bias": own_biases, "mlp_bias": "gate_proj" in spec.biases}
 
@@ -121,7 +121,7 @@ def _check_architecture(spec: ModelSpec) -> None:
 
 
 def _model_metadata(source: TensorSource, spec: ModelSpec, dtype: str) -> dict[str, Any]:
-    """What llama.cpp builds the model from; floats are stored as float32, ints as uint32."""
+    """The keys that llama.cpp builds the model from; floats are stored as float32, ints as uint32."""
     arch = spec.model_type
     keys: dict[str, Any] = {
         "block_count": spec.num_layers,
@@ -148,19 +148,19 @@ def _model_metadata(source: TensorSource, spec: ModelSpec, dtype: str) -> dict[s
 
 
 def _model_name(path: Path) -> str:
-    """What a folder or file is called; a dot in a folder's name (Llama-3.2-1B) begins no suffix."""
+    """The model's name, from its folder or file; a dot in a folder's name (Llama-3.2-1B) does not start a suffix."""
     place = path.absolute()
     if place.suffix == ".gguf":
         return place.stem
     if place.parent.name == "snapshots":
         # The Hub's cache: models--OWNER--NAME/snapshots/COMMIT.
         return place.parent.parent.name.split("--")[-1]
-    # A run's export is called as the run.
+    # A run's export is named after the run.
     return place.parent.name if place.name == "export" else place.name
 
 
 def _rope_metadata(rope: RopeSpec) -> dict[str, Any]:
-    """The scalings that llama.cpp reads from keys."""
+    """The rotary scaling as metadata, if llama.cpp reads it from there."""
     if rope.rope_type in ("default", "llama3"):
         return {}
     keys: dict[str, Any] = {"rope.scaling.type": rope.rope_type, "rope.scaling.factor": float(rope.factor)}
@@ -183,12 +183,12 @@ def _rope_metadata(rope: RopeSpec) -> dict[str, Any]:
 
 
 def _stored_factors(spec: ModelSpec) -> np.ndarray | None:
-    """What LLaMA 3.1's scaling divides the `[H/2]` rotary frequencies by, float32."""
+    """The divisors of the `[H/2]` rotary frequencies under LLaMA 3.1's scaling, float32; None without it."""
     return llama3_factors(spec.rope, spec.head_dim).astype(np.float32) if spec.rope.rope_type == "llama3" else None
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
-    """One value in the type that llama.cpp reads it as."""
+    """Adds one value in the type that llama.cpp expects."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):

@@ -1,7 +1,7 @@
 """A GGUF file: its metadata, its table of tensors, and one tensor at a time as a numpy array.
 
 The header is parsed here rather than by `gguf.GGUFReader`, which keeps one memmap object per vocabulary string
-(160 MB for a vocabulary of 49,152) and answers a truncated file with whatever numpy happens to raise. The block formats
+(160 MB for a vocabulary of 49,152) and on a truncated file raises whatever numpy happens to raise. The block formats
 are left to the `gguf` package. Format: the GGUF specification, `docs/gguf.md` of github.com/ggml-org/ggml.
 """
 
@@ -30,7 +30,7 @@ _ELEMENTS_PER_CHUNK = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class GGUFTensor:
-    """Where one tensor lies. `shape` is in numpy's order (rows first), `start` and `nbytes` in bytes of the file."""
+    """One tensor's place in the file: `shape` in numpy's order (rows first), `start` and `nbytes` in bytes."""
 
     name: str
     type_name: str
@@ -58,7 +58,7 @@ def read_header(path: str | Path) -> GGUFFile:
         The header; no tensor data is read.
 
     Raises:
-        InputError: not a GGUF file, another version, one of several files, a truncated file, an unsupported
+        InputError: not a GGUF file, another version, part of a split file, a truncated file, or an unsupported
             quantisation type.
     """
     if importlib.util.find_spec("gguf") is None:
@@ -88,7 +88,7 @@ def read_header(path: str | Path) -> GGUFFile:
 
 
 def tensor_dtype(tensor: GGUFTensor) -> str:
-    """The numpy dtype name that `read_rows` returns: its own for a float type, float32 for a quantised one."""
+    """Name of the dtype that `read_rows` returns: the tensor's own for a float type, float32 for a quantised one."""
     return FLOAT_TYPES.get(tensor.type_name, "float32")
 
 
@@ -98,11 +98,11 @@ def read_rows(path: Path, tensor: GGUFTensor, rows: np.ndarray, columns: slice =
     Args:
         path: the file the tensor was found in.
         tensor: its entry in the header.
-        rows: numbers of the rows, in the order that they are wanted in.
-        columns: the columns that are kept.
+        rows: indices of the rows, in the desired order.
+        columns: the columns to keep.
 
     Returns:
-        A fresh array of those rows and columns (of those entries, if the tensor has one axis). Besides it, only the
+        A new array of those rows and columns (of those entries, if the tensor has one axis). Besides it, only the
         rows being unpacked are in memory.
     """
     import gguf
@@ -124,7 +124,7 @@ def read_rows(path: Path, tensor: GGUFTensor, rows: np.ndarray, columns: slice =
 
 @dataclasses.dataclass(frozen=True)
 class _Cursor:
-    """The open file, which never reads past its end."""
+    """The open file, with reads that never go past its end."""
 
     file: BinaryIO
     path: Path
@@ -193,7 +193,7 @@ def _check_is_whole(header: _Cursor, metadata: dict[str, Any]) -> None:
 
 
 def _tensor_entry(header: _Cursor) -> GGUFTensor:
-    """One row of the table of tensors; `start` still counts from the end of the header."""
+    """One row of the table of tensors; `start` is still relative to the start of the data."""
     import gguf
 
     name = header.string()

@@ -1,17 +1,17 @@
 """Builds a Hugging Face tokenizer from the metadata of a GGUF file, without torch.
 
-It gives the token ids that `AutoTokenizer.from_pretrained(folder, gguf_file=...)` of transformers 5 gives, also where
-that is coarser than the tokenizer the model was trained with:
+It gives the token ids of `AutoTokenizer.from_pretrained(folder, gguf_file=...)` in transformers 5, even where that
+is less precise than the tokenizer the model was trained with:
 
-- smollm: the original cuts a text at every digit first, so the two newlines before a list's "1." are one token. Here,
+- smollm: the original first splits a text at every digit, so the two newlines before a list's "1." are one token. Here,
   as in transformers, the last space or newline before a digit stands alone. Digits themselves agree.
-- qwen2: the original composes accents (NFC); the conversion does not, a saved folder opened as a qwen2 model does.
+- qwen2: the original composes accents (NFC); the conversion does not, but a saved folder opened as a qwen2 model does.
 - llama-bpe: without an add_bos_token key in the file no bos is added.
 
 It differs where the conversion would leave the vocabulary: transformers adds a `<|endoftext|>` beyond the embedding to
-a vocabulary that lacks it, and cuts control tokens outside the byte alphabet (`<｜User｜>` of DeepSeek) into bytes. And
-it differs where the conversion misses a part of it: some hundred tokens of LLaMA 3 that no merges lead to are taken
-whole here, as by the original and by llama.cpp (github.com/ggml-org/llama.cpp/pull/7193).
+a vocabulary that lacks it, and splits control tokens outside the byte alphabet (`<｜User｜>` of DeepSeek) into bytes.
+It also differs where the conversion misses part of the vocabulary: some hundred tokens of LLaMA 3 that no merges
+produce are kept whole here, as in the original and in llama.cpp (github.com/ggml-org/llama.cpp/pull/7193).
 The split patterns are those of the models' own `tokenizer.json` files, as llama.cpp (`src/llama-vocab.cpp`) names them.
 """
 
@@ -32,7 +32,7 @@ LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-# None: GPT-2's own pattern, which the byte-level pre-tokenizer brings with it.
+# None: GPT-2's own pattern, which the byte-level pre-tokenizer has built in.
 _SPLITS = {
     "default": None,
     "gpt-2": None,
@@ -45,7 +45,7 @@ _SPLITS = {
     "qwen2": QWEN2_SPLIT,
     "deepseek-r1-qwen": QWEN2_SPLIT,
 }
-# A piece of text that is a token is that token, whatever the merges make of it.
+# A piece of text that is a token becomes that token, whatever the merges would give.
 _IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "falcon3")
 _CONTROL, _USER_DEFINED = 3, 4
 _SPECIAL_IDS = {
@@ -54,7 +54,7 @@ _SPECIAL_IDS = {
     "unk_token": "tokenizer.ggml.unknown_token_id",
     "pad_token": "tokenizer.ggml.padding_token_id",
 }
-# Special under these names wherever the vocabulary has them, whatever type the file gives them.
+# Tokens of these names are special if the vocabulary has them, whatever type the file gives them.
 _ALWAYS_SPECIAL = {"gpt2": ("<|endoftext|>",), "llama": ("<unk>", "<s>", "</s>")}
 
 
@@ -66,10 +66,10 @@ def gguf_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
 
     Returns:
         A tokenizer with the file's special tokens, bos and eos flags and chat template; `save_pretrained` writes a
-        folder that `AutoTokenizer.from_pretrained` opens to the same ids.
+        folder with which `AutoTokenizer.from_pretrained` gives the same ids.
 
     Raises:
-        InputError: no tokenizer in the file, an unsupported kind or pre-tokenizer, inconsistent lists.
+        InputError: no tokenizer in the file, an unsupported kind or pre-tokenizer, or inconsistent lists.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -83,7 +83,7 @@ def gguf_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=file.metadata.get("tokenizer.chat_template"),
-        # A SentencePiece file that says nothing has a bos, a byte-level one has none (as in transformers).
+        # By default a SentencePiece file adds a bos and a byte-level one does not (as in transformers).
         add_bos_token=file.metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"),
         add_eos_token=file.metadata.get("tokenizer.ggml.add_eos_token", False),
         **_special_tokens(file, tokens),
@@ -99,7 +99,7 @@ def save_gguf_tokenizer(path: str | Path, folder: Path) -> None:
     gguf_tokenizer(path).save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     config = read_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    # transformers 4, on which much of vLLM stands, knows neither the new name of the class nor this key.
+    # transformers 4, on which much of vLLM depends, knows neither the class's new name nor this key.
     config.pop("backend", None)
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -173,7 +173,7 @@ def _stored_merges(file: GGUFFile, vocab: dict[str, int]) -> list[tuple[str, str
 
 
 def _merges_from_scores(vocab: dict[str, int], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every way to cut a token into two tokens, best score first: the order in which SentencePiece merges them."""
+    """Every way to split a token into two tokens, best score first: the order in which SentencePiece merges them."""
     ranked = []
     for token, score in scores.items():
         cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
@@ -185,7 +185,7 @@ def _merges_from_scores(vocab: dict[str, int], scores: dict[str, float]) -> list
 
 
 def _byte_alphabet() -> list[str]:
-    """GPT-2's printable character for each byte: itself where it prints, else the next one from U+0100 on."""
+    """GPT-2's printable character for each byte: the byte itself if it is printable, else the next one from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
@@ -194,7 +194,7 @@ def _byte_alphabet() -> list[str]:
 def _spelled(tokens: list[str], types: list[int]) -> list[str]:
     """Tokens in the byte alphabet; llama.cpp writes added tokens, a run of spaces for example, as plain text.
 
-    Control tokens are never cut out of bytes, so they keep their names.
+    Control tokens are never spelled in bytes, so they keep their names.
     """
     alphabet = _byte_alphabet()
     known = set(alphabet)
@@ -211,21 +211,21 @@ def _token_types(file: GGUFFile, tokens: list[str]) -> list[int]:
 
 
 def _add_tokens(backend: "Tokenizer", file: GGUFFile, tokens: list[str], kind: str) -> None:
-    """Marks the tokens that are found whole in a text: special ones, and user-defined ones (which decode as text)."""
+    """Adds the tokens that are matched whole in a text: special ones, and user-defined ones (which decode as text)."""
     from tokenizers import AddedToken
 
     typed = list(zip(tokens, _token_types(file, tokens), strict=True))
     special = [token for token, token_type in typed if token_type == _CONTROL]
     special += [*_ALWAYS_SPECIAL[kind], *_special_tokens(file, tokens).values()]
     user_defined = [token for token, token_type in typed if token_type == _USER_DEFINED]
-    # A token that was respelled is not in the vocabulary under its own name: adding it would enlarge the vocabulary.
+    # A respelled token is not in the vocabulary under its own name: adding it would enlarge the vocabulary.
     vocab = backend.get_vocab(with_added_tokens=False)
     backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special if name in vocab])
     backend.add_tokens([AddedToken(name, normalized=False, special=False) for name in user_defined if name in vocab])
 
 
 def _special_tokens(file: GGUFFile, tokens: list[str]) -> dict[str, str]:
-    """bos_token, eos_token, unk_token and pad_token, where the file gives their ids."""
+    """bos_token, eos_token, unk_token and pad_token, if the file gives their ids."""
     named = {name: file.metadata[key] for name, key in _SPECIAL_IDS.items() if key in file.metadata}
     for name, index in named.items():
         if not isinstance(index, int) or not 0 <= index < len(tokens):

@@ -1,7 +1,7 @@
-"""A checkpoint's tokenizer as GGUF metadata: what `gguf_tokenizer` reads and llama.cpp cuts texts by.
+"""A checkpoint's tokenizer as GGUF metadata: what `gguf_tokenizer` reads and llama.cpp splits texts by.
 
-llama.cpp knows two kinds that LLaMA, Qwen2 and Qwen3 models have: byte-level BPE ("gpt2"), whose split pattern it looks
-up under a name, and SentencePiece's BPE ("llama"), which merges by the scores of the tokens. Keys and token types:
+llama.cpp knows two kinds that LLaMA, Qwen2 and Qwen3 models use: byte-level BPE ("gpt2"), whose split pattern it looks
+up by name, and SentencePiece's BPE ("llama"), which merges by the scores of the tokens. Keys and token types:
 `convert_hf_to_gguf.py` and `src/llama-vocab.cpp` of github.com/ggml-org/llama.cpp.
 """
 
@@ -19,7 +19,7 @@ from efx_jax.weights.hf import load_tokenizer
 from efx_jax.weights.source import TensorSource
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-# llama.cpp's name of a split pattern.
+# llama.cpp's names for split patterns.
 _SPLIT_NAMES = {LLAMA3_SPLIT: "llama-bpe", QWEN2_SPLIT: "qwen2"}
 _SPECIAL = ("bos", "eos", "unk", "pad")
 _KEYS = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
@@ -29,11 +29,11 @@ def vocabulary_metadata(source: TensorSource, spec: ModelSpec) -> dict[str, Any]
     """The `tokenizer.*` keys of a GGUF file.
 
     Args:
-        source: the checkpoint; its folder has the tokenizer, or its GGUF file, whose own keys are then taken over.
-        spec: its model: every row of the embedding has a token, those that the tokenizer lacks are marked unused.
+        source: the checkpoint; its folder holds the tokenizer, or its GGUF file does, whose own keys are then copied.
+        spec: its model: every row of the embedding gets a token; those that the tokenizer lacks are marked unused.
 
     Raises:
-        InputError: no tokenizer, or one of a kind or with a split pattern that llama.cpp does not know.
+        InputError: no tokenizer, or one whose kind or split pattern llama.cpp does not know.
     """
     path = Path(source.path)
     if path.suffix == ".gguf":
@@ -70,7 +70,7 @@ def _byte_level_metadata(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]
             f"({json.dumps(steps)[:120]}); use llama.cpp's convert_hf_to_gguf.py on the --format hf export"
         )
     normalizers = [step["type"] for step in _steps(parts["normalizer"], "normalizers")]
-    # llama.cpp composes no accents; it takes Qwen's tokenizers all the same.
+    # llama.cpp does not compose accents, but accepts Qwen's tokenizers all the same.
     if normalizers not in ([], ["NFC"]) or (normalizers and pre != "qwen2"):
         raise InputError(f"{path}: the tokenizer's normalizer {' '.join(normalizers)} is unknown to llama.cpp")
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
@@ -79,7 +79,7 @@ def _byte_level_metadata(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _sentencepiece_metadata(path: Path, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Kind, space before a text, and the score of every token that merges make: the sooner made, the higher."""
+    """Kind, space before a text, and the score of every token that merges produce: earlier merges score higher."""
     steps = _steps(parts["normalizer"], "normalizers") + _steps(parts["pre_tokenizer"], "pretokenizers")
     kinds = [step["type"] for step in steps]
     if kinds == ["Metaspace"] and not steps[0].get("split", True):
@@ -113,9 +113,9 @@ def _steps(node: Mapping[str, Any] | None, members: str) -> list[dict[str, Any]]
 
 
 def _split_name(steps: Sequence[Mapping[str, Any]], ignores_merges: bool) -> str | None:
-    """llama.cpp's name of how a byte-level tokenizer cuts a text before it merges.
+    """llama.cpp's name for how a byte-level tokenizer splits a text before merging.
 
-    Under LLaMA 3's own name llama.cpp takes a piece of text that is a token as that token, whatever the merges are.
+    Under LLaMA 3's own name, llama.cpp maps a piece of text that is a token to that token, whatever the merges are.
     """
     if not steps or steps[-1]["type"] != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
@@ -161,7 +161,7 @@ def _tokens(path: Path, parts: Mapping[str, Any], rows: int, unknown: str | None
 
 
 def _special_ids(tokenizer: Any, spec: ModelSpec) -> dict[str, int]:
-    """The tokenizer's own, else those of the model; of several tokens that end a text GGUF names one."""
+    """The tokenizer's own ids, else the model's; of several tokens that end a text, GGUF names only one."""
     fallback = {"bos": spec.bos_token_id, "eos": next(iter(spec.eos_token_ids), None), "pad": spec.pad_token_id}
     found = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _SPECIAL}
     chosen = {name: fallback.get(name) if index is None else index for name, index in found.items()}
@@ -169,7 +169,7 @@ def _special_ids(tokenizer: Any, spec: ModelSpec) -> dict[str, int]:
 
 
 def _flags(tokenizer: Any) -> dict[str, bool]:
-    """Whether a text gets a token before and after it: found by encoding one."""
+    """Whether a text gets a token before it and one after it, found by encoding a text."""
     ids = tokenizer("a")["input_ids"]
     return {
         "add_bos_token": tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id],

@@ -33,8 +33,8 @@ def open_folder(path: str | os.PathLike[str]) -> TensorSource:
     """Opens a Hugging Face folder: `config.json` and `model.safetensors`, whole or in shards; reads no tensor.
 
     Raises:
-        InputError: no such folder, no safetensors in it, quantised ones, a missing, truncated or garbled file, a tensor
-            that the index promises and its shard lacks, or a tokenizer with more tokens than the embedding has rows.
+        InputError: no such folder, no safetensors in it, quantised tensors, a missing, truncated or garbled file, a
+            shard without a tensor that the index lists in it, or a tokenizer with ids beyond the embedding.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -45,7 +45,7 @@ def open_folder(path: str | os.PathLike[str]) -> TensorSource:
             "--lora.adapter (of train.py) or --adapter (of the evaluation)"
         )
     config = read_json(folder / "config.json")
-    # Its tensors have dtypes that would be refused next, without the reason.
+    # Otherwise the tensors' dtypes would be refused below, without the actual reason.
     refuse_quantised(config)
     entries = {name: entry for file in folder_files(folder).values() for name, entry in file.items()}
     check_tokenizer_fits(folder, config)
@@ -58,8 +58,8 @@ def folder_files(folder: Path) -> dict[Path, dict[str, Entry]]:
     """The safetensors files of a Hugging Face folder with the tensors of each, in the order of its header.
 
     Raises:
-        InputError: a missing, truncated or garbled file, a tensor that the index promises and its shard lacks, or one
-            that two shards hold.
+        InputError: a file is missing, truncated or garbled, a shard lacks a tensor that the index lists in it, or two
+            shards hold the same tensor.
     """
     promised = _promised_files(folder)
     files = {file: read_header(file) for file in sorted(set(promised.values()))}
@@ -97,7 +97,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> TensorSource:
 
 
 def open_model(path: str | os.PathLike[str]) -> tuple[TensorSource, ModelSpec]:
-    """Opens what `load_pretrained` accepts and checks that it is one whole model; reads a tied head alone.
+    """Opens what `load_pretrained` accepts and checks that it is one whole model; reads at most a tied head.
 
     Raises:
         InputError: what the path holds is missing, damaged or unsupported, or a head differs from tied embeddings.
@@ -114,13 +114,13 @@ def load_pretrained(
 ) -> tuple[dict[str, Any], ModelSpec]:
     """Loads a checkpoint into the parameter tree, whole on one device or in shards on a mesh.
 
-    On a mesh of several processes all of them call, and each reads only what its devices hold (of an Orbax folder or
-    of quantised rows more, which it then drops); an error in one of them is an error in all.
+    On a mesh of several processes all of them must call this. Each reads only what its devices hold (more for an Orbax
+    folder or quantised rows, dropping the rest). An error in one process is raised in all.
 
     Args:
         path: Hugging Face folder, .gguf file, Orbax folder of `convert_weights.py import`, packed folder of
             `convert_weights.py pack`, run folder (its export), Hub name, or "quickstart".
-        dtype: "float32", "bfloat16", "float16", or None to keep the checkpoint's own.
+        dtype: "float32", "bfloat16", "float16", or None to keep the checkpoint's own dtypes.
         mesh: `data` x `fsdp` x `tensor`, see `parallel.mesh.make_mesh`; None: the default device.
 
     Returns:
@@ -144,15 +144,15 @@ def save_pretrained(
 ) -> None:
     """Writes a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` opens.
 
-    Sharded parameters are never gathered. If they lie on several processes, all of them call with a path on a disk
-    that they share, and each writes what its devices hold; an error in one of them is an error in all.
+    Sharded parameters are never gathered. If several processes hold them, all must call this with a path on a disk
+    that they share, and each writes what its devices hold. An error in one process is raised in all.
 
     Args:
         path: the folder to make.
         params: the tree of `param_shapes(spec)`; every leaf is written in its own dtype.
         spec: the model.
         source: checkpoint whose `config.json` is carried over and whose tokenizer and extras are copied.
-        max_shard_bytes: size from which the weights are split into several files.
+        max_shard_bytes: size above which the weights are split into several files.
 
     Raises:
         InputError: `path` exists, the disk is full, `params` do not fit `spec`, or `source` is another model.
@@ -173,17 +173,17 @@ def write_folder(
     metadata: Mapping[str, str] | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes a Hugging Face folder from any source, a block of rows in memory at a time.
+    """Writes a Hugging Face folder from any source, with one block of rows in memory at a time.
 
     Args:
         path: the folder to make.
-        source: the tensors; a head beside tied embeddings is left out.
+        source: the tensors; the head of a tied model is left out.
         spec: the model.
         original: raw `config.json` to carry over, or None.
         extras: folder or .gguf file that the tokenizer comes from, or None.
-        max_shard_bytes: size from which the weights are split into several files.
-        metadata: tensor name -> what the metadata of its file say of it.
-        finish: called by the first process with the complete folder, before it gets its name.
+        max_shard_bytes: size above which the weights are split into several files.
+        metadata: tensor name -> its entry in the metadata of its file.
+        finish: called by the first process with the complete folder, before it gets its final name.
 
     Raises:
         InputError: `path` exists, the disk is full, or the tensors, `original` and `spec` disagree.
@@ -224,7 +224,7 @@ def write_extras(extras: Path, folder: Path) -> None:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """Loads the tokenizer of a checkpoint; needs `transformers`, runs no code of the checkpoint.
+    """Loads the tokenizer of a checkpoint; needs `transformers`, runs no code from the checkpoint.
 
     Args:
         path: whatever `load_pretrained` accepts.
@@ -233,9 +233,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         A transformers fast tokenizer.
 
     Raises:
-        InputError: there is no tokenizer, one that cannot be loaded, or `transformers` is not installed.
+        InputError: there is no tokenizer, it cannot be loaded, or `transformers` is not installed.
     """
-    # It advises to install torch, which nothing here needs.
+    # transformers would recommend installing torch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         import transformers  # noqa: F401
@@ -250,7 +250,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
 
 
 def _promised_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file by the index, every file present; a checkpoint without index has one file, under ""."""
+    """Tensor name -> file by the index, after checking that each file exists; without an index: "" -> the only file."""
     if (folder / SINGLE).is_file():
         return {"": folder / SINGLE}
     if not (folder / INDEX).is_file():
@@ -278,7 +278,7 @@ def _promised_files(folder: Path) -> dict[str, Path]:
 
 
 def _main_dtype(source: TensorSource, names: list[str]) -> str:
-    """The dtype of most bytes: what `config.json` of a checkpoint with a few float32 norms says too."""
+    """The dtype of most bytes, which `config.json` also states for checkpoints with a few float32 norms."""
     sizes: Counter[str] = Counter()
     for name in names:
         sizes[source.dtypes[name]] += tensor_bytes(source, name)
@@ -286,7 +286,7 @@ def _main_dtype(source: TensorSource, names: list[str]) -> str:
 
 
 def _split(source: TensorSource, names: list[str], max_bytes: int) -> dict[str, list[str]]:
-    """Which tensors each safetensors file holds."""
+    """Safetensors file name -> names of its tensors."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name in names:
@@ -304,7 +304,7 @@ def _split(source: TensorSource, names: list[str], max_bytes: int) -> dict[str, 
 def _create_files(
     folder: Path, source: TensorSource, files: Mapping[str, list[str]], metadata: Mapping[str, str]
 ) -> None:
-    """Makes the files in their full size, and the index of several; the tensors are yet to be filled in."""
+    """Creates the files at full size, and an index if there are several; the tensors are filled in later."""
     for file, names in files.items():
         create(folder / file, source, names, {name: metadata[name] for name in names if name in metadata})
     if len(files) == 1:

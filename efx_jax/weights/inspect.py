@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and whether two hold the same, in whatever formats they are."""
+"""Describes what a checkpoint holds, and compares two checkpoints, whatever their formats."""
 
 import dataclasses
 import math
@@ -16,13 +16,13 @@ from efx_jax.weights.safetensors_file import tensor_bytes
 from efx_jax.weights.source import DTYPES, TensorSource, leaves
 from efx_jax.weights.sparsity import found_pattern, inspect_zeros
 
-# Four bits and a 16-bit scale for every 32 of them, as GGUF's Q4_0.
+# Bits per entry: four, and a 16-bit scale for every 32 entries, as in GGUF's Q4_0.
 _FOUR_BITS = 4.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far two tensors of one name are apart.
+    """How far apart two tensors of the same name are.
 
     Attributes:
         absolute: largest |a - b|.
@@ -52,8 +52,8 @@ def inspect(path: str | os.PathLike[str]) -> str:
         path: whatever `load_pretrained` accepts.
 
     Returns:
-        Model type, number of parameters, dtypes, sizes, and how many entries are not finite if any is; then a line per
-        kind of tensor with its shape, dtype, number of entries, share of exact zeros and, of matrices of the layers,
+        Model type, number of parameters, dtypes, sizes, and how many entries are not finite, if any; then one line per
+        kind of tensor with its shape, dtype, number of entries, share of exact zeros and, for matrices of the layers,
         their pattern.
 
     Raises:
@@ -102,8 +102,8 @@ def verify(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> tuple[str, i
         b: the same, in any other format.
 
     Returns:
-        A report, and 0 if both are the same model, the ids of its special tokens included, with equal numbers in every
-        tensor (in whatever dtype), else 1.
+        A report, and 0 if both are the same model, including the ids of its special tokens, with equal numbers in every
+        tensor (whatever the dtype), else 1.
 
     Raises:
         InputError: a checkpoint is missing, damaged or unsupported.
@@ -135,7 +135,7 @@ def _other_fields(a: ModelSpec, b: ModelSpec) -> list[str]:
 
 
 def _difference(a: TensorSource, b: TensorSource, name: str) -> Difference | None:
-    """How far two tensors are apart, a block of rows in float64 at a time; None where they are equal."""
+    """How far apart two tensors are, a block of rows in float64 at a time; None if they are equal."""
     shape = a.shapes[name]
     found = []
     for block in row_blocks(whole(shape), math.prod(shape[1:]) * np.dtype(np.float64).itemsize):
@@ -145,12 +145,12 @@ def _difference(a: TensorSource, b: TensorSource, name: str) -> Difference | Non
         x, y = x.astype(np.float64), y.astype(np.float64)
         apart, size = np.abs(x - y), np.maximum(np.abs(x), np.abs(y))
         found.append((apart.max(), (apart / np.where(size > 0, size, 1)).max()))
-    # Not Python's max, which may lose a NaN.
+    # Not Python's max, which may drop a NaN.
     return Difference(*map(float, np.max(found, axis=0))) if found else None
 
 
 def _sizes(source: TensorSource, name: str, stored: int | None) -> "_Sizes":
-    """Bytes of a tensor; `stored`: entries with a bit set of a matrix that can be packed, None: it cannot."""
+    """Bytes of a tensor; `stored`: number of entries with a bit set if it is a matrix that can be packed, else None."""
     dense = tensor_bytes(source, name)
     if stored is None:
         return _Sizes(dense, dense, dense)

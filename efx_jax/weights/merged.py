@@ -1,7 +1,7 @@
 """The exported weight, the same bits on every machine: mask * (W + scale * B A), summed in order and rounded once.
 
-Every operation is an elementwise one of float64 in NumPy, in a fixed order: no matrix product, whose order of summation
-depends on the library and the processor. A product of two float32 numbers is exact in float64, so that it does not
+Every operation is elementwise, in float64, in NumPy and in a fixed order; there is no matrix product, whose summation
+order depends on the library and the processor. A product of two float32 numbers is exact in float64, so it does not
 matter either whether a processor fuses it with the addition. `lora.merge` is the same in float32, for any device.
 """
 
@@ -19,20 +19,20 @@ from efx_jax.weights.byte_ranges import Part
 from efx_jax.weights.params import host_part
 from efx_jax.weights.source import DTYPES, TensorSource, leaf_dtype, leaves
 
-# Entries that are worked on at a time: their float64 sums stay in a processor's second cache.
+# Entries processed at a time: few enough that their float64 sums stay in a processor's L2 cache.
 _BLOCK_ENTRIES = 1 << 15
 
 
 def round_once(values: np.ndarray, dtype: Any) -> np.ndarray:
-    """float64 to float32, bfloat16 or float16, to the nearest and of two equally near ones to the even.
+    """Rounds float64 to float32, bfloat16 or float16: to nearest, ties to even.
 
-    NumPy and ml_dtypes go to bfloat16 by way of float32, which rounds twice: 1 + 2^-8 + 2^-40 comes out as 1. Here the
-    way is float32 rounded to odd (what is cut off leaves the last bit set), after which the second rounding is right
+    NumPy and ml_dtypes convert to bfloat16 via float32, which rounds twice: 1 + 2^-8 + 2^-40 becomes 1. Here the
+    float32 is rounded to odd (if any bits are cut off, the last bit is set), which makes the second rounding correct
     (S. Boldo and G. Melquiond, Emulation of FMA and correctly rounded sums, IEEE Transactions on Computers 57, 2008).
 
     Args:
         values: float64.
-        dtype: of the result.
+        dtype: dtype of the result.
     """
     with np.errstate(over="ignore"):
         nearest = values.astype(np.float32)
@@ -40,7 +40,7 @@ def round_once(values: np.ndarray, dtype: Any) -> np.ndarray:
         return nearest
     bits = nearest.view(np.uint32)
     inexact = nearest != values
-    # One step towards zero where the nearest lies beyond.
+    # One step towards zero where the nearest is larger in magnitude.
     bits -= np.abs(nearest) > np.abs(values)
     bits |= inexact
     with np.errstate(over="ignore"):
@@ -89,12 +89,12 @@ def merged_source(
 ) -> TensorSource:
     """A checkpoint with adapters and masks folded in as it is read, by `merged_rows`.
 
-    Of sharded arrays a process reads parts that lie within its own shards, as of `params_source`.
+    From sharded arrays a process can read only parts within its own shards, as with `params_source`.
 
     Args:
         base: W in the dtypes that the merged weights are to have.
         spec: its model.
-        adapters: of the model, jax or numpy arrays, or None.
+        adapters: the model's adapters, jax or numpy arrays, or None.
         masks: name -> bool `[L,O,I]` or uint8 `[L,O,ceil(I/8)]`, True = kept, or None.
     """
     lora_a = {} if adapters is None else adapters.lora_a
@@ -122,7 +122,7 @@ def merged_source(
 
 @functools.cache
 def layer_places(spec: ModelSpec) -> dict[str, tuple[str, int]]:
-    """Hugging Face name of every tensor of the layers -> its leaf's name and its layer."""
+    """Hugging Face name of every tensor in the layers -> its leaf's name and its layer."""
     return {
         name: (leaf.path[-1], layer) for leaf in leaves(spec) if leaf.stacked for layer, name in enumerate(leaf.names)
     }
@@ -134,7 +134,7 @@ def layer_part(stacked: Any, layer: int, part: Part, small: bool = False) -> np.
 
 
 def mask_part(mask: Any, layer: int, rows: slice, columns: slice) -> np.ndarray:
-    """A part of one layer of a mask, bool `[L,O,I]` or packed: bool, on the host."""
+    """A part of one layer of a mask (bool `[L,O,I]` or packed) as bool, on the host."""
     if mask.dtype == np.bool_:
         return layer_part(mask, layer, (rows, columns))
     first, last = columns.start // 8, -(-columns.stop // 8)
@@ -143,7 +143,7 @@ def mask_part(mask: Any, layer: int, rows: slice, columns: slice) -> np.ndarray:
 
 
 def leaf_dtypes(source: TensorSource, spec: ModelSpec) -> TensorSource:
-    """The same checkpoint in the dtypes that its tree has: of layers that differ float32, see `assemble`."""
+    """The same checkpoint in the dtypes of its tree: float32 for layers that differ in dtype, see `assemble`."""
     dtypes = dict(source.dtypes)
     for leaf in leaves(spec):
         dtypes |= dict.fromkeys(leaf.names, leaf_dtype(source, leaf))

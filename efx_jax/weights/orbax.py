@@ -1,9 +1,9 @@
-"""Orbax folders: the parameter tree on disk, beside `config.json`, the tokenizer and a list of what belongs to it.
+"""Orbax folders: the parameter tree on disk, beside `config.json`, the tokenizer and a list of its files.
 
 ```
 DST/params/        Orbax checkpoint of the tree of `param_shapes(spec)`
-DST/config.json    the original's content, its dtype too, whatever that of the tensors is
-DST/manifest.json  dtypes: Hugging Face tensor name -> dtype that an export gives it; files: size of each in params/
+DST/config.json    the original's content, including its dtype, whatever the dtype of the tensors is
+DST/manifest.json  dtypes: Hugging Face tensor name -> dtype for an export; files: size of each file in params/
 DST/tokenizer...   and the other small files of the original
 ```
 """
@@ -23,14 +23,14 @@ from efx_jax.weights.config_json import check_tokenizer_fits, read_json
 from efx_jax.weights.source import DTYPES, TensorSource, leaves
 
 _PARAMS, _MANIFEST = "params", "manifest.json"
-# A layer, or some of its rows, can be read without the rest of its leaf.
+# So that a layer, or some of its rows, can be read without the rest of its leaf.
 _CHUNK_BYTES = 1 << 22
-# Files are kept in memory until they are full, several where the disk is slow; Orbax's own choice is 2 GB.
+# Files are kept in memory until they are full, several of them if the disk is slow; Orbax's default is 2 GB.
 _FILE_BYTES = 1 << 24
 
 
 def is_orbax_folder(path: Path) -> bool:
-    """Whether a folder is one that `write_orbax` made."""
+    """Whether a folder was made by `write_orbax`."""
     return (path / _PARAMS).is_dir() and (path / _MANIFEST).is_file()
 
 
@@ -39,9 +39,9 @@ def write_orbax(folder: Path, params: Mapping[str, Any], config: Mapping[str, An
 
     Args:
         folder: an existing folder (`efx_jax.files.atomic_folder` gives one that appears only when it is complete).
-        params: the tree of `param_shapes(spec)`, jax arrays; on the CPU, or else Orbax copies all of it there first.
+        params: the tree of `param_shapes(spec)`, jax arrays; on the CPU, as Orbax would first copy all of it there.
         config: raw `config.json`.
-        dtypes: Hugging Face tensor name -> dtype for an export; differs from the leaf's where layers differ.
+        dtypes: Hugging Face tensor name -> dtype for an export; differs from the leaf's if its layers differ in dtype.
     """
     import jax
     import orbax.checkpoint as ocp
@@ -61,8 +61,8 @@ def write_orbax(folder: Path, params: Mapping[str, Any], config: Mapping[str, An
 def open_orbax(path: str | os.PathLike[str]) -> TensorSource:
     """Opens a folder of `write_orbax`; reads no tensor.
 
-    Orbax itself reads whole leaves, so parts are read from the arrays below it: OCDBT files of zarr arrays, each under
-    the names of its path (https://google.github.io/tensorstore/kvstore/ocdbt).
+    Orbax itself reads whole leaves, so parts are read from the underlying arrays: zarr arrays in OCDBT files, each
+    under the names in its path (https://google.github.io/tensorstore/kvstore/ocdbt).
 
     Raises:
         InputError: a file is missing or damaged, or the leaves are not those of `config.json`.
@@ -101,7 +101,7 @@ def open_orbax(path: str | os.PathLike[str]) -> TensorSource:
 
 
 def _checked_manifest(folder: Path) -> dict[str, str]:
-    """The dtypes, once every file of the checkpoint has its size: Orbax answers a cut file with pages of tracebacks."""
+    """The dtypes, after checking every file's size: given a truncated file, Orbax prints pages of tracebacks."""
     manifest = read_json(folder / _MANIFEST)
     dtypes, files = manifest.get("dtypes"), manifest.get("files")
     if not isinstance(dtypes, dict) or not isinstance(files, dict):

@@ -1,4 +1,4 @@
-"""A dense Hugging Face folder becomes a packed one, and again the same dense one, file by file and bit for bit."""
+"""Packs a dense Hugging Face folder, and unpacks it to the same dense folder, file by file and bit for bit."""
 
 import dataclasses
 import os
@@ -51,7 +51,7 @@ from efx_jax.weights.safetensors_file import (
 from efx_jax.weights.sealed import check_files, file_table, is_inner_name, write_sealed
 from efx_jax.weights.source import check_names_and_shapes, check_tied_head, leaves
 
-# Weights of other formats, pickles and code: a packed folder carries none of them on.
+# Weights in other formats, pickles and code: none of these go into a packed folder.
 _WEIGHTS = (".safetensors", ".bitmask", ".gguf", ".h5", ".msgpack", ".onnx")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _CODE = (".py", ".pyc", ".so", ".dll", ".dylib", ".exe", ".sh")
@@ -63,8 +63,8 @@ class Packing:
 
     Attributes:
         dense_bytes: bytes of the safetensors files.
-        packed_bytes: bytes of the files that took their place.
-        left_out: files that were not carried over: pickles, code, weights of other formats, what is hidden,
+        packed_bytes: bytes of the files that replaced them.
+        left_out: files that were not carried over: pickles, code, weights in other formats, hidden files,
             names with a backslash.
     """
 
@@ -80,17 +80,17 @@ class Packing:
 
 
 def pack(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> Packing:
-    """Writes a packed folder, a block of rows in memory at a time.
+    """Writes a packed folder, with one block of rows in memory at a time.
 
-    The matrices of the layers are packed where that makes them smaller; embeddings, head, norms, biases and matrices
-    with hardly a zero stay as they are. Every other file is copied.
+    The matrices of the layers are packed if that makes them smaller; embeddings, head, norms, biases and matrices
+    with hardly any zeros stay as they are. Every other file is copied, except those of `Packing.left_out`.
 
     Args:
         src: a Hugging Face folder with safetensors, a run (its export) or a Hub name.
         dst: the folder to make.
 
     Raises:
-        InputError: `src` is no such folder or damaged, `dst` exists, or the disk is full.
+        InputError: `src` is not such a folder or is damaged, `dst` exists, or the disk is full.
     """
     folder = local_path(src)
     if folder.is_file() or is_orbax_folder(folder) or is_packed_folder(folder):
@@ -140,14 +140,14 @@ def pack(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> Packing:
 
 
 def unpack(src: str | os.PathLike[str], dst: str | os.PathLike[str]) -> None:
-    """Writes the dense folder that `pack` was given, the same bytes in every file.
+    """Restores the dense folder that `pack` was given, the same bytes in every file.
 
     Args:
         src: a packed folder.
         dst: the folder to make.
 
     Raises:
-        InputError: `src` is no packed folder or damaged in any byte that matters, `dst` exists, or the disk is full.
+        InputError: `src` is not a packed folder or is damaged where it matters, `dst` exists, or the disk is full.
     """
     folder = Path(src)
     if not is_packed_folder(folder):
@@ -186,7 +186,7 @@ def _worth_packing(name: str, entry: Entry) -> int | None:
 
 
 def _blocks(entry: Entry) -> Iterator[Part]:
-    """A tensor block by block, as its blocks are checked."""
+    """The blocks of a tensor, each with its own checksum."""
     rows = block_rows(entry.shape, entry.dtype)
     return byte_ranges.row_blocks(whole(entry.shape), 1, rows)
 
@@ -195,7 +195,7 @@ _Layout = dict[str, tuple[tuple[int, ...], str]]
 
 
 def _layout(entries: Mapping[str, Entry], kept: Mapping[str, int]) -> _Layout:
-    """Name -> shape and dtype of every array of a packed file; `kept`: name of a matrix to pack -> its entries."""
+    """Name -> shape and dtype of every array of a packed file; `kept`: matrix to pack -> number of its entries."""
     layout: _Layout = {}
     for name, entry in entries.items():
         if name not in kept:
@@ -210,7 +210,7 @@ def _layout(entries: Mapping[str, Entry], kept: Mapping[str, int]) -> _Layout:
 
 
 def _pack_file(entries: Mapping[str, Entry], layout: _Layout, path: Path) -> dict[str, dict[str, Any]]:
-    """Writes one packed file; returns for every tensor its blocks' rows and checksums."""
+    """Writes one packed file; returns the rows per block and the checksums of every tensor."""
     shapes = {name: shape for name, (shape, _) in layout.items()}
     lay_out(path, shapes, {name: dtype for name, (_, dtype) in layout.items()}, {"format": FORMAT})
     places = read_header(path, integers=True)
@@ -257,14 +257,14 @@ def _write(descriptor: int, place: Entry, values: np.ndarray, part: Part) -> Non
 
 
 def _other_files(folder: Path, weights: set[str]) -> tuple[list[str], list[str]]:
-    """Names of the files beside the weights: those to carry over, and those to leave."""
+    """Names of the files beside the weights: those to carry over, and those to leave out."""
     carried: list[str] = []
     left_out: list[str] = []
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder).as_posix()
         if name in weights or name == INDEX:
             continue
-        # `unpack` refuses a name that leads out of a folder on another system.
+        # `unpack` refuses a name that would lead out of its folder on another system.
         hidden = not is_inner_name(name) or any(part.startswith(".") for part in name.split("/"))
         (left_out if hidden or file.suffix.lower() in (*_WEIGHTS, *_PICKLES, *_CODE) else carried).append(name)
     return carried, left_out

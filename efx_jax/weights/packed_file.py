@@ -1,13 +1,13 @@
 """A packed folder, opened like any other checkpoint: rows are expanded as they are read, and checked.
 
 ```
-FOLDER/packed.json       what a dense folder needs to come back bit for bit, and a checksum of every block of rows
-FOLDER/NAME.bitmask      safetensors of what NAME.safetensors held: matrices of the layers as `weights.bitmask` has them
-                         where that is smaller, every other tensor as it was
-FOLDER/config.json ...   the other files, as they were
+FOLDER/packed.json       what is needed to restore the dense folder bit for bit, and a checksum of every block of rows
+FOLDER/NAME.bitmask      the tensors of NAME.safetensors, as safetensors: matrices of the layers as in `weights.bitmask`
+                         where that is smaller, every other tensor unchanged
+FOLDER/config.json ...   the other files, unchanged
 ```
 
-No other loader takes the folder for a dense checkpoint: it holds neither a `.safetensors` file nor an index of some.
+No other loader mistakes the folder for a dense checkpoint: it holds neither `.safetensors` files nor an index of them.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from efx_jax.weights.source import TensorSource
 
 MANIFEST = "packed.json"
 FORMAT, VERSION = "efx-packed", 1
-# Rows that are checked together: so little more than is asked for is read where a part is.
+# Size of the rows that are checked together; small, so that reading a part reads little more than that part.
 BLOCK_BYTES = 1 << 22
 _LAYOUT = {
     "files": {"*": {"packed": str, "bytes": int, "sha256": str, "header": str}},
@@ -43,10 +43,10 @@ class Stored:
     """One tensor of a packed folder.
 
     Attributes:
-        dense: its shape and dtype, and where it lies in the dense file.
-        pieces: suffix -> the arrays that stand for it; the key "" alone: the tensor as it is.
+        dense: its shape and dtype, and its place in the dense file.
+        pieces: suffix -> one of the arrays that represent it; only the key "": the tensor itself.
         checks: CRC-32 of every block of `rows` rows.
-        rows: rows of a block.
+        rows: rows per block.
     """
 
     dense: Entry
@@ -56,18 +56,18 @@ class Stored:
 
 
 def is_packed_folder(path: Path) -> bool:
-    """Whether a folder is one that `weights.packed.pack` made."""
+    """Whether a folder was made by `weights.packed.pack`."""
     return (path / MANIFEST).is_file()
 
 
 def open_packed(folder: Path) -> TensorSource:
     """Opens a packed folder; reads no tensor.
 
-    Reading a part reads the blocks of rows that it lies in, checks them and expands them; of a part of the columns it
+    Reading a part reads, checks and expands the blocks of rows that it lies in; for a part of the columns, too, it
     reads whole rows.
 
     Raises:
-        InputError: a file is missing or damaged, or of a later version; on reading, a block that is damaged.
+        InputError: a file is missing, damaged or of another version; on reading, a block is damaged.
     """
     config = read_json(folder / "config.json")
     manifest = read_manifest(folder)
@@ -83,10 +83,10 @@ def open_packed(folder: Path) -> TensorSource:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """`packed.json`, whole and of a version that is known.
+    """Reads `packed.json` and checks that it is intact and of a known version.
 
     Raises:
-        InputError: it is not, a field is missing or of another kind, or it names files outside its folder.
+        InputError: it is not, a field is missing or of the wrong type, or it names files outside its folder.
     """
     manifest = read_sealed(folder / MANIFEST)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
@@ -127,7 +127,7 @@ def stored_tensors(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Store
 
 
 def block_check(pieces: Mapping[str, np.ndarray]) -> int:
-    """CRC-32 of the arrays of one block, by their suffixes: of a packed one offsets, bitmask and entries."""
+    """CRC-32 of the arrays of one block, given by suffix (for a packed one: offsets, bitmask and entries)."""
     check = 0
     for _, values in sorted(pieces.items()):
         check = zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data, check)
@@ -135,13 +135,13 @@ def block_check(pieces: Mapping[str, np.ndarray]) -> int:
 
 
 def block_rows(shape: tuple[int, ...], dtype: str) -> int:
-    """Rows of a block of a tensor: about `BLOCK_BYTES` of it, and at least one."""
+    """Rows per block of a tensor: about `BLOCK_BYTES`, and at least one row."""
     row_bytes = int(np.prod(shape[1:], dtype=np.int64)) * STORED[dtype].itemsize
     return max(1, BLOCK_BYTES // max(1, row_bytes))
 
 
 def _pieces(name: str, dense: Entry, entries: Mapping[str, Entry], path: Path) -> dict[str, Entry]:
-    """The arrays that stand for a tensor, once their shapes and dtypes are right."""
+    """The arrays that represent a tensor, after checking their shapes and dtypes."""
     found = entries.get(name)
     if found is not None:
         _check_piece(found, dense.shape, dense.dtype, name)
@@ -184,7 +184,7 @@ def _read_part(tensor: Stored, name: str, part: Part) -> np.ndarray:
 
 
 def _read_block(tensor: Stored, name: str, number: int, first: int, last: int) -> np.ndarray:
-    """Some whole rows, checked."""
+    """One block of whole rows, checked."""
     pieces = tensor.pieces
     rows = slice(first, last)
     if "" in pieces:

@@ -1,4 +1,4 @@
-"""A parameter tree as a source of tensors, each process giving what it holds of them."""
+"""A parameter tree as a source of tensors, of which each process provides the parts that it holds."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +17,12 @@ from efx_jax.weights.source import DTYPES, TensorSource, leaves
 def params_source(params: Mapping[str, Any], spec: ModelSpec, path: Path) -> TensorSource:
     """A parameter tree (jax or numpy arrays, sharded or not) as a source, read part by part.
 
-    Of several replicas of a shard one is written, of all devices of the run; nobody gathers a sharded array.
+    Of a shard's replicas on all devices of the run, one is written; sharded arrays are never gathered.
 
     Args:
         params: the tree of `param_shapes(spec)`.
         spec: its model.
-        path: where the source says that it lies.
+        path: the path that the source reports.
 
     Raises:
         InputError: the tree is not `param_shapes(spec)`, or a leaf has an unsupported dtype.
@@ -61,24 +61,24 @@ def params_source(params: Mapping[str, Any], spec: ModelSpec, path: Path) -> Ten
 
 
 def _is_local(array: Any) -> bool:
-    """Whether every process has an array like this for itself."""
+    """Whether every process has its own copy of an array like this."""
     return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
 def _held_parts(array: Any) -> list[Part]:
-    """The parts of an array that this process holds the first replica of."""
+    """The parts of an array whose first replica this process holds."""
     if not isinstance(array, jax.Array):
         return [whole(array.shape)]
     return [normalized(shard.index, array.shape) for shard in array.addressable_shards if shard.replica_id == 0]
 
 
 def host_part(array: Any, part: Part, small: bool = False) -> np.ndarray:
-    """A part of a numpy array, or of a jax array where it lies within one shard, on the host.
+    """A part of a numpy array, or of a jax array if it lies within one shard, on the host.
 
     Args:
         array: numpy or jax array.
         part: a slice per axis.
-        small: whether all of the shard may come to the host and stay there; else a program slices it on its device.
+        small: whether the whole shard may be copied to the host and stay there; else it is sliced on its device.
 
     Raises:
         ValueError: no device of this process holds all of it.
@@ -93,8 +93,8 @@ def host_part(array: Any, part: Part, small: bool = False) -> np.ndarray:
             if small:
                 within = tuple(slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
                 return np.asarray(shard.data)[within]
-            # Sliced on the device: numpy's view of a jax array brings it whole to the host, where it stays. Under the
-            # caller's mesh jax would refuse an array of one device.
+            # Sliced on the device: a numpy view of a jax array copies all of it to the host, where it stays. Under the
+            # caller's mesh jax would refuse an array on one device.
             with jax.set_mesh(Mesh(np.array([shard.device]), ("device",))):
                 return np.asarray(jax.lax.dynamic_slice(shard.data, starts, lengths))
     raise ValueError(f"no device of this process holds {part} of an array {array.shape}")

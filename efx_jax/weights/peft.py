@@ -1,8 +1,8 @@
 """LoRA adapters as PEFT folders: `adapter_config.json` and `adapter_model.safetensors`, read and written.
 
-A folder may give every module a rank and an alpha of its own. Here adapters are stacked over the layers under one
-static scale, so smaller ranks are padded with zero rows of A and columns of B, and what a module's own scale differs by
-is folded into its B: U = W + scale * B A is the same.
+A folder may give every module its own rank and alpha. Here adapters are stacked over the layers with one static scale,
+so smaller ranks are padded with zero rows of A and zero columns of B, and the ratio of a module's own scale to the
+common one is folded into its B: U = W + scale * B A is the same.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ from efx_jax.weights.source import DTYPES
 
 _WEIGHTS_FILE = "adapter_model.safetensors"
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-# base_model.model. comes of PeftModel, the second model. of a model with a head; a name after lora_A of an adapter
-# that was saved by hand.
+# base_model.model. comes from PeftModel, the next model. from a model with a head, and a name after lora_A from an
+# adapter that was saved by hand.
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<module>(?:model\.)?layers\.(?P<layer>\d+)\.(?:self_attn|mlp)\.(?P<name>\w+))"
     r"\.lora_(?P<half>[AB])(?:\.\w+)?\.weight"
@@ -47,7 +47,7 @@ _KEY = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSettings:
-    """An adapter in the words of the settings of a run, see `config.LoraConfig`; rank is the largest of all modules."""
+    """An adapter in terms of a run's settings, see `config.LoraConfig`; rank is the largest of all modules."""
 
     rank: int
     alpha: float
@@ -66,10 +66,10 @@ class _Module:
 
 
 def adapter_settings(path: str | os.PathLike[str]) -> AdapterSettings:
-    """The settings under which a run trains a PEFT adapter on; reads no tensor and needs no model.
+    """The settings with which a run continues to train a PEFT adapter; reads no tensor and needs no model.
 
     Raises:
-        InputError: as `load_adapter`, but for what only the model can tell.
+        InputError: as for `load_adapter`, except for what cannot be checked without the model.
     """
     folder = Path(path)
     config, entries = _open(folder)
@@ -80,7 +80,7 @@ def check_adapter(path: str | os.PathLike[str], spec: ModelSpec) -> None:
     """Refuses a PEFT adapter that does not fit a model; reads no tensor.
 
     Raises:
-        InputError: as `load_adapter`, but for numbers that are not finite.
+        InputError: as for `load_adapter`, except for numbers that are not finite.
     """
     _checked(Path(path), spec)
 
@@ -93,12 +93,12 @@ def load_adapter(path: str | os.PathLike[str], spec: ModelSpec) -> Adapters:
         spec: the model that it belongs to.
 
     Returns:
-        `lora_a[name] [L,R,I]` and `lora_b[name] [L,O,R]`, float32, of every linear that the adapter has in some layer,
-        zeros in the layers where it has none; R is the largest rank of all modules.
+        `lora_a[name] [L,R,I]` and `lora_b[name] [L,O,R]`, float32, for every linear that is adapted in some layer, with
+        zeros in the layers where it is not; R is the largest rank of all modules.
 
     Raises:
-        InputError: a missing or damaged file, an option that is not supported, a tensor that is missing, of the wrong
-            shape, not finite, or of no module that the settings name.
+        InputError: a missing or damaged file, an unsupported option, or a tensor that is missing, of the wrong shape,
+            not finite, or of a module that the settings do not name.
     """
     config, entries, modules = _checked(Path(path), spec)
     settings = _settings(config, modules)
@@ -136,7 +136,7 @@ def save_adapter(
         adapters: `lora_a[name] [L,R,I]`, `lora_b[name] [L,O,R]`; R is the same everywhere.
         spec: the model that they belong to.
         base: path or Hub name (`owner/name@revision` pins it) of that model, for `AutoPeftModel`.
-        dtype: "float32", "bfloat16" or "float16" of the tensors.
+        dtype: dtype of the tensors: "float32", "bfloat16" or "float16".
         rslora: whether their scale is to be written as alpha / sqrt(R).
 
     Raises:
@@ -157,14 +157,14 @@ def save_adapter(
                 if not np.isfinite(tensors[key].astype(np.float32)).all():
                     raise InputError(f"{path}: {key} has numbers that are not finite in {dtype}; choose float32")
     with atomic_folder(path, needs=sum(tensor.nbytes for tensor in tensors.values())) as partial:
-        # Not by `save_file`, whose files nobody else may read.
+        # Not `save_file`, whose files only their owner may read.
         (partial / _WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
         text = peft_config_text(rank, alpha, rslora, targets, base)
         (partial / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def _checked(folder: Path, spec: ModelSpec) -> tuple[PeftConfig, dict[str, Entry], list[_Module]]:
-    """A folder's settings, tensors and modules, all of which have their place in the model."""
+    """A folder's settings, tensors and modules, after checking that all of them fit the model."""
     config, entries = _open(folder)
     modules = _modules(folder, entries)
     _check_modules(folder, config, modules, spec)
@@ -187,7 +187,7 @@ def _open(folder: Path) -> tuple[PeftConfig, dict[str, Entry]]:
 
 
 def _modules(folder: Path, entries: Mapping[str, Entry]) -> list[_Module]:
-    """The modules that the file has tensors of, both halves of each."""
+    """The modules whose tensors the file holds, both halves of each."""
     halves: dict[str, dict[str, str]] = {}
     places: dict[str, tuple[str, int]] = {}
     for key in sorted(entries):
@@ -273,7 +273,7 @@ def _read(entries: Mapping[str, Entry], key: str) -> np.ndarray:
 
 
 def _check_adapters(adapters: Adapters, spec: ModelSpec) -> int:
-    """R of adapters that fit the model."""
+    """R of the adapters, after checking that they fit the model."""
     shapes = linear_shapes(spec)
     rank = next(iter(adapters.lora_a.values())).shape[1] if adapters.lora_a else 0
     for name, half_a in adapters.lora_a.items():

@@ -1,7 +1,7 @@
-"""The `adapter_config.json` of a PEFT folder: read with everything that it may ask for checked, and written.
+"""Reads the `adapter_config.json` of a PEFT folder, checking all of its options, and writes one.
 
 Meaning of the options: `LoraConfig` and `check_target_module_exists` of github.com/huggingface/peft (0.21). An option
-that would change what the adapter computes, and is not computed here, is refused by name; so is one not known here.
+that would change what the adapter computes, and is not implemented here, is refused by name, as is an unknown one.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from efx_jax.lora import lora_scale
 from efx_jax.weights.config_json import read_json
 
 CONFIG_FILE = "adapter_config.json"
-# Options that are read here, and those that say nothing about what a trained adapter computes.
+# Options that are read here, and those that do not affect what a trained adapter computes.
 _READ = (
     "peft_type",
     "r",
@@ -48,10 +48,10 @@ _IDLE = (
     "task_type",
 )
 _UNSET: tuple[Any, ...] = (None, False, "", "none", [], {})
-# Ways to draw A and B that leave the base as it is; all others (pissa, olora, corda, loftq, lora_ga) move it.
+# Initialisations of A and B that leave the base unchanged; all others (pissa, olora, corda, loftq, lora_ga) change it.
 _HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
-# Of a float32, in which adapters are computed.
+# The range of float32, in which adapters are computed.
 _LARGEST = 3.4e38
 
 Names = str | tuple[str, ...]
@@ -59,19 +59,19 @@ Names = str | tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-    """What an `adapter_config.json` says of the adapted modules.
+    """What an `adapter_config.json` says about the adapted modules.
 
     Attributes:
         path: the file, for messages.
-        rank: r of a module that no pattern names.
+        rank: r of a module that no pattern matches.
         alpha: lora_alpha of such a module.
         rslora: whether scales are alpha / sqrt(r).
-        rank_pattern: regular expression of the end of a module's name -> its r.
+        rank_pattern: regular expression for the end of a module's name -> its r.
         alpha_pattern: the same for lora_alpha.
         targets: names, a regular expression, or "all-linear".
-        excluded: names or a regular expression; goes before `targets`.
-        layers: numbers of the layers that `targets` (names) is about; None: all.
-        layers_pattern: names of the list of layers.
+        excluded: names or a regular expression; takes precedence over `targets`.
+        layers: indices of the layers to which `targets` (as names) applies; None: all.
+        layers_pattern: possible names of the list of layers.
     """
 
     path: Path
@@ -90,8 +90,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
     """Reads the settings of a LoRA adapter.
 
     Raises:
-        InputError: no such file, another method than LoRA, an option that is not supported, or a value of another kind
-            than PEFT writes.
+        InputError: no such file, a method other than LoRA, an unsupported option, or a value of a type that PEFT does
+            not write.
     """
     path = folder / CONFIG_FILE
     raw = read_json(path)
@@ -117,7 +117,7 @@ def is_adapted(config: PeftConfig, module: str) -> bool:
     if _is_named(config.excluded, module):
         return False
     if config.targets == "all-linear":
-        # A head that gives the logits is left out.
+        # PEFT leaves out the head that gives the logits.
         return module != "lm_head" and not module.endswith("embed_tokens")
     if isinstance(config.targets, str) or config.layers is None:
         return _is_named(config.targets, module)
@@ -130,13 +130,13 @@ def module_rank(config: PeftConfig, module: str) -> int:
 
 
 def module_scale(config: PeftConfig, module: str) -> float:
-    """What multiplies B A of a module: alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    """The factor on B A of a module: alpha / r, or alpha / sqrt(r) for rsLoRA."""
     alpha = _by_pattern(config.alpha_pattern, module, config.alpha)
     return lora_scale(module_rank(config, module), alpha, config.rslora)
 
 
 def common_alpha(config: PeftConfig, modules: Sequence[str]) -> float | None:
-    """lora_alpha of all the modules; None where they differ."""
+    """lora_alpha of all the modules; None if they differ."""
     alphas = {_by_pattern(config.alpha_pattern, module, config.alpha) for module in modules}
     return alphas.pop() if len(alphas) == 1 else None
 
@@ -148,7 +148,7 @@ def peft_config_text(rank: int, alpha: float, rslora: bool, targets: Sequence[st
         rank: r of every module.
         alpha: lora_alpha.
         rslora: whether the scale is alpha / sqrt(r).
-        targets: last parts of the names of the adapted modules, which are adapted in every layer.
+        targets: last parts of the names of the adapted modules; they are adapted in every layer.
         base: path or Hub name (`owner/name@revision` pins it) of the model that the adapter belongs to.
     """
     name = (None if Path(base).exists() else hub_name(base)) or HubName(base)
@@ -225,7 +225,7 @@ def _layers(path: Path, value: Any) -> tuple[int, ...] | None:
 
 
 def _layers_pattern(path: Path, raw: Mapping[str, Any]) -> tuple[str, ...]:
-    """Expressions without groups: PEFT takes the first group for the number of the layer."""
+    """The expressions, which must have no groups: PEFT takes the first group for the layer index."""
     found = _names(path, "layers_pattern", raw.get("layers_pattern") or ())
     listed = (found,) if isinstance(found, str) else found
     for text in listed:
@@ -246,7 +246,7 @@ def _pattern(path: Path, raw: Mapping[str, Any], option: str) -> dict[str, Any]:
 
 def _check_expression(path: Path, option: str, text: str) -> None:
     try:
-        # Within a larger one, as PEFT uses it: there flags for all of it, such as (?i), are an error too.
+        # Inside a larger expression, as PEFT uses it: there, global flags such as (?i) are an error too.
         re.compile(rf"(.*\.)?({text})$" if option.endswith("_pattern") else text)
     except re.error as error:
         raise InputError(f"{path}: {option} {text!r} is no regular expression ({error})") from None
@@ -271,12 +271,12 @@ def _is_named(names: Names, module: str) -> bool:
 
 
 def _layer_of(module: str, patterns: Sequence[str]) -> int | None:
-    """Number of the layer in a module's name, by PEFT's rule: what follows the first list of layers."""
+    """The layer index in a module's name, by PEFT's rule: the number after the first list of layers."""
     expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
     found = next((match for expression in expressions if (match := re.match(expression, module))), None)
     return None if found is None else int(found[1])
 
 
 def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first expression that the module's name ends with."""
+    """The value of the first expression that matches the end of the module's name."""
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)

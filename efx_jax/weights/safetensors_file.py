@@ -1,4 +1,4 @@
-"""One safetensors file: opened with checks, read part by part, laid out first and then filled part by part.
+"""One safetensors file: checked when opened and read part by part; written by laying it out, then filling in parts.
 
 The format: eight bytes with the header's length, a JSON header with every tensor's dtype, shape and byte range, then
 the bytes in that order, little-endian (https://github.com/huggingface/safetensors#format).
@@ -23,8 +23,8 @@ from efx_jax.weights.source import DTYPES, TensorSource
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64", "uint8": "U8"}
 _NAMES = {code: name for name, code in _CODES.items()}
 STORED = DTYPES | {"int64": np.dtype(np.int64), "uint8": np.dtype(np.uint8)}
-"""What a file may hold; `DTYPES` are those of a checkpoint's tensors, the others are those of our own files."""
-# What is brought to the host at a time: large enough for any disk, small beside any model.
+"""The dtypes that a file may hold: `DTYPES` for a checkpoint's tensors, the others only in our own files."""
+# How much is brought to the host at a time: large enough for any disk, small beside any model.
 _BLOCK_BYTES = 1 << 26
 
 
@@ -46,14 +46,14 @@ def read_header(path: Path, integers: bool = False) -> dict[str, Entry]:
         integers: whether int64 and uint8 tensors are expected too.
 
     Raises:
-        InputError: the file is missing, truncated, no safetensors file, or holds an integer or float8 tensor that is
-            not expected.
+        InputError: the file is missing, truncated or not a safetensors file, or holds a tensor of an unexpected dtype,
+            such as an integer or float8.
     """
     return parse_header(read_header_text(path), path, integers)
 
 
 def parse_header(text: bytes, path: Path, integers: bool = False) -> dict[str, Entry]:
-    """What `read_header` returns, from the header's text, which may come from elsewhere than from the file itself."""
+    """What `read_header` returns, from the header's text, which need not come from the file itself."""
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
@@ -76,7 +76,7 @@ def parse_header(text: bytes, path: Path, integers: bool = False) -> dict[str, E
 
 
 def _is_sound(fields: Any) -> bool:
-    """Whether a tensor has a dtype, a shape and where it begins and ends."""
+    """Whether a tensor has a dtype, a shape, a beginning and an end."""
     if not isinstance(fields, dict) or not isinstance(fields.get("dtype"), str):
         return False
     shape, place = fields.get("shape"), fields.get("data_offsets")
@@ -85,13 +85,13 @@ def _is_sound(fields: Any) -> bool:
 
 
 def read_header_text(path: Path) -> bytes:
-    """The JSON header of a safetensors file as it stands there, with the blanks that fill it up.
+    """The JSON header of a safetensors file, verbatim, with the blanks that pad it.
 
     Raises:
-        InputError: the file is missing, truncated or no safetensors file.
+        InputError: the file is missing, truncated or not a safetensors file.
     """
     try:
-        # Checks that the header is sound and that the file holds every byte that it promises.
+        # `safe_open` checks that the header is sound and that the file holds every byte that the header promises.
         with open(path, "rb") as file, safe_open(path, framework="numpy"):
             return file.read(int.from_bytes(file.read(8), "little"))
     except PermissionError as error:
@@ -102,7 +102,7 @@ def read_header_text(path: Path) -> bytes:
 
 
 def read_part(entry: Entry, name: str, part: Part) -> np.ndarray:
-    """Reads one part of a tensor, and from the disk no other byte.
+    """Reads one part of a tensor, and no other byte from the disk.
 
     Raises:
         InputError: the file changed or cannot be read.
@@ -116,30 +116,30 @@ def read_part(entry: Entry, name: str, part: Part) -> np.ndarray:
 
 
 def create(path: Path, source: TensorSource, names: Iterable[str], metadata: Mapping[str, str] | None = None) -> None:
-    """Makes a file with its header and in its full size, for `fill`; its tensors are zeros until then.
+    """Creates a file at full size with its header, for `fill`; its tensors are zeros until then.
 
     Args:
         path: the file.
         source: where the tensors will be read from.
         names: the tensors to write.
-        metadata: what the header says beside the format.
+        metadata: the header's metadata besides the format.
     """
     names = list(names)
     shapes = {name: source.shapes[name] for name in names}
-    # transformers refuses a file whose metadata does not name the framework's layout.
+    # transformers refuses a file whose metadata do not name the framework's format.
     lay_out(path, shapes, {name: source.dtypes[name] for name in names}, {"format": "pt"} | dict(metadata or {}))
 
 
 def lay_out(
     path: Path, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], metadata: Mapping[str, str]
 ) -> None:
-    """Makes a file of tensors that are zeros until they are written.
+    """Creates a file of tensors that are zeros until they are written.
 
     Args:
         path: the file.
         shapes: name -> shape.
-        dtypes: name -> a name of `STORED`; wider ones come first in the file, so every tensor is aligned.
-        metadata: of the header.
+        dtypes: name -> a name in `STORED`; wider dtypes come first in the file, so every tensor is aligned.
+        metadata: the header's metadata.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -155,7 +155,7 @@ def lay_out(
 
 
 def change_metadata(path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes other values, as long as those that stand there, under some keys of a file's metadata.
+    """Replaces the values of some keys of a file's metadata by others of the same length.
 
     Raises:
         ValueError: the header would become longer.
@@ -172,14 +172,14 @@ def change_metadata(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def fill(path: Path, source: TensorSource) -> None:
-    """Writes into a file of `create` what this process holds of its tensors, and touches no other byte.
+    """Writes what this process holds of the tensors into a file of `create`, and touches no other byte.
 
     Args:
         path: the file.
-        source: where the tensors are read from, one block of rows in memory at a time.
+        source: where the tensors are read from, with one block of rows in memory at a time.
 
     Raises:
-        InputError: a number that is not finite, as it is or in the file's dtype.
+        InputError: a number that is not finite, or not finite in the file's dtype.
         OSError: the disk is full.
     """
     descriptor = os.open(path, os.O_WRONLY)
@@ -206,5 +206,5 @@ def tensor_bytes(source: TensorSource, name: str) -> int:
 
 
 def array_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Size of an array in bytes; `dtype` is a name of `STORED`."""
+    """Size of an array in bytes; `dtype` is a name in `STORED`."""
     return math.prod(shape) * STORED[dtype].itemsize

@@ -1,4 +1,4 @@
-"""A JSON file that notices when a byte of it has changed, and a table of the files beside it."""
+"""JSON files that carry their own checksum, and tables of the files beside them with theirs."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Reads what `write_sealed` has written, without its seal.
+    """Reads what `write_sealed` wrote, without the seal.
 
     Raises:
         InputError: the file is missing, or not byte for byte what was written.
@@ -45,14 +45,14 @@ def file_table(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def check_names(path: Path, names: Iterable[str]) -> None:
-    """Refuses names of files that lead out of the folder that they are meant for: whoever can write a file can seal it.
+    """Refuses file names that lead out of their folder: a seal is no proof, as anyone who writes a file can seal it.
 
     Args:
-        path: the sealed file that has them.
-        names: with "/" between folders.
+        path: the sealed file that holds the names.
+        names: the names, with "/" between folders.
 
     Raises:
-        InputError: an absolute one, or one with "..".
+        InputError: a name is absolute or has "..".
     """
     for name in names:
         if not is_inner_name(name):
@@ -67,14 +67,14 @@ def is_inner_name(name: str) -> bool:
 
 
 def check_layout(path: Path, value: Any, layout: Any, where: str = "") -> None:
-    """Refuses a sealed file that somebody has written by hand: fields that are missing or of another kind.
+    """Refuses a sealed file whose fields are missing or of the wrong type, as one written by hand may be.
 
     Args:
         path: the file.
         value: its content, or a part of it.
         layout: what it must be: a type or a tuple of types (an int is never negative), `[layout]` for a list,
             `{"*": layout}` for an object with any names, or name -> layout for one with at least these.
-        where: names of the fields around the part.
+        where: names of the fields that enclose the part.
 
     Raises:
         InputError: the first field that does not fit.
@@ -99,7 +99,7 @@ def check_files(folder: Path, table: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuses a folder whose files are not those of a `file_table`.
 
     Raises:
-        InputError: the first that is missing or differs.
+        InputError: the first file that is missing or differs.
     """
     for name, expected in table.items():
         file = folder / name

@@ -1,4 +1,4 @@
-"""What a model looks like, found without reading a weight: for plans of runs whose checkpoint is elsewhere."""
+"""Finds a model's shapes without reading its weights, for planning runs whose checkpoint is elsewhere."""
 
 import dataclasses
 import math
@@ -25,8 +25,8 @@ class FoundSpec:
     Attributes:
         spec: the model.
         dtype: "float32", "bfloat16" or "float16": what `model.dtype: keep` keeps.
-        origin: where it was read, for a line of text.
-        on_disk: whether weights and tokenizer lie on this disk too.
+        origin: where it was read from, for messages.
+        on_disk: whether weights and tokenizer are on this disk too.
     """
 
     spec: ModelSpec
@@ -38,14 +38,14 @@ class FoundSpec:
 def find_spec(path: str | os.PathLike[str]) -> FoundSpec:
     """The description of the model that `load_pretrained(path)` would load; reads no tensor.
 
-    A folder or file on this disk comes first, with the dtype that its weights have where it holds some; then
-    `configs/shapes/` by Hub name or file name, then the Hub, of which only `config.json` is fetched.
+    A folder or file on this disk comes first, with the dtype of its weights if it holds any; then `configs/shapes/`,
+    by Hub name or file name; then the Hub, from which only `config.json` is fetched.
 
     Args:
         path: as for `load_pretrained`; also the file name of a shape, such as "llama-2-7b".
 
     Raises:
-        InputError: nothing describes a model of that name, or what does is damaged or unsupported.
+        InputError: no model of that name is described, or its description is damaged or unsupported.
     """
     place = Path(path).expanduser()
     if path == QUICKSTART or place.exists():
@@ -63,7 +63,7 @@ def find_spec(path: str | os.PathLike[str]) -> FoundSpec:
 
 
 def known_shapes() -> dict[str, dict[str, Any]]:
-    """Every `configs/shapes/NAME.json` by NAME: published `config.json` files, cut to what describes the model."""
+    """Every `configs/shapes/NAME.json` by NAME: published `config.json` files, reduced to what describes the model."""
     return {file.stem: read_json(file) for file in sorted((config_folder() / "shapes").glob("*.json"))}
 
 
@@ -79,12 +79,12 @@ def _on_disk(path: str | os.PathLike[str]) -> FoundSpec:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether it holds any: an index alone, as of a folder with nothing but JSON files, does not count."""
+    """Whether a folder holds weights: an index alone, as in a folder with only JSON files, does not count."""
     return is_packed_folder(folder) or is_orbax_folder(folder) or any(folder.glob("*.safetensors"))
 
 
 def _stored_dtype(source: TensorSource, spec: ModelSpec) -> str:
-    """The dtype of most entries of the tree: a GGUF file has float32 norms, an import may differ from its config."""
+    """The dtype of most entries of the tree: a GGUF file has float32 norms; an import may differ from its config."""
     check_names_and_shapes(source, spec)
     entries: Counter[str] = Counter()
     for leaf in leaves(spec):

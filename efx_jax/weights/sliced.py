@@ -1,4 +1,4 @@
-"""The folder of a model that lost units: its own sizes in `config.json`, everything else from the checkpoint it was."""
+"""Writes a model that lost units: its own sizes in `config.json`, everything else from the original checkpoint."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ def save_sliced(
         spec: the smaller model.
         source: checkpoint that it was cut from, whose `config.json` is carried over except for the sizes, and whose
             tokenizer and extras are copied.
-        finish: called with the complete folder, before it gets its name.
+        finish: called with the complete folder, before it gets its final name.
 
     Raises:
         InputError: `path` exists, the disk is full, `params` do not fit `spec`, or `source` is another model.

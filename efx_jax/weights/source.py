@@ -45,13 +45,13 @@ class TensorSource:
 
     Attributes:
         path: the folder or file, for messages and for the tokenizer beside the weights.
-        config: raw JSON of its `config.json` (made from the metadata where the format has none).
+        config: raw JSON of its `config.json` (made from the metadata if the format has none).
         shapes: Hugging Face tensor name -> shape, in Hugging Face's layout (`[O, I]`, nothing permuted).
-        dtypes: Hugging Face tensor name -> "float32", "bfloat16" or "float16": the dtype that is read.
+        dtypes: Hugging Face tensor name -> "float32", "bfloat16" or "float16": the dtype that `read_part` gives.
         read_part: Hugging Face tensor name, a slice per axis -> those entries.
-        own_parts: Hugging Face tensor name -> what this process has to write of it, which is all that it can read;
-            None: every tensor whole.
-        shared: whether the processes of the run hold the tensors together, each its own parts.
+        own_parts: Hugging Face tensor name -> the parts that this process has to write, which are all that it can read;
+            None: all of every tensor.
+        shared: whether the tensors are spread over the run's processes, each of which holds its own parts.
     """
 
     path: Path
@@ -73,7 +73,7 @@ class TensorSource:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One leaf of the parameter tree: its path there and its tensors, one per layer where it is stacked."""
+    """One leaf of the parameter tree: its path in the tree and its tensors, one per layer if it is stacked."""
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
@@ -100,7 +100,7 @@ def leaves(spec: ModelSpec) -> list[Leaf]:
 
 
 def leaf_dtype(source: TensorSource, leaf: Leaf) -> str:
-    """The dtype that holds all of a leaf's layers exactly: theirs if they agree, else float32."""
+    """The dtype that holds all of a leaf's layers exactly: their own if they agree, else float32."""
     distinct = {source.dtypes[name] for name in leaf.names}
     return distinct.pop() if len(distinct) == 1 else "float32"
 
@@ -108,7 +108,7 @@ def leaf_dtype(source: TensorSource, leaf: Leaf) -> str:
 def check_names_and_shapes(source: TensorSource, spec: ModelSpec) -> None:
     """Refuses a checkpoint whose tensors are not exactly the spec's; reads no tensor.
 
-    Old checkpoints' rotary buffers are ignored, and a tied model may also hold its `lm_head.weight`.
+    Rotary buffers of old checkpoints are ignored, and a tied model may also hold its `lm_head.weight`.
 
     Raises:
         InputError: a missing, unknown or wrongly shaped tensor.
@@ -137,12 +137,12 @@ def check_names_and_shapes(source: TensorSource, spec: ModelSpec) -> None:
 
 
 def check_tied_head(source: TensorSource, spec: ModelSpec, parts: Iterable[Part] | None = None) -> None:
-    """Refuses a head beside tied embeddings that is another one: whoever leaves it out changes the model.
+    """Refuses a tied model with a head that differs from its embeddings: leaving it out would change the model.
 
     Args:
         source: the checkpoint.
         spec: its model.
-        parts: of the embedding, those to compare; None: all of it.
+        parts: the parts of the embedding to compare; None: all of it.
 
     Raises:
         InputError: they differ.
@@ -164,7 +164,7 @@ def cast(source: TensorSource, dtype: str) -> TensorSource:
     """The same checkpoint in another dtype, converted tensor by tensor as it is read.
 
     Raises:
-        InputError: an unknown dtype; on reading, a number too large for it.
+        InputError: an unknown dtype; on reading, a number too large for float16.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; expected one of {', '.join(DTYPES)}")

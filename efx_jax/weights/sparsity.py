@@ -1,6 +1,6 @@
-"""Zeros in files: counted, their pattern found, and an export held to what was asked of it.
+"""Counts the zeros in files, finds their pattern, and checks an export against what was requested.
 
-`efx_sparsity.json` is a description. No loader acts on it, unlike a `sparsity_config` in `config.json`.
+`efx_sparsity.json` is only a description. No loader acts on it, unlike a `sparsity_config` in `config.json`.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ _GROUPS = (2, 4, 8, 16, 32)
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What the linears of an export must be.
+    """What the linears of an export must look like.
 
     Attributes:
-        patterns: pruned linear (`q_proj`, ...) -> "unstructured" or "N:M", N of M consecutive inputs stay.
-        sparsity: share of zeros asked for.
-        pruned: Hugging Face name -> entries that its mask prunes, where that is known.
+        patterns: pruned linear (`q_proj`, ...) -> "unstructured" or "N:M": N of M consecutive inputs are kept.
+        sparsity: requested share of zeros.
+        pruned: Hugging Face name -> number of entries that its mask prunes, if known.
     """
 
     patterns: Mapping[str, str]
@@ -46,15 +46,15 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class Zeros:
-    """What is zero in one tensor.
+    """The zeros of one tensor.
 
     Attributes:
-        entries: of the tensor.
-        zeros: those that are 0.0 or -0.0.
-        stored: those with any bit set, which `weights.bitmask` stores.
-        not_finite: those that are infinite or no number.
+        entries: number of entries of the tensor.
+        zeros: how many are 0.0 or -0.0.
+        stored: how many have any bit set, so that `weights.bitmask` stores them.
+        not_finite: how many are infinite or NaN.
         mask_sha256: SHA-256 of its `P.bitmask` there.
-        fullest: M -> the most entries that stay among M consecutive inputs, of the M asked for that divide the rows.
+        fullest: M -> the most nonzero entries among M consecutive inputs, for each requested M that divides the rows.
     """
 
     entries: int
@@ -66,11 +66,11 @@ class Zeros:
 
 
 def count_zeros(source: TensorSource, name: str, groups: Iterable[int] = ()) -> Zeros:
-    """Counts the zeros of one tensor, -0.0 among them, a block of rows at a time.
+    """Counts the zeros of one tensor, including -0.0, a block of rows at a time.
 
     Args:
         source: the checkpoint.
-        name: of the tensor.
+        name: the tensor's name.
         groups: which M to look at.
 
     Raises:
@@ -87,15 +87,15 @@ def count_zeros(source: TensorSource, name: str, groups: Iterable[int] = ()) -> 
         not_finite += values.size - int(np.count_nonzero(np.isfinite(values)))
         digest.update(np.packbits(bits, axis=-1, bitorder="little").data)
         for size, most in fullest.items():
-            # Once a group is full there is nothing more to learn.
+            # Once some group is full, there is nothing more to learn.
             if most < size:
                 fullest[size] = max(most, int(np.count_nonzero(stays.reshape(-1, size), axis=1).max()))
     return Zeros(entries, zeros, stored, not_finite, digest.hexdigest(), fullest)
 
 
 def found_pattern(zeros: Iterable[Zeros]) -> str:
-    """The pattern of some matrices together: "dense" without a zero, the N:M of the smallest M that all keep to and of
-    which 99 % of the places are taken, or "unstructured"."""
+    """The joint pattern of some matrices: "dense" if there is no zero; the N:M with the smallest M that all obey, if
+    99 % of the places it allows are filled; else "unstructured"."""
     tensors = list(zeros)
     entries, count = sum(z.entries for z in tensors), sum(z.zeros for z in tensors)
     if count == 0:
@@ -108,7 +108,7 @@ def found_pattern(zeros: Iterable[Zeros]) -> str:
 
 
 def inspect_zeros(source: TensorSource, name: str) -> Zeros:
-    """`count_zeros` with every M that `found_pattern` knows; a group as wide as a row would be none."""
+    """`count_zeros` with every M that `found_pattern` knows, provided that it is narrower than a row."""
     return count_zeros(source, name, [size for size in _GROUPS if size < source.shapes[name][-1]])
 
 
@@ -118,7 +118,7 @@ def pattern_of(group: str) -> str:
 
 
 def pruned_entries(masks: Mapping[str, Any], spec: ModelSpec) -> dict[str, int]:
-    """Hugging Face name -> how many entries of the tensor the masks `[L,O,I]`, bool or packed, prune."""
+    """Hugging Face name -> how many of the tensor's entries the masks (`[L,O,I]`, bool or packed) prune."""
     pruned: dict[str, int] = {}
     for leaf in leaves(spec):
         mask = masks.get(leaf.path[-1])
@@ -129,7 +129,7 @@ def pruned_entries(masks: Mapping[str, Any], spec: ModelSpec) -> dict[str, int]:
 
 
 def metadata_before(spec: ModelSpec, asked: Asked) -> dict[str, str]:
-    """What takes the place of `write_audit`'s metadata until the tensors are written: as long, with other digits."""
+    """Placeholders for `write_audit`'s metadata until the tensors are written: as long, but with other digits."""
     return {name: _value(_pattern(leaf, asked), 0.0) for leaf, name in _names(spec)}
 
 
@@ -143,7 +143,7 @@ def write_audit(folder: Path, source: TensorSource, spec: ModelSpec, asked: Aske
         folder: a Hugging Face folder.
         source: the same folder, opened.
         spec: its model.
-        asked: what it must be.
+        asked: what it must look like.
 
     Returns:
         The content of `efx_sparsity.json`.

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint folder, as its `tokenizer.json` has it."""
+"""The tokenizer of a checkpoint folder, as its `tokenizer.json` defines it."""
 
 import json
 import os
@@ -9,40 +9,40 @@ from typing import Any
 from efx_jax.errors import InputError, first_line
 from efx_jax.weights.config_json import read_json
 
-# Of a byte-level step these say where a token lies in the text, and to a decoder nothing at all.
+# Options of a byte-level step that only affect a token's offsets in the text, and those that a decoder ignores.
 _OFFSETS = ("trim_offsets",)
 _IDLE_IN_DECODERS = ("trim_offsets", "add_prefix_space", "use_regex")
-# Where SentencePiece tokenizers part: at the space before a text, at several, in ligatures, at digits.
+# Where SentencePiece tokenizers differ: the space before a text, several spaces, ligatures, digits.
 _PROBES = ("a", "a  a", "\ufb01", "10 2026")
 _SPACE = "▁"
 _WITHOUT_SPACE = {"add_prefix_space": False}
 
 
 def folder_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder; needs `transformers`, runs no code of the checkpoint.
+    """The tokenizer of a folder; needs `transformers`, runs no code from the checkpoint.
 
-    `AutoTokenizer` builds some classes anew from vocabulary and merges alone: SmolLM2's, declared a GPT2Tokenizer, then
-    cuts no text at digits any more, and a LlamaTokenizer puts a space before every text, whether its file does or not.
-    Where that has lost a step or the `ignore_merges` of a byte-level `tokenizer.json`, or cuts some texts otherwise
-    than that of a SentencePiece tokenizer (LLaMA 2), the file itself is taken. `"legacy": false` in
-    `tokenizer_config.json` is the owner's word that no space is put after a special token, nor before a text that
-    begins with one, which is how transformers 5 builds the class: there the file has no say. Of a `tokenizer.model`
-    without a `tokenizer.json` it is looked at whether it puts a space before a text.
+    `AutoTokenizer` rebuilds some classes from vocabulary and merges alone: SmolLM2's, declared a GPT2Tokenizer, then no
+    longer splits texts at digits, and a LlamaTokenizer puts a space before every text, whether its file does or not.
+    If this loses a step or the `ignore_merges` of a byte-level `tokenizer.json`, or splits some texts differently from
+    the `tokenizer.json` of a SentencePiece tokenizer (LLaMA 2), the file itself is used. With `"legacy": false` in
+    `tokenizer_config.json` the owner declares that no space is put after a special token, nor before a text that
+    begins with one, which is how transformers 5 builds the class: for these spaces the file is ignored. For a
+    `tokenizer.model` without a `tokenizer.json`, only the space before a text is checked.
 
     Args:
-        folder: with the tokenizer's files.
+        folder: the folder with the tokenizer's files.
 
     Returns:
         A transformers fast tokenizer.
 
     Raises:
-        InputError: there is no tokenizer, or one that transformers cannot load.
+        InputError: there is no tokenizer, or transformers cannot load it.
     """
     file = folder / "tokenizer.json"
     try:
         tokenizer, is_whole = _as_declared(folder)
         return tokenizer if is_whole else _from_file(folder, tokenizer)
-    # The tokenizers library raises nothing more special, whatever is wrong with a file.
+    # The tokenizers library raises nothing more specific, whatever is wrong with a file.
     except Exception as error:
         advice = "download tokenizer.json again, or update transformers and tokenizers"
         raise InputError(
@@ -52,10 +52,10 @@ def folder_tokenizer(folder: Path) -> Any:
 
 
 def declare_tokenizer(src: Path, dst: Path) -> None:
-    """Declares a copied tokenizer as one that `AutoTokenizer` reads as its `tokenizer.json` has it, if it is not.
+    """Changes a copied tokenizer's declaration, if needed, so that `AutoTokenizer` reads it as the files define it.
 
-    Whoever opens an export then has the ids that it was trained on, but for a qwen2 model: of those transformers 5
-    heeds no declaration and builds its Qwen2Tokenizer; a warning says so where that is another tokenizer. Where
+    An opened export then gives the ids that it was trained on, except for qwen2 models, for which transformers 5
+    ignores the declaration and builds its Qwen2Tokenizer; a warning says so if that is a different tokenizer. If
     transformers is not installed, or cannot load the tokenizer, the copy stays as it is.
 
     Args:
@@ -66,14 +66,14 @@ def declare_tokenizer(src: Path, dst: Path) -> None:
     has_file = (dst / "tokenizer.json").is_file()
     if not has_file and not config.is_file():
         return
-    # It advises to install torch, which nothing here needs.
+    # transformers would recommend installing torch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         tokenizer, is_whole = _as_declared(src)
         if is_whole:
             return
         written = _from_file(src, tokenizer)
-    # The tokenizers library raises nothing more special, whatever is wrong with a file.
+    # The tokenizers library raises nothing more specific, whatever is wrong with a file.
     except Exception:
         return
     found = read_json(config) if config.is_file() else {}
@@ -90,7 +90,7 @@ def declare_tokenizer(src: Path, dst: Path) -> None:
 
 
 def _as_declared(folder: Path) -> tuple[Any, bool]:
-    """The tokenizer that `AutoTokenizer` builds, and whether it cuts texts as the folder's files say."""
+    """The tokenizer that `AutoTokenizer` builds, and whether it splits texts as the folder's files say."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -98,7 +98,7 @@ def _as_declared(folder: Path) -> tuple[Any, bool]:
 
 
 def _follows(tokenizer: Any, folder: Path) -> bool:
-    """Whether a tokenizer that was built from a folder's vocabulary cuts texts as the folder's files say."""
+    """Whether a tokenizer built from a folder's vocabulary splits texts as the folder's files say."""
     from tokenizers import Tokenizer
 
     backend, file = getattr(tokenizer, "backend_tokenizer", None), folder / "tokenizer.json"
@@ -110,7 +110,7 @@ def _follows(tokenizer: Any, folder: Path) -> bool:
     if written["model"].get("byte_fallback"):
         probes = _PROBES if _has_no_legacy(folder) else (*_PROBES, " a", "  a", f"{tokenizer.eos_token}a")
         return _cuts_alike(tokenizer, _from_file(folder, tokenizer), probes)
-    # Without its vocabulary a file is read at once; the library fills in what an old file leaves out.
+    # Without its vocabulary a file loads instantly; the library fills in what an old file leaves out.
     empty = {"type": "BPE", "vocab": {}, "merges": []}
     bare = Tokenizer.from_str(json.dumps(written | {"model": empty, "added_tokens": [], "post_processor": None}))
     takes_whole = getattr(backend.model, "ignore_merges", False) == bool(written["model"].get("ignore_merges"))
@@ -118,15 +118,15 @@ def _follows(tokenizer: Any, folder: Path) -> bool:
 
 
 def _has_no_legacy(folder: Path) -> bool:
-    """Whether the folder's owner has chosen the spaces of transformers 5, see `folder_tokenizer`."""
+    """Whether the folder's owner has chosen transformers 5's rule for spaces, see `folder_tokenizer`."""
     config = folder / "tokenizer_config.json"
     return config.is_file() and read_json(config).get("legacy") is False
 
 
 def _cuts_alike(tokenizer: Any, written: Any, texts: tuple[str, ...]) -> bool:
-    """Whether two tokenizers give the same ids of some texts.
+    """Whether two tokenizers give the same ids for some texts.
 
-    Some old files find no special token in a text, which then says nothing of the spaces: such a text is left out.
+    Some old files find no special token in a text, which then says nothing about the spaces; such a text is skipped.
     """
     eos = tokenizer.eos_token_id
     both = [[encoder(text, add_special_tokens=False).input_ids for text in texts] for encoder in (tokenizer, written)]
@@ -134,7 +134,7 @@ def _cuts_alike(tokenizer: Any, written: Any, texts: tuple[str, ...]) -> bool:
 
 
 def _gains_space(tokenizer: Any, model: Path) -> bool:
-    """Whether a tokenizer puts a space before a text where the SentencePiece model that it was built from does not."""
+    """Whether a tokenizer puts a space before a text although the SentencePiece model it was built from does not."""
     if not model.is_file() or not "".join(tokenizer.tokenize("a")).startswith(_SPACE):
         return False
     from sentencepiece import SentencePieceProcessor
@@ -156,7 +156,7 @@ def _without(node: Any, names: tuple[str, ...]) -> Any:
 
 
 def _from_file(folder: Path, tokenizer: Any) -> Any:
-    """The tokenizer of the file; its special tokens are those of the class too, where it knows them."""
+    """The file's tokenizer, with the special tokens of `tokenizer` added if its vocabulary has them."""
     import transformers
 
     if not (folder / "tokenizer.json").is_file():
