@@ -3,8 +3,8 @@
     python benchmarks/one_shot.py --data ori_pqal.json [--model quickstart] [--out docs/results/one_shot.json]
 
 `--data` is PubMedQA's `ori_pqal.json`, or any text file with one document per line. The first half of
-its documents (abstracts sorted by PMID) is for calibration, the second half for measurement. One JSON object per row; `ratio` is perplexity over the dense
-model's.
+its documents (abstracts sorted by PMID) is for calibration, the second half for measurement. One JSON object per row;
+`ratio` is perplexity over the dense model's.
 """
 
 import argparse
