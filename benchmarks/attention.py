@@ -3,7 +3,7 @@
     python benchmarks/attention.py [--models llama2_7b ...] [--batch 16] [--length 2048] [--out attention.json]
 
 On a CPU: `--models smollm2_135m --batch 2 --length 512`. One JSON object per row as it is measured; `ratio` is the time
-over that of `full_mask`, `jax.nn.dot_product_attention` with an explicit mask in XLA, `ratio_to_xla` over that of our
+over that of `full_mask` (`jax.nn.dot_product_attention` with an explicit mask in XLA), `ratio_to_xla` that over our
 XLA path.
 TFLOP/s count the causal half of the scores. Packed rows hold eight equal segments. A case that cannot run (cuDNN
 without a GPU, a mask too large for the memory) is a row with the reason.
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def implementations(segments: jax.Array | None, length: int) -> dict[str, Attend]:
-    """The ways to compute the same, the one that all are compared with first."""
+    """The ways to compute the same result; the first is the reference for all others."""
     found: dict[str, Attend] = {
         "full_mask": lambda q, k, v: full_mask(q, k, v, segments, length),
         "xla": lambda q, k, v: attention(q, k, v, segments),
@@ -56,7 +56,7 @@ def implementations(segments: jax.Array | None, length: int) -> dict[str, Attend
 
 
 def full_mask(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, length: int) -> jax.Array:
-    """Attention with all scores and the mask as arrays, `[B,T,N*H]`."""
+    """Attention that forms all scores and the mask as arrays, `[B,T,N*H]`."""
     mask = visible_keys(segments, 0, length)[:, None]
     mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
     return mixed.reshape(*q.shape[:2], -1).astype(jnp.float32)
@@ -71,7 +71,7 @@ def measure(
     times: dict[str, float],
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """The row of one case: milliseconds, and the ratios to the `times` measured before it, which it joins."""
+    """The row of one case: milliseconds, and the ratios to the earlier `times`, to which its own is added."""
     heads, kv_heads, width = sizes
     shape = {"batch": arguments.batch, "length": arguments.length, "heads": heads, "kv_heads": kv_heads, "width": width}
     try:

@@ -1,4 +1,4 @@
-"""A case of a benchmark in a process of its own: what one leaves in a device's memory, or dies of, is no one else's."""
+"""A benchmark case in its own process, so that memory left on a device, or a crash, affects no other case."""
 
 import json
 import os
@@ -12,8 +12,8 @@ Case = Mapping[str, Any]
 
 
 def run_case(script: str, case: Case, seconds: float) -> dict[str, Any]:
-    """What `answer` of `script`, which lies beside this file, finds for `case`; `error` says why there is nothing."""
-    # Here, as a rival's process imports this file too, and needs no jax.
+    """What `answer` in `script`, a file beside this one, finds for `case`; `error` says why there is no result."""
+    # Imported here: a rival's process imports this file too, and needs no jax.
     from efx_jax.training.devices import memory_settings
 
     command = [sys.executable, str(Path(__file__).with_name(script)), "--case", json.dumps(case)]
@@ -31,7 +31,7 @@ def run_case(script: str, case: Case, seconds: float) -> dict[str, Any]:
 
 
 def answer(measure: Callable[[Any], dict[str, Any]], case: str) -> None:
-    """The other side of `run_case`: prints what `measure` finds for the case, or the error that it ends in."""
+    """The child side of `run_case`: prints what `measure` finds for the case, or the error it ends in."""
     try:
         found = measure(json.loads(case))
     except Exception as error:  # out of memory, or a library that refuses: the other cases go on
@@ -40,7 +40,7 @@ def answer(measure: Callable[[Any], dict[str, Any]], case: str) -> None:
 
 
 def reason(error: Exception) -> str:
-    """An error in one line."""
+    """An error as one line."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:300]}"
 
 
@@ -52,6 +52,6 @@ def failed(name: str, unit: str, error: str, **details: Any) -> dict[str, Any]:
 
 
 def out_of_memory(found: Mapping[str, Any]) -> bool:
-    """Whether a case failed for want of memory; code -9 is the kernel's answer to it."""
+    """Whether a case ran out of memory; exit code -9 means that the kernel killed it."""
     error = str(found.get("error", "")).lower()
     return any(sign in error for sign in ("resource_exhausted", "out of memory", "outofmemory", "code -9"))

@@ -3,10 +3,10 @@
     python benchmarks/evaluation.py --model DIR_OR_GGUF [--only parity ...] [--out docs/results/NAME.json]
 
 The model is any that `load_pretrained` reads, with its tokenizer; it is written once as a float32 Hugging Face folder,
-which transformers reads as float32 or rounds to bfloat16, as this program does. Rows of text are made of words below.
+which transformers reads as float32 or rounds to bfloat16, as this program does. Text rows are made of the words below.
 
-- `parity`: greedy tokens in float32, prompt by prompt. Where two texts go apart, the logits of both sides are formed
-  again for what both have written, and the gap between the two tokens that were chosen is reported.
+- `parity`: greedy tokens in float32, prompt by prompt. Where two texts diverge, the logits of both sides are computed
+  again for the common prefix, and the gap between the two chosen tokens is reported.
 - `scoring`: the likelihood of answers, rows per second. `rows` are prompts with nothing in common and answers of one
   token, for which transformers needs one forward pass; `contracts` are documents with several hypotheses each and
   answers of several tokens, for which it runs prompt and answer, left-padded, once per answer.
@@ -39,7 +39,7 @@ from efx_jax.weights.hf import load_pretrained, load_tokenizer, save_pretrained
 
 DTYPES = ("float32", "bfloat16")
 SAMPLING = Sampling(temperature=0.9, top_k=50, top_p=0.9)
-TIE = 1e-5  # of two logits that float32 sums in another order may swap
+TIE = 1e-5  # gap of two logits that float32 sums in another order may swap
 # Largest difference of a score (nats) between the two sides, whose sums have different orders.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
 
@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def parity(folder: Path, spec: ModelSpec, tokenizer: Any, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The row of the share of prompts behind which both sides write the same tokens."""
+    """The row with the share of prompts after which both sides write the same tokens."""
     params, _ = load_pretrained(folder, dtype="float32")
     model = torch_model(folder, "float32").eval()
     prompts = sorted(encode_prompts(varied_prompts(arguments.prompts), tokenizer), key=len)
@@ -123,7 +123,7 @@ def parity(folder: Path, spec: ModelSpec, tokenizer: Any, arguments: argparse.Na
 
 
 def gap(params: Any, spec: ModelSpec, model: Any, ids: Sequence[int], ours: int, theirs: int) -> float:
-    """The larger of the two sides' distances between the logits of two tokens behind the same text."""
+    """The gap between the logits of two tokens after the same text: the larger of the two sides'."""
     import torch
 
     from efx_jax.model.decoder import forward
@@ -135,7 +135,7 @@ def gap(params: Any, spec: ModelSpec, model: Any, ids: Sequence[int], ours: int,
 
 
 def scoring(folder: Path, spec: ModelSpec, tokenizer: Any, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of the likelihood of answers."""
+    """Rows for the likelihood of answers."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(arguments.length // 3, arguments.length, arguments.rows)
     plain = [Example(f"{sentence(rng, size)}\nQuestion: Is it so?\nAnswer:", "") for size in sizes]
@@ -167,7 +167,7 @@ def scoring(folder: Path, spec: ModelSpec, tokenizer: Any, arguments: argparse.N
 
 
 def their_scores(model: Any, tokenizer: Any, examples: Any, labels: Sequence[str], batch_size: int) -> np.ndarray:
-    """Log-likelihood of every answer `[rows,C]`: one pass where all answers are one token, else one pass for each."""
+    """Log-likelihood of every answer `[rows,C]`: one pass if all answers are one token, else one pass for each."""
     import torch
 
     prompts = encode_prompts([example.prompt for example in examples], tokenizer)
@@ -219,11 +219,11 @@ def generation(folder: Path, spec: ModelSpec, tokenizer: Any, arguments: argpars
 def their_texts(
     model: Any, prompts: Sequence[Sequence[int]], new: int, sampling: Sampling | None, stops: Sequence[int]
 ) -> np.ndarray:
-    """What transformers writes behind prompts, int `[B,new]`, -1 behind a stop token; it pads on the left."""
+    """What transformers writes after the prompts, int `[B,new]`, -1 after a stop token; it pads on the left."""
     import torch
 
     batch = left_padded(prompts)
-    # Without a stop token here it takes the model's own.
+    # Without a stop token here, transformers uses the model's own.
     model.generation_config.eos_token_id = list(stops) or None
     how: dict[str, Any] = {"do_sample": False}
     if sampling is not None:
@@ -238,7 +238,7 @@ def their_texts(
 
 
 def left_padded(rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """What transformers takes of a ragged batch."""
+    """A ragged batch as transformers takes it, padded on the left."""
     import torch
 
     tokens, lengths = padded(rows, "left")

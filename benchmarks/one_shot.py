@@ -1,10 +1,10 @@
-"""Masks and recovery without training: the perplexity of a model pruned once, for every choice that matters.
+"""Masks and recovery without training: the perplexity of a model pruned once, for every relevant choice.
 
     python benchmarks/one_shot.py --data ori_pqal.json [--model quickstart] [--out docs/results/one_shot.json]
 
-`--data` is PubMedQA's `ori_pqal.json`, whose first half of abstracts (by PMID) calibrates and whose second half is
-measured, or any text file of one document a line. One JSON object per row; `ratio` is perplexity over the dense
-model's.
+`--data` is PubMedQA's `ori_pqal.json`, or any text file with one document per line. The first half of
+its documents (abstracts sorted by PMID) is for calibration, the second half for measurement. One JSON object per row;
+`ratio` is perplexity over the dense model's.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def main() -> None:
             config = dataclasses.replace(config, sparsity=sparsity)
             adapters = init_lora(jax.random.key(0), params, spec, rank=rank, alpha=2 * rank)
             if config.sequential:
-                # Its seconds have the calibration in them.
+                # Its seconds include the calibration.
                 dtype = arguments.compute_dtype
                 event = prune_event_blockwise(
                     params, adapters, None, batches, None, spec, config, compute_dtype=dtype, importance=importance
@@ -123,7 +123,7 @@ def report(
     name: str, sparsity: float, value: float, dense: float, seconds: float, sizes: dict[str, int]
 ) -> dict[str, Any]:
     """The row of one result."""
-    # A file has one row of a name; those of the usual sparsity do without it.
+    # A file has one row per name; names at the usual sparsity leave it out.
     case = name if sparsity in (0.0, USUAL) else f"{name}, {100 * sparsity:g} %"
     details = {"sparsity": sparsity, "event_seconds": round(seconds, 1), **sizes}
     return row(case, value, "perplexity", value / dense, "dense", **details)

@@ -40,13 +40,13 @@ from efx_jax.training.schedule import optimizer
 from efx_jax.training.state import init_train_state
 from efx_jax.training.step import StepOptions, Teacher, has_teacher, step_options, train_step, without_silent_tail
 
-# Only if asked for: taught needs tokens without a label, and text has no others.
+# Only on request: taught needs tokens without a label, and text has no others.
 TAUGHT, TEXT = "taught", "text"
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one case asks of its process: the modes take turns in it."""
+    """What one case asks of its process, in which the modes take turns."""
 
     model: str
     modes: list[str]
@@ -102,7 +102,7 @@ def measure(case: Mapping[str, Any]) -> dict[str, Any]:
 def prepare(
     spec: ModelSpec, params: Any, masks: Any, batch: Any, options: StepOptions, teacher: Teacher | None
 ) -> tuple[Any, dict[str, Any]]:
-    """A compiled step that has run once, as a function that runs it again, and what compiling told."""
+    """A function that reruns a compiled step, which has run once, and what compilation reported."""
     tx = optimizer(TrainConfig(), 1000)
     state = init_train_state(random_adapters(jax.random.key(2), params, spec), tx)
     key = jax.random.key(3)
@@ -111,7 +111,7 @@ def prepare(
     compile_seconds = time.perf_counter() - began
     plan: Any = compiled.memory_analysis()
     held = plan.argument_size_in_bytes + plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
-    if teacher is not None:  # the base, which is an argument twice and in memory once
+    if teacher is not None:  # the base, passed twice but in memory once
         held -= sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
     def run() -> float:
@@ -128,7 +128,7 @@ def prepare(
 
 
 def random_batch(work: Work, spec: ModelSpec) -> dict[str, jax.Array]:
-    """Full rows of random tokens; the last share `labels` of each carries loss, but for its very last token."""
+    """Full rows of random tokens; the last share `labels` of each carries loss, except its very last token."""
     first = min(work.length - 2, round((1 - work.labels) * work.length))
     tokens = jax.random.randint(jax.random.key(4), (work.batch, work.length), 0, spec.vocab_size, jnp.int32)
     return {
@@ -140,7 +140,7 @@ def random_batch(work: Work, spec: ModelSpec) -> dict[str, jax.Array]:
 
 
 def mode_config(mode: str, batch: int, remat: Remat) -> Config:
-    """The settings of a mode; `taught` and `text` as by the preset `efx`."""
+    """The settings of a mode; `taught` and `text` as in the preset `efx`."""
     modes: dict[str, MaskForward] = {
         "plain": "dense",
         "exact": "exact",

@@ -1,8 +1,8 @@
 """One training step of transformers + peft (torch), a case of `train_step.py`: same shape, adapters and batch.
 
-Random bfloat16 weights, attention by `sdpa`, AdamW behind norm clipping, loss on every token but the first. `float32`
+Random bfloat16 weights, attention by `sdpa`, AdamW after norm clipping, loss on every token but the first. `float32`
 adapters, peft's default, run under `torch.autocast(bfloat16)`; `bfloat16` ones without. The forward pass takes as many
-sequences as fit. Where torch, transformers or peft is missing, or torch does not see the GPU that jax uses, it says so.
+sequences as fit. If torch, transformers or peft is missing, or torch does not see jax's GPU, the result says so.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def measure(case: Mapping[str, Any]) -> dict[str, Any]:
         except torch.OutOfMemoryError as error:
             if micro == 1:
                 return {"error": reason(error)}
-        # Outside the handler, which holds on to what the failed pass had allocated.
+        # Outside the handler, which keeps alive what the failed pass had allocated.
         micro //= 2
         model.zero_grad()
         gc.collect()
@@ -60,7 +60,7 @@ def measure(case: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_model(case: Mapping[str, Any], device: str) -> Any:
-    """The adapted model in training mode, made on its device."""
+    """The adapted model in training mode, created on its device."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -3,12 +3,12 @@
     python benchmarks/prune_event.py [--models llama-2-7b ...] [--rows 128] [--length 2048] [--out prune_event.json]
 
 On a CPU: `--models smollm2-135m --rows 4 --length 128`. ForeSight scores in row groups, 50 %, adapters of rank 8. Every
-case runs in a process of its own: an event as a run does it (`none` and `pbs` collect statistics first, `gram_pbs` and
-`admm` block by block), first with compiling and then `--repeats` times. Rows of a case: `event_RECOVERY`, its seconds
-with the floor beside, `ratio` to `event_none`; `calibration_RECOVERY` and `blocks_RECOVERY`, what of it is the passes
-over the tokens and what is score, selection and recovery (block by block the two cannot be told apart from outside:
-there the second is the time of one block's program on made-up statistics times L, and the first what is left);
-`event_memory_RECOVERY`, peak bytes on a GPU.
+case runs in its own process: an event as in a run (`none` and `pbs` collect statistics first, `gram_pbs` and
+`admm` block by block), first with compilation and then `--repeats` times. Rows of a case: `event_RECOVERY`, its seconds
+beside the floor, `ratio` to `event_none`; `calibration_RECOVERY`, the part for the passes over the tokens;
+`blocks_RECOVERY`, the part for score, selection and recovery; `event_memory_RECOVERY`, peak bytes on a GPU. Block by
+block the two parts cannot be separated from outside: there the second is the time of one block's program on made-up
+statistics times L, and the first is the rest.
 
 Floors: FLOPs at 790 TFLOP/s in bfloat16, for what this program computes in float32 also at the 49 that plain float32
 reaches, and bytes at 4.3 TB/s (an H100 or H200). A case that cannot run is a row with the reason.
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def report(work: Work, name: str, found: Mapping[str, Any], plain: float | None) -> list[dict[str, Any]]:
-    """Rows of one case."""
+    """The rows of one case."""
     recovery = work.recovery
     sizes = {"rows": work.rows, "length": work.length, "masks_in_force": work.masked, "device": found["device"]}
     spec = spec_from_config(shape_config(work.model))
@@ -145,7 +145,7 @@ def measure(case: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def event(model: Any, batches: Sequence[Any], spec: ModelSpec, config: PruneConfig) -> tuple[float, float]:
-    """Seconds of the calibration and of the rest; of an event block by block, all of them as the rest."""
+    """Seconds of the calibration and of the rest; an event block by block counts all of them as the rest."""
     params, adapters, masks = model
     how: Any = {"compute_dtype": DTYPE, "attention_path": choose_attention(spec, DTYPE)}
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Models of published shapes with random weights, made on the device and leaving nothing else there."""
+"""Models of published shapes with random weights, created on the device and leaving nothing else there."""
 
 import functools
 import statistics
@@ -54,14 +54,14 @@ def _draw(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
 
 
 def random_masks(key: jax.Array, spec: ModelSpec) -> dict[str, jax.Array]:
-    """Packed masks of every linear whose bits are heads or tails: half of the entries are kept."""
+    """Packed random masks for every linear: each entry is kept with probability one half."""
     layers = param_shapes(spec)["layers"]
     keys = zip(LINEARS, jax.random.split(key, len(LINEARS)), strict=True)
     return {name: jax.random.bits(leaf_key, packed_shape(layers[name]), jnp.uint8) for name, leaf_key in keys}
 
 
 def random_adapters(key: jax.Array, params: dict[str, Any], spec: ModelSpec) -> Adapters:
-    """Adapters of every linear, as training starts with them."""
+    """Adapters for every linear, as training starts with them."""
     return init_lora(key, params, spec, RANK, ALPHA)
 
 
@@ -79,13 +79,13 @@ def matmul_rate(tokens: int, spec: ModelSpec, repeats: int) -> float:
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
-        # Several are under way at once, so that what a launch costs hides behind the one before.
+        # Several are in flight at once, so that launch costs hide behind the one before.
         jax.block_until_ready([product(x, weight) for _ in range(3)])
         seconds.append((time.perf_counter() - began) / 3)
     return 2 * tokens * spec.hidden_size * spec.intermediate_size / statistics.median(seconds)
 
 
 def peak_memory() -> int | None:
-    """The most bytes that this process has held on its device; None where the device does not say (CPU)."""
+    """The most bytes that this process has held on its device; None where the device does not report it (CPU)."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use")

@@ -1,4 +1,4 @@
-"""Rows of the benchmarks: one JSON object each, printed as it is measured and kept in a file by its name."""
+"""Benchmark rows: one JSON object each, printed as it is measured and kept in a file under its name."""
 
 import json
 import os
@@ -36,15 +36,15 @@ def keep(path: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def hide_paths(words: Sequence[str]) -> list[str]:
-    """The command as another person would type it: file names without this machine's folders."""
+    """The command as someone else would type it: file names without this machine's folders."""
     return [Path(word).name if "/" in word and Path(word).exists() else word for word in words]
 
 
 def interleaved(rivals: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[tuple[float, float]]]:
-    """Wall and processor seconds of every rival in turn, A B A B ..., so that what disturbs the machine hits all.
+    """Wall and processor seconds of every rival in turn, A B A B ..., so that a disturbance hits all of them.
 
     The caller has run each once, so that nothing is compiled here.
-    Processor seconds (all threads) tell a slow program from a crowded machine.
+    Processor seconds (all threads) distinguish a slow program from a busy machine.
     """
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in rivals}
     for _ in range(repeats):
@@ -61,7 +61,7 @@ def median(taken: Sequence[tuple[float, float]]) -> float:
 
 
 def spread(taken: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """What stands beside the median: fastest and slowest, processor seconds and the number of repetitions."""
+    """What a row has beside the median: fastest and slowest, processor seconds and the number of repetitions."""
     walls = [wall for wall, _ in taken]
     processor = statistics.median(worked for _, worked in taken)
     return {

@@ -3,8 +3,8 @@
     python benchmarks/run_all.py [--small] [--only train_step ...] [--out docs/results]
 
 It needs this package's core dependencies and, to compare with peft, torch, transformers and peft. Rows are printed as
-they are measured and kept in `OUT/<script>.json`. A script that fails or takes too long is a line that says so, and the
-next one starts; the exit code is then 1. `--small` is the same on a CPU, in a minute or two.
+they are measured and kept in `OUT/<script>.json`. A script that fails or takes too long gets a line that says so, and
+the next one starts; the exit code is then 1. `--small` does the same on a CPU in a minute or two.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
     arguments = parse()
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    # So that `run` ends what it has started.
+    # So that `run` ends the processes it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     failures = 0
     for script in SCRIPTS:
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def run(name: str, flags: tuple[str, ...], seconds: float) -> str:
-    """Runs a script, its output going straight to ours, and ends it with all its processes when its time is up."""
+    """Runs a script, its output passed straight through; ends it and all its processes when its time is up."""
     paths = [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, str(FOLDER / f"{name}.py"), *flags]
@@ -91,7 +91,7 @@ def run(name: str, flags: tuple[str, ...], seconds: float) -> str:
         return f"cut off after {seconds / 60:g} minutes"
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # its session: the processes that it has started too
+            os.killpg(process.pid, signal.SIGKILL)  # its session, including the processes it started
             process.wait()
 
 

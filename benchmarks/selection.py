@@ -2,9 +2,9 @@
 
     python benchmarks/selection.py [--shapes 11008x4096 4096x11008] [--out selection.json]
 
-On a CPU: `--shapes 1536x576 576x1536`. Every rival marks the same entries, ties by index included, which is checked on
-scores with ties; the time is that of the mark. Rivals take turns. `ratio` is their time over that of `ours`, which
-finds 4 bits a round on a GPU and 1 on a CPU; `bisect_4` and `bisect_1` force either. `floor_ms`: the bytes that eight
+On a CPU: `--shapes 1536x576 576x1536`. Every rival marks the same entries, ties broken by index, which is checked on
+scores with ties; the time is that of marking. Rivals take turns. `ratio` is their time over that of `ours`, which
+finds 4 bits per round on a GPU and 1 on a CPU; `bisect_4` and `bisect_1` force either. `floor_ms`: the bytes that eight
 passes over 32-bit scores read, at 4.3 TB/s. A rival that cannot run is a row with the reason.
 """
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from cases import failed, reason
 from rows import interleaved, keep, median, row, spread
 
-# `_lowest`: behind the public functions the platform chooses the number of bits a round.
+# `_lowest`: in the public functions the platform chooses the number of bits per round.
 from efx_jax.pruning.selection import WHOLE, _lowest, drop_count, lowest, score_bits
 
 Mark = Callable[[jax.Array], jax.Array]
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def compare(score: jax.Array, group: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one matrix and group."""
+    """The rows of one matrix and group."""
     entries = score.shape[1] if group == "row" else score.size
     count = drop_count(arguments.sparsity, entries)
     where = f"{score.shape[0]}x{score.shape[1]} {group}"
@@ -64,7 +64,7 @@ def compare(score: jax.Array, group: str, arguments: argparse.Namespace) -> list
 
 
 def rivals(group: str, count: int) -> dict[str, Mark]:
-    """Ways to mark the `count` lowest of every group, of equal scores the lower index first."""
+    """Ways to mark the `count` lowest of every group; of equal scores, the lower index first."""
     dims = 1 if group == "row" else 2
 
     def bisect(score: jax.Array, digit: int) -> jax.Array:
@@ -85,7 +85,7 @@ def rivals(group: str, count: int) -> dict[str, Mark]:
 
 
 def by_order(values: jax.Array, count: int) -> jax.Array:
-    """Marks by the order statistic of sorted keys: what is below it, and of its equals as many as are left."""
+    """Marks by the order statistic of sorted keys: all entries below it, and as many equal ones as are left."""
     threshold = jnp.sort(values, axis=1)[:, count - 1 : count]
     below, equal = values < threshold, values == threshold
     spare = count - jnp.sum(below, axis=1, keepdims=True)
@@ -99,7 +99,7 @@ def scatter(chosen: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def ties(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """Scores of normal weights rounded to bfloat16, most of which have an equal in their row."""
+    """Scores of normal weights rounded to bfloat16, most of which have a tie in their row."""
     return jnp.abs(jax.random.normal(key, shape, jnp.float32)).astype(jnp.bfloat16).astype(jnp.float32)
 
 

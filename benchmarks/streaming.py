@@ -2,8 +2,8 @@
 
     python benchmarks/streaming.py [--layers 24] [--width 1024] [--out docs/results/streaming.json]
 
-Each runs in a process of its own. Measured is the largest resident size above what the process had before and what
-its arrays take in the end. One JSON object per row; `ratio` is memory over its limit, twice the largest stacked array
+Each runs in its own process. It measures the peak resident size above what the process had before and what
+its arrays take at the end. One JSON object per row; `ratio` is memory over its limit, twice the largest stacked array
 plus 500 MiB.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-# Imported here, so that its own size is no part of what is measured.
+# Imported here, so that its own size is not measured.
 import orbax.checkpoint  # noqa: F401
 from rows import keep, row
 
@@ -33,7 +33,7 @@ from efx_jax.weights.convert import export_checkpoint, import_checkpoint
 from efx_jax.weights.hf import load_pretrained, open_checkpoint, save_pretrained
 from efx_jax.weights.packed import pack, unpack
 
-# What runs -> the folders that it reads and writes, below the working folder.
+# Each case -> the folders that it reads and writes, below the working folder.
 CASES = {
     "load": ("model", ""),
     "load_sharded": ("model", ""),
@@ -84,7 +84,7 @@ def benchmark(folder: Path, layers: int, width: int) -> list[dict[str, Any]]:
 
 
 def run(case: str, folder: Path) -> dict[str, float]:
-    """Runs one case in a process of its own, with four simulated devices."""
+    """Runs one case in its own process, with four simulated devices."""
     command = [sys.executable, __file__, "--case", case, "--folder", str(folder)]
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_PLATFORMS": "cpu"}
     printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
@@ -93,7 +93,7 @@ def run(case: str, folder: Path) -> dict[str, float]:
 
 
 def shape(layers: int, width: int) -> ModelSpec:
-    """A LLaMA of MLP width 4 `width`."""
+    """A LLaMA with MLP width 4 `width`."""
     return ModelSpec(
         model_type="llama",
         vocab_size=8 * width,
@@ -119,7 +119,7 @@ def make_checkpoint(folder: Path, spec: ModelSpec) -> tuple[int, int]:
         lambda length: rng.standard_normal(length, np.float32), shapes, is_leaf=lambda node: isinstance(node, tuple)
     )
     for leaf in params["layers"].values():
-        # (Norms have no say in what is measured.)
+        # (Norms do not affect what is measured.)
         np.maximum(leaf, 0, out=leaf)
     save_pretrained(folder, params, spec)
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params)), max(leaf.nbytes for leaf in params["layers"].values())
@@ -132,7 +132,7 @@ def measure(case: str, folder: Path) -> dict[str, float]:
     dtype = "bfloat16" if case.endswith("bfloat16") else None
     loaded = load_pretrained(src, None, mesh) if case.startswith("save") else None
     arrays = 0
-    # Allows the peak to be that of the case (Linux).
+    # Resets the peak, so that it is the case's own (Linux).
     Path("/proc/self/clear_refs").write_text("5")
     before, start = memory("VmRSS"), time.perf_counter()
     if loaded is not None:
@@ -155,7 +155,7 @@ def measure(case: str, folder: Path) -> dict[str, float]:
 
 
 def memory(line: str) -> int:
-    """A line of this process's status in bytes: VmRSS (resident now) or VmHWM (the most that ever was)."""
+    """A line of this process's status in bytes: VmRSS (resident now) or VmHWM (peak resident)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(text.split()[1]) * 1024 for text in lines if text.startswith(f"{line}:"))
 

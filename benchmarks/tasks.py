@@ -2,8 +2,8 @@
 
     python benchmarks/tasks.py --root DATA --work DIR [--only health] [--out docs/results/tasks.json]
 
-The health and the legal mix of the files under DATA, `configs/smollm2_135m_*.yaml` for everything but what `MODELS`
-names; a fixed sample of 200 test rows of each task. What lies finished in DIR is not computed again, so that the
+It uses the health and the legal mix of the files under DATA, `configs/smollm2_135m_*.yaml` for everything but what
+`MODELS` sets, and a fixed sample of 200 test rows of each task. Results finished in DIR are not computed again, so the
 command may be interrupted. `likelihood` also measures perplexity; `sampled` answers every row twice.
 """
 
@@ -23,14 +23,14 @@ TASKS = {
     "legal": ("casehold", "contract_nli", "billsum"),
 }
 TEXTS = {"health": "text_medical/paragraphs.jsonl", "legal": "text_legal/sections.jsonl"}
-# What train.py is given beside the config; None: no training.
+# Arguments of train.py besides the config; None: no training.
 MODELS = {
     "base": None,
     "dense": ("--prune.sparsity", "0"),
     "paper": ("--preset", "paper"),
     "efx": (),
 }
-# The evaluations of the run itself are not wanted here.
+# The run's own evaluations are not needed here.
 QUIET = ("--eval.rows", "4", "--eval.text_tokens", "1024")
 ANSWERS = ("--rows", "200", "--format", "alpaca", "--max-length", "1024", "--batch-size", "32")
 PROTOCOLS = {
@@ -91,7 +91,7 @@ def run(command: list[str], log: Path) -> None:
 
 
 def found(work: Path, mix: str, model: str, protocol: str, settings: list[str]) -> dict[str, Any]:
-    """The row of one evaluation: its summary, and what its training took."""
+    """The row of one evaluation: its summary, and the time its training took."""
     summary = json.loads((work / f"{mix}_{model}_{protocol}" / "summary.json").read_text())
     row: dict[str, Any] = {"name": f"{mix} {model} {protocol}", "evaluation_seconds": summary["seconds"]}
     if MODELS[model] is not None:

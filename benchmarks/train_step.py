@@ -1,21 +1,21 @@
 """Training steps of published shapes with random weights: plain LoRA and every way to train under a 50 % mask.
 
-`taught` is `exact` with the base as a teacher of the tokens without a label, as in the preset `efx`. `--labels` says
-how many have one. `text` is the same of rows without any, which end where the teacher stops reading.
+`taught` is `exact` with the base as a teacher of the tokens without a label, as in the preset `efx`. `--labels` sets
+how many tokens have one. `text` is the same on rows without labels, which end where the teacher stops reading.
 
     python benchmarks/train_step.py [--models llama-2-7b ...] [--batch 16] [--length 2048] [--out train_step.json]
 
-On a CPU: `--models smollm2-135m --batch 2 --length 512 --together`. Every case runs in a process of its own, so that
-its peak memory is its own. With `--together` the modes of a model share one and take turns: on a machine that others
-use too, ratios mean more that way; the peak is then the compiler's. A case that does not fit is a row that says so, and
-is tried again with half as many sequences in a forward pass.
+On a CPU: `--models smollm2-135m --batch 2 --length 512 --together`. Every case runs in its own process, so that
+its peak memory is its own. With `--together` the modes of a model share one and take turns: on a shared machine
+ratios mean more that way; the peak is then the compiler's. A case that does not fit gets a row that says so, and
+is tried again with half as many sequences per forward pass.
 
 Rows of a model, as they are measured:
 
 - `matmul`: TFLOP/s of `[T,D] x [F,D]` in bfloat16, measured in the process of the first case before its weights exist.
 - `step_MODE`: seconds of an update, `ratio` to `step_plain` of the same remat. FLOPs as `efx_jax.training.accounting`
-  counts them. `mfu` has those of the mode without recomputation over the device's bfloat16 peak, `mfu_of_matmul` the
-  same over the rate measured in the same process, `hfu` counts recomputation in. `floor_seconds`: all FLOPs at 790
+  counts them. `mfu` is the mode's FLOPs without recomputation over the device's bfloat16 peak, `mfu_of_matmul` the
+  same over the rate measured in the same process; `hfu` includes recomputation. `floor_seconds`: all FLOPs at 790
   TFLOP/s, which an H100 or H200 is taken to reach.
 - `memory_MODE`: peak bytes, `ratio` to plain's plus the packed masks.
 - `step_peft`: transformers + peft (torch) on the same device, see `peft_step.py`; `step_plain_beside_peft` compares.
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def run_ours(model: str, modes: list[str], remat: Remat, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What a process finds for these modes, with half as many sequences per forward pass for as long as it must."""
+    """What a process finds for these modes, halving the sequences per forward pass while they do not fit."""
     micro = arguments.micro_batch or arguments.batch
     while True:
         work = Work(model, modes, remat, arguments.batch, arguments.length, micro, arguments.repeats, arguments.labels)
@@ -87,7 +87,7 @@ def report(
     peaks: dict[str, int],
     arguments: argparse.Namespace,
 ) -> None:
-    """Rows of one process; `seconds` and `peaks` collect what later rows compare with."""
+    """The rows of one process; `seconds` and `peaks` collect what later rows compare with."""
     where = place(model, remat)
     sizes = {
         "batch": arguments.batch,
@@ -130,7 +130,7 @@ def speeds(
     result: Mapping[str, Any],
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """What stands beside the seconds of a step."""
+    """What a row has beside the seconds of a step."""
     tokens, time_taken = arguments.batch * arguments.length, result["seconds"]
     needed = step_flops(spec, mode, "none", arguments, found["micro_batch"])
     computed = step_flops(spec, mode, remat, arguments, found["micro_batch"])
@@ -151,7 +151,7 @@ def speeds(
 
 
 def step_flops(spec: ModelSpec, mode: str, remat: Remat, arguments: argparse.Namespace, micro_batch: int) -> float:
-    """FLOPs of one update, of the head those of the tokens with a label."""
+    """FLOPs of one update; the head counts only the tokens with a label."""
     config = mode_config(mode, arguments.batch, remat)
     masked, length, labels = mode != "plain", arguments.length, arguments.labels
     if mode == TEXT:

@@ -4,7 +4,7 @@
 
 Without `--model`, random weights of SmolLM2-135M's shape; they are written once as bfloat16 by `save_pretrained` and
 read by `AutoModelForCausalLM`, so that both sides hold the same arrays. Adapters: r 8, alpha 16, all seven linears,
-float32 as peft makes them (`autocast_adapter_dtype`), AdamW behind norm clipping on both sides, loss on all tokens. All
+float32 as peft makes them (`autocast_adapter_dtype`), AdamW after norm clipping on both sides, loss on all tokens. All
 matmul operands are bfloat16. Both sides are tried in the ways below and the faster median stands for each:
 
 - torch, attention by `sdpa`, no gradient checkpointing: float32 weights under `torch.autocast(bfloat16)`, or bfloat16
@@ -169,7 +169,7 @@ def peft_step(folder: Any, tokens: Any, dtype: str, autocast: bool, float32_adap
 def generation(
     folder: Any, params: Any, spec: ModelSpec, tokens: Any, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Rows of greedy decoding: prompts of equal length, every token of which both sides must choose."""
+    """Rows of greedy decoding: prompts of equal length, after which both sides must choose the same tokens."""
     import torch
 
     prompts, new = tokens[: arguments.prompts, : arguments.prompt_length], arguments.new_tokens
@@ -193,7 +193,7 @@ def generation(
         "transformers bfloat16 weights": lambda: theirs(half, False),
         "transformers float32 weights, autocast": lambda: theirs(full, True),
     }
-    # Random weights have near ties, after which two greedy texts go apart; the first choices are the same function.
+    # Random weights have near ties, after which two greedy texts diverge; the first choices are the same function.
     texts = {name: run() for name, run in rivals.items()}
     same = float(np.mean(texts["ours"][:, 0] == texts["transformers bfloat16 weights"][:, 0]))
     seconds = interleaved(rivals, arguments.repeats)
@@ -278,14 +278,14 @@ def torch_model(folder: Any, dtype: str) -> Any:
 
 
 def agree(what: str, ours: float, theirs: float) -> None:
-    """Ends the run where the two sides do not compute the same thing; nats per token."""
+    """Ends the run if the two sides do not compute the same thing; nats per token."""
     print(json.dumps({"check": what, "ours": round(ours, 4), "theirs": round(theirs, 4)}), flush=True)
     if not abs(ours - theirs) <= LOSS_TOLERANCE:
         raise SystemExit(f"{what}: {ours:.4f} nats per token here, {theirs:.4f} there; not the same function")
 
 
 def write_random(folder: Path, config: str) -> Path:
-    """Random weights of a `config.json`'s shape, rounded to bfloat16 so that no side rounds them alone."""
+    """Random weights of a `config.json`'s shape, rounded to bfloat16 so that neither side alone rounds them."""
     shape = json.loads(Path(config).read_text()) if config else SMOLLM2_135M
     spec = spec_from_config(shape)
     save_pretrained(folder, init_params(jax.random.key(0), spec, "bfloat16"), spec)
