@@ -46,7 +46,7 @@ def attention(
         v: `[B,T,K,H]`.
         segments: int `[B,T]`, -1 on padding, or None.
         implementation: "xla" takes anything; "cudnn" takes bfloat16 or float16 on NVIDIA GPUs, also in packed rows, see
-            `choose_attention`. For cuDNN a row's segments must ascend from 1, padding last, and be fewer than
+            `choose_attention`. For cuDNN a row's segments must ascend from 1, padding last, and be at most
             `cudnn_attention.MAX_RUNS`; a row laid out otherwise comes out as NaN.
         ends: int `[B,T]`, or None: one past the last position that sees this token (so at least its own position plus
             one); "xla" only.

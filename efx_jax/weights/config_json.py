@@ -59,8 +59,9 @@ def config_to_write(spec: ModelSpec, dtype: str, original: Mapping[str, Any] | N
     Args:
         spec: the exported model.
         dtype: "float32", "bfloat16" or "float16".
-        original: raw `config.json` of the checkpoint that the model came from: every key but those of the rotary
-            embedding and the dtype is kept. None writes only the spec.
+        original: raw `config.json` of the checkpoint that the model came from: its keys are kept, except those of the
+            rotary embedding, the dtype and `architectures`, which follow the spec, and those about code or another
+            tool's compression, which are dropped. None writes only the spec.
 
     Raises:
         InputError: `original` describes a different model from `spec`.

@@ -10,7 +10,7 @@ is less precise than the tokenizer the model was trained with:
 
 It differs where the conversion would leave the vocabulary: transformers adds a `<|endoftext|>` beyond the embedding to
 a vocabulary that lacks it, and splits control tokens outside the byte alphabet (`<｜User｜>` of DeepSeek) into bytes.
-It also differs where the conversion misses part of the vocabulary: some hundred tokens of LLaMA 3 that no merges
+It also differs where the conversion misses part of the vocabulary: a few hundred tokens of LLaMA 3 that no merges
 produce are kept whole here, as in the original and in llama.cpp (github.com/ggml-org/llama.cpp/pull/7193).
 The split patterns are those of the models' own `tokenizer.json` files, as llama.cpp (`src/llama-vocab.cpp`) names them.
 """
