@@ -6,6 +6,7 @@ from efx_jax.lora import Adapters, init_lora, merge
 from efx_jax.model.decoder import forward
 from efx_jax.model.spec import ModelSpec
 from efx_jax.pruning.event import prune_event
+from efx_jax.pruning.output_gradient import output_gradient_energy
 from efx_jax.pruning.recovery import admm_update, gram_brain_surgeon, partial_brain_surgeon
 from efx_jax.pruning.scores import foresight_score, wanda_score
 from efx_jax.pruning.selection import select_mask
@@ -26,6 +27,7 @@ __all__ = [
     "load_pretrained",
     "load_tokenizer",
     "merge",
+    "output_gradient_energy",
     "partial_brain_surgeon",
     "prune_event",
     "save_pretrained",

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import efx_jax
-from efx_jax.config import Config
+from efx_jax.config import Config, PruneConfig
 from efx_jax.config_io import resolve
 from efx_jax.model.spec import init_params
 from efx_jax.training.start import different_settings
@@ -59,3 +59,29 @@ def test_no_two_commands_of_the_readme_are_different_runs_in_one_folder() -> Non
         first = runs.setdefault(found.output, found.config)
         assert different_settings(first, found.config) == [], command
     assert len(runs) >= 4
+
+
+def test_the_event_of_the_best_preset_in_the_readme_prunes() -> None:
+    code = next(block for block in blocks() if "output_gradient_energy" in block)
+    params = init_params(jax.random.key(0), SPEC)
+    names: dict[str, Any] = {
+        "efx_jax": efx_jax,
+        "jax": jax,
+        "PruneConfig": PruneConfig,
+        "params": params,
+        "spec": SPEC,
+        "adapters": efx_jax.init_lora(jax.random.key(1), params, SPEC, rank=2, alpha=4),
+        "masks": None,
+        "prune_state": None,
+        "my_calibration": list(np.random.default_rng(0).integers(0, 64, (2, 2, 12))),
+    }
+    exec(compile(code, "README.md", "exec"), names)
+    preset = resolve(["--preset", "efx"]).config.prune
+    chosen = {field.name: getattr(names["config"], field.name) for field in dataclasses.fields(PruneConfig)}
+    elsewhere = {"schedule", "fractions", "calibration", "gradient_labels", "survey_share"}  # choices of a whole run
+    assert {name: value for name, value in chosen.items() if name not in elsewhere} == {
+        name: getattr(preset, name) for name in chosen if name not in elsewhere
+    }
+    kept = sum(float(mask.sum()) for mask in names["masks"].values())
+    total = sum(mask.size for mask in names["masks"].values())
+    np.testing.assert_allclose(kept / total, 0.5, atol=2e-3)

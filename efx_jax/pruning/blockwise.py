@@ -91,7 +91,8 @@ def prune_blocks(
     """
     spec, config = plan.spec, plan.config
     rows = []
-    for tokens, lengths in map(tokens_and_lengths, batches):
+    for batch in batches:
+        tokens, lengths = tokens_and_lengths(batch, spec.vocab_size)
         x = embed_batch(params, tokens)
         rows.append(_Rows(x, x if config.dense_path else None, real_tokens(tokens, lengths)))
     require_tokens(sum(jnp.sum(row.real) for row in rows))

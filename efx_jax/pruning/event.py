@@ -54,24 +54,25 @@ def prune_event(
         state: the state of the earlier events, or None at the first.
         spec: the model.
         config: score, group, sparsity, recovery and moving average of this event.
-        importance: name -> float32 `[L,O,I]` for the scores that read gradients, `[L,O]` for "foresight_loss", which
-            reads none where entries compare only within rows; see `config_event.reads_importance` and
-            `efx_jax.training.importance`.
+        importance: name -> float32 `[L,O]` for "foresight_loss": the first result of `output_gradient_energy`, or None
+            where entries compare only within rows (`config_event.reads_importance`); `[L,O,I]` for "lora_gradient" and
+            "dpruner": `lora_gradient_importance` or that of `efx_jax.training.importance`.
         packed: return the masks as bits, see `efx_jax.masks`.
 
     Returns:
         (params, adapters, masks, state). params changes only where an event moves the base, see `moves_base`.
 
     Raises:
-        InputError: meaningless settings, a sparsity or group that does not fit, statistics without Grams, statistics or
-            an importance that are not finite, a state without the memory that `ema` needs, no adapters where the
-            recovery moves them, or no importance where the score reads it.
+        InputError: meaningless settings, a sparsity or group that does not fit, statistics without Grams or of another
+            model, statistics or an importance that are not finite, a state without the memory that `ema` needs, no
+            adapters where the recovery moves them, or no importance where the score reads it.
     """
     validate_prune(config)
     if config.sequential:
         raise InputError("prune.sequential: expected an event block by block; use prune_event_blockwise")
     if needs_gram(config):
         stats.require_gram()
+    stats.require_model(params)
     plan = plan_event(params, adapters, masks, state, spec, config, stats, importance)
     return assemble(params, adapters, plan.state, stack_blocks(prune_from(plan, stats), spec.num_layers), packed)
 

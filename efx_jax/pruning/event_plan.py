@@ -21,6 +21,7 @@ from efx_jax.pruning.budget import event_budgets
 from efx_jax.pruning.selection import Counts, selection_counts
 from efx_jax.pruning.sparsegpt import slab_counts
 from efx_jax.pruning.statistics import Statistics
+from efx_jax.shapes import require_shape
 
 Array = jax.Array
 
@@ -126,12 +127,16 @@ def _read_importance(
         return {}
     by_entry = config.score in GRADIENT_SCORES
     shapes = {name: layers[name].shape if by_entry else layers[name].shape[:2] for name in names}
-    wrong = [name for name in names if name not in importance or importance[name].shape != shapes[name]]
-    if wrong:
+    missing = [name for name in names if name not in importance]
+    if missing:
+        source = "efx_jax.training.importance" if by_entry else "output_gradient_energy(...)[0]"
         raise InputError(
             f"prune.score {config.score} reads gradients: expected an importance {'[L,O,I]' if by_entry else '[L,O]'} "
-            f"for each of prune.targets, found none for {', '.join(wrong)}; pass it to prune_event"
+            f"for each of prune.targets, found none for {', '.join(missing)}; pass `importance` to prune_event, from "
+            f"{source}"
         )
+    for name in names:
+        require_shape(f"importance of {name}", importance[name], shapes[name])
     return {name: importance[name] for name in names}
 
 

@@ -59,7 +59,7 @@ def general_importance(
     Raises:
         InputError: no real token.
     """
-    cut = [tokens_and_lengths(batch) for batch in batches]
+    cut = [tokens_and_lengths(batch, spec.vocab_size) for batch in batches]
     sequences = sum(jnp.sum(lengths > 0) for _, lengths in cut)
     hidden = [(embed_batch(params, tokens), real_tokens(tokens, lengths)) for tokens, lengths in cut]
     require_tokens(sum(jnp.sum(real) for _, real in hidden))

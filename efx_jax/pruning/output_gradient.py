@@ -81,7 +81,7 @@ def output_gradient_energy(
     def found() -> Iterator[tuple[dict[str, Array], Statistics]]:
         seen = jnp.int32(0)
         for batch in batches:
-            tokens, lengths = tokens_and_lengths(batch)
+            tokens, lengths = tokens_and_lengths(batch, spec.vocab_size)
             row_keys = (
                 None
                 if key is None

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from efx_jax.einsum import einsum
 from efx_jax.pruning.selection import lowest, score_bits
+from efx_jax.shapes import require_mask, require_refit, require_shape
 
 Array = jax.Array
 _TRIES = 6
@@ -114,7 +115,13 @@ def partial_brain_surgeon(weight: Array, lora_a: Array, mask: Array, input_energ
 
     Returns:
         delta_b `[O,R]`, float32.
+
+    Raises:
+        InputError: an array of another shape, or a mask that is not bool.
     """
+    require_mask(mask, weight)
+    require_shape("lora_a", lora_a, (lora_a.shape[0], weight.shape[1]))
+    require_shape("input_energy", input_energy, (weight.shape[1],))
     weight, lora_a = weight.astype(jnp.float32), lora_a.astype(jnp.float32)
     weighted_a = lora_a * input_energy
     # The r x r system is the same for every row: one Cholesky factor serves all.
@@ -151,8 +158,13 @@ def gram_brain_surgeon(
         target: `[O,I]`, the weight whose outputs to stay close to; U itself when None.
 
     Returns:
-        delta_b `[O,R]`, float32.
+        delta_b `[O,R]`, float32. A Gram with NaN gives NaN.
+
+    Raises:
+        InputError: an array of another shape, or a mask that is not bool.
     """
+    require_refit(weight, mask, gram, target)
+    require_shape("lora_a", lora_a, (lora_a.shape[0], weight.shape[1]))
     weight, lora_a = weight.astype(jnp.float32), lora_a.astype(jnp.float32)
     lost = (weight if target is None else target.astype(jnp.float32)) - jnp.where(mask, weight, 0.0)
     rank = lora_a.shape[0]
@@ -166,8 +178,8 @@ def gram_brain_surgeon(
         mean = jnp.trace(system) / rank
         # A row that keeps nothing A can reach has a zero system and nothing to solve for. Its damping is 1, since a
         # system that cannot be factored would make all rows of its chunk retry.
-        lower = damped(row_cholesky, system, jnp.where(mean > 0, ridge * mean, 1.0))
-        return jnp.where(mean > 0, row_solve(lower, rhs), 0.0)
+        lower = damped(row_cholesky, system, jnp.where(mean == 0, 1.0, ridge * mean))
+        return jnp.where(mean == 0, 0.0, row_solve(lower, rhs))
 
     return jax.lax.map(row, (lost, mask), batch_size=min(chunk_rows or weight.shape[0], weight.shape[0]))
 
@@ -214,6 +226,9 @@ def admm_update(
 
     Returns:
         The new weight `[O,I]`, float32, exactly 0 where pruned.
+
+    Raises:
+        InputError: an array of another shape, or a mask that is not bool.
     """
     return admm_refit(weight, mask, gram, target, steps, damping)[0]
 
@@ -247,7 +262,11 @@ def admm_refit(
 
     Returns:
         The new weight `[O,I]`, float32, exactly 0 where pruned, and the mask, bool `[O,I]`.
+
+    Raises:
+        InputError: as `admm_update`.
     """
+    require_refit(weight, mask, gram, target)
     unit, scale = unit_diagonal(gram.astype(jnp.float32))
     # An input that is always 0 has no norm, whatever its scale: none of its entries is worth keeping.
     is_alive = jnp.diagonal(gram) > 0

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from efx_jax.config import PruneConfig
 from efx_jax.model.spec import ModelSpec
 from efx_jax.pruning.statistics import Statistics
+from efx_jax.shapes import require_shape
 
 Array = jax.Array
 
@@ -25,7 +26,11 @@ def wanda_score(weight: Array, input_norm: Array) -> Array:
 
     Returns:
         float32 `[O,I]`.
+
+    Raises:
+        InputError: the norm has another shape.
     """
+    require_shape("input_norm", input_norm, weight.shape[-1:])
     return jnp.abs(weight.astype(jnp.float32)) * input_norm
 
 
@@ -39,7 +44,11 @@ def foresight_score(weight: Array, input_norm: Array, downstream_norm: Array) ->
 
     Returns:
         float32 `[O,I]`.
+
+    Raises:
+        InputError: a norm has another shape.
     """
+    require_shape("downstream_norm", downstream_norm, weight.shape[:1])
     return wanda_score(weight, input_norm) * downstream_norm[:, None]
 
 
@@ -56,7 +65,11 @@ def ria_score(weight: Array, input_norm: Array, power: float = 0.5) -> Array:
 
     Returns:
         float32 `[O,I]`; the share of a row or column of zeros is 0.
+
+    Raises:
+        InputError: the norm has another shape.
     """
+    require_shape("input_norm", input_norm, weight.shape[-1:])
     magnitude = jnp.abs(weight.astype(jnp.float32))
     by_input, by_output = jnp.sum(magnitude, axis=0, keepdims=True), jnp.sum(magnitude, axis=1, keepdims=True)
     shares = [magnitude / jnp.where(total > 0, total, 1.0) for total in (by_input, by_output)]
@@ -75,8 +88,13 @@ def matrix_score(effective: Array, input_norm: Array, reach: Array, config: Prun
 
 
 def column_norms(weight: Array) -> Array:
-    """Euclidean norm of every column of `[O,I]`: `[I]`."""
-    return jnp.sqrt(jnp.sum(jnp.square(weight), axis=0))
+    """Euclidean norm of every column of `[O,I]`: float32 `[I]`."""
+    return jnp.sqrt(jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=0))
+
+
+def row_norms(weight: Array) -> Array:
+    """Euclidean norm of every row of `[O,I]`: float32 `[O]`."""
+    return column_norms(weight.T)
 
 
 def root_mean_square(values: Array, axis: int) -> Array:
@@ -103,12 +121,12 @@ def weight_reach(effective: Mapping[str, Array], spec: ModelSpec) -> dict[str, A
         spec: the model.
 
     Returns:
-        nu `[O]` for each of the seven.
+        nu float32 `[O]` for each of the seven.
     """
     k_heads, width = spec.num_kv_heads, spec.head_dim
     group = spec.num_heads // k_heads
-    q_norms = jnp.sqrt(jnp.sum(jnp.square(effective["q_proj"]), axis=1)).reshape(k_heads, group, width)
-    k_norms = jnp.sqrt(jnp.sum(jnp.square(effective["k_proj"]), axis=1)).reshape(k_heads, width)
+    q_norms = row_norms(effective["q_proj"]).reshape(k_heads, group, width)
+    k_norms = row_norms(effective["k_proj"]).reshape(k_heads, width)
     o_columns = column_norms(effective["o_proj"]).reshape(k_heads, group, width)
     down_columns = column_norms(effective["down_proj"])
     return {

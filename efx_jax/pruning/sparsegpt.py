@@ -29,6 +29,7 @@ from efx_jax.pruning.selection import (
     score_bits,
     selection_counts,
 )
+from efx_jax.shapes import require_refit, require_shape
 
 Array = jax.Array
 Pick = Callable[[Array, Array], Array]
@@ -135,8 +136,9 @@ def sparsegpt(
         damping: see `inverse_factor`.
 
     Raises:
-        InputError: sparsity outside [0, 1), an unknown group, a pattern that does not fit.
+        InputError: sparsity outside [0, 1), an unknown group, a pattern that does not fit, a Gram of another shape.
     """
+    require_shape("gram", gram, (weight.shape[1], weight.shape[1]))
     counts = slab_counts(weight.shape, sparsity, group, slab)
     return sparsegpt_by_counts(weight, inverse_factor(gram, damping), counts, group, slab)
 
@@ -197,7 +199,11 @@ def obs_update(
 
     Returns:
         The new weight `[O,I]`, float32, exactly 0 where pruned.
+
+    Raises:
+        InputError: an array of another shape, or a mask that is not bool.
     """
+    require_refit(weight, mask, gram, target)
     return obs_by_factor(weight if target is None else target, mask, inverse_factor(gram, damping), slab)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from efx_jax.config import MaskForward, Remat
@@ -16,6 +17,7 @@ from efx_jax.model.attention import Implementation
 from efx_jax.model.decoder import LinearOptions, attend_within, run_blocks
 from efx_jax.model.spec import ModelSpec
 from efx_jax.model.stack import stack_layers
+from efx_jax.shapes import require_shape
 
 Array = jax.Array
 
@@ -70,17 +72,64 @@ class Statistics:
         if not self.gram:
             raise InputError("statistics: expected Gram matrices, found none; collect with gram=True")
 
+    def require_model(self, params: Mapping[str, Any]) -> None:
+        """Refuses statistics of another model, such as one with fewer blocks.
+
+        Args:
+            params: parameter tree, linears `[L,O,I]`.
+
+        Raises:
+            InputError: an array of another shape than this model's inputs have.
+        """
+        for name, source in INPUT_OF.items():
+            num_layers, _, in_dim = params["layers"][name].shape
+            require_shape(f"statistics: energy of {source}", self.energy[source], (num_layers, in_dim))
+            for kind, grams in (("gram", self.gram), ("cross", self.cross)):
+                if source in grams:
+                    require_shape(f"statistics: {kind} of {source}", grams[source], (num_layers, in_dim, in_dim))
+
 
 def real_tokens(tokens: Array, lengths: Array) -> Array:
     """1 for the first `lengths [B]` tokens of each row of `tokens [B,T]`, 0 for padding; float32 `[B,T]`."""
     return (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.float32)
 
 
-def tokens_and_lengths(batch: Mapping[str, Any]) -> tuple[Array, Array]:
-    """`tokens [B,T]` and `lengths [B]` of a batch; without `lengths` every token is real."""
+def tokens_and_lengths(batch: Mapping[str, Any], vocab_size: int) -> tuple[Array, Array]:
+    """`tokens [B,T]` and `lengths [B]` of a calibration batch; without `lengths` every token is real.
+
+    Raises:
+        InputError: no tokens; another key, such as `attention_mask`, which would be ignored; an array of another shape
+            or dtype; an id outside the vocabulary or a length outside 0 to T (not looked for on several hosts).
+    """
+    unknown = sorted(batch.keys() - {"tokens", "lengths"})
+    if unknown or "tokens" not in batch:
+        raise InputError(
+            f"calibration: expected batches of `tokens` [B,T] and `lengths` [B], found {', '.join(batch) or 'none'}; "
+            "pad on the right, and give the number of real tokens of every row as `lengths` (attention_mask.sum(1))"
+        )
     tokens = jnp.asarray(batch["tokens"])
-    lengths = jnp.asarray(batch["lengths"]) if "lengths" in batch else jnp.full(tokens.shape[0], tokens.shape[1])
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise InputError(
+            f"calibration: expected integer tokens [B,T], found {tokens.dtype} {list(tokens.shape)}; pass token ids"
+        )
+    _require_range("tokens", tokens, vocab_size - 1)
+    if "lengths" not in batch:
+        return tokens, jnp.full(tokens.shape[0], tokens.shape[1])
+    lengths = jnp.asarray(batch["lengths"])
+    require_shape("calibration: lengths", lengths, tokens.shape[:1])
+    _require_range("lengths", lengths, tokens.shape[1])
     return tokens, lengths
+
+
+def _require_range(name: str, values: Array, most: int) -> None:
+    """Refuses values outside 0 to `most`, where one process can read them all."""
+    if values.is_fully_addressable and values.size:
+        found = np.asarray(values)
+        if found.min() < 0 or found.max() > most:
+            raise InputError(
+                f"calibration: expected {name} from 0 to {most}, found {found.min()} to {found.max()}; check the "
+                "tokenizer, and pad on the right"
+            )
 
 
 def require_tokens(tokens: Array | int) -> None:
@@ -220,11 +269,20 @@ def collect_statistics(
         Statistics whose arrays lead with L.
 
     Raises:
-        InputError: no batch, or no real token.
+        InputError: no batch, no real token, or a batch that `tokens_and_lengths` refuses.
     """
     options = layer_options(adapters, mask_forward, compute_dtype)
     total: Statistics | None = add_up(
-        batch_statistics(params, *tokens_and_lengths(batch), spec, adapters, masks, options, attention_path, gram)
+        batch_statistics(
+            params,
+            *tokens_and_lengths(batch, spec.vocab_size),
+            spec,
+            adapters,
+            masks,
+            options,
+            attention_path,
+            gram,
+        )
         for batch in batches
     )
     require_tokens(0 if total is None else jnp.max(total.tokens))

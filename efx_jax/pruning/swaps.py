@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from efx_jax.einsum import einsum
+from efx_jax.shapes import require_refit
 
 Array = jax.Array
 # Relative to the sum of what the two entries add to the error. A smaller gain may be rounding: the search would swap
@@ -41,7 +42,11 @@ def swap_mask(
 
     Returns:
         bool `[O,I]`; a row (a group of M) keeps as many as before.
+
+    Raises:
+        InputError: an array of another shape, or a mask that is not bool.
     """
+    require_refit(weight, mask, gram)
     weight, gram = weight.astype(jnp.float32), gram.astype(jnp.float32)
     alone = weight**2 * jnp.diagonal(gram)
     rows = jnp.arange(weight.shape[0])

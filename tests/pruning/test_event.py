@@ -251,3 +251,28 @@ def test_a_memory_of_other_adapters_is_refused(llama: Any, stats: Statistics, re
     state = init_prune_state(llama.params, then, config, jax.random.key(0))
     with pytest.raises(InputError, match="adapters: the state remembers those of .*, found .*; make it by init_prune"):
         prune_event(llama.params, now, None, stats, state, llama.spec, config)
+
+
+def test_statistics_of_another_model_are_refused(llama: Any, stats: Statistics) -> None:
+    """A block that is not there would be read as the last one."""
+    fewer = jax.tree.map(lambda leaf: leaf[:1], stats)
+    narrow = dataclasses.replace(stats, gram=stats.gram | {"down_in": stats.gram["attn_in"]})
+    for found, complaint in (
+        (fewer, r"statistics: energy of attn_in: expected shape \[2, 16\], found \[1, 16\]"),
+        (narrow, r"statistics: gram of down_in: expected shape \[2, 24, 24\], found \[2, 16, 16\]"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            prune_event(llama.params, llama.adapters, None, found, None, llama.spec, PruneConfig())
+
+
+def test_an_importance_that_is_missing_or_does_not_fit_is_refused(llama: Any, stats: Statistics) -> None:
+    config = PruneConfig(score="foresight_loss", group="matrix", targets=TWO)
+    layers = llama.params["layers"]
+    fits = {name: jnp.ones(layers[name].shape[:2]) for name in TWO}
+    by_entry = {**fits, TWO[0]: jnp.ones(layers[TWO[0]].shape)}
+    for importance, complaint in (
+        (None, f"found none for {', '.join(TWO)}; .*output_gradient_energy"),
+        (by_entry, f"importance of {TWO[0]}: expected shape"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            prune_event(llama.params, llama.adapters, None, stats, None, llama.spec, config, importance=importance)

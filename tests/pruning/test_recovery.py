@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efx_jax.errors import InputError
+from efx_jax.masks import pack_mask
 from efx_jax.pruning.recovery import (
     admm_refit,
     admm_update,
@@ -17,6 +19,9 @@ from efx_jax.pruning.recovery import (
     gram_brain_surgeon,
     partial_brain_surgeon,
 )
+from efx_jax.pruning.scores import foresight_score, ria_score, wanda_score
+from efx_jax.pruning.sparsegpt import obs_update, sparsegpt
+from efx_jax.pruning.swaps import swap_mask
 from tests.pruning.oracles import single
 
 OUT, IN, RANK, TOKENS = 12, 16, 3, 80
@@ -343,3 +348,37 @@ def test_refinement_keeps_no_entry_of_an_input_that_is_always_0() -> None:
     weight, mask = rng.standard_normal((6, 8)), np.tile(np.arange(8) >= 4, (6, 1))
     kept = np.asarray(refit(jnp.float32(weight), mask, jnp.float32(inputs.T @ inputs), refine=10)[1])
     assert not kept[:, :3].any() and (kept.sum(axis=1) == 4).all()
+
+
+def test_a_gram_with_nan_gives_nan_and_not_an_unrepaired_row(layer: Problem) -> None:
+    """A row that looks as if it had nothing to solve for would hide that calibration overflowed."""
+    broken = np.array(layer.gram)
+    broken[2, 2] = np.nan
+    assert np.isnan(np.asarray(gram_pbs(layer.weight, layer.lora_a, layer.mask, broken))).all()
+
+
+def test_what_would_be_broadcast_is_refused() -> None:
+    """With at most eight inputs a packed mask is one column, which fits any number of them."""
+    weight, lora_a, gram = np.ones((4, 8), np.float32), np.ones((2, 8), np.float32), np.eye(8, dtype=np.float32)
+    mask = np.ones((4, 8), bool)
+    packed = pack_mask(jnp.asarray(mask))
+    energy = np.ones(8, np.float32)
+    calls: list[tuple[Callable[[], Any], str]] = [
+        (lambda: partial_brain_surgeon(weight, lora_a, packed, energy), r"mask: expected bool \[4, 8\], found uint8"),
+        (lambda: gram_brain_surgeon(weight, lora_a, packed, gram), r"mask: expected bool \[4, 8\], found uint8"),
+        (lambda: admm_update(weight, packed, gram), r"mask: expected bool \[4, 8\], found uint8"),
+        (lambda: obs_update(weight, packed, gram), r"mask: expected bool \[4, 8\], found uint8"),
+        (lambda: swap_mask(weight, packed, gram, 1), r"mask: expected bool \[4, 8\], found uint8"),
+        (lambda: admm_update(weight, mask[:, :1], gram), r"mask: expected bool \[4, 8\], found bool \[4, 1\]"),
+        (lambda: partial_brain_surgeon(weight, lora_a, mask, energy[:1]), "input_energy: expected shape"),
+        (lambda: partial_brain_surgeon(weight, lora_a[:, :1], mask, energy), "lora_a: expected shape"),
+        (lambda: gram_brain_surgeon(weight, lora_a, mask, gram[:1]), "gram: expected shape"),
+        (lambda: admm_update(weight, mask, gram, weight[:1]), "target: expected shape"),
+        (lambda: sparsegpt(weight, gram[:1], 0.5), "gram: expected shape"),
+        (lambda: wanda_score(weight, energy[:1]), r"input_norm: expected shape \[8\], found \[1\]"),
+        (lambda: foresight_score(weight, energy, energy[:1]), r"downstream_norm: expected shape \[4\], found \[1\]"),
+        (lambda: ria_score(weight, energy[:, None]), r"input_norm: expected shape \[8\], found \[8, 1\]"),
+    ]
+    for call, complaint in calls:
+        with pytest.raises(InputError, match=complaint):
+            call()

@@ -303,3 +303,12 @@ def test_for_inputs_of_one_size_the_gated_score_is_the_loss_of_a_swiglu_layer(ll
         moved = output(gate, changed) if name == "up_proj" else output(changed, up)
         exact = np.sum((moved - output(gate, up)) ** 2)
         np.testing.assert_allclose(score[row, column] ** 2, exact, rtol=1e-3)
+
+
+def test_the_reach_of_a_bfloat16_model_is_summed_in_float32(llama: Any) -> None:
+    half = {name: jnp.asarray(llama.params["layers"][name][0], jnp.bfloat16) for name in LINEARS}
+    whole = {name: weight.astype(jnp.float32) for name, weight in half.items()}
+    found, expected = weight_reach(half, llama.spec), weight_reach(whole, llama.spec)
+    for name in LINEARS:
+        assert found[name].dtype == jnp.float32
+        np.testing.assert_array_equal(found[name], expected[name])

@@ -218,3 +218,21 @@ def test_no_batch_and_no_real_token_are_refused_with_one_line(llama: Any) -> Non
 def test_a_missing_gram_is_refused_with_one_line(masked_llama: Statistics) -> None:
     with pytest.raises(InputError, match="collect with gram=True"):
         dataclasses.replace(masked_llama, gram={}).input_gram("q_proj")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"attention_mask": np.ones((8, 16), np.int32)}, "found tokens, lengths, attention_mask; .*attention_mask.sum"),
+        ({"lengths": np.full((8, 1), 16, np.int32)}, r"calibration: lengths: expected shape \[8\], found \[8, 1\]"),
+        ({"lengths": np.full(8, 17, np.int32)}, "expected lengths from 0 to 16, found 17 to 17"),
+        ({"tokens": np.full((8, 16), 31, np.int32)}, "expected tokens from 0 to 30, found 31 to 31"),
+        ({"tokens": np.full((8, 16), -1, np.int32)}, "expected tokens from 0 to 30, found -1 to -1"),
+        ({"tokens": np.zeros(16, np.int32)}, r"expected integer tokens \[B,T\], found int32 \[16\]"),
+        ({"tokens": np.zeros((8, 16), np.float32)}, r"expected integer tokens \[B,T\], found float32 \[8, 16\]"),
+    ],
+)
+def test_a_batch_that_would_be_misread_is_refused_with_one_line(llama: Any, change: Tree, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint) as caught:
+        collect(llama, [{**llama.batches[0], **change}])
+    assert "\n" not in str(caught.value)
