@@ -33,6 +33,7 @@ from efx_jax.errors import InputError
 
 # 40 test questions for each of the 21 chapters: the smallest chapter has these and some to spare.
 _ICD10_TEST_ROWS = 840
+UNSCORED_ANSWER = 48  # tokens of what a model writes after a held-out prompt, for a person to read
 _SHORT_ANSWER = 10
 
 

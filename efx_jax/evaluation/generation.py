@@ -15,6 +15,7 @@ from efx_jax.model.decoder import Params
 from efx_jax.model.generate import generate
 from efx_jax.model.sampling import Sampling
 from efx_jax.model.spec import ModelSpec
+from efx_jax.parallel.partition import divisible_rows
 
 Array = jax.Array
 
@@ -66,7 +67,7 @@ def generate_texts(
     keys = None if sampling is None else jnp.stack([jax.random.key(seed) for seed in seeds])
     runs = 1 if keys is None else len(keys)
     texts = [[""] * len(prompts) for _ in range(runs)]
-    for batch in _batches(prompts, max(1, batch_size // runs)):
+    for batch in _batches(prompts, divisible_rows(max(1, batch_size // runs))):
         found = generate(
             params,
             batch["tokens"],
@@ -120,7 +121,7 @@ def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> Iterator[dict
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         # The last batch is filled up with copies of its last row, which end when that row does.
-        rows += rows[-1:] * (min(batch_size, len(order)) - len(rows))
+        rows += rows[-1:] * (min(batch_size, divisible_rows(len(order))) - len(rows))
         lengths = np.asarray([len(prompts[row]) for row in rows], np.int32)
         tokens = np.zeros((len(rows), bucket_length(lengths, longest)), np.int32)
         for line, row in enumerate(rows):

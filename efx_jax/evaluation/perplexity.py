@@ -17,7 +17,7 @@ from efx_jax.evaluation.scores import RESAMPLES, Interval, interval, resample_co
 from efx_jax.lora import Adapters
 from efx_jax.model.decoder import Params, head_weight, hidden_states
 from efx_jax.model.spec import ModelSpec
-from efx_jax.parallel.partition import constrain
+from efx_jax.parallel.partition import constrain, divisible_rows
 
 Array = jax.Array
 
@@ -69,7 +69,7 @@ def perplexity(
     if window_tokens.sum() == 0:
         raise InputError("perplexity: expected at least one token to predict, found none; give more text")
     window_nll = np.zeros(len(windows))
-    longest = max(len(window.tokens) for window in windows)
+    longest, batch_size = max(len(window.tokens) for window in windows), divisible_rows(batch_size)
     order = sorted(range(len(windows)), key=lambda row: len(windows[row].tokens))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

@@ -18,6 +18,7 @@ from efx_jax.evaluation.generation import check_room
 from efx_jax.lora import Adapters
 from efx_jax.model.decoder import Params
 from efx_jax.model.spec import ModelSpec
+from efx_jax.parallel.partition import divisible_rows
 
 Array = jax.Array
 Normalize = Literal["sum", "mean"]
@@ -63,7 +64,7 @@ def label_scores(
     prompts, answers = _checked(spec, tokenizer, examples, labels)
     trees = [grow_tree(rows, prompts, answers) for rows in group_rows(prompts, sum(len(ids) - 1 for ids in answers))]
     # The number of trees that hold `batch_size` rows on average.
-    size = max(1, round(batch_size * len(trees) / max(1, len(prompts))))
+    size = divisible_rows(max(1, round(batch_size * len(trees) / max(1, len(prompts)))))
     scores = np.zeros((len(prompts), len(labels)))
     for chosen, batch in _batches(trees, answers, size):
         found = np.asarray(tree_scores(params, batch, spec, adapters, masks, compute_dtype))

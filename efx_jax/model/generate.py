@@ -18,12 +18,13 @@ from efx_jax.model.layers import rms_norm
 from efx_jax.model.sampling import Sampling, draw, most_likely
 from efx_jax.model.spec import ModelSpec
 from efx_jax.model.stack import Layer, freeze, from_bits, stack_layers, to_bits
-from efx_jax.parallel.partition import constrain
+from efx_jax.parallel.partition import constrain, split_over
 
 Array = jax.Array
 Padding = Literal["right", "left"]
 # Long answers end at different times: the batch is halved, down to `_NARROWEST` rows, whenever half of it has stopped.
-# Each width is compiled separately, which does not pay off for short answers.
+# Each width is compiled separately, which does not pay off for short answers. Where a mesh splits the rows, they all
+# stay: the unfinished rows lie on any of the devices, and each of them would have to hold all of these rows' caches.
 _LONG_ANSWER = 128
 _NARROWEST = 8
 
@@ -205,7 +206,7 @@ def _next_token(
 def _stages(batch: int, max_new_tokens: int) -> list[tuple[int, int]]:
     """For each stage, how many rows are active, and at how few unfinished rows it ends."""
     widths = [batch]
-    while max_new_tokens >= _LONG_ANSWER and widths[-1] // 2 >= _NARROWEST:
+    while max_new_tokens >= _LONG_ANSWER and split_over(batch) == 1 and widths[-1] // 2 >= _NARROWEST:
         widths.append(widths[-1] // 2)
     return list(zip(widths, [*widths[1:], 0], strict=True))
 

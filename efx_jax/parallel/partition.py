@@ -53,6 +53,19 @@ def active_batch_axes(rows: int) -> Axes | None:
     return None if mesh is None else batch_axes(rows, mesh.shape)
 
 
+def split_over(rows: int) -> int:
+    """How many devices of the active mesh a batch of `rows` sequences is split over; 1 without a mesh."""
+    mesh = active_mesh()
+    return 1 if mesh is None else axes_size(batch_axes(rows, mesh.shape), mesh.shape)
+
+
+def divisible_rows(rows: int) -> int:
+    """`rows` rounded up to what the active mesh's devices divide; otherwise each of them would compute all rows."""
+    mesh = active_mesh()
+    devices = 1 if mesh is None else axes_size(BATCH, mesh.shape)
+    return -(-rows // devices) * devices
+
+
 def partition(path: tuple[str, ...], ndim: int) -> PartitionSpec:
     """The partition of one array of the parameter tree, of adapters, of masks or of `PruneState`.
 
@@ -178,8 +191,20 @@ def split_rows(function: Callable[..., Any], name: str, rows: Sequence[Any], who
 
 
 def to_host(array: jax.Array) -> jax.Array:
-    """The array moved to the hosts' memory with its sharding unchanged, where it takes no device memory."""
-    return jax.device_put(array, array.sharding.with_memory_kind("pinned_host"))
+    """The matrix `[O,I]` moved to the hosts' memory, where it takes no device memory; replicas share out its rows."""
+    shared = _shared_out(array.sharding, array.shape[0])
+    return jax.device_put(jax.device_put(array, shared), shared.with_memory_kind("pinned_host"))
+
+
+def to_device(array: jax.Array) -> jax.Array:
+    """The inverse of `to_host`."""
+    array = jax.device_put(array, array.sharding.with_memory_kind("device"))
+    sharding = array.sharding
+    if not isinstance(sharding, NamedSharding):
+        return array
+    rows, *columns = sharding.spec
+    own = tuple(axis for axis in _axes(rows) if axis != "data")
+    return jax.device_put(array, NamedSharding(sharding.mesh, PartitionSpec(own or None, *columns)))
 
 
 def block_on_host(stacked: jax.Array) -> jax.ShapeDtypeStruct:
@@ -187,9 +212,21 @@ def block_on_host(stacked: jax.Array) -> jax.ShapeDtypeStruct:
     sharding = stacked.sharding
     if isinstance(sharding, NamedSharding):
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    return jax.ShapeDtypeStruct(stacked.shape[1:], jax.numpy.float32, sharding=sharding.with_memory_kind("pinned_host"))
+    sharding = _shared_out(sharding, stacked.shape[1]).with_memory_kind("pinned_host")
+    return jax.ShapeDtypeStruct(stacked.shape[1:], jax.numpy.float32, sharding=sharding)
 
 
-def to_device(array: jax.Array) -> jax.Array:
-    """The inverse of `to_host`."""
-    return jax.device_put(array, array.sharding.with_memory_kind("device"))
+def _shared_out(sharding: Any, rows: int) -> Any:
+    """The sharding of a matrix of `rows` rows with these split over `data` too, if they divide evenly."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    first, *columns = (*sharding.spec, None, None)[:2]
+    axes = (*_axes(first), "data")
+    if rows % axes_size(axes, sharding.mesh.shape):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(axes, *columns))
+
+
+def _axes(part: Any) -> Axes:
+    """The mesh axes of one dimension of a `PartitionSpec`."""
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)

@@ -23,7 +23,7 @@ class Layout:
         length: tokens per sequence.
         events: number of prune events; 0 means no masks.
         fused_attention: whether attention keeps its scores on the chip (cuDNN); else it works in query blocks.
-        writes: whether an evaluation generates answers rather than only scoring given ones.
+        answer_tokens: the longest answer that an evaluation generates; 0 means that it only scores given ones.
     """
 
     dtype: str
@@ -31,7 +31,7 @@ class Layout:
     length: int
     events: int
     fused_attention: bool
-    writes: bool = False
+    answer_tokens: int = 0
 
 
 def saved_activations(spec: ModelSpec, config: Config, layout: Layout, rows: int) -> int:

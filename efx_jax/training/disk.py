@@ -27,7 +27,7 @@ def disk_bytes(spec: ModelSpec, config: Config, dtype: str, events: Sequence[int
         steps: updates of the run.
     """
     whole = dataclasses.replace(config, mesh=MeshConfig())
-    layout = Layout(dtype, rows=1, length=1, events=len(events), fused_attention=False, writes=False)
+    layout = Layout(dtype, rows=1, length=1, events=len(events), fused_attention=False)
     held = resident_bytes(spec, whole, layout)
     saved = {name: size for name, size in held.items() if name not in ("weights", "teacher")}
     if len(events) > 1 and config.prune.ema < 1 and keeps_scores(config.prune):

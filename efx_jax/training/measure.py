@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from efx_jax.config import Config
-from efx_jax.data.batches import up_to_multiple
 from efx_jax.evaluation.perplexity import perplexity
 from efx_jax.evaluation.protocols import evaluate_task
 from efx_jax.evaluation.results import TITLES, interval_cell, markdown_table, metric_cell
 from efx_jax.lora import Adapters
-from efx_jax.parallel.mesh import mesh_sizes
-from efx_jax.parallel.partition import BATCH, axes_size, constrain
+from efx_jax.parallel.partition import constrain
 from efx_jax.training.prepare import Prepared
 from efx_jax.training.samples import kept_answers, rows_shown, written_answers
 
@@ -44,9 +42,8 @@ def measure(
     results: dict[str, Any] = {}
     dtype = config.model.compute_dtype
     if prepared.windows:
-        # Windows are longer than task rows; a quarter as many make a batch of about the same size. If the devices did
-        # not divide it, each of them would compute the whole batch.
-        batch = up_to_multiple(config.eval.batch_size // 4, axes_size(BATCH, mesh_sizes(config.mesh)))
+        # Windows are longer than task rows; a quarter as many make a batch of about the same size.
+        batch = max(1, config.eval.batch_size // 4)
         found = perplexity(
             params, prepared.windows, prepared.spec, adapters, masks, batch_size=batch, compute_dtype=dtype
         )

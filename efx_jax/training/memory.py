@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from efx_jax.config import Config
 from efx_jax.config_event import goes_by_block, keeps_scores, moves_base, n_of_m, needs_gram, reads_importance
+from efx_jax.evaluation.likelihood import LOGITS_BYTES
 from efx_jax.model.loss import CHUNK_TOKENS
 from efx_jax.model.spec import LINEARS, ModelSpec, linear_shapes, param_shapes
 from efx_jax.parallel.mesh import mesh_sizes
@@ -256,19 +257,35 @@ def _search_bytes(spec: ModelSpec, config: Config, e: int) -> int:
 
 
 def evaluation_bytes(spec: ModelSpec, config: Config, layout: Layout) -> Bytes:
-    """What generating answers with adapters takes: merged linears, in addition to those that training keeps.
+    """What measuring the model takes: a forward pass over windows or rows; to generate answers also their cache.
 
-    The base and the export need no such copy, as they have no adapters; scoring given answers merges block by block.
+    Generating with adapters takes merged linears, in addition to those that training keeps. The base and the export
+    have none; scoring given answers merges block by block.
     """
-    meets_adapters = config.eval.every or config.eval.every_epochs or config.lora.adapter or layout.events == 1
-    if not (layout.writes and meets_adapters):
-        return {}
-    along = mesh_sizes(config.mesh)
-    rows = -(-config.eval.batch_size // axes_size(BATCH, along))
+    along, evaluation = mesh_sizes(config.mesh), config.eval
+    e, c = WIDTH[layout.dtype], WIDTH[config.model.compute_dtype]
+    length = config.data.max_length
+    sizes = ((max(1, evaluation.batch_size // 4), evaluation.window), (evaluation.batch_size, length))
+
+    shards = axes_size(BATCH, along)
+    own_tokens = [-(-rows // shards) * length for rows, length in sizes]
+
+    def forward(rows: int, length: int) -> int:
+        # Attention in evaluation takes the XLA path. Behind the last block: the states before and after the norm.
+        taken, own = dataclasses.replace(layout, length=length, fused_attention=False), -(-rows // shards)
+        return block_forward_set(spec, config, taken, own) + own * length * spec.hidden_size * (e + c)
+
+    meets_adapters = evaluation.every or evaluation.every_epochs or config.lora.adapter or layout.events == 1
+    merged = bool(layout.answer_tokens and meets_adapters)
+    rows = -(-evaluation.batch_size // shards)
     states = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim // config.mesh.tensor
     return {
-        "merged linears": WIDTH[layout.dtype] * sum(_linear_entries(spec, along).values()),
-        "keys and values": rows * config.data.max_length * states * WIDTH[config.model.compute_dtype],
+        "forward pass": max(forward(*size) for size in sizes),
+        "U of a matrix": _matrix_buffers(spec, config, along, e, c, masked=layout.events > 0),
+        "copies of weights": _weight_copies(spec, along, e, c),
+        "logits": 2 * min(LOGITS_BYTES, max(own_tokens) * -(-spec.vocab_size // along["tensor"]) * FLOAT32),
+        "merged linears": merged * e * sum(_linear_entries(spec, along).values()),
+        "keys and values": rows * (length + layout.answer_tokens) * states * c if layout.answer_tokens else 0,
     }
 
 

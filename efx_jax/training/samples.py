@@ -9,7 +9,7 @@ import jax
 
 from efx_jax.analysis.record import HELD_OUT
 from efx_jax.config import Config
-from efx_jax.data.tasks import Task
+from efx_jax.data.tasks import UNSCORED_ANSWER, Task
 from efx_jax.data.tokenizer import encode_prompts
 from efx_jax.evaluation.generation import generate_texts
 from efx_jax.evaluation.protocols import AnswerRecord
@@ -19,7 +19,6 @@ from efx_jax.lora import Adapters
 from efx_jax.training.prepare import Prepared
 
 _LONGEST = ROUGE[-1]
-_NEW_TOKENS = 48
 
 
 def tasks_shown(config: Config, prepared: Prepared) -> tuple[Task, ...]:
@@ -30,14 +29,14 @@ def tasks_shown(config: Config, prepared: Prepared) -> tuple[Task, ...]:
     rows, limit = prepared.data.held_out, config.data.max_length
     if prepared.data.tasks or not config.eval.samples or not rows:
         return prepared.data.tasks
-    limit = min(limit, prepared.spec.max_position_embeddings - _NEW_TOKENS)
+    limit = min(limit, prepared.spec.max_position_embeddings - UNSCORED_ANSWER)
     chosen = []
     for example in rows:
         if 0 < len(encode_prompts([example.prompt], prepared.tokenizer)[0]) <= limit:
             chosen.append(example)
         if len(chosen) == config.eval.samples:
             break
-    return (Task(HELD_OUT, chosen, (), _NEW_TOKENS),) if chosen else ()
+    return (Task(HELD_OUT, chosen, (), UNSCORED_ANSWER),) if chosen else ()
 
 
 def written_answers(

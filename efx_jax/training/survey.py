@@ -11,7 +11,7 @@ from efx_jax.config import Config
 from efx_jax.config_event import matrix_group, n_of_m
 from efx_jax.data.batches import ATTENTION_MULTIPLE, bucket_length, up_to_multiple
 from efx_jax.data.sources import data_root
-from efx_jax.data.tasks import Data, load_data
+from efx_jax.data.tasks import UNSCORED_ANSWER, Data, load_data
 from efx_jax.data.tokens import text_windows
 from efx_jax.errors import InputError, MissingInputError
 from efx_jax.model.spec import ModelSpec, linear_shapes
@@ -34,7 +34,7 @@ from efx_jax.weights.shapes import FoundSpec
 @dataclasses.dataclass(frozen=True)
 class DataCounts:
     """What the data holds: training sequences and their input tokens, rows of an epoch, the longest sequence, test
-    sizes, whether answers to test rows are generated, and the rows of every task."""
+    sizes, the longest answer that is generated to test rows, and the rows of every task."""
 
     sequences: int
     tokens: int
@@ -42,18 +42,18 @@ class DataCounts:
     longest: int
     test_rows: int
     windows: int
-    writes: bool
+    answer_tokens: int
     report: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class RowCounts:
-    """What is known of the data without a tokenizer: training rows, test rows, whether answers are generated, and the
-    rows of every task."""
+    """What is known of the data without a tokenizer: training rows, test rows, the longest answer that is generated,
+    and the rows of every task."""
 
     rows: int
     test_rows: int
-    writes: bool
+    answer_tokens: int
     report: Mapping[str, Any]
 
 
@@ -112,7 +112,7 @@ def count_data(config: Config, found: FoundSpec) -> DataCounts | RowCounts | str
         if not found.on_disk:
             bare = load_data(dataclasses.replace(config.data, format="plain"), config.seed, None, config.eval.rows)
             tested = sum(len(task.test) for task in bare.tasks)
-            return RowCounts(len(bare.train), tested, _writes(config, bare), bare.report)
+            return RowCounts(len(bare.train), tested, _answer_tokens(config, bare), bare.report)
         tokenizer = load_tokenizer(config.model.path)
         data = load_data(config.data, config.seed, tokenizer, config.eval.rows)
         texts = read_texts(taught_texts(config), config)
@@ -131,16 +131,17 @@ def count_data(config: Config, found: FoundSpec) -> DataCounts | RowCounts | str
         longest=max(lengths),
         test_rows=sum(len(task.test) for task in data.tasks),
         windows=len(windows),
-        writes=_writes(config, data),
+        answer_tokens=_answer_tokens(config, data),
         report=data.report,
     )
 
 
-def _writes(config: Config, data: Data) -> bool:
-    """Whether evaluation generates answers: to free-text tasks, because of the protocol, or to held-out prompts."""
+def _answer_tokens(config: Config, data: Data) -> int:
+    """Tokens of the longest answer that evaluation generates: to free text, by its protocol, or to held-out prompts."""
     if data.tasks:
-        return config.eval.protocol != "likelihood" or any(task.new_tokens for task in data.tasks)
-    return config.eval.samples > 0 and bool(data.held_out)
+        generated = [task for task in data.tasks if config.eval.protocol != "likelihood" or not task.labels]
+        return max((task.new_tokens for task in generated), default=0)
+    return UNSCORED_ANSWER if config.eval.samples > 0 and data.held_out else 0
 
 
 def plan_layout(config: Config, found: FoundSpec, device: Device, data: DataCounts | RowCounts | str) -> Layout:
@@ -165,5 +166,5 @@ def plan_layout(config: Config, found: FoundSpec, device: Device, data: DataCoun
         and not (packing or config.train.deterministic)
         and head_dim % 8 == 0
         and head_dim <= 256,
-        writes=not isinstance(data, str) and data.writes,
+        answer_tokens=0 if isinstance(data, str) else data.answer_tokens,
     )

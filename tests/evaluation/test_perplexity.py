@@ -77,7 +77,7 @@ def test_chunking_the_head_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     texts = windows(30, 17)
     reference = perplexity(PARAMS, texts, SPEC, batch_size=2).window_nll
     jax.clear_caches()
-    monkeypatch.setattr(likelihood, "_LOGITS_BYTES", 4 * SPEC.vocab_size * 5)
+    monkeypatch.setattr(likelihood, "LOGITS_BYTES", 4 * SPEC.vocab_size * 5)
     np.testing.assert_allclose(perplexity(PARAMS, texts, SPEC, batch_size=2).window_nll, reference, rtol=1e-5)
     jax.clear_caches()
 

@@ -18,6 +18,7 @@ from efx_jax.model.spec import LINEARS, init_params
 from efx_jax.parallel.mesh import make_mesh
 from efx_jax.parallel.partition import (
     batch_axes,
+    block_on_host,
     constrain,
     constrain_tree,
     split_rows,
@@ -130,14 +131,17 @@ def test_a_batch_falls_back_to_fsdp_alone_and_then_to_nothing() -> None:
 
 
 def test_an_array_waits_in_the_hosts_memory_and_comes_back() -> None:
-    mesh = make_mesh(MeshConfig(1, 2, 2))
-    values = np.arange(32.0, dtype=np.float32).reshape(4, 8)
-    array = jax.device_put(values, NamedSharding(mesh, P(("fsdp",), ("tensor",))))
-    waiting = to_host(array)
-    assert waiting.sharding.memory_kind == "pinned_host" and waiting.sharding.spec == array.sharding.spec
-    back = to_device(waiting)
-    assert back.sharding == array.sharding
-    np.testing.assert_array_equal(back, values)
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    for rows, own in ((4, ("fsdp", "data")), (2, ("fsdp",))):
+        values = np.arange(8.0 * rows, dtype=np.float32).reshape(rows, 8)
+        array = jax.device_put(values, NamedSharding(mesh, P(("fsdp",), ("tensor",))))
+        waiting = to_host(array)
+        assert waiting.sharding == NamedSharding(mesh, P(own, ("tensor",)), memory_kind="pinned_host")
+        expected = block_on_host(jax.device_put(values[None], NamedSharding(mesh, P(None, ("fsdp",), ("tensor",)))))
+        assert (expected.shape, expected.sharding) == (waiting.shape, waiting.sharding)
+        back = to_device(waiting)
+        assert back.sharding == array.sharding
+        np.testing.assert_array_equal(back, values)
 
 
 def test_without_a_mesh_nothing_is_laid_out() -> None:
