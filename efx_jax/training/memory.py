@@ -326,12 +326,20 @@ def _average_entries(spec: ModelSpec, config: Config, along: Mapping[str, int], 
     """How many numbers the moving average keeps; see `efx_jax.pruning.average.PruneState`."""
     shapes, prune = linear_shapes(spec), config.prune
     names = [name for name in LINEARS if name in prune.targets]
-    # An average that is stored as scores stays in host memory.
+    # An average that is stored as scores stays in the hosts' memory, see `host_bytes`.
     if events < 2 or prune.ema == 1 or keeps_scores(prune):
         return 0
     reach = sum(_entries(("reach", name), (shapes[name][0],), along) for name in names)
     norms = sum(input_widths(spec)[source] for source in {INPUT_OF[name] for name in names})
     return events * (spec.num_layers * (reach + norms) + _adapter_parameters(spec, config, along))
+
+
+def host_bytes(spec: ModelSpec, config: Config, events: int) -> int:
+    """The moving average that is stored as scores, in the memory of all hosts together."""
+    shapes, prune = linear_shapes(spec), config.prune
+    if events < 2 or prune.ema == 1 or not keeps_scores(prune):
+        return 0
+    return FLOAT32 * spec.num_layers * sum(math.prod(shapes[name]) for name in prune.targets)
 
 
 def _shard(name: str, shape: tuple[int, int], along: Mapping[str, int]) -> int:

@@ -25,7 +25,7 @@ from efx_jax.training.devices import Device, find_device
 from efx_jax.training.disk import disk_bytes, disk_text
 from efx_jax.training.lowered import compile_step, simulate_devices
 from efx_jax.training.measure import rows_table
-from efx_jax.training.memory import Memory, memory
+from efx_jax.training.memory import Memory, host_bytes, memory
 from efx_jax.training.schedule import Event, prune_events, total_steps
 from efx_jax.training.survey import DataCounts, RowCounts, check_shapes, count_data, plan_layout
 from efx_jax.weights.shapes import FoundSpec, find_spec
@@ -82,6 +82,7 @@ def plan_text(config: Config) -> str:
         *_arithmetic_lines(config, spec, layout),
         *_time_lines(config, spec, layout, device, steps),
         *_memory_lines(needs, device, config),
+        *_host_lines(config, spec, layout),
         *_disk_lines(config, spec, layout, steps),
         *_batch_lines(config, spec, layout, device),
         *_compiled_lines(config, spec, layout, needs),
@@ -227,6 +228,11 @@ def _memory_lines(needs: Memory, device: Device, config: Config) -> list[str]:
     verdict = "fits" if needs.peak <= device.memory else "DOES NOT FIT"
     lines.append(_row("peak", needs.peak, unit) + f"  {verdict}: {device.name} has {device.memory / unit:,.0f} to use")
     return [*lines, ""]
+
+
+def _host_lines(config: Config, spec: ModelSpec, layout: Layout) -> list[str]:
+    size = host_bytes(spec, config, layout.events)
+    return _paragraph("hosts", f"{size / _GIB:,.2f} GiB of averaged scores in the memory of all hosts") if size else []
 
 
 def _disk_lines(config: Config, spec: ModelSpec, layout: Layout, steps: int | None) -> list[str]:

@@ -17,7 +17,7 @@ from efx_jax.pruning import output_gradient
 from efx_jax.pruning.average import init_prune_state
 from efx_jax.training.activations import Layout, block_working_set, saved_activations
 from efx_jax.training.lowered import compile_step
-from efx_jax.training.memory import event_bytes, memory, resident_bytes, score_bytes, step_bytes
+from efx_jax.training.memory import event_bytes, host_bytes, memory, resident_bytes, score_bytes, step_bytes
 from efx_jax.training.plan import largest_rows
 from efx_jax.weights.shapes import find_spec
 from tests.tiers import few_of
@@ -264,3 +264,9 @@ def test_the_plan_of_a_scores_gradients_agrees_with_the_compiled_ones(drawn: boo
     ).compile()
     planned = sum(score_bytes(spec, config, Layout("float32", 16, 1024, 1, False)).values())
     assert 0.9 < planned / compiled.memory_analysis().temp_size_in_bytes < 1.3
+
+
+def test_an_average_of_scores_takes_the_hosts_memory_once_whatever_the_mesh() -> None:
+    moved = dataclasses.replace(CONFIG, prune=PruneConfig(ema=0.5, recovery="admm"))
+    assert host_bytes(SPEC, moved, 3) == host_bytes(SPEC, on((2, 2, 2), moved), 3) == 4 * 2 * 1920
+    assert host_bytes(SPEC, moved, 1) == host_bytes(SPEC, CONFIG, 3) == 0
