@@ -36,8 +36,8 @@ class _Search:
 def shorten_training(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> tuple[list[Example], int]:
     """Shortens contexts so that prompt, response and EOS fit into `max_length` tokens.
 
-    If a response does not fit even with an empty context, its prompt gets half of the tokens, and `tokenize` then cuts
-    the response.
+    If a response does not fit even with an empty context, its prompt gets half of the tokens (behind earlier turns of a
+    conversation, what these take), and `tokenize` then cuts the response.
 
     Args:
         examples: framed examples.
@@ -55,15 +55,21 @@ def shorten_training(examples: Sequence[Example], tokenizer: Tokenizer, max_leng
     half = max_length // 2
     responses = encode_continuations([example.response for example in examples], tokenizer)
     reserve = [len(response) + 1 for response in responses]
-    long = [row for row, tokens in enumerate(reserve) if tokens > half and _has_context(examples[row])]
-    bare = encode_prompts([_cut(examples[row], 0).prompt for row in long], tokenizer)
-    for row, prompt in zip(long, bare, strict=True):
-        reserve[row] = reserve[row] if len(prompt) + reserve[row] <= max_length else half
+    unsure = [
+        row for row, example in enumerate(examples) if _has_context(example) and (reserve[row] > half or example.turns)
+    ]
+    bare = encode_prompts([_cut(examples[row], 0).prompt for row in unsure], tokenizer)
+    for row, prompt in zip(unsure, bare, strict=True):
+        room = max_length - len(prompt)
+        if reserve[row] > room:
+            reserve[row] = min(room, half) if examples[row].turns else half
     return shorten(examples, tokenizer, max_length, reserve)
 
 
 def without_long_talks(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> list[Example]:
     """Leaves out the answers of conversations whose earlier turns leave no room for them; a warning counts them.
+
+    A question that may be shortened counts as empty: `shorten_training` comes afterwards.
 
     Args:
         examples: framed examples.
@@ -74,7 +80,8 @@ def without_long_talks(examples: Sequence[Example], tokenizer: Tokenizer, max_le
         InputError: no examples would be left.
     """
     later = [row for row, example in enumerate(examples) if example.turns]
-    prompts = encode_prompts([examples[row].prompt for row in later], tokenizer)
+    shortest = [_cut(example, 0) if _has_context(example) else example for example in examples if example.turns]
+    prompts = encode_prompts([example.prompt for example in shortest], tokenizer)
     long = {row for row, prompt in zip(later, prompts, strict=True) if len(prompt) >= max_length}
     if not long:
         return list(examples)

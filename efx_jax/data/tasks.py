@@ -106,8 +106,8 @@ def load_data(config: DataConfig, seed: int, tokenizer: Tokenizer | None = None,
     train = apply_format(train, config.format, tokenizer)
     shortened = 0
     if tokenizer is not None:
-        train, shortened = shorten_training(train, tokenizer, config.max_length)
         train = without_long_talks(train, tokenizer, config.max_length)
+        train, shortened = shorten_training(train, tokenizer, config.max_length)
     tasks = tuple(_finish(task, config, tokenizer, rows) for task in bare)
     tested = {
         task.name: {"rows": len(task.test), "scored": len(scored.test), "shortened": scored.shortened}

@@ -1,6 +1,7 @@
 """Rows of messages: which answers are learned, behind what, and what is no conversation."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from efx_jax.config import DataConfig
 from efx_jax.data.conversations import Turn, conversation_of
 from efx_jax.data.frames import apply_format
 from efx_jax.data.prompts import Example, examples_from_rows
-from efx_jax.data.shortening import without_long_talks
+from efx_jax.data.shortening import shorten_training, without_long_talks
 from efx_jax.data.sources import hold_out, own_examples
 from efx_jax.data.tokens import tokenize
 from efx_jax.errors import InputError
@@ -110,6 +111,24 @@ def test_answers_that_come_too_late_are_left_out_and_counted(tokenizer: Any) -> 
     assert without_long_talks(framed, tokenizer, 13) == framed
     with pytest.raises(InputError, match="expected room for one"):
         without_long_talks(framed[1:], tokenizer, 4)
+
+
+def test_a_question_that_may_be_shortened_makes_no_answer_come_too_late(tokenizer: Any) -> None:
+    """Six tokens of frame and earlier turns: what is left of nine goes to the answer and then to the question."""
+    talk = {"messages": said("cough", "cold", "rash rash rash rash rash rash", "none", "cough", "short none cold rash")}
+    framed = apply_format(examples_from_rows([talk], "rows", context="prompt"), "chat", tokenizer)
+    with pytest.warns(UserWarning, match="1 of 3 answers come so late"):
+        kept = without_long_talks(framed, tokenizer, 9)
+    shortened, count = shorten_training(kept, tokenizer, 9)
+    assert [example.response for example in shortened] == ["cold", "none"] and count == 1
+    assert shortened[1].prompt == "<user>cough<assistant>cold<user>rash<assistant>"
+    rows = tokenize(shortened, tokenizer, 9)
+    assert [len(row.tokens) for row in rows] == [4, 8]
+    # The last answer loses its end behind turns that leave it less than half of the room.
+    with warnings.catch_warnings(record=True):
+        [last], _ = shorten_training(framed[2:], tokenizer, 22)
+        [row] = tokenize([last], tokenizer, 22)
+    assert last.prompt.endswith("none<user><assistant>") and len(row.tokens) == 22
 
 
 def test_answers_of_one_conversation_stay_together(tmp_path: Path) -> None:
