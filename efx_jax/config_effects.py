@@ -83,6 +83,8 @@ def idle_settings(config: Config) -> dict[str, str]:
         (prune.recovery != "admm", "prune.recovery admm", "prune.admm_steps prune.admm_damping prune.admm_refine"),
         (not distill.teacher, "distill.teacher", "distill.weight distill.row_share distill.prefix_share distill.share"),
         (not (distill.teacher and distill.text), "distill.teacher and distill.text", "distill.text_share"),
+        (bool(config.data.text), "an empty data.text", "data.holdout"),
+        (not config.profile.steps, "profile.steps above 0", "profile.start"),
         (evaluation.protocol != "sampled", "eval.protocol sampled", "eval.runs"),
         (not (evaluation.every or evaluation.every_epochs), "eval.every or eval.every_epochs", "eval.tasks"),
     ]

@@ -266,6 +266,8 @@ def test_epochs_beside_the_steps_of_a_file_are_warned_of(write):
         (["--atp.learning_rate", "0.1"], "prune.score atp"),
         (["--distill.row_share", "0.5"], "distill.teacher"),
         (["--eval.runs", "2"], "eval.protocol sampled"),
+        (["--profile.start", "5"], "profile.steps above 0"),
+        (["--data.holdout", "0.2", "--data.text", "wikitext"], "an empty data.text"),
         (
             ["--prune.survey_share", "0.1", "--prune.budget", "owl"],
             "prune.score foresight_loss, prune.permute, or another prune.budget than uniform in an event by blocks",
@@ -321,5 +323,5 @@ def test_flags_that_are_read__and_idle_settings_of_a_preset_are_not_warned_of():
 
 def test_every_setting_that_may_lie_idle_exists():
     idle = idle_settings(Config())
-    assert len(idle) == 32  # by default nothing but the score, uniform within rows, is asked for
+    assert len(idle) == 33  # by default nothing but the score, uniform within rows, is asked for
     assert set(idle) <= set(setting_types())

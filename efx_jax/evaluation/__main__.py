@@ -5,6 +5,7 @@ import dataclasses
 import re
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from efx_jax.config_io import load_config
 from efx_jax.data.tasks import Task, held_out_sources, load_tasks, load_text
 from efx_jax.data.tokenizer import Tokenizer, check_vocabulary
 from efx_jax.data.tokens import Tokenized, text_windows
-from efx_jax.errors import InputError, OneLineParser, exit_code, positive_number, whole_number
+from efx_jax.errors import FallbackWarning, InputError, OneLineParser, exit_code, positive_number, whole_number
 from efx_jax.evaluation.perplexity import Perplexity, perplexity
 from efx_jax.evaluation.protocols import AnswerRecord, check_protocol, describe_task, evaluate_task
 from efx_jax.evaluation.relative import (
@@ -67,11 +68,21 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    _fill_in(arguments)
     try:
         _evaluate(arguments, _prepare(arguments))
     except InputError as error:
         raise InputError(_SETTING.sub(_flag, str(error))) from error
     return 0
+
+
+def _fill_in(arguments: argparse.Namespace) -> None:
+    """The defaults of flags that belong to one protocol; under another one the flag is a mistake and is warned of."""
+    for name, protocol, default in (("runs", "sampled", 4), ("normalize", "likelihood", "sum")):
+        given = getattr(arguments, name)
+        if given is not None and arguments.protocol != protocol:
+            warnings.warn(f"--{name} has no effect without --protocol {protocol}", FallbackWarning, stacklevel=2)
+        setattr(arguments, name, default if given is None else given)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--tasks", nargs="+", default=[], metavar="TASK", help="names, mixes, or files of prompt and response rows")
     add("--protocol", choices=("likelihood", "greedy", "sampled"), default="likelihood", help="how answers are got")
-    add("--runs", type=positive_number, default=4, help="runs of the protocol sampled")
+    add("--runs", type=positive_number, help="runs of the protocol sampled; default: 4")
     add("--rows", type=whole_number, default=0, help="test rows of every task, a fixed sample; 0: all")
     add("--text", default="", metavar="TEXT", help="perplexity text: a file of rows with text, or a name")
     add("--text-tokens", type=whole_number, help="tokens of text scored; 0: all; default: 20000")
@@ -108,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         type=positive_number,
         help="tokens per row; a longer one is shortened in its context; default: 2048, or the model's context if less",
     )
-    add("--normalize", choices=("sum", "mean"), default="sum", help="likelihood: over the tokens of an answer")
+    add("--normalize", choices=("sum", "mean"), help="likelihood: over the tokens of an answer; default: sum")
     add("--seed", type=whole_number, default=0, help="of the protocol sampled")
     add("--dtype", choices=("keep", *_DTYPES), default="keep", help="of the weights; keep: their own")
     add("--compute-dtype", choices=_DTYPES, help="of the matmul operands; sums are float32; default: bfloat16")

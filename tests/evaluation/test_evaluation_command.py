@@ -11,6 +11,7 @@ from efx_jax.config import Config, DataConfig, EvalConfig, ModelConfig
 from efx_jax.config_io import to_yaml
 from efx_jax.data.tasks import load_text
 from efx_jax.data.tokens import text_windows
+from efx_jax.errors import FallbackWarning
 from efx_jax.evaluation import __main__ as command
 from efx_jax.evaluation import protocols
 from efx_jax.evaluation.__main__ import main
@@ -208,6 +209,17 @@ def test_sampled_answers_have_a_deviation_over_runs(folder, rows, monkeypatch, t
     assert f" {100 * task['accuracy']:.2f} ± {100 * task['accuracy_std']:.2f} [" in printed
     assert "| 33.33 |" in printed
     assert "Protocol sampled (5 runs)" in printed
+
+
+def test_a_flag_of_another_protocol_is_warned_of(folder, rows, monkeypatch) -> None:
+    says(monkeypatch, "yes")
+    with pytest.warns(FallbackWarning) as told:
+        flags = ["--protocol", "greedy", "--runs", "5", "--normalize", "sum"]
+        assert main([folder, "--tasks", rows, *TEMPLATE, *flags]) == 0
+    assert {str(warning.message) for warning in told} >= {
+        "--runs has no effect without --protocol sampled",
+        "--normalize has no effect without --protocol likelihood",
+    }
 
 
 def test_what_is_left_of_a_dense_model(folder, rows, monkeypatch, tmp_path, capsys) -> None:
