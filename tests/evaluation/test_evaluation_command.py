@@ -213,8 +213,8 @@ def test_sampled_answers_have_a_deviation_over_runs(folder, rows, monkeypatch, t
 
 def test_a_flag_of_another_protocol_is_warned_of(folder, rows, monkeypatch) -> None:
     says(monkeypatch, "yes")
+    flags = ["--protocol", "greedy", "--runs", "5", "--normalize", "sum"]
     with pytest.warns(FallbackWarning) as told:
-        flags = ["--protocol", "greedy", "--runs", "5", "--normalize", "sum"]
         assert main([folder, "--tasks", rows, *TEMPLATE, *flags]) == 0
     assert {str(warning.message) for warning in told} >= {
         "--runs has no effect without --protocol sampled",
