@@ -7,7 +7,7 @@ from pathlib import Path
 
 from efx_jax.compare.figures import draw_figures
 from efx_jax.compare.grid import Cell, choose_cells, list_cells
-from efx_jax.compare.plan import plan_lines, uneven_training
+from efx_jax.compare.plan import flattered_texts, plan_lines, uneven_training
 from efx_jax.compare.records import CellRecord, read_record
 from efx_jax.compare.settings import Comparison, read_comparison
 from efx_jax.compare.table import write_tables
@@ -28,9 +28,9 @@ def _run(arguments: argparse.Namespace) -> int:
     chosen = choose_cells(cells, arguments.only)
     output = Path(arguments.output)
     # All cells are checked, not just the chosen ones, since they share one table.
-    uneven = uneven_training(cells)
-    if uneven:
-        print(f"warning: {comparison.name}: {uneven}", file=sys.stderr)
+    for told in (uneven_training(cells), *flattered_texts(comparison, cells)):
+        if told:
+            print(f"warning: {comparison.name}: {told}", file=sys.stderr)
     if arguments.dry_run:
         print("\n".join(plan_lines(comparison, chosen, output / "runs")))
         return 0

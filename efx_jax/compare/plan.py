@@ -8,7 +8,7 @@ from efx_jax.compare.grid import Cell
 from efx_jax.compare.settings import Comparison
 from efx_jax.compare.work import is_finished, measurements
 from efx_jax.errors import InputError
-from efx_jax.training.rows import taught_texts
+from efx_jax.training.rows import calibration_texts, taught_texts
 from efx_jax.training.run import refuse_other_run
 from efx_jax.training.schedule import total_steps
 from efx_jax.training.survey import DataCounts, RowCounts, check_shapes, count_data
@@ -63,6 +63,24 @@ def uneven_training(cells: Sequence[Cell]) -> str:
         f"its rows; expected train.steps above 0 and data.batching packing, found {config.train.steps} and "
         f"{config.data.batching}; set both in the base, and all train on as many"
     )
+
+
+def flattered_texts(comparison: Comparison, cells: Sequence[Cell]) -> list[str]:
+    """One line for every perplexity text that some cell calibrates on or teaches, which makes its perplexity too good.
+
+    It is compared by name, as in a run.
+    """
+    told: dict[tuple[str, str], str] = {}
+    for cell in (cell for cell in cells if not cell.refusal):
+        uses = {"prune.calibration": calibration_texts(cell.config), "distill.text": taught_texts(cell.config)}
+        for name, source in comparison.texts.items():
+            for setting in (setting for setting, texts in uses.items() if source in texts):
+                told.setdefault(
+                    (name, setting),
+                    f"evaluate.texts {name}: {source} is {setting} of {cell.title} too, whose perplexity on it is then "
+                    "too good; measure on another text",
+                )
+    return list(told.values())
 
 
 def _plan(comparison: Comparison, cell: Cell, runs: Path, counts: Counts) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from efx_jax.compare.grid import list_cells
-from efx_jax.compare.plan import plan_lines, uneven_training
+from efx_jax.compare.plan import flattered_texts, plan_lines, uneven_training
 from efx_jax.compare.settings import read_comparison
 from efx_jax.config_io import config_folder
 
@@ -80,7 +80,8 @@ def test_the_warning_is_a_line_before_anything_is_done(
     uneven: Callable[..., Path], launch: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert launch(uneven(EPOCHS), tmp_path / "out", "--dry-run", "--only", "dense") == 0
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    line, seen = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert seen.startswith("warning: uneven: evaluate.texts ") and "is distill.text of taught/post_hoc" in seen
     assert line.startswith("warning: uneven: more/post_hoc, seed 0 trains on more tokens than dense, seed 0")
 
 
@@ -91,4 +92,25 @@ def shipped() -> Iterator[Path]:
 
 @pytest.mark.parametrize("path", sorted(shipped()), ids=lambda path: path.stem)
 def test_methods_of_the_shipped_comparisons_train_on_as_many_tokens(path: Path) -> None:
-    assert uneven_training(list_cells(read_comparison(path))) == ""
+    comparison = read_comparison(path)
+    assert uneven_training(list_cells(comparison)) == "" and flattered_texts(comparison, list_cells(comparison)) == []
+
+
+def test_a_text_that_a_method_has_seen_is_named_once_with_its_use(write: Write) -> None:
+    file = write(
+        "seen",
+        """
+base: {data: {test: [icd10]}}
+methods:
+  dense: {prune: {sparsity: 0, calibration: [c4]}}
+  wanda: {prune: {calibration: [train, wikitext]}}
+  again: {prune: {calibration: [wikitext], score: magnitude}}
+  taught: {distill: {teacher: base, text: wikitext}}
+schedules: {during: {prune: {schedule: epochs}}}
+evaluate: {texts: {general: wikitext, other: c4}}
+""",
+    )
+    comparison = read_comparison(file)
+    first, second = flattered_texts(comparison, list_cells(comparison))
+    assert first.startswith("evaluate.texts general: wikitext is prune.calibration of wanda/during, seed 0 too")
+    assert second.startswith("evaluate.texts general: wikitext is distill.text of taught/during, seed 0 too")
