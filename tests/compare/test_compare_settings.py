@@ -250,7 +250,7 @@ def test_the_ablations_share_their_runs_with_the_comparisons() -> None:
     assert len(runs["sparsity"] & runs["schedules"]) == 4
     assert len(runs["rank"] & runs["schedules"]) == 2
     assert len(runs["ema"] & runs["schedules"]) == 5
-    assert len(runs["domains"] & runs["compare_health"]) == 6
+    assert len(runs["domains"] & runs["schedules"]) == 3
     assert len(runs["efx_300k"] & runs["efx_health"]) == 1
 
 
